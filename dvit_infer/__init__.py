@@ -1,0 +1,54 @@
+"""DynamicViT inference: the public names, each imported on first use so that importing this loads no torch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvit_infer.config import Config
+    from dvit_infer.engine import Engine, convert, load, load_reference
+    from dvit_infer.errors import InputError
+    from dvit_infer.families import list_archs
+    from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
+    from dvit_infer.verify import Report, verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "Engine": "engine",
+    "InputError": "errors",
+    "Report": "verify",
+    "convert": "engine",
+    "list_archs": "families",
+    "load": "engine",
+    "load_reference": "engine",
+    "pack_predictor": "ops.prune_tokens",
+    "prune_tokens": "ops.prune_tokens",
+    "verify": "verify",
+}
+
+__all__ = [
+    "Config",
+    "Engine",
+    "InputError",
+    "Report",
+    "convert",
+    "list_archs",
+    "load",
+    "load_reference",
+    "pack_predictor",
+    "prune_tokens",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # also where a submodule has the same name, as `verify`: the function wins
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

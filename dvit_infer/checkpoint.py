@@ -1,0 +1,182 @@
+"""A file becomes a state dict and whatever else it said; nothing in the file is trusted and nothing in it runs."""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dvit_infer.errors import InputError
+
+WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_state", "teacher", "student")
+PREFIXES = ("module.", "backbone.", "_orig_mod.")
+HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
+FORMAT = 1
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+@dataclass
+class Checkpoint:
+    """Weights under their official names, and what the file said beside them."""
+
+    name: str  # for messages: the path, or 'state dict'
+    state: dict[str, torch.Tensor]
+    weights: str | None = None  # which set was taken; None: the file holds just one, bare
+    other_sets: tuple[str, ...] = ()
+    said: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
+    is_saved_engine: bool = False
+
+
+def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None = None) -> Checkpoint:
+    """Read a `.pth`, `.pth.tar`, `.pt` or `.safetensors` file (told apart by content), or take a loaded state dict.
+
+    Args:
+        source: path, or a state dict, bare or inside a training checkpoint.
+        weights: which of several sets of weights to take; by default the first of `WEIGHT_SETS` that is there.
+
+    Raises:
+        InputError: the file cannot be read, holds no weights, would run code, or holds a tensor that is not plain,
+            dense, floating and finite.
+    """
+    if isinstance(source, Mapping):
+        return _take_weights("state dict", dict(source), weights)
+    path = Path(source)
+    name = str(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{name}: is {'a folder' if path.is_dir() else 'no regular file'}; a checkpoint is expected")
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror or error}") from None
+    if not head:
+        raise InputError(f"{name}: the file is empty")
+    # A safetensors header may by chance begin with a pickle's first byte, so what stands at byte 8 decides first.
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        tensors, said = _load_safetensors(path)
+        checkpoint = _take_weights(name, tensors, weights if said is None else None)
+        checkpoint.said, checkpoint.is_saved_engine = said or {}, said is not None
+        return checkpoint
+    if head.startswith((_ZIP, _PICKLE)):
+        return _take_weights(name, _load_torch(path, head.startswith(_ZIP)), weights)
+    raise InputError(f"{name}: is no checkpoint (neither a torch file nor safetensors)")
+
+
+def _harmless() -> list[Any]:
+    """The closed list of classes a pickle may name beside torch's own: argparse's Namespace and numpy scalars."""
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    numeric = "?bhilqBHILQefd"
+    return [
+        argparse.Namespace,
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *{type(np.dtype(code)) for code in numeric},
+    ]
+
+
+def _load_torch(path: Path, is_zip: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # torch raises a dozen kinds on damaged files; each becomes a line that names the file
+        raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
+
+
+def _why_not(message: str, is_zip: bool) -> str:
+    """One line for what torch.load said in many."""
+    if found := re.search(r"GLOBAL (\S+)", message):
+        return f"refused: loading it would run {found.group(1)}; only plain weights are read, nothing was run"
+    if "TorchScript" in message:
+        return "is a TorchScript archive; save the model's state_dict instead"
+    if is_zip:
+        return f"truncated or damaged torch file ({_first_line(message)})"
+    return f"is no torch checkpoint, or is damaged ({_first_line(message)})"
+
+
+def _first_line(message: str) -> str:
+    line = re.split(r"[\n.] ?", message.strip() or "unreadable", maxsplit=1)[0]
+    return line[:120]
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        raise InputError(f"{path}: damaged safetensors file ({_first_line(str(error))})") from None
+    if HEADER_KEY not in metadata:
+        return tensors, None
+    try:
+        header = json.loads(metadata[HEADER_KEY])
+        version, config = header["format"], header["config"]
+        if not isinstance(config, dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: its {HEADER_KEY} header is not the JSON this project writes") from None
+    if version != FORMAT:
+        raise InputError(f"{path}: its format is {version!r}, this version reads format {FORMAT}")
+    return tensors, config
+
+
+def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
+    """Find the state dict in what was loaded, strip the wrappers' prefixes and check every tensor."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"{name}: holds a {type(content).__name__}, no state dict")
+    sets = [key for key in WEIGHT_SETS if _has_tensors(content.get(key))]
+    if weights is not None and weights not in sets:
+        there = ", ".join(sets) if sets else "none: its weights are bare"
+        raise InputError(f"{name}: weights={weights!r} is not in it; sets of weights there: {there}")
+    chosen = weights or (sets[0] if sets else None)
+    state = {} if chosen is None and not _has_tensors(content) else dict(content[chosen] if chosen else content)
+    if not state:
+        raise InputError(f"{name}: holds no state dict (looked for tensors at the top and under {', '.join(WEIGHT_SETS)})")
+    args = content.get("args") if chosen else None
+    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    clean: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        short = _without_prefixes(name, key)
+        if short in clean:
+            raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(PREFIXES)} are stripped")
+        clean[short] = _checked(name, key, value)
+    others = tuple(key for key in sets if key != chosen)
+    return Checkpoint(name, clean, chosen, others, dict(said))
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _without_prefixes(name: str, key: Any) -> str:
+    if not isinstance(key, str):
+        raise InputError(f"{name}: {key!r} is no parameter name")
+    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _checked(name: str, key: str, value: Any) -> torch.Tensor:
+    """Return the tensor, detached, if it is plain, dense, floating (or a counter) and finite."""
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name}: {key} is a {type(value).__name__}, no tensor")
+    value = value.detach().cpu()
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        raise InputError(f"{name}: {key} is no plain dense tensor with data")
+    # A few stored bytes may claim, by strides of zero, to be terabytes.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise InputError(f"{name}: {key} claims shape {tuple(value.shape)}, more than the file holds for it")
+    if key.endswith("num_batches_tracked"):
+        return value
+    if not value.is_floating_point():
+        raise InputError(f"{name}: {key} is {value.dtype}, floating point is expected")
+    if not torch.isfinite(value).all():
+        raise InputError(f"{name}: {key} has NaN or Inf in it")
+    return value

@@ -1,0 +1,86 @@
+"""Checkpoint families: one file each to recognise it, name its config and give its reference model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvit_infer.checkpoint import Checkpoint
+from dvit_infer.config import Config
+from dvit_infer.errors import InputError
+from dvit_infer.families import deit, lvvit
+from dvit_infer.families.arch import ARCHS
+from dvit_infer.families.reading import Note, Reading
+from dvit_infer.reference.pos_embed import resample_pos_embed
+
+_FAMILIES = (lvvit, deit)  # LV-ViT first: its trunk's keys are a DeiT's too
+
+
+def list_archs() -> list[str]:
+    """Names that `arch` may take."""
+    return list(ARCHS)
+
+
+def recognise(
+    checkpoint: Checkpoint, arch: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Config, list[Note]]:
+    """Tell what model a checkpoint holds.
+
+    Args:
+        checkpoint: weights and what the file said.
+        arch: one of `list_archs()` to hold the file against, or None to recognise it.
+        given: facts that override the file and every assumption (`families.reading.ASSUMABLE`).
+        options: `image_size` and `method`, or None for each.
+
+    Returns:
+        The config, and a note for everything read, assumed or given.
+
+    Raises:
+        InputError: the keys are of no known family, or a fact is impossible; the message names key or option.
+    """
+    if arch is not None and arch not in ARCHS:
+        raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
+    reading = Reading(checkpoint, given)
+    if checkpoint.weights is not None:
+        others = f"; also there: {', '.join(checkpoint.other_sets)}" if checkpoint.other_sets else ""
+        reading.note("given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}")
+    family = next((f for f in _FAMILIES if f.matches(reading.shapes)), None)
+    if family is None:
+        first = next(iter(reading.shapes))
+        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
+    if arch is not None and ARCHS[arch].family != family.FAMILY:
+        raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.FAMILY}")
+    return family.read(reading, arch, options), reading.notes
+
+
+def build_reference(config: Config, checkpoint: Checkpoint) -> nn.Module:
+    """The reference model in float32 on the CPU with the checkpoint's weights, in evaluation mode.
+
+    Raises:
+        InputError: a key is missing, unexpected or of another shape than the config asks for.
+    """
+    family = next(f for f in _FAMILIES if config.family == f.FAMILY)
+    with torch.device("meta"):
+        model = family.reference(config)
+    _check(checkpoint, {key: tuple(value.shape) for key, value in model.state_dict().items()}, config)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoint.state.items()}
+    state["pos_embed"] = resample_pos_embed(state["pos_embed"], config.num_prefix, config.trained_grid, config.grid)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], config: Config) -> None:
+    found = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
+    rows, width = config.trained_grid[0] * config.trained_grid[1] + config.num_prefix, config.embed_dim
+    expected = {**expected, "pos_embed": (1, rows, width)}
+    for key in expected:
+        if key not in found:
+            raise InputError(f"{checkpoint.name}: missing key {key}, which {config.arch} has")
+    for key in found:
+        if key not in expected:
+            raise InputError(f"{checkpoint.name}: unexpected key {key}, which {config.arch} does not have")
+    for key, shape in expected.items():
+        if found[key] != shape:
+            because = f" ({config.num_classes} classes, as the other heads' tensors)" if key.startswith(("head", "aux")) else ""
+            raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")

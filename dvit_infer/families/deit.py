@@ -1,0 +1,26 @@
+"""DeiT, with or without distillation token, and DynamicViT on it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dvit_infer.config import Config
+from dvit_infer.families.reading import Reading
+from dvit_infer.families.vit import Trunk, read_config, trunk_arguments
+from dvit_infer.reference.deit import DeiT
+
+FAMILY = "deit"
+
+
+def matches(shapes: Mapping[str, Any]) -> bool:
+    return any(key.startswith("blocks.") for key in shapes)
+
+
+def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
+    heads = ("head", "head_dist") if "head_dist.weight" in reading.shapes else ("head",)
+    return read_config(reading, Trunk(FAMILY, 1e-6, patch_of_kernel=1, class_heads=heads), arch, options)
+
+
+def reference(config: Config) -> nn.Module:
+    return DeiT(**trunk_arguments(config), num_prefix=config.num_prefix)

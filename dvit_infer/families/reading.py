@@ -1,0 +1,171 @@
+"""What a checkpoint's keys, shapes and args say, what has to be assumed, and the notes that tell the user which is which."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dvit_infer.checkpoint import Checkpoint
+from dvit_infer.config import METHODS
+from dvit_infer.errors import InputError
+
+# What `assume` may say, and the type of each; a file this project wrote says the same in its header or its args.
+ASSUMABLE = (
+    "num_heads",
+    "skip_lam",
+    "eps",
+    "predictor_eps",
+    "prune_at",
+    "keep_rate",
+    "trained_size",
+    "mean",
+    "std",
+    "weights",
+)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Where one fact about the model comes from."""
+
+    how: Literal["read", "assumed", "given"]
+    what: str
+    value: str
+    why: str
+
+
+class Reading:
+    """Settles one fact after another: what the caller gave, else what the file said, else an assumption; notes each."""
+
+    def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(given) - set(ASSUMABLE)):
+            raise InputError(f"assume: {unknown[0]!r} is nothing that can be assumed; these are: {', '.join(ASSUMABLE)}")
+        self.name = checkpoint.name
+        self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
+        self.given = dict(given)
+        self.said = checkpoint.said
+        self.said_where = "the saved config" if checkpoint.is_saved_engine else "the file's args"
+        self.notes: list[Note] = []
+
+    def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
+        text = "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple) else _text(value)
+        self.notes.append(Note(how, what, text, why))
+
+    def shape(self, key: str, ndim: int) -> tuple[int, ...]:
+        """Shape of a tensor that must be there."""
+        if key not in self.shapes:
+            raise InputError(f"{self.name}: missing key {key}")
+        found = self.shapes[key]
+        if len(found) != ndim or 0 in found:
+            raise InputError(f"{self.name}: {key} has shape {found}, {ndim} dimensions, none of them 0, are expected")
+        return found
+
+    def vote(self, what: str, places: Iterable[tuple[str, int]]) -> int:
+        """A size that several tensors show: the most frequent, so that one bad tensor is found out, not followed."""
+        seen = [(self.shapes[key][axis], key) for key, axis in places if len(self.shapes.get(key, ())) > axis]
+        if not seen:
+            raise InputError(f"{self.name}: missing key {next(iter(places))[0]}, which tells {what}")
+        return Counter(size for size, _ in seen).most_common(1)[0][0]
+
+    def count(self, prefix: str) -> int:
+        """How many numbered modules `prefix`0, `prefix`1, ... there are, by the highest number."""
+        numbers = [key.removeprefix(prefix).split(".")[0] for key in self.shapes if key.startswith(prefix)]
+        highest = max((int(n) for n in numbers if n.isascii() and n.isdigit() and len(n) < 5), default=-1)
+        if highest >= len(self.shapes):  # a made-up 'blocks.9999.x' must not build ten thousand blocks
+            raise InputError(f"{self.name}: {prefix}{highest} is there, but not the {highest} before it")
+        return highest + 1
+
+    def settle(self, what: str, assumed: Any, why: str, said_as: str | None = None) -> Any:
+        """Given, else said by the file (under `said_as`, if its name for it is another), else assumed."""
+        if self.given.get(what) is not None:
+            value = self.given[what]
+            self.note("given", what, value, "by you")
+        elif (said := self._said(what, said_as)) is not None:
+            value = said[1]
+            self.note("read", what, value, f"{self.said_where}: {said[0]}")
+        else:
+            value = assumed
+            self.note("assumed", what, value, why)
+        return value
+
+    def origin(self, what: str) -> str:
+        """How a message should call a value: by the option that gave it or the place that said it."""
+        return what if self.given.get(what) is not None else f"{self.name}: {what}"
+
+    def _said(self, what: str, said_as: str | None) -> tuple[str, Any] | None:
+        for key in (what, said_as):
+            if key is not None and self.said.get(key) is not None:
+                return key, self.said[key]
+        return None
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
+        return ",".join(map(_text, value))
+    return str(value)
+
+
+def positive_int(what: str, value: Any) -> int:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or value < 1:
+        raise InputError(f"{what}: {value!r} is no positive whole number")
+    return int(value)
+
+
+def positive_float(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{what}: {value!r} is no positive number")
+    return float(value)
+
+
+def keep_rate(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise InputError(f"{what}: {value!r} is no share of tokens to keep; a number above 0, at most 1, is expected")
+    return float(value)
+
+
+def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, ...]:
+    """Strictly increasing block indices, one for every predictor."""
+    indices = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+        raise InputError(f"{what}: {value!r} are no block indices")
+    for index in indices:
+        if not 0 <= index < depth:
+            raise InputError(f"{what}: there is no block {index}; the model has blocks 0 to {depth - 1}")
+    if list(indices) != sorted(set(indices)):
+        raise InputError(f"{what}: {_text(indices)} is not strictly increasing")
+    if len(indices) != count:
+        raise InputError(f"{what}: {len(indices)} given ({_text(indices)}), but the weights hold {count} predictors")
+    return indices
+
+
+def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
+    """(height, width), both multiples of the patch."""
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise InputError(f"{what}: {value!r} is no size; one number or height and width are expected")
+    height, width = (positive_int(what, side) for side in sides)
+    if height % patch or width % patch:
+        raise InputError(f"{what}: {height}x{width} is no multiple of the patch size {patch}")
+    if height * width > 1 << 28:
+        raise InputError(f"{what}: {height}x{width} is too large")
+    return height, width
+
+
+def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else ()
+    good = all(isinstance(v, int | float) and math.isfinite(v) and (v > 0 or not positive) for v in values)
+    if len(values) != 3 or not good:
+        raise InputError(f"{what}: {value!r} are no three {'positive ' if positive else ''}numbers, one a channel")
+    return tuple(map(float, values))
+
+
+def method(value: Any, has_predictors: bool, name: str) -> str:
+    if value not in METHODS:
+        raise InputError(f"method: {value!r} is not one of {', '.join(METHODS)}")
+    if value == "predictor" and not has_predictors:
+        raise InputError(f"method: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
+    return str(value)
