@@ -49,7 +49,7 @@ class Reading:
         self.notes: list[Note] = []
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
-        text = "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple) else _text(value)
+        text = "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple | list) else _text(value)
         self.notes.append(Note(how, what, text, why))
 
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""Backends: node kind -> what runs it. A backend is one file."""

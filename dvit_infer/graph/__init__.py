@@ -1,0 +1,7 @@
+"""The inference graph: a few coarse nodes that know their shapes, multiply-adds and bytes."""
+
+from dvit_infer.graph.build import build_graph
+from dvit_infer.graph.fold import fold
+from dvit_infer.graph.nodes import Graph, Node
+
+__all__ = ["Graph", "Node", "build_graph", "fold"]

@@ -1,0 +1,94 @@
+"""Folding: constants move into weights, rows nobody reads are not computed; exact up to rounding.
+
+Weights are folded in double precision and rounded once.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from dvit_infer.graph.nodes import Attention, Convolution, Graph, Head, Mlp, Node, Prune
+from dvit_infer.ops.prune_tokens import pack_predictor
+
+
+def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
+    """All folds. `dtype` is the one the graph will run in: predictors are packed for it."""
+    nodes = [_batch_norm(_residual_scale(_softmax_scale(_layer_norm(_predictor(node, dtype))))) for node in graph.nodes]
+    return replace(graph, nodes=tuple(_class_only(nodes)))
+
+
+def _noted(node: Node, what: str, drop: tuple[str, ...] = (), **weights: torch.Tensor) -> Node:
+    """The node with some weights replaced (in float32), some gone, and a note of it."""
+    renamed = {name.replace("__", "."): w.float() for name, w in weights.items()}
+    kept = {name: w for name, w in node.weights.items() if not name.startswith(drop)} if drop else node.weights
+    return replace(node, weights={**kept, **renamed}, folded=(*node.folded, what))
+
+
+def _batch_norm(node: Node) -> Node:
+    """BatchNorm with running statistics is one factor and one shift a channel: into the convolution before it."""
+    if not isinstance(node, Convolution) or "bn.weight" not in node.weights:
+        return node
+    w = {name: value.double() for name, value in node.weights.items()}
+    factor = w["bn.weight"] * torch.rsqrt(w["bn.running_var"] + node.eps)
+    bias = w["bn.bias"] - w["bn.running_mean"] * factor
+    return _noted(node, "BatchNorm", ("bn.",), weight=w["weight"] * factor[:, None, None, None], bias=bias)
+
+
+def _layer_norm(node: Node) -> Node:
+    """gain and shift of LayerNorm into the linear after it: W (g * x + s) + b = (W g) x + (b + W s)."""
+    linears = {Attention: ("qkv",), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}.get(type(node), ())
+    if not linears or "norm.weight" not in node.weights:
+        return node
+    w = {name: value.double() for name, value in node.weights.items()}
+    folded = {}
+    for linear in linears:
+        if f"{linear}.weight" in w:
+            weight, bias = w[f"{linear}.weight"], w.get(f"{linear}.bias", torch.zeros((), dtype=torch.float64))
+            folded[f"{linear}__weight"] = weight * w["norm.weight"]
+            folded[f"{linear}__bias"] = bias + weight @ w["norm.bias"]
+    return _noted(node, "LayerNorm", ("norm.",), **folded)
+
+
+def _softmax_scale(node: Node) -> Node:
+    """The scale of the scores into the query rows of qkv."""
+    if not isinstance(node, Attention) or node.scale == 1.0:
+        return node
+    rows = torch.ones(3 * node.dim, dtype=torch.float64)
+    rows[: node.dim] = node.scale
+    folded = {"qkv__weight": node.weights["qkv.weight"].double() * rows[:, None]}
+    if "qkv.bias" in node.weights:
+        folded["qkv__bias"] = node.weights["qkv.bias"].double() * rows
+    return replace(_noted(node, "softmax scale", **folded), scale=1.0)
+
+
+def _residual_scale(node: Node) -> Node:
+    """LV-ViT's 1 / skip_lam into the last linear of the branch."""
+    if not isinstance(node, Attention | Mlp) or node.residual_scale == 1.0:
+        return node
+    last = "proj" if isinstance(node, Attention) else "fc2"
+    parts = {f"{last}__{part}": node.weights[f"{last}.{part}"].double() * node.residual_scale for part in ("weight", "bias")}
+    return replace(_noted(node, "1/skip_lam", **parts), residual_scale=1.0)
+
+
+def _predictor(node: Node, dtype: torch.dtype) -> Node:
+    """The predictor's LayerNorm, the mean half as one vector a picture, one logit difference for two logits."""
+    if not isinstance(node, Prune) or "in_conv.0.weight" not in node.weights:
+        return node
+    packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(node.weights, dtype))}
+    return replace(node, weights=packed, folded=(*node.folded, "LayerNorm", "mean half", "logit difference"))
+
+
+def _class_only(nodes: list[Node]) -> list[Node]:
+    """Where the head reads prefix tokens alone, the last block computes queries, projection and MLP for them alone."""
+    *front, attention, mlp, head = nodes
+    if not isinstance(head, Head) or head.reads_patches:
+        return nodes
+    if not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
+        return nodes
+    rows, note = head.num_prefix, "class rows only"
+    return [
+        *front,
+        replace(attention, rows=rows, folded=(*attention.folded, note)),
+        replace(mlp, tokens=rows, folded=(*mlp.folded, note)),
+        replace(head, tokens=rows, folded=(*head.folded, note)),
+    ]

@@ -1,0 +1,296 @@
+"""Node kinds, each with its shapes, multiply-adds and bytes for one picture.
+
+Multiply-adds are counted as fvcore counts them and the papers report them: convolutions, linears and matrix products,
+and a normalisation as 5 an element, 4 without gain and shift (a BatchNorm 2); activations, softmax and sums as none.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from typing import ClassVar, Self
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dvit_infer.config import Config
+
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One step of the graph.
+
+    Attributes:
+        name: where it stands, as `blocks.3.attn`.
+        equals: the tensor of the reference model that its output equals, as `module:in` or `module:out`.
+        weights: its tensors by name.
+        folded: what has been folded into the weights, for readers of the table.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    equals: str
+    weights: dict[str, torch.Tensor] = field(repr=False)
+    folded: tuple[str, ...] = ()
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Input for one picture, without the batch dimension."""
+        raise NotImplementedError
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Output for one picture, without the batch dimension."""
+        raise NotImplementedError
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one picture."""
+        raise NotImplementedError
+
+    def bytes_moved(self, batch: int, itemsize: int) -> int:
+        """Least bytes read and written: input and output once a picture in `itemsize`, weights once a batch."""
+        activations = math.prod(self.in_shape) + math.prod(self.out_shape)
+        return batch * activations * itemsize + sum(w.numel() * w.element_size() for w in self.weights.values())
+
+    def with_weights(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return replace(self, weights={name: change(w) for name, w in self.weights.items()})
+
+
+def _norm_macs(weights: Weights, rows: int, dim: int) -> int:
+    return rows * dim * (5 if "norm.weight" in weights else 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution(Node):
+    """Convolution with the padding of its kernel, BatchNorm unless folded, ReLU (LV-ViT's stem)."""
+
+    kind = "convolution"
+    image: tuple[int, int]  # height and width that come in
+    stride: int
+    eps: float
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.weights["weight"].shape[1], *self.image
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.weights["weight"].shape[0], self.image[0] // self.stride, self.image[1] // self.stride
+
+    @property
+    def macs(self) -> int:
+        norm = 2 if "bn.weight" in self.weights else 0
+        return math.prod(self.out_shape) * (math.prod(self.weights["weight"].shape[1:]) + norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Node):
+    """Patch projection, prefix tokens in front, position embedding added."""
+
+    kind = "embed"
+    image: tuple[int, int]  # height and width that come in
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.weights["weight"].shape[1], *self.image
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return tuple(self.weights["pos_embed"].shape[1:])
+
+    @property
+    def num_prefix(self) -> int:
+        return self.weights["prefix"].shape[1]
+
+    @property
+    def macs(self) -> int:
+        return (self.out_shape[0] - self.num_prefix) * self.weights["weight"].numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Node):
+    """x + proj(softmax(scale * q k^T) v) * residual_scale, of LayerNorm(x); only the first `rows` rows go on."""
+
+    kind = "attention"
+    tokens: int
+    rows: int  # query rows: all tokens, or the prefix alone in a last block whose head reads nothing else
+    num_heads: int
+    eps: float
+    scale: float
+    residual_scale: float
+
+    @property
+    def dim(self) -> int:
+        return self.weights["proj.weight"].shape[0]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.tokens, self.dim
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.rows, self.dim
+
+    @property
+    def macs(self) -> int:
+        n, r, c = self.tokens, self.rows, self.dim
+        linears = r * c * c + n * c * 2 * c + r * c * c
+        return _norm_macs(self.weights, n, c) + linears + 2 * r * n * c
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp(Node):
+    """x + fc2(gelu(fc1(LayerNorm(x)))) * residual_scale."""
+
+    kind = "mlp"
+    tokens: int
+    eps: float
+    residual_scale: float
+
+    @property
+    def dim(self) -> int:
+        return self.weights["fc2.weight"].shape[0]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.tokens, self.dim
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.tokens, self.dim
+
+    @property
+    def macs(self) -> int:
+        return _norm_macs(self.weights, self.tokens, self.dim) + 2 * self.tokens * self.weights["fc1.weight"].numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Node):
+    """The op dvit::prune_tokens: score, choose, gather. `packed` weights are the op's, others the predictor's own."""
+
+    kind = "prune"
+    tokens: int
+    num_keep: int
+    num_prefix: int
+    dim: int
+    eps: float
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.tokens, self.dim
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.num_prefix + self.num_keep, self.dim
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        return list(self.weights.values())
+
+    @property
+    def macs(self) -> int:
+        n, c = self.tokens - self.num_prefix, self.dim
+        if "in_conv.0.weight" in self.weights:
+            return n * (5 * c + c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2)
+        half = c // 2
+        return n * (4 * c + c * c + half * half + half * (c // 4) + c // 4) + half * half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(Node):
+    """LayerNorm, then logits: of the class token; the mean with the distillation token's; or plus half the best
+    auxiliary logits of the patches, class by class (LV-ViT)."""
+
+    kind = "head"
+    tokens: int
+    eps: float
+
+    @property
+    def dim(self) -> int:
+        return self.weights["head.weight"].shape[1]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.tokens, self.dim
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.weights["head.weight"].shape[0],)
+
+    @property
+    def reads_patches(self) -> bool:
+        return "aux_head.weight" in self.weights
+
+    @property
+    def num_prefix(self) -> int:
+        return 2 if "head_dist.weight" in self.weights else 1
+
+    @property
+    def macs(self) -> int:
+        rows = self.tokens if self.reads_patches else self.num_prefix
+        return _norm_macs(self.weights, self.tokens, self.dim) + rows * self.weights["head.weight"].numel()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in the order they run. `print()` shows them as a table."""
+
+    config: Config
+    nodes: tuple[Node, ...]
+    backend: str = ""  # who runs it, for the table
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one picture."""
+        return sum(node.macs for node in self.nodes)
+
+    @property
+    def gflops(self) -> float:
+        """The same in 10^9, which papers call GFLOPs."""
+        return self.macs / 1e9
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
+        """A copy of the graph with its own weights on `device`, matrices in `dtype`.
+
+        What pack_predictor left in float32 stays so: the op wants it.
+        """
+
+        def own(node: Node) -> Node:
+            if isinstance(node, Prune):
+                return node.with_weights(lambda w: w.to(device, copy=True))
+            return node.with_weights(lambda w: w.to(device, dtype, copy=True))
+
+        return replace(self, nodes=tuple(own(node) for node in self.nodes))
+
+    def __str__(self) -> str:
+        c = self.config
+        pruned = f", keep {','.join(map(str, c.num_keep))} of {c.num_patches} patches" if c.num_keep else ", dense"
+        table = Table(title=f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}", title_justify="left")
+        for title in ("node", "kind", "in", "out"):
+            table.add_column(title)
+        for title in ("10^6 multiply-adds", "KiB moved"):
+            table.add_column(title, justify="right")
+        table.add_column("folded")
+        total_bytes = 0
+        for node in self.nodes:
+            itemsize = next(iter(node.weights.values())).element_size()
+            moved = node.bytes_moved(1, itemsize)
+            total_bytes += moved
+            shapes = ("x".join(map(str, s)) for s in (node.in_shape, node.out_shape))
+            numbers = (f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}")
+            table.add_row(node.name, node.kind, *shapes, *numbers, ", ".join(node.folded))
+        table.add_section()
+        by = f"run by {self.backend}" if self.backend else ""
+        table.add_row("total", by, "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
+        return render(table)
+
+
+def render(table: Table, width: int = 160) -> str:
+    """A table as plain text, as wide as it needs to be."""
+    text = StringIO()
+    Console(file=text, width=width, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

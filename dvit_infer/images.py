@@ -1,0 +1,43 @@
+"""Pictures on their way in: checked, moved, normalised."""
+
+from collections.abc import Sequence
+
+import torch
+
+from dvit_infer.config import Config
+from dvit_infer.fill import image
+
+
+def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the pictures as the model wants them.
+
+    Args:
+        images: (B, 3, H, W), B >= 1; floating point is taken as normalised, uint8 is normalised here. Any device,
+            any strides.
+
+    Raises:
+        ValueError: rank, channels, size or dtype do not fit.
+    """
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"images: a tensor is expected, not a {type(images).__name__}")
+    height, width = config.image_size
+    expected = f"(B, 3, {height}, {width}) in uint8 or floating point is expected"
+    if images.ndim != 4 or images.shape[0] < 1 or tuple(images.shape[1:]) != (3, height, width):
+        raise ValueError(f"images: shape {tuple(images.shape)}; {expected}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images: dtype {images.dtype}; {expected}")
+    images = images.to(device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        images = normalise(images, config.mean, config.std)
+    return images.to(dtype).contiguous()
+
+
+def normalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32 with the channels' mean 0 and deviation 1."""
+    means, stds = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
+    return (images.float() / 255 - means) / stds
+
+
+def sample_images(batch: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """(B, 3, H, W) float32 made-up normalised pictures, smooth blobs and noise: the same for the same seed."""
+    return torch.from_numpy(image(batch, size, seed))

@@ -1,0 +1,1 @@
+"""The fused ops, one file each: reference, schema, fake kernel, registration, public function."""

@@ -1,0 +1,180 @@
+"""prune_tokens: score the patch tokens, choose the best, gather their rows (Rao et al. 2021, sections 3.2 and 3.3).
+
+The op runs one pruning stage. Its arithmetic here is plain PyTorch for any device; a device with a kernel of its own
+registers that under the same name.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NUM_PACKED = 10
+_LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
+
+
+def pack_predictor(
+    predictor: nn.Module | Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Bring a predictor's weights into the form the op takes, its LayerNorm folded into the first linear.
+
+    Args:
+        predictor: a module or a state dict with the official names (`in_conv.*`, `out_conv.*`), width C.
+        dtype: that of the tokens to be scored; matrices are stored in it, everything else in float32.
+
+    Returns:
+        w1 (C, C) = W1 * gain, its row sums (C,) as stored in `dtype`, b1 (C,) = b1 + W1 @ shift;
+        w2 (C/2, C/2) for a token's own half and (C/2, C/2) for the mean half, b2 (C/2,); w3 (C/4, C/2), b3 (C/4,);
+        w4 (C/4,) and b4 (1,): row 'keep' minus row 'drop' of the last layer.
+
+    Raises:
+        ValueError: a weight is missing or of a shape that fits no predictor, or `dtype` is not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"pack_predictor: dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
+    state = predictor.state_dict() if isinstance(predictor, nn.Module) else predictor
+    names = [f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")]
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"pack_predictor: missing {missing[0]}")
+    # Folded in double precision: a gain times a weight is then rounded once, to `dtype`.
+    gain, shift, w1, b1, w2, b2, w3, b3, w4, b4 = (state[name].detach().double() for name in names)
+    c = gain.numel()
+    expected = [(c,), (c,), (c, c), (c,), (c // 2, c), (c // 2,), (c // 4, c // 2), (c // 4,), (2, c // 4), (2,)]
+    for name, tensor, shape in zip(names, (gain, shift, w1, b1, w2, b2, w3, b3, w4, b4), expected, strict=True):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"pack_predictor: {name} has shape {tuple(tensor.shape)}, {shape} is expected")
+    folded = (w1 * gain).to(dtype)
+    return [
+        folded,
+        folded.double().sum(dim=1).float(),
+        (b1 + w1 @ shift).float(),
+        w2[:, : c // 2].to(dtype).contiguous(),
+        w2[:, c // 2 :].to(dtype).contiguous(),
+        b2.float(),
+        w3.to(dtype),
+        b3.float(),
+        (w4[0] - w4[1]).float(),
+        (b4[:1] - b4[1:]).float(),
+    ]
+
+
+def score_tokens_ref(patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float) -> torch.Tensor:
+    """(B, N, C) patch tokens -> (B, N) float32 difference of the keep and drop logits."""
+    w1, _, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = packed
+    dtype, half = patches.dtype, patches.shape[-1] // 2
+    normed = F.layer_norm(patches, patches.shape[-1:], eps=eps)
+    hidden = F.gelu(F.linear(normed, w1, b1.to(dtype)))
+    # The mean half is the same for every token of a picture: one vector, taken through its part of the layer once.
+    mean = hidden[..., half:].float().mean(dim=1, keepdim=True)
+    shared = F.linear(mean, w2_mean.float(), b2)
+    hidden = F.gelu(F.linear(hidden[..., :half], w2_own) + shared.to(dtype))
+    hidden = F.gelu(F.linear(hidden, w3, b3.to(dtype)))
+    return hidden.float() @ w4 + b4
+
+
+def select_tokens_ref(score: torch.Tensor, num_keep: int) -> torch.Tensor:
+    """(B, N) scores -> (B, num_keep) int64 positions of the highest, ascending; NaN is lowest, a tie goes to the lower.
+
+    `0.0 - score` turns descending into ascending order, in which sort puts NaN last, and makes -0.0 equal to 0.0.
+    """
+    order = torch.sort(0.0 - score, dim=1, stable=True).indices
+    return order[:, :num_keep].sort(dim=1).values
+
+
+def gather_tokens_ref(x: torch.Tensor, index: torch.Tensor, num_prefix: int) -> torch.Tensor:
+    """(B, P+N, C) and (B, k) positions among the N -> (B, P+k, C): prefix rows, then the rows at `index`."""
+    rows = index[..., None].expand(-1, -1, x.shape[2])
+    return torch.cat([x[:, :num_prefix], x[:, num_prefix:].gather(1, rows)], dim=1)
+
+
+def prune_tokens_ref(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op in plain PyTorch; arguments as `prune_tokens`."""
+    score = score_tokens_ref(x[:, num_prefix:], packed, eps)
+    index = select_tokens_ref(score, num_keep)
+    return gather_tokens_ref(x, index, num_prefix), index
+
+
+def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int) -> None:
+    if x.ndim != 3 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"prune_tokens: x is {x.dtype} of shape {tuple(x.shape)}; (B, P+N, C) in float32, float16 or bfloat16 expected"
+        )
+    if num_prefix < 0:
+        raise ValueError(f"prune_tokens: num_prefix is {num_prefix}, 0 or more is expected")
+    if not 1 <= num_keep <= x.shape[1] - num_prefix:
+        raise ValueError(
+            f"prune_tokens: num_keep is {num_keep}, from 1 to {x.shape[1] - num_prefix} patch tokens can be kept"
+        )
+    if len(packed) != NUM_PACKED or packed[0].shape[0] != x.shape[2] or packed[0].dtype != x.dtype:
+        raise ValueError(
+            f"prune_tokens: packed is for no x of {x.shape[2]} channels in {x.dtype}; pack_predictor(predictor, x.dtype)"
+        )
+
+
+@torch.library.custom_op("dvit::prune_tokens", mutates_args=())
+def _prune_tokens(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, packed, num_keep, num_prefix)
+    return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
+
+
+@_prune_tokens.register_fake
+def _(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, packed, num_keep, num_prefix)
+    kept = x.new_empty(x.shape[0], num_prefix + num_keep, x.shape[2])
+    return kept, x.new_empty(x.shape[0], num_keep, dtype=torch.int64)
+
+
+def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "prune_tokens has no gradient: which tokens stay is a hard choice. Train with the reference model, whose "
+        "training forward masks tokens instead of dropping them."
+    )
+
+
+_prune_tokens.register_autograd(_no_gradient)
+
+
+def prune_tokens(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor] | nn.Module | Mapping[str, torch.Tensor],
+    num_keep: int,
+    num_prefix: int = 1,
+    eps: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep each picture's `num_keep` best patch tokens.
+
+    Tokens are ranked by the difference of the predictor's two logits, keep minus drop, in float32; of equal ones the
+    lower position wins, -0.0 equals 0.0, NaN ranks last (Rao et al. 2021, section 3.2; no softmax is needed, as
+    log P(keep) grows with the difference).
+
+    Args:
+        x: (B, P+N, C) tokens in float32, float16 or bfloat16, any strides.
+        packed: what `pack_predictor` returned for x.dtype, or a predictor module or state dict, packed on the fly.
+        num_keep: how many of the N patch tokens stay, 1 to N.
+        num_prefix: how many leading tokens P (class, distillation, registers) are kept unseen.
+        eps: of the predictor's LayerNorm; None: the module's own, else 1e-5.
+
+    Returns:
+        kept_x (B, P+num_keep, C), prefix rows first, then bit-equal copies of the kept rows in ascending position;
+        index (B, num_keep) int64, their positions among the N, ascending.
+
+    Raises:
+        ValueError: a shape, a dtype or a count does not fit.
+        RuntimeError: on backward; the choice has no gradient.
+    """
+    if isinstance(packed, nn.Module):
+        norm = packed.get_submodule("in_conv.0")
+        own_eps = getattr(norm, "eps", None)
+        eps = own_eps if eps is None and isinstance(own_eps, float) else eps
+    if isinstance(packed, nn.Module | Mapping):
+        packed = pack_predictor(packed, x.dtype)
+    kept_x, index = _prune_tokens(x, list(packed), num_keep, num_prefix, 1e-5 if eps is None else eps)
+    return kept_x, index

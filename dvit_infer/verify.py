@@ -1,0 +1,260 @@
+"""Parity: does an engine give the reference model's answers? Logits, top-1, kept sets, weights, first node that differs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from dvit_infer.backends import torch as backend
+from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.engine import CHUNK, Engine, Source, folded_graph
+from dvit_infer.errors import InputError
+from dvit_infer.families import build_reference
+from dvit_infer.graph.nodes import Node, render
+from dvit_infer.images import prepare, sample_images
+from dvit_infer.reference.vit import EvalOutput, VisionTransformer
+
+LOGIT_TOLERANCE = 1e-4  # float32
+MARGIN = 1e-5  # float32: a kept set is compared only where the gap at its cut, and at every earlier one, is larger
+RMS_FACTOR = 2.0  # bfloat16 and float16: most that the engine's rms error may be over plain PyTorch's
+NODE_TOLERANCE = 1e-5  # rms error of a node's output over its rms, beyond RMS_FACTOR times plain PyTorch's
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `verify`; `str()` is the table. Errors are against the reference in float32.
+
+    Attributes:
+        max_error, rms_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
+            or everywhere (reduced dtypes).
+        plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
+        top1_agreement, plain_top1_agreement: share of pictures with the reference's first class.
+        kept_compared, kept_equal: a stage each, pictures whose cut is clear, and those of them with the same kept set.
+        kept_overlap: a stage each, mean share of the reference's tokens that the engine keeps by its own choice.
+        wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
+        first_difference: the first node whose output strays, or None.
+        failures: why it did not pass; empty when it did.
+    """
+
+    dtype: str
+    device: str
+    num_images: int
+    max_error: float
+    rms_error: float
+    plain_max_error: float
+    plain_rms_error: float
+    top1_agreement: float
+    plain_top1_agreement: float
+    kept_compared: tuple[int, ...]
+    kept_equal: tuple[int, ...]
+    kept_overlap: tuple[float, ...]
+    wrong_weight: str | None
+    first_difference: str | None
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        title = f"parity {verdict}: {self.num_images} pictures, {self.dtype} on {self.device}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("against the reference in float32")
+        table.add_column("engine", justify="right")
+        table.add_column(f"plain PyTorch, {self.dtype}", justify="right")
+        table.add_row("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}")
+        table.add_row("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}")
+        table.add_row("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}")
+        for stage, overlap in enumerate(self.kept_overlap):
+            clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
+            table.add_row(f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", "")
+        table.add_row("weights", self.wrong_weight or "all follow from the file", "")
+        table.add_row("first node that differs", self.first_difference or "none", "")
+        return "\n".join([render(table), *(f"failed: {failure}" for failure in self.failures)])
+
+
+@torch.no_grad()
+def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
+    """Compare an engine with the reference model built from `source` and the engine's config.
+
+    Passes when every engine weight follows from the file's and, over `num_images` made-up pictures: in float32,
+    logits are within 1e-4 and kept sets are equal where their cut is clear (gap over 1e-5); in bfloat16 and float16,
+    with the reference's kept sets given, the rms error is at most twice that of plain PyTorch in that dtype and top-1
+    agreement no lower than its own by more than two standard errors.
+
+    Args:
+        engine: any engine.
+        source: the checkpoint it was made from, as for `convert`.
+        num_images: how many pictures; fewer than 64 say less.
+
+    Raises:
+        InputError: the file cannot be read, or is of another model than the engine's.
+    """
+    if num_images < 1:
+        raise InputError(f"num_images: {num_images}; at least one picture is needed")
+    checkpoint = _read_same_set(source, engine)
+    images = sample_images(num_images, engine.config.image_size, seed=1)
+    reference = _reference(engine, checkpoint, torch.float32)
+    expected = _evaluate(reference, images)
+    logits, own_kept = engine(images, return_kept=True)
+    differs = _differs(own_kept, expected.kept, num_images)
+    if engine.dtype == torch.float32:
+        plain, plain_logits = reference, expected.logits
+    else:
+        plain = _reference(engine, checkpoint, engine.dtype)
+        plain_logits = _evaluate(plain, images, expected.kept).logits
+        differs = torch.ones_like(differs)
+    if expected.kept and differs.any():
+        logits = torch.where(differs[:, None], engine(images, kept=expected.kept), logits)
+    clear = torch.cumprod(expected.margin > MARGIN, dim=1).bool()
+    equal = [clear[:, s] & (own == kept).all(dim=1) for s, (own, kept) in enumerate(zip(own_kept, expected.kept, strict=True))]
+    max_error, rms_error = _errors(logits, expected.logits)
+    plain_max_error, plain_rms_error = _errors(plain_logits, expected.logits)
+    top1, plain_top1 = (_agreement(x, expected.logits) for x in (logits, plain_logits))
+    wrong_weight = _wrong_weight(engine, checkpoint)
+
+    failures = [f"weights: {wrong_weight}"] if wrong_weight else []
+    if engine.dtype == torch.float32:
+        if not max_error <= LOGIT_TOLERANCE:  # so that NaN fails
+            failures.append(f"logits: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")
+        for stage, same in enumerate(equal):
+            if missed := int(clear[:, stage].sum() - same.sum()):
+                failures.append(f"kept tokens, stage {stage}: {missed} clear sets differ")
+    else:
+        if not rms_error <= RMS_FACTOR * plain_rms_error:
+            failures.append(f"logits: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
+        if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
+            failures.append(f"top-1 agreement: {top1:.1%} is below plain PyTorch's {plain_top1:.1%}")
+    return Report(
+        dtype=str(engine.dtype).removeprefix("torch."),
+        device=str(engine.device),
+        num_images=num_images,
+        max_error=max_error,
+        rms_error=rms_error,
+        plain_max_error=plain_max_error,
+        plain_rms_error=plain_rms_error,
+        top1_agreement=top1,
+        plain_top1_agreement=plain_top1,
+        kept_compared=tuple(clear.sum(dim=0).tolist()),
+        kept_equal=tuple(int(same.sum()) for same in equal),
+        kept_overlap=tuple(_overlap(own, kept) for own, kept in zip(own_kept, expected.kept, strict=True)),
+        wrong_weight=wrong_weight,
+        first_difference=_first_difference(engine, reference, plain, images[:2], [k[:2] for k in expected.kept]),
+        failures=tuple(failures),
+    )
+
+
+def _read_same_set(source: Source, engine: Engine) -> Checkpoint:
+    """The checkpoint, with the set of weights that the engine's config names, if the file has several."""
+    checkpoint = read_checkpoint(source)
+    wanted = engine.config.weights
+    if checkpoint.weights is None or wanted is None or wanted == checkpoint.weights:
+        return checkpoint
+    return read_checkpoint(source, wanted)
+
+
+def _reference(engine: Engine, checkpoint: Checkpoint, dtype: torch.dtype) -> VisionTransformer:
+    model = build_reference(engine.config, checkpoint)
+    assert isinstance(model, VisionTransformer)
+    return model.to(engine.device, dtype)
+
+
+def _evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
+    """The model's answers, in batches that fit, logits in float32."""
+    like = model.pos_embed
+    size = CHUNK[like.device.type]
+    parts = []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        given = [stage[part] for stage in kept] or None
+        parts.append(model.evaluate(images[part].to(like.device, like.dtype), given))
+    logits, chosen, margins = zip(*parts, strict=True)
+    stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]
+    return EvalOutput(torch.cat(logits).float(), stages, torch.cat(margins))
+
+
+def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
+    """(B,) whether any stage of a picture kept other tokens."""
+    different = [(a != b).any(dim=1) for a, b in zip(ours, theirs, strict=True)]
+    return torch.stack(different).any(dim=0) if different else torch.zeros(batch, dtype=torch.bool)
+
+
+def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return (ours[:, :, None] == theirs[:, None, :]).any(dim=1).float().mean().item()
+
+
+def _errors(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    difference = (logits - expected).double()
+    return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+
+def _agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return (logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item()
+
+
+def _standard_error(first: float, second: float, count: int) -> float:
+    """Of the difference of two shares; each moved towards a half (Agresti and Caffo 2000), for shares of 1 vary too."""
+    shares = [(share * count + 1) / (count + 2) for share in (first, second)]
+    return float(sum(p * (1 - p) / (count + 2) for p in shares) ** 0.5)
+
+
+def _wrong_weight(engine: Engine, checkpoint: Checkpoint) -> str | None:
+    """The first tensor of the engine that is not what folding the checkpoint anew gives."""
+    anew = folded_graph(engine.config, checkpoint, torch.device("cpu"), engine.dtype)
+    if [node.name for node in anew.nodes] != [node.name for node in engine.graph.nodes]:
+        return "the graph has other nodes"
+    for ours, theirs in zip(engine.graph.nodes, anew.nodes, strict=True):
+        if ours.weights.keys() != theirs.weights.keys():
+            return f"{ours.name} has other tensors"
+        for name, right in theirs.weights.items():
+            right, found = right.double(), ours.weights[name].cpu().double()
+            # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
+            if found.shape != right.shape or ((found - right).abs() > 1e-5 * right.abs() + 1e-7 * right.abs().max()).any():
+                return f"{ours.name} {name} does not follow from the file"
+    return None
+
+
+def _first_difference(
+    engine: Engine,
+    reference: VisionTransformer,
+    plain: VisionTransformer,
+    images: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+) -> str | None:
+    """Name of the first node whose output strays from the reference by more than plain PyTorch's rounding explains."""
+    right, rounded = (_record(model, images, kept) for model in (reference, plain))
+    found: list[tuple[Node, torch.Tensor]] = []
+    inputs = prepare(images, engine.config, engine.device, engine.dtype)
+    backend.run(engine.graph, inputs, kept or None, lambda node, out: found.append((node, out)))
+    for node, out in found:
+        if node.equals not in right:
+            continue
+        want, plain_out = (record[node.equals] for record in (right, rounded))
+        if out.shape != want.shape:  # only the first rows go on in the engine
+            want, plain_out = (x[:, : out.shape[1]] for x in (want, plain_out))
+        scale = want.double().square().mean().sqrt().item()
+        strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, plain_out))
+        if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
+            return f"{node.name} (relative rms {strays:.1e})"
+    return None
+
+
+def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of the model's modules, by `module:in` and `module:out`."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            seen[f"{name}:in"], seen[f"{name}:out"] = args[0], out
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        seen[":out"] = _evaluate(model, images, kept).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
