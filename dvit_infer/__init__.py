@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dvit_infer.errors import InputError
     from dvit_infer.families import list_archs
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
-    from dvit_infer.verify import Report, verify
+    from dvit_infer.parity import Report, verify
 
 __version__ = "0.1.0"
 
@@ -17,14 +17,14 @@ _HOME = {
     "Config": "config",
     "Engine": "engine",
     "InputError": "errors",
-    "Report": "verify",
+    "Report": "parity",
     "convert": "engine",
     "list_archs": "families",
     "load": "engine",
     "load_reference": "engine",
     "pack_predictor": "ops.prune_tokens",
     "prune_tokens": "ops.prune_tokens",
-    "verify": "verify",
+    "verify": "parity",
 }
 
 __all__ = [
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # also where a submodule has the same name, as `verify`: the function wins
+    globals()[name] = value
     return value
 
 

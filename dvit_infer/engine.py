@@ -203,7 +203,7 @@ def _recognised(
             given[what] = value
     checkpoint = read_checkpoint(source, given.get("weights"))
     config, notes = recognise(checkpoint, arch, given, {"method": method, "image_size": image_size})
-    return checkpoint, replace(config, weights=checkpoint.weights), notes
+    return checkpoint, config, notes
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -1,12 +1,13 @@
 """Checkpoint families: one file each to recognise it, name its config and give its reference model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dvit_infer.checkpoint import Checkpoint
+from dvit_infer.checkpoint import WEIGHT_SETS, Checkpoint
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.families import deit, lvvit
@@ -51,7 +52,9 @@ def recognise(
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
     if arch is not None and ARCHS[arch].family != family.FAMILY:
         raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.FAMILY}")
-    return family.read(reading, arch, options), reading.notes
+    saved_as = checkpoint.said.get("weights") if checkpoint.is_saved_engine else None
+    weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
+    return replace(family.read(reading, arch, options), weights=weights), reading.notes
 
 
 def build_reference(config: Config, checkpoint: Checkpoint) -> nn.Module:

@@ -96,15 +96,15 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
         raise InputError(f"num_images: {num_images}; at least one picture is needed")
     checkpoint = _read_same_set(source, engine)
     images = sample_images(num_images, engine.config.image_size, seed=1)
-    reference = _reference(engine, checkpoint, torch.float32)
-    expected = _evaluate(reference, images)
+    reference = reference_for(engine, checkpoint, torch.float32)
+    expected = evaluate(reference, images)
     logits, own_kept = engine(images, return_kept=True)
     differs = _differs(own_kept, expected.kept, num_images)
     if engine.dtype == torch.float32:
         plain, plain_logits = reference, expected.logits
     else:
-        plain = _reference(engine, checkpoint, engine.dtype)
-        plain_logits = _evaluate(plain, images, expected.kept).logits
+        plain = reference_for(engine, checkpoint, engine.dtype)
+        plain_logits = evaluate(plain, images, expected.kept).logits
         differs = torch.ones_like(differs)
     if expected.kept and differs.any():
         logits = torch.where(differs[:, None], engine(images, kept=expected.kept), logits)
@@ -155,13 +155,15 @@ def _read_same_set(source: Source, engine: Engine) -> Checkpoint:
     return read_checkpoint(source, wanted)
 
 
-def _reference(engine: Engine, checkpoint: Checkpoint, dtype: torch.dtype) -> VisionTransformer:
+def reference_for(engine: Engine, checkpoint: Checkpoint, dtype: torch.dtype) -> VisionTransformer:
+    """The reference of an engine's config, on its device."""
     model = build_reference(engine.config, checkpoint)
     assert isinstance(model, VisionTransformer)
     return model.to(engine.device, dtype)
 
 
-def _evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
+@torch.no_grad()
+def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
     """The model's answers, in batches that fit, logits in float32."""
     like = model.pos_embed
     size = CHUNK[like.device.type]
@@ -253,7 +255,7 @@ def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
-        seen[":out"] = _evaluate(model, images, kept).logits
+        seen[":out"] = evaluate(model, images, kept).logits
     finally:
         for handle in handles:
             handle.remove()

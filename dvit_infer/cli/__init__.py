@@ -1,0 +1,1 @@
+"""The commands: arguments in, a call, a table out."""

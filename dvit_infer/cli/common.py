@@ -1,0 +1,113 @@
+"""What every command shares: its parser, its exit status, its progress."""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from dvit_infer.errors import InputError
+
+# Arguments of the library that a command has as options: in messages they are called as the user wrote them.
+_OPTIONS = re.compile(r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|json|out)\b")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, exit 2."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
+    """Parse, run, and turn what the user can mend into one line and exit 2."""
+    options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
+    try:
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except InputError as error:
+        return _failed(_OPTIONS.sub(lambda found: "--" + found[1].replace("_", "-"), str(error)))
+    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _failed(f"{error.filename or 'output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+
+
+def _failed(message: str, status: int = 2) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--prune-at -1,1` as `--prune-at=-1,1`: argparse takes the value for an option otherwise."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and re.fullmatch(r"--[a-z-]+", joined[-1]) and re.match(r"-[\d.]", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """'3,6,9' -> (3, 6, 9)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,6,9") from None
+
+
+def size(text: str) -> int | tuple[int, ...]:
+    """'224' -> 224; '192x256' -> (192, 256)."""
+    try:
+        sides = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224 or 192x256") from None
+    return sides[0] if len(sides) == 1 else sides
+
+
+def assumptions(text: str) -> dict[str, Any]:
+    """'num_heads=6,mean=0.5:0.5:0.5' -> {'num_heads': 6, 'mean': (0.5, 0.5, 0.5)}."""
+    chosen: dict[str, Any] = {}
+    for item in text.split(","):
+        name, equals, value = item.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise argparse.ArgumentTypeError(f"{item!r} is no assumption such as num_heads=6")
+        parts = [_number(part) for part in re.split(r"[:x]" if value[:1].isdigit() else ":", value.strip())]
+        chosen[name.strip()] = parts[0] if len(parts) == 1 else tuple(parts)
+    return chosen
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr; the block calls what it is given with the share done. Silent when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(share: float) -> None:
+            bar.update(task, total=1.0, completed=share)
+
+        yield show

@@ -1,0 +1,189 @@
+"""The one way to measure: calls interleaved in one run, medians and percentiles, one row type, one environment."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dvit_infer.files import whole_file
+
+WARM_UP_S = 0.5  # for every call, at least twice
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured way of running one model; rates are pictures a second, times milliseconds a batch."""
+
+    model: str
+    keep_rate: float
+    how: str
+    mode: str | None
+    device: str
+    dtype: str
+    batch: int
+    images_per_s: float
+    p20_images_per_s: float
+    p80_images_per_s: float
+    p50_ms: float
+    p99_ms: float
+    gflops: float  # multiply-adds in 10^9 of the graph as run
+    params: int
+    peak_mib: float | None
+    max_logit_error: float
+    top1_agreement: float
+    baseline: str
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round, and the peak memory of one call in MiB (None: this system does not tell)."""
+
+    seconds: np.ndarray
+    peak_mib: float | None
+
+    def rates(self, batch: int) -> dict[str, float]:
+        """The fields of a Row that follow from times."""
+        p20, p50, p80, p99 = np.percentile(self.seconds, [20, 50, 80, 99])
+        return {
+            "images_per_s": float(batch / p50),
+            "p20_images_per_s": float(batch / p80),
+            "p80_images_per_s": float(batch / p20),
+            "p50_ms": float(p50 * 1e3),
+            "p99_ms": float(p99 * 1e3),
+        }
+
+    def speedup_over(self, other: "Timing") -> float:
+        """Median of the ratios round by round: a machine that slows down slows both."""
+        return float(np.median(other.seconds / self.seconds))
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, Timing]:
+    """Time every call once a round, round after round, for about `seconds` after warming up.
+
+    The order within a round turns from one round to the next, so that no call always follows the same one.
+    """
+    for call in calls.values():
+        _warm_up(call, device)
+    peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
+    names, rounds = list(calls), []
+    start = time.perf_counter()
+    while len(rounds) < MIN_ROUNDS or (time.perf_counter() - start < seconds and len(rounds) < MAX_ROUNDS):
+        turn = len(rounds) % len(names)
+        taken = {name: _seconds(calls[name], device) for name in names[turn:] + names[:turn]}
+        rounds.append([taken[name] for name in names])
+        progress(min(1.0, max((time.perf_counter() - start) / seconds, len(rounds) / MAX_ROUNDS)))
+    columns = np.array(rounds).T
+    return {name: Timing(column, peaks[name]) for name, column in zip(names, columns, strict=True)}
+
+
+def _warm_up(call: Callable[[], object], device: torch.device) -> None:
+    start, done = time.perf_counter(), 0
+    while done < 2 or time.perf_counter() - start < WARM_UP_S:
+        _seconds(call, device)
+        done += 1
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call; on CUDA until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """CUDA: most memory allocated during a call. CPU: most resident memory of this process (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        call()
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) / 1024 if found else None
+
+
+def environment() -> dict[str, str | None]:
+    """Where a measurement was taken; stands in every result file."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": machine_name(gpu),
+        "gpu": gpu,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+        "date": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def machine_name(gpu: str | None) -> str:
+    """A short name that may be a folder's: of the GPU, else of the CPU and its threads."""
+    name = gpu.removeprefix("NVIDIA ") if gpu else f"{_cpu()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.lower())).strip("-")
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of this project's checkout; None when it runs from anywhere else."""
+    root = Path(__file__).resolve().parent.parent
+    if _output("git", "-C", str(root), "rev-parse", "--show-toplevel") != str(root):
+        return None
+    return _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env={**os.environ})
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows and environment as JSON, whole or not at all."""
+    write_json(path, {"environment": environment(), "rows": [asdict(row) for row in rows]})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
