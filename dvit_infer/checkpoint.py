@@ -51,7 +51,9 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
     name = str(path)
     try:
         if path.exists() and not path.is_file():
-            raise InputError(f"{name}: is {'a folder' if path.is_dir() else 'no regular file'}; a checkpoint is expected")
+            raise InputError(
+                f"{name}: is {'a folder' if path.is_dir() else 'no regular file'}; a checkpoint is expected"
+            )
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
@@ -138,7 +140,9 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
     chosen = weights or (sets[0] if sets else None)
     state = {} if chosen is None and not _has_tensors(content) else dict(content[chosen] if chosen else content)
     if not state:
-        raise InputError(f"{name}: holds no state dict (looked for tensors at the top and under {', '.join(WEIGHT_SETS)})")
+        raise InputError(
+            f"{name}: holds no state dict (looked for tensors at the top and under {', '.join(WEIGHT_SETS)})"
+        )
     args = content.get("args") if chosen else None
     said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     clean: dict[str, torch.Tensor] = {}
@@ -158,25 +162,26 @@ def _has_tensors(value: Any) -> bool:
 def _without_prefixes(name: str, key: Any) -> str:
     if not isinstance(key, str):
         raise InputError(f"{name}: {key!r} is no parameter name")
-    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
-        key = key.removeprefix(prefix)
-    return key
+    short = str(key)
+    while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
+        short = short.removeprefix(prefix)
+    return short
 
 
 def _checked(name: str, key: str, value: Any) -> torch.Tensor:
     """Return the tensor, detached, if it is plain, dense, floating (or a counter) and finite."""
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name}: {key} is a {type(value).__name__}, no tensor")
-    value = value.detach().cpu()
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
         raise InputError(f"{name}: {key} is no plain dense tensor with data")
+    tensor: torch.Tensor = value.detach().cpu()
     # A few stored bytes may claim, by strides of zero, to be terabytes.
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise InputError(f"{name}: {key} claims shape {tuple(value.shape)}, more than the file holds for it")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{name}: {key} claims shape {tuple(tensor.shape)}, more than the file holds for it")
     if key.endswith("num_batches_tracked"):
-        return value
-    if not value.is_floating_point():
-        raise InputError(f"{name}: {key} is {value.dtype}, floating point is expected")
-    if not torch.isfinite(value).all():
+        return tensor
+    if not tensor.is_floating_point():
+        raise InputError(f"{name}: {key} is {tensor.dtype}, floating point is expected")
+    if not torch.isfinite(tensor).all():
         raise InputError(f"{name}: {key} has NaN or Inf in it")
-    return value
+    return tensor

@@ -12,8 +12,8 @@ from dvit_infer.families import recognise
 from dvit_infer.families.example import example_checkpoint
 from dvit_infer.graph import build_graph
 from dvit_infer.images import sample_images
-from dvit_infer.timing import Row, Timing, interleave
 from dvit_infer.parity import evaluate, reference_for
+from dvit_infer.timing import Row, Timing, interleave
 
 WAYS = ("reference", "dense")  # what the engine can be compared with
 DISTINCT_IMAGES = 64
@@ -43,8 +43,8 @@ class Outcome:
             return ""
         share = self.speedup_over_dense / self.ceiling
         return (
-            f"pruned over dense engine: {self.speedup_over_dense:.3f} x of the {self.ceiling:.3f} x that the multiply-adds "
-            f"of the two graphs as run allow: {share:.1%} realised"
+            f"pruned over dense engine: {self.speedup_over_dense:.3f} x of the {self.ceiling:.3f} x that the "
+            f"multiply-adds of the two graphs as run allow: {share:.1%} realised"
         )
 
 
@@ -76,7 +76,9 @@ class Comparison:
         self._ways: dict[str, _Way] = {}
         if "reference" in names:
             gflops = build_graph(plain, config).gflops
-            self._ways["reference"] = _Way(lambda images: plain.evaluate(images).logits, gflops, params, config.keep_rate, is_dense)
+            self._ways["reference"] = _Way(
+                lambda images: plain.evaluate(images).logits, gflops, params, config.keep_rate, is_dense
+            )
         if is_dense:
             self._ways["dense"] = _Way(engine, engine.graph.gflops, trunk, 1.0, True)
             self._dense_right = self._right

@@ -224,14 +224,12 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device | 
     if dtype is None:
         return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
     return resolved
 
 
-def check_kept(
-    kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device
-) -> list[torch.Tensor]:
+def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:
     """Kept sets given by the caller, on the device, after every check that keeps indices in bounds.
 
     Raises:
@@ -243,9 +241,8 @@ def check_kept(
     stages = []
     for stage, (index, count) in enumerate(zip(kept, config.num_keep, strict=True)):
         if tuple(index.shape) != (batch, count) or index.dtype != torch.int64:
-            raise ValueError(
-                f"kept: stage {stage} is {index.dtype} of shape {tuple(index.shape)}; int64 ({batch}, {count}) is expected"
-            )
+            found = f"{index.dtype} of shape {tuple(index.shape)}"
+            raise ValueError(f"kept: stage {stage} is {found}; int64 ({batch}, {count}) is expected")
         index = index.to(device).contiguous()
         if index.min() < 0 or index.max() >= config.num_patches or (index.diff(dim=1) <= 0).any():
             raise ValueError(f"kept: stage {stage} is not ascending positions from 0 to {config.num_patches - 1}")

@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """A file, an option or a tensor that cannot be used; the message is one line that names it and says what would do."""
+    """A file, an option or a tensor that cannot be used; the message is one line that names it."""

@@ -1,4 +1,4 @@
-"""Parity: does an engine give the reference model's answers? Logits, top-1, kept sets, weights, first node that differs."""
+"""Parity: does an engine give the reference model's answers? Logits, top-1, kept sets, weights, node by node."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +109,10 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
     if expected.kept and differs.any():
         logits = torch.where(differs[:, None], engine(images, kept=expected.kept), logits)
     clear = torch.cumprod(expected.margin > MARGIN, dim=1).bool()
-    equal = [clear[:, s] & (own == kept).all(dim=1) for s, (own, kept) in enumerate(zip(own_kept, expected.kept, strict=True))]
+    equal = [
+        clear[:, s] & (own == kept).all(dim=1)
+        for s, (own, kept) in enumerate(zip(own_kept, expected.kept, strict=True))
+    ]
     max_error, rms_error = _errors(logits, expected.logits)
     plain_max_error, plain_rms_error = _errors(plain_logits, expected.logits)
     top1, plain_top1 = (_agreement(x, expected.logits) for x in (logits, plain_logits))
@@ -213,7 +216,10 @@ def _wrong_weight(engine: Engine, checkpoint: Checkpoint) -> str | None:
         for name, right in theirs.weights.items():
             right, found = right.double(), ours.weights[name].cpu().double()
             # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
-            if found.shape != right.shape or ((found - right).abs() > 1e-5 * right.abs() + 1e-7 * right.abs().max()).any():
+            if (
+                found.shape != right.shape
+                or ((found - right).abs() > 1e-5 * right.abs() + 1e-7 * right.abs().max()).any()
+            ):
                 return f"{ours.name} {name} does not follow from the file"
     return None
 

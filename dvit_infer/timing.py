@@ -83,7 +83,8 @@ def interleave(
     for call in calls.values():
         _warm_up(call, device)
     peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
-    names, rounds = list(calls), []
+    names = list(calls)
+    rounds: list[list[float]] = []
     start = time.perf_counter()
     while len(rounds) < MIN_ROUNDS or (time.perf_counter() - start < seconds and len(rounds) < MAX_ROUNDS):
         turn = len(rounds) % len(names)

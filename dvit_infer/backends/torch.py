@@ -91,7 +91,8 @@ def run(
     Returns:
         Logits (B, K) float32, and the kept original positions, a stage each.
     """
-    x, chosen = images, []
+    x = images
+    chosen: list[torch.Tensor] = []
     positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
     for node in graph.nodes:
         if isinstance(node, Prune):

@@ -14,8 +14,12 @@ SECONDS = 12.0  # of measuring at every batch size
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-bench", description="Measure a model: images/s, latency, multiply-adds, speed-up, error.")
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="saved file or checkpoint; default: a random DeiT-S/0.7")
+    parser = Parser(
+        prog="dvit-bench", description="Measure a model: images/s, latency, multiply-adds, speed-up, error."
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="saved file or checkpoint; default: a random DeiT-S/0.7"
+    )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
     parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
@@ -65,7 +69,18 @@ def _table(rows: "Sequence[Row]") -> str:
     from dvit_infer.graph.nodes import render
 
     table = Table()
-    for title in ("batch", "how", "images/s", "p50 ms", "p99 ms", "10^9 madds", "speed-up", "peak MiB", "max error", "top-1"):
+    for title in (
+        "batch",
+        "how",
+        "images/s",
+        "p50 ms",
+        "p99 ms",
+        "10^9 madds",
+        "speed-up",
+        "peak MiB",
+        "max error",
+        "top-1",
+    ):
         table.add_column(title, justify="left" if title == "how" else "right")
     for row in rows:
         table.add_row(

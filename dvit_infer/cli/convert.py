@@ -67,7 +67,7 @@ def _convert(options: argparse.Namespace) -> int:
                 if not report.passed:
                     raise _ParityError
     print(_notes_table(engine.notes))
-    print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run, {engine.graph.backend} backend")
+    print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run")
     print("not verified, as asked" if report is None else report)
     if json_out is not None:
         content = {
@@ -79,7 +79,10 @@ def _convert(options: argparse.Namespace) -> int:
         }
         write_json(json_out, content)
     if report is not None and not report.passed:
-        print(f"error: {options.checkpoint}: the engine's answers are not the reference's; {out} was not written", file=sys.stderr)
+        print(
+            f"error: {options.checkpoint}: the engine's answers are not the reference's; {out} was not written",
+            file=sys.stderr,
+        )
         return 1
     print(f"wrote {options.out or out.name} ({out.stat().st_size / 2**20:.1f} MiB)")
     return 0

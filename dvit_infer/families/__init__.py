@@ -45,7 +45,9 @@ def recognise(
     reading = Reading(checkpoint, given)
     if checkpoint.weights is not None:
         others = f"; also there: {', '.join(checkpoint.other_sets)}" if checkpoint.other_sets else ""
-        reading.note("given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}")
+        reading.note(
+            "given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}"
+        )
     family = next((f for f in _FAMILIES if f.matches(reading.shapes)), None)
     if family is None:
         first = next(iter(reading.shapes))
@@ -65,7 +67,7 @@ def build_reference(config: Config, checkpoint: Checkpoint) -> nn.Module:
     """
     family = next(f for f in _FAMILIES if config.family == f.FAMILY)
     with torch.device("meta"):
-        model = family.reference(config)
+        model: nn.Module = family.reference(config)
     _check(checkpoint, {key: tuple(value.shape) for key, value in model.state_dict().items()}, config)
     state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoint.state.items()}
     state["pos_embed"] = resample_pos_embed(state["pos_embed"], config.num_prefix, config.trained_grid, config.grid)
@@ -85,5 +87,9 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], conf
             raise InputError(f"{checkpoint.name}: unexpected key {key}, which {config.arch} does not have")
     for key, shape in expected.items():
         if found[key] != shape:
-            because = f" ({config.num_classes} classes, as the other heads' tensors)" if key.startswith(("head", "aux")) else ""
+            because = (
+                f" ({config.num_classes} classes, as the other heads' tensors)"
+                if key.startswith(("head", "aux"))
+                else ""
+            )
             raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")

@@ -37,7 +37,10 @@ def _with(arch: Arch, **changes: int) -> Arch:
 
 
 ARCHS: dict[str, Arch] = {
-    **{f"dynamicvit-{name}": _with(_DENSE[name], num_predictors=3) for name in ("deit-t", "deit-256", "deit-s", "deit-b")},
+    **{
+        f"dynamicvit-{name}": _with(_DENSE[name], num_predictors=3)
+        for name in ("deit-t", "deit-256", "deit-s", "deit-b")
+    },
     **{f"dynamicvit-{name}": _with(_DENSE[name], num_predictors=3) for name in ("lvvit-s", "lvvit-m")},
     **_DENSE,
     **{f"{name}-distilled": _with(_DENSE[name], num_prefix=2) for name in ("deit-t", "deit-s", "deit-b")},

@@ -46,7 +46,9 @@ def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict
     )
     with torch.device("meta"):
         model = (lvvit if sizes.family == lvvit.FAMILY else deit).reference(config)
-    state = {key: torch.from_numpy(np.asarray(fill(key, tuple(t.shape), seed))) for key, t in model.state_dict().items()}
+    state = {
+        key: torch.from_numpy(np.asarray(fill(key, tuple(t.shape), seed))) for key, t in model.state_dict().items()
+    }
     args = argparse.Namespace(model=arch.removeprefix("dynamicvit-"))
     if sizes.num_predictors:
         args.base_rate = keep_rate

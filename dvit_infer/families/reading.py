@@ -1,4 +1,4 @@
-"""What a checkpoint's keys, shapes and args say, what has to be assumed, and the notes that tell the user which is which."""
+"""What a checkpoint's keys, shapes and args say, what has to be assumed, and notes that tell which is which."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dvit_infer.checkpoint import Checkpoint
-from dvit_infer.config import METHODS
+from dvit_infer.config import METHODS, Method
 from dvit_infer.errors import InputError
 
 # What `assume` may say, and the type of each; a file this project wrote says the same in its header or its args.
@@ -40,7 +40,9 @@ class Reading:
 
     def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
         if unknown := sorted(set(given) - set(ASSUMABLE)):
-            raise InputError(f"assume: {unknown[0]!r} is nothing that can be assumed; these are: {', '.join(ASSUMABLE)}")
+            raise InputError(
+                f"assume: {unknown[0]!r} is nothing that can be assumed; these are: {', '.join(ASSUMABLE)}"
+            )
         self.name = checkpoint.name
         self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
         self.given = dict(given)
@@ -163,9 +165,11 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def method(value: Any, has_predictors: bool, name: str) -> str:
-    if value not in METHODS:
+def method(value: Any, has_predictors: bool, name: str) -> Method:
+    if value == "none":
+        return "none"
+    if value != "predictor":
         raise InputError(f"method: {value!r} is not one of {', '.join(METHODS)}")
-    if value == "predictor" and not has_predictors:
+    if not has_predictors:
         raise InputError(f"method: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
-    return str(value)
+    return "predictor"

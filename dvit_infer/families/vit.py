@@ -32,12 +32,15 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
     if not depth:
         raise InputError(f"{read.name}: missing key blocks.0.norm1.weight: there are no blocks")
     mlp_dim = read.vote("the MLP's width", [(f"blocks.{i}.mlp.fc1.weight", 0) for i in range(depth)])
-    classes = read.vote("the classes", [(f"{head}.{part}", 0) for head in trunk.class_heads for part in ("weight", "bias")])
+    classes = read.vote(
+        "the classes", [(f"{head}.{part}", 0) for head in trunk.class_heads for part in ("weight", "bias")]
+    )
     predictors = read.count("score_predictor.")
     num_prefix = 2 if "dist_token" in read.shapes or "head_dist.weight" in read.shapes else 1
     found = Arch(trunk.family, dim, depth, 0, 0, num_prefix, predictors, trunk.stem_dim)
-    name, preset = _named(found, mlp_dim) if arch is None else (arch, ARCHS[arch])
-    if arch is not None:
+    preset = None if arch is None else ARCHS[arch]
+    if arch is not None and preset is not None:
+        name = arch
         read.note("given", "arch", name, "by you; keys and shapes are checked against it")
         if preset.num_predictors != predictors:
             has = f"{predictors} score predictors" if predictors else "no score predictors"
@@ -45,6 +48,7 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
         dim, depth, mlp_dim = preset.embed_dim, preset.depth, preset.embed_dim * preset.mlp_ratio
         num_prefix = preset.num_prefix
     else:
+        name, preset = _named(found, mlp_dim)
         sizes = f"{dim} wide, {depth} blocks, {classes} classes, {predictors} predictors"
         read.note("read", "arch", name, f"keys and shapes: {sizes}")
     if isinstance(model := read.said.get("model"), str):
@@ -88,7 +92,9 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
     for stage, count in enumerate(config.num_keep):
         if count == 0:
             share = f"{config.num_patches} * {rate:g}^{stage + 1}"
-            raise InputError(f"{read.origin('keep_rate')}: {rate:g} keeps no patch token at stage {stage} ({share} < 1)")
+            raise InputError(
+                f"{read.origin('keep_rate')}: {rate:g} keeps no patch token at stage {stage} ({share} < 1)"
+            )
     return config
 
 
@@ -123,7 +129,9 @@ def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
 def _patch_size(read: Reading, of_kernel: int) -> int:
     height, width = read.shape("patch_embed.proj.weight", 4)[2:]
     if height != width:
-        raise InputError(f"{read.name}: patch_embed.proj.weight has a {height}x{width} kernel; a square one is expected")
+        raise InputError(
+            f"{read.name}: patch_embed.proj.weight has a {height}x{width} kernel; a square one is expected"
+        )
     read.note("read", "patch_size", height * of_kernel, "shape of patch_embed.proj.weight")
     return height * of_kernel
 
@@ -137,7 +145,9 @@ def _trained_size(read: Reading, num_prefix: int, patch: int) -> tuple[int, int]
             f"{read.name}: pos_embed has {patches} patch positions, no square grid; assume trained_size=HxW says which"
         )
     if said is None:
-        read.note("read", "trained_size", (side * patch, side * patch), f"pos_embed: {patches} positions, a square grid")
+        read.note(
+            "read", "trained_size", (side * patch, side * patch), f"pos_embed: {patches} positions, a square grid"
+        )
         return side * patch, side * patch
     value = read.settle("trained_size", None, "")
     height, width = check.image_size(read.origin("trained_size"), value, patch)

@@ -39,20 +39,19 @@ def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
     stem = model.patch_embed
     if isinstance(stem, ConvStem):
         for conv, norm, follower in (("conv1", "bn1", "conv2"), ("conv2", "bn2", "conv3"), ("conv3", "bn3", "proj")):
-            stride = stem.get_submodule(conv).stride[0]  # type: ignore[index, union-attr]
             weights = {**_renamed(_own(stem, f"{conv}."), f"{conv}.", ""), **_renamed(_own(stem, norm), norm, "bn")}
+            stride = getattr(stem, conv).stride[0]
             yield Convolution(
                 name=f"stem.{conv}",
                 equals=f"patch_embed.{follower}:in",
                 weights=weights,
                 image=image,
                 stride=stride,
-                eps=stem.get_submodule(norm).eps,
+                eps=getattr(stem, norm).eps,
             )
             image = image[0] // stride, image[1] // stride
     weights = _renamed(_own(stem, "proj."), "proj.", "")
-    prefix = [model.cls_token, *([model.dist_token] if model.num_prefix == 2 else [])]
-    weights |= {"prefix": torch.cat(prefix, dim=1).detach(), "pos_embed": model.pos_embed.detach()}
+    weights |= {"prefix": torch.cat(model.prefix_tokens(), dim=1).detach(), "pos_embed": model.pos_embed.detach()}
     yield Embed(name="embed", equals=equals, weights=weights, image=image)
 
 
@@ -93,4 +92,6 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
             eps=config.eps,
             residual_scale=residual,
         )
-    yield Head(name="head", equals=":out", weights=_own(model, "norm.", "head", "aux_head"), tokens=tokens, eps=config.eps)
+    yield Head(
+        name="head", equals=":out", weights=_own(model, "norm.", "head", "aux_head"), tokens=tokens, eps=config.eps
+    )

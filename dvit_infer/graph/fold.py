@@ -4,10 +4,11 @@ Weights are folded in double precision and rounded once.
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
-from dvit_infer.graph.nodes import Attention, Convolution, Graph, Head, Mlp, Node, Prune
+from dvit_infer.graph.nodes import Attention, Convolution, Graph, Head, Mlp, Node, Prune, Weights
 from dvit_infer.ops.prune_tokens import pack_predictor
 
 
@@ -17,11 +18,14 @@ def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
     return replace(graph, nodes=tuple(_class_only(nodes)))
 
 
-def _noted(node: Node, what: str, drop: tuple[str, ...] = (), **weights: torch.Tensor) -> Node:
-    """The node with some weights replaced (in float32), some gone, and a note of it."""
-    renamed = {name.replace("__", "."): w.float() for name, w in weights.items()}
-    kept = {name: w for name, w in node.weights.items() if not name.startswith(drop)} if drop else node.weights
-    return replace(node, weights={**kept, **renamed}, folded=(*node.folded, what))
+_N = TypeVar("_N", bound=Node)
+
+
+def _noted(node: _N, what: str, weights: Weights, drop: str | None = None) -> _N:
+    """The node with some weights replaced (in float32), those of the module `drop` gone, and a note of it."""
+    kept = {name: w for name, w in node.weights.items() if drop is None or not name.startswith(f"{drop}.")}
+    new = {name: w.float() for name, w in weights.items()}
+    return replace(node, weights={**kept, **new}, folded=(*node.folded, what))
 
 
 def _batch_norm(node: Node) -> Node:
@@ -31,7 +35,7 @@ def _batch_norm(node: Node) -> Node:
     w = {name: value.double() for name, value in node.weights.items()}
     factor = w["bn.weight"] * torch.rsqrt(w["bn.running_var"] + node.eps)
     bias = w["bn.bias"] - w["bn.running_mean"] * factor
-    return _noted(node, "BatchNorm", ("bn.",), weight=w["weight"] * factor[:, None, None, None], bias=bias)
+    return _noted(node, "BatchNorm", {"weight": w["weight"] * factor[:, None, None, None], "bias": bias}, drop="bn")
 
 
 def _layer_norm(node: Node) -> Node:
@@ -44,9 +48,9 @@ def _layer_norm(node: Node) -> Node:
     for linear in linears:
         if f"{linear}.weight" in w:
             weight, bias = w[f"{linear}.weight"], w.get(f"{linear}.bias", torch.zeros((), dtype=torch.float64))
-            folded[f"{linear}__weight"] = weight * w["norm.weight"]
-            folded[f"{linear}__bias"] = bias + weight @ w["norm.bias"]
-    return _noted(node, "LayerNorm", ("norm.",), **folded)
+            folded[f"{linear}.weight"] = weight * w["norm.weight"]
+            folded[f"{linear}.bias"] = bias + weight @ w["norm.bias"]
+    return _noted(node, "LayerNorm", folded, drop="norm")
 
 
 def _softmax_scale(node: Node) -> Node:
@@ -55,10 +59,10 @@ def _softmax_scale(node: Node) -> Node:
         return node
     rows = torch.ones(3 * node.dim, dtype=torch.float64)
     rows[: node.dim] = node.scale
-    folded = {"qkv__weight": node.weights["qkv.weight"].double() * rows[:, None]}
+    folded = {"qkv.weight": node.weights["qkv.weight"].double() * rows[:, None]}
     if "qkv.bias" in node.weights:
-        folded["qkv__bias"] = node.weights["qkv.bias"].double() * rows
-    return replace(_noted(node, "softmax scale", **folded), scale=1.0)
+        folded["qkv.bias"] = node.weights["qkv.bias"].double() * rows
+    return replace(_noted(node, "softmax scale", folded), scale=1.0)
 
 
 def _residual_scale(node: Node) -> Node:
@@ -66,8 +70,9 @@ def _residual_scale(node: Node) -> Node:
     if not isinstance(node, Attention | Mlp) or node.residual_scale == 1.0:
         return node
     last = "proj" if isinstance(node, Attention) else "fc2"
-    parts = {f"{last}__{part}": node.weights[f"{last}.{part}"].double() * node.residual_scale for part in ("weight", "bias")}
-    return replace(_noted(node, "1/skip_lam", **parts), residual_scale=1.0)
+    names = (f"{last}.weight", f"{last}.bias")
+    scaled = {name: node.weights[name].double() * node.residual_scale for name in names}
+    return replace(_noted(node, "1/skip_lam", scaled), residual_scale=1.0)
 
 
 def _predictor(node: Node, dtype: torch.dtype) -> Node:

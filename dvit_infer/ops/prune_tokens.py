@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+OP = "dvit::prune_tokens"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NUM_PACKED = 10
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
@@ -100,9 +101,8 @@ def prune_tokens_ref(
 
 def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int) -> None:
     if x.ndim != 3 or x.dtype not in DTYPES:
-        raise ValueError(
-            f"prune_tokens: x is {x.dtype} of shape {tuple(x.shape)}; (B, P+N, C) in float32, float16 or bfloat16 expected"
-        )
+        found = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise ValueError(f"prune_tokens: x is {found}; (B, P+N, C) in float32, float16 or bfloat16 is expected")
     if num_prefix < 0:
         raise ValueError(f"prune_tokens: num_prefix is {num_prefix}, 0 or more is expected")
     if not 1 <= num_keep <= x.shape[1] - num_prefix:
@@ -110,21 +110,27 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
             f"prune_tokens: num_keep is {num_keep}, from 1 to {x.shape[1] - num_prefix} patch tokens can be kept"
         )
     if len(packed) != NUM_PACKED or packed[0].shape[0] != x.shape[2] or packed[0].dtype != x.dtype:
-        raise ValueError(
-            f"prune_tokens: packed is for no x of {x.shape[2]} channels in {x.dtype}; pack_predictor(predictor, x.dtype)"
-        )
+        fits = f"x has {x.shape[2]} channels in {x.dtype}"
+        raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 
 
-@torch.library.custom_op("dvit::prune_tokens", mutates_args=())
-def _prune_tokens(
+# Defined by schema, not by torch.library.custom_op: that wraps every call in torch.compile's machinery, whose import
+# costs two seconds and 300 MiB where nobody compiles.
+torch.library.define(
+    OP, "(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1e-5) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(OP, "CompositeExplicitAutograd")
+def _anywhere(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)
     return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
 
 
-@_prune_tokens.register_fake
-def _(
+@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
+def _fake(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)
@@ -139,7 +145,7 @@ def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
     )
 
 
-_prune_tokens.register_autograd(_no_gradient)
+torch.library.register_autograd(OP, _no_gradient)
 
 
 def prune_tokens(
@@ -176,5 +182,6 @@ def prune_tokens(
         eps = own_eps if eps is None and isinstance(own_eps, float) else eps
     if isinstance(packed, nn.Module | Mapping):
         packed = pack_predictor(packed, x.dtype)
-    kept_x, index = _prune_tokens(x, list(packed), num_keep, num_prefix, 1e-5 if eps is None else eps)
+    op = torch.ops.dvit.prune_tokens.default
+    kept_x, index = op(x, list(packed), num_keep, num_prefix, 1e-5 if eps is None else eps)
     return kept_x, index

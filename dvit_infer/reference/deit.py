@@ -24,9 +24,7 @@ class DeiT(VisionTransformer):
     """The class token is classified; with a distillation token, the mean of both heads' logits counts."""
 
     def __init__(self, *, patch_size: int, embed_dim: int, num_classes: int, num_prefix: int = 1, **trunk: Any) -> None:
-        super().__init__(
-            embed_dim=embed_dim, num_classes=num_classes, num_prefix=num_prefix, qkv_bias=True, **trunk
-        )
+        super().__init__(embed_dim=embed_dim, num_classes=num_classes, num_prefix=num_prefix, qkv_bias=True, **trunk)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         if num_prefix == 2:
             self.head_dist = nn.Linear(embed_dim, num_classes)

@@ -39,7 +39,8 @@ class LVViT(VisionTransformer):
 
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(x[:, 0])
-        return logits + 0.5 * self.aux_head(x[:, 1:]).amax(dim=1)
+        best: torch.Tensor = self.aux_head(x[:, 1:]).amax(dim=1)
+        return logits + 0.5 * best
 
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.aux_head(x[:, 1:])

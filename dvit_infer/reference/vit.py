@@ -72,9 +72,7 @@ class VisionTransformer(nn.Module):
         if num_prefix == 2:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_prefix + num_patches, embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         self.head = nn.Linear(embed_dim, num_classes)
         if prune_at:
@@ -88,12 +86,15 @@ class VisionTransformer(nn.Module):
         """(B, P+N, C) tokens after the last norm -> what training distils of every patch."""
         raise NotImplementedError
 
+    def prefix_tokens(self) -> list[torch.Tensor]:
+        """The class token and, where there is one, the distillation token, (1, 1, C) each."""
+        return [self.cls_token, self.dist_token] if self.num_prefix == 2 else [self.cls_token]
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, P+N, C)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        prefix = [self.cls_token, self.dist_token] if self.num_prefix == 2 else [self.cls_token]
-        tokens = torch.cat([*(t.expand(len(patches), -1, -1) for t in prefix), patches], dim=1)
-        return tokens + self.pos_embed
+        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
     def forward(
         self, images: torch.Tensor, return_kept: bool = False, kept: Sequence[torch.Tensor] | None = None
