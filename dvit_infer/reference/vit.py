@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
                 stage = self.prune_at.index(i)
                 index, margin = self._choose(stage, x[:, p:])
                 if kept is not None:
-                    index = torch.searchsorted(positions.contiguous(), kept[stage].to(x.device))
+                    index = torch.searchsorted(positions.contiguous(), kept[stage].to(x.device).contiguous())
                 rows = torch.cat([torch.arange(p, device=x.device).expand(b, -1), index + p], dim=1)
                 x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
                 positions = positions.gather(1, index)

@@ -1,0 +1,103 @@
+"""The reference models give the official models' answers, in evaluation and in training."""
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import CASES, HERE, answers, official_checkpoint, options, pictures, same_kept, state_dict
+from torch.nn import functional as F
+
+import dvit_infer as dvit
+from dvit_infer.fill import image
+from dvit_infer.reference.layers import softmax_with_policy
+from dvit_infer.reference.vit import TrainOutput
+
+
+@pytest.mark.parametrize("case_id", CASES)
+@torch.no_grad()
+def test_agrees_with_the_golden_case(case_id):
+    logits, kept, margin = answers(case_id)
+    model = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
+    ours, ours_kept = model(pictures(case_id), return_kept=True)
+    assert (ours - logits).abs().max() < 2e-5
+    assert same_kept(ours_kept, kept, margin)
+
+
+@torch.no_grad()
+def test_given_kept_sets_are_used():
+    case_id = "tiny-deit-r0.7-s1"
+    model = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
+    logits, kept = model(pictures(case_id), return_kept=True)
+    again, same = model(pictures(case_id), return_kept=True, kept=kept)
+    assert torch.equal(logits, again)
+    assert all(torch.equal(a, b) for a, b in zip(kept, same, strict=True))
+    others = [torch.arange(stage.shape[1]).expand_as(stage) for stage in kept]
+    changed, chosen = model(pictures(case_id), return_kept=True, kept=others)
+    assert not torch.allclose(changed, logits, atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, others, strict=True))
+
+
+def _training_case(name: str, variant: str, monkeypatch: pytest.MonkeyPatch):
+    """Student and teacher outputs of a training case, its Gumbel samples replaced by the plain argmax."""
+
+    def argmax(logits: torch.Tensor, hard: bool) -> torch.Tensor:
+        assert hard
+        return F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
+
+    monkeypatch.setattr(F, "gumbel_softmax", argmax)
+    seed = int(name.rsplit("-s", 1)[1])
+    assume = {"num_heads": 2} | ({"skip_lam": 2.0} if "lvvit" in variant else {})
+    student = dvit.load_reference({"model": state_dict(variant, seed)}, assume=assume)
+    dense = {k: v for k, v in state_dict(variant, seed + 100).items() if not k.startswith("score_predictor")}
+    teacher = dvit.load_reference({"model": dense}, assume=assume)
+    for model in (student, teacher):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    images = torch.from_numpy(image(3, 64 if "lvvit" in variant else 224, seed))
+    golden = {key: torch.from_numpy(value) for key, value in np.load(HERE / f"{name}.npz").items()}
+    out, right = student(images), teacher(images)
+    assert isinstance(out, TrainOutput)
+    assert isinstance(right, TrainOutput)
+    return out, right, golden
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [("train-tiny-deit-s21", "tiny-deit"), ("train-tiny-lvvit-s22", "tiny-lvvit")]
+)
+def test_training_forward_agrees_with_the_golden_case(name, variant, monkeypatch):
+    out, teacher, golden = _training_case(name, variant, monkeypatch)
+    assert torch.equal(torch.stack(out.decisions).to(torch.int8), golden["decisions"])
+    assert torch.equal(out.mask.to(torch.int8), golden["mask"])
+    assert torch.allclose(out.pred, golden["pred"], rtol=0, atol=2e-5)
+    assert torch.allclose(teacher.pred, golden["teacher_logits"], rtol=0, atol=2e-5)
+    if "aux" in golden:
+        assert torch.allclose(out.tokens, golden["aux"], rtol=0, atol=2e-5)
+        assert torch.allclose(teacher.tokens, golden["teacher_aux"], rtol=0, atol=2e-5)
+    else:
+        assert torch.allclose(out.tokens[:, ::14], golden["features"], rtol=0, atol=2e-5)
+    # The outputs are what the official losses are made of: their parts follow from them.
+    ratios = sum(((d.mean(1) - r) ** 2).mean() for d, r in zip(out.decisions, (0.7, 0.49, 0.343), strict=True))
+    parts = golden.get("loss_parts", golden.get("loss_parts_mse"))
+    kl = F.kl_div(out.pred.log_softmax(-1), teacher.pred.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert torch.allclose(torch.stack([F.cross_entropy(out.pred, golden["labels"]), ratios, kl]), parts[:3], atol=2e-5)
+
+
+def test_training_reaches_every_weight():
+    case_id = "tiny-deit-r0.7-s1"
+    model = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).train()
+    out = model(pictures(case_id))
+    (out.pred.sum() + out.tokens.sum() + sum(d.mean() for d in out.decisions)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_softmax_with_policy_masks_keys_but_not_the_token_itself():
+    scores = torch.randn(2, 3, 5, 5)
+    policy = torch.tensor([1.0, 1, 0, 1, 0]).view(1, 5, 1).expand(2, -1, -1)
+    weights = softmax_with_policy(scores, policy)
+    dropped = torch.tensor([2, 4])
+    assert weights[..., 0, dropped].max() < 1e-6
+    assert (weights[..., dropped, dropped] > 1e-3).all()
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 5), atol=1e-5)
+    everyone = softmax_with_policy(scores, torch.ones(2, 5, 1))
+    assert torch.allclose(everyone, scores.softmax(-1), atol=2e-6)
