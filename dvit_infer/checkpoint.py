@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,8 @@ def _harmless() -> list[Any]:
 
 def _load_torch(path: Path, is_zip: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual pickle protocol: what comes of it is told below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises a dozen kinds on damaged files; each becomes a line that names the file
         raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
@@ -96,6 +98,8 @@ def _why_not(message: str, is_zip: bool) -> str:
     """One line for what torch.load said in many."""
     if found := re.search(r"GLOBAL (\S+)", message):
         return f"refused: loading it would run {found.group(1)}; only plain weights are read, nothing was run"
+    if "Unsupported operand" in message:
+        return "refused: its pickle has instructions that plain weights do not need; nothing was run"
     if "TorchScript" in message:
         return "is a TorchScript archive; save the model's state_dict instead"
     if is_zip:

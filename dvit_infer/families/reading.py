@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,12 +63,13 @@ class Reading:
             raise InputError(f"{self.name}: {key} has shape {found}, {ndim} dimensions, none of them 0, are expected")
         return found
 
-    def vote(self, what: str, places: Iterable[tuple[str, int]]) -> int:
+    def vote(self, what: str, places: Sequence[tuple[str, int]]) -> int:
         """A size that several tensors show: the most frequent, so that one bad tensor is found out, not followed."""
-        seen = [(self.shapes[key][axis], key) for key, axis in places if len(self.shapes.get(key, ())) > axis]
-        if not seen:
-            raise InputError(f"{self.name}: missing key {next(iter(places))[0]}, which tells {what}")
-        return Counter(size for size, _ in seen).most_common(1)[0][0]
+        seen = [self.shapes[key][axis] for key, axis in places if len(self.shapes.get(key, ())) > axis]
+        sizes = Counter(size for size in seen if size > 0)
+        if not sizes:
+            raise InputError(f"{self.name}: missing key {places[0][0]}, which tells {what}")
+        return sizes.most_common(1)[0][0]
 
     def count(self, prefix: str) -> int:
         """How many numbered modules `prefix`0, `prefix`1, ... there are, by the highest number."""
