@@ -42,11 +42,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     part = Path(name)
     try:
+        yield part
         # mkstemp makes files that only their owner reads; a result gets the mode any new file would.
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)
-        yield part
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

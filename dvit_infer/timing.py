@@ -90,7 +90,7 @@ def interleave(
         turn = len(rounds) % len(names)
         taken = {name: _seconds(calls[name], device) for name in names[turn:] + names[:turn]}
         rounds.append([taken[name] for name in names])
-        progress(min(1.0, max((time.perf_counter() - start) / seconds, len(rounds) / MAX_ROUNDS)))
+        progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
     columns = np.array(rounds).T
     return {name: Timing(column, peaks[name]) for name, column in zip(names, columns, strict=True)}
 

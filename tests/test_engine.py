@@ -142,7 +142,9 @@ def test_everything_else_can_be_built_from_a_saved_file(tiny, tmp_path):
     tiny.save(tmp_path / "m.safetensors")
     path, images = tmp_path / "m.safetensors", pictures(TINY)
     dense = dvit.load(path, device="cpu", method="none")
-    assert torch.allclose(dense(images), dvit.convert(official_checkpoint(TINY), method="none", device="cpu", **options(TINY))(images))
+    assert torch.allclose(
+        dense(images), dvit.convert(official_checkpoint(TINY), method="none", device="cpu", **options(TINY))(images)
+    )
     half = dvit.load(path, device="cpu", keep_rate=0.5)
     assert [k.shape[1] for k in half(images, return_kept=True)[1]] == [98, 49, 24]
     assert dvit.load(path, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
@@ -179,7 +181,13 @@ def test_image_size_tuple_and_resampling():
 
 
 def test_dtype_and_device_are_named_when_unknown(tiny):
-    for arguments in ({"dtype": "int8"}, {"dtype": torch.float64}, {"device": "tpu"}, {"device": "mps"}, {"device": "cuda:99"}):
+    for arguments in (
+        {"dtype": "int8"},
+        {"dtype": torch.float64},
+        {"device": "tpu"},
+        {"device": "mps"},
+        {"device": "cuda:99"},
+    ):
         with pytest.raises(dvit.InputError, match=next(iter(arguments))):
             dvit.convert(official_checkpoint(TINY), **arguments, **options(TINY))
 

@@ -74,7 +74,9 @@ def test_our_own_training_files_say_everything_in_args():
     config, notes = config_of({"model": state_dict("tiny-lvvit", 1), "args": args})
     assert (config.num_heads, config.prune_at, config.skip_lam, config.keep_rate) == (2, (0, 1, 2), 3.0, 0.9)
     assert {notes[what].how for what in ("num_heads", "prune_at", "skip_lam", "keep_rate")} == {"read"}
-    given, _ = config_of({"model": state_dict("tiny-lvvit", 1), "args": args}, num_heads=4, skip_lam=1.0, prune_at=(1, 2, 3))
+    given, _ = config_of(
+        {"model": state_dict("tiny-lvvit", 1), "args": args}, num_heads=4, skip_lam=1.0, prune_at=(1, 2, 3)
+    )
     assert (given.num_heads, given.prune_at, given.skip_lam) == (4, (1, 2, 3), 1.0)
 
 
@@ -116,7 +118,9 @@ def test_a_missing_or_misshapen_key_is_named(key):
             dvit.convert({"model": state | {key: wrong}}, assume={"num_heads": 2})
 
 
-@pytest.mark.parametrize("key", ["blocks.0.ls1.gamma", "blocks.0.attn.q_norm.weight", "foo", "head.extra", "fc_norm.weight"])
+@pytest.mark.parametrize(
+    "key", ["blocks.0.ls1.gamma", "blocks.0.attn.q_norm.weight", "foo", "head.extra", "fc_norm.weight"]
+)
 def test_an_unexpected_key_is_named(key):
     with pytest.raises(dvit.InputError, match=f"unexpected key {key}"):
         dvit.convert({"model": state_dict("tiny-deit", 1) | {key: torch.ones(64)}}, assume={"num_heads": 2})
@@ -170,7 +174,9 @@ def test_impossible_arguments_are_named(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("said", [{"base_rate": 7.0}, {"base_rate": "x"}, {"num_heads": 2.5}, {"prune_at": "3,6,9"}, {"mean": 3}])
+@pytest.mark.parametrize(
+    "said", [{"base_rate": 7.0}, {"base_rate": "x"}, {"num_heads": 2.5}, {"prune_at": "3,6,9"}, {"mean": 3}]
+)
 def test_nonsense_in_the_files_args_is_named(said):
     with pytest.raises(dvit.InputError, match=next(iter(said)).replace("base_rate", "keep_rate")):
         dvit.convert({"model": state_dict("tiny-deit", 1), "args": {"num_heads": 2} | said})
@@ -200,7 +206,9 @@ def test_an_unknown_family_is_said_with_the_known_ones():
         dvit.convert({"layer1.weight": torch.ones(3)})
 
 
-@pytest.mark.parametrize("key", ["blocks.99999999999.norm1.weight", "blocks.4000.norm1.weight", "score_predictor.700.x"])
+@pytest.mark.parametrize(
+    "key", ["blocks.99999999999.norm1.weight", "blocks.4000.norm1.weight", "score_predictor.700.x"]
+)
 def test_made_up_block_numbers_build_nothing(key):
     with pytest.raises(dvit.InputError):
         dvit.convert(state_dict("tiny-deit", 1) | {key: torch.ones(64)}, assume={"num_heads": 2})
@@ -211,5 +219,3 @@ def test_float64_and_float16_sources_give_float32_references():
         state = {k: v.to(dtype) for k, v in state_dict("tiny-deit", 1).items()}
         model = build_reference(config_of(state, num_heads=2)[0], read_checkpoint(state))
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-

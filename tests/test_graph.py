@@ -29,7 +29,9 @@ def unfolded(case_id: str, **given) -> tuple[torch.nn.Module, Graph]:
 @pytest.mark.parametrize("case_id", [c for c in CASES if "large" not in c and "tame" not in c])
 def test_multiply_adds_agree_with_fvcore_node_by_node_in_sum(case_id):
     model, graph = unfolded(case_id)
-    count = FlopCountAnalysis(model, pictures(case_id)[:1]).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    count = (
+        FlopCountAnalysis(model, pictures(case_id)[:1]).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    )
     assert graph.macs == pytest.approx(count.total(), rel=1e-3)
     by_module = count.by_module()
     for i in range(len(model.blocks)):
@@ -38,7 +40,8 @@ def test_multiply_adds_agree_with_fvcore_node_by_node_in_sum(case_id):
 
 
 @pytest.mark.parametrize(
-    "variant", ["dynamicvit-deit-256", "dynamicvit-deit-s", "dynamicvit-deit-b", "dynamicvit-lvvit-s", "dynamicvit-lvvit-m"]
+    "variant",
+    ["dynamicvit-deit-256", "dynamicvit-deit-s", "dynamicvit-deit-b", "dynamicvit-lvvit-s", "dynamicvit-lvvit-m"],
 )
 def test_multiply_adds_agree_with_the_official_models(variant):
     checkpoint = read_checkpoint(official_checkpoint(f"{variant}-r0.7-s1"))
@@ -56,7 +59,9 @@ def test_the_class_rows_and_the_mean_half_save_what_they_should():
         assert dense.graph.macs / pruned.graph.macs == pytest.approx(ratio, abs=5e-4)
 
 
-@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s41-tame", "tiny-lvvit-r0.7-s41-tame", "timm-deit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "case_id", ["tiny-deit-r0.7-s41-tame", "tiny-lvvit-r0.7-s41-tame", "timm-deit_tiny_patch16_224"]
+)
 @torch.no_grad()
 def test_folded_and_unfolded_graphs_give_the_golden_answer(case_id):
     _, graph = unfolded(case_id)
@@ -81,7 +86,9 @@ def test_what_is_folded_is_gone_and_noted():
 
 def test_only_prefix_rows_go_through_the_last_block():
     for case_id, rows in (("tiny-deit-r0.7-s1", 1), ("timm-deit_small_distilled_patch16_224", 2)):
-        *_, attention, mlp, head = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id)).graph.nodes
+        *_, attention, mlp, head = dvit.convert(
+            official_checkpoint(case_id), device="cpu", **options(case_id)
+        ).graph.nodes
         assert isinstance(attention, Attention)
         assert isinstance(mlp, Mlp)
         assert (attention.rows, mlp.tokens) == (rows, rows)

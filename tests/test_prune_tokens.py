@@ -29,7 +29,14 @@ def make_x(b: int, n: int, p: int, dim: int, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("b", "n", "p", "dim", "k"),
-    [(3, 196, 1, 384, 137), (2, 137, 1, 192, 96), (2, 49, 0, 64, 49), (1, 1, 1, 64, 1), (5, 33, 2, 96, 7), (2, 60, 5, 256, 1)],
+    [
+        (3, 196, 1, 384, 137),
+        (2, 137, 1, 192, 96),
+        (2, 49, 0, 64, 49),
+        (1, 1, 1, 64, 1),
+        (5, 33, 2, 96, 7),
+        (2, 60, 5, 256, 1),
+    ],
 )
 def test_kept_sets_equal_a_stable_float64_ranking(b, n, p, dim, k, dtype):
     predictor, x = make_predictor(dim), make_x(b, n, p, dim, dtype)
@@ -37,7 +44,9 @@ def test_kept_sets_equal_a_stable_float64_ranking(b, n, p, dim, k, dtype):
     logits = predictor.double()(x[:, p:].double())
     score = logits[..., 0] - logits[..., 1]
     # Stated margin: rounding of the scores, in units of their spread.
-    margin = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}[dtype] * max(score.std().item() if n > 1 else 1, 1)
+    margin = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1.5e-1}[dtype] * max(
+        score.std().item() if n > 1 else 1, 1
+    )
     ranked = score.sort(dim=1, descending=True, stable=True)
     for i in range(b):
         ours, theirs = set(index[i].tolist()), set(ranked.indices[i, :k].tolist())
@@ -130,7 +139,9 @@ def test_opcheck(p, dtype, device):
 
 def test_schema_is_the_published_one():
     schema = str(torch.ops.dvit.prune_tokens.default._schema)
-    assert schema.startswith("dvit::prune_tokens(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1")
+    assert schema.startswith(
+        "dvit::prune_tokens(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1"
+    )
     assert schema.endswith("-> (Tensor, Tensor)")
 
 

@@ -38,7 +38,7 @@ def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.files import check_output
     from dvit_infer.timing import environment, write_results
 
-    json_out = check_output(options.json, "json", not_this=options.model) if options.json else None
+    json_out = None if options.json is None else check_output(options.json, "json", not_this=options.model)
     if options.batch and min(options.batch) < 1:
         raise InputError(f"batch: {min(options.batch)} pictures cannot be measured; 1 or more can")
     with progress("loading"):

@@ -41,8 +41,11 @@ def _convert(options: argparse.Namespace) -> int:
     from dvit_infer.files import check_output, whole_file
     from dvit_infer.timing import environment, write_json
 
-    out = check_output(options.out or _default_out(options.checkpoint), "out", not_this=options.checkpoint)
-    json_out = check_output(options.json, "json", not_this=options.checkpoint) if options.json else None
+    name = _default_out(options.checkpoint) if options.out is None else options.out
+    out = check_output(name, "out", not_this=options.checkpoint)
+    json_out = None if options.json is None else check_output(options.json, "json", not_this=options.checkpoint)
+    if json_out == out:
+        raise dvit.InputError(f"json: {options.json} is where the model goes; choose another name")
     report = None
     with progress("converting") as show:
         engine = dvit.convert(
@@ -84,7 +87,7 @@ def _convert(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f"wrote {options.out or out.name} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(f"wrote {name} ({out.stat().st_size / 2**20:.1f} MiB)")
     return 0
 
 

@@ -1,0 +1,49 @@
+"""Measuring: every call once a round, ratios round by round, an environment, a file whole or not at all."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dvit_infer.files import whole_file
+from dvit_infer.timing import MIN_ROUNDS, Timing, environment, interleave, machine_name, write_json
+
+
+def test_calls_take_turns():
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    shares: list[float] = []
+    timings = interleave(calls, torch.device("cpu"), 0.0, shares.append)
+    rounds = order[-3 * MIN_ROUNDS :]
+    firsts = rounds[::3]
+    assert all(sorted(rounds[i : i + 3]) == ["a", "b", "c"] for i in range(0, len(rounds), 3))
+    assert set(firsts) == {"a", "b", "c"}
+    assert all(len(t.seconds) == MIN_ROUNDS for t in timings.values())
+    assert len(shares) == MIN_ROUNDS
+
+
+def test_rates_and_ratios_follow_from_times():
+    slow, fast = Timing(np.array([0.4, 0.2, 0.4]), None), Timing(np.array([0.2, 0.1, 0.1]), 5.0)
+    assert fast.speedup_over(slow) == pytest.approx(2.0)
+    rates = slow.rates(8)
+    assert rates["images_per_s"] == pytest.approx(20.0)
+    assert rates["p50_ms"] == pytest.approx(400.0)
+    assert rates["p20_images_per_s"] <= rates["images_per_s"] <= rates["p80_images_per_s"]
+
+
+def test_environment_is_complete():
+    found = environment()
+    assert found.keys() == {"machine", "gpu", "driver", "torch", "triton", "commit", "date"}
+    assert found["torch"] == torch.__version__
+    assert machine_name("NVIDIA H200") == "h200"
+
+
+def test_files_are_whole_or_not_there(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b") as part:
+        part.write_text(f"{1 / 0}")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
