@@ -114,7 +114,7 @@ def test_a_wrong_choice_of_tokens_is_caught_though_logits_agree_when_given_the_r
 
 
 def test_unclear_cuts_are_excused(monkeypatch):
-    """With tied scores the cut means nothing: another choice is no failure, and logits are compared on the same sets."""
+    """With tied scores the cut means nothing: another choice is no failure, logits are compared on the same sets."""
     checkpoint = {"model": dict(official_checkpoint(TINY)["model"])}
     for key in checkpoint["model"]:
         if key.startswith("score_predictor") and key.endswith("out_conv.4.weight"):

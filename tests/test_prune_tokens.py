@@ -195,9 +195,9 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_packing_names_what_is_wrong():
     state = make_predictor(64).state_dict()
-    with pytest.raises(ValueError, match="missing out_conv.2.bias"):
+    with pytest.raises(ValueError, match=r"missing out_conv\.2\.bias"):
         dvit.pack_predictor({k: v for k, v in state.items() if k != "out_conv.2.bias"})
-    with pytest.raises(ValueError, match="out_conv.0.weight has shape"):
+    with pytest.raises(ValueError, match=r"out_conv\.0\.weight has shape"):
         dvit.pack_predictor(state | {"out_conv.0.weight": torch.zeros(32, 32)})
     with pytest.raises(ValueError, match="int8"):
         dvit.pack_predictor(state, torch.int8)
