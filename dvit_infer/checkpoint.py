@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ PREFIXES = ("module.", "backbone.", "_orig_mod.")
 HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
 FORMAT = 1
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LOADING = threading.Lock()  # what torch.load may name is a setting of the whole process
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -64,7 +67,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
     # A safetensors header may by chance begin with a pickle's first byte, so what stands at byte 8 decides first.
     if head[8:9] == b"{" or path.suffix == ".safetensors":
         tensors, said = _load_safetensors(path)
-        checkpoint = _take_weights(name, tensors, weights if said is None else None)
+        checkpoint = _take_weights(name, tensors, weights)
         checkpoint.said, checkpoint.is_saved_engine = said or {}, said is not None
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
@@ -74,7 +77,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
 
 def _harmless() -> list[Any]:
     """The closed list of classes a pickle may name beside torch's own: argparse's Namespace and numpy scalars."""
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    scalar = np.float64(0).__reduce__()[0]  # numpy's own constructor of scalars, under both names it has had
     numeric = "?bhilqBHILQefd"
     return [
         argparse.Namespace,
@@ -86,8 +89,9 @@ def _harmless() -> list[Any]:
 
 
 def _load_torch(path: Path, is_zip: bool) -> Any:
+    harmless = _harmless()
     try:
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with _LOADING, torch.serialization.safe_globals(harmless), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: what comes of it is told below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises a dozen kinds on damaged files; each becomes a line that names the file
@@ -173,19 +177,22 @@ def _without_prefixes(name: str, key: Any) -> str:
 
 
 def _checked(name: str, key: str, value: Any) -> torch.Tensor:
-    """Return the tensor, detached, if it is plain, dense, floating (or a counter) and finite."""
+    """Return a copy of the tensor if it is plain, dense, floating (or a counter) and finite.
+
+    A copy, for the file may be overwritten in place, or the caller may go on training.
+    """
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name}: {key} is a {type(value).__name__}, no tensor")
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
         raise InputError(f"{name}: {key} is no plain dense tensor with data")
-    tensor: torch.Tensor = value.detach().cpu()
+    tensor: torch.Tensor = value.detach()
     # A few stored bytes may claim, by strides of zero, to be terabytes.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(f"{name}: {key} claims shape {tuple(tensor.shape)}, more than the file holds for it")
-    if key.endswith("num_batches_tracked"):
-        return tensor
-    if not tensor.is_floating_point():
-        raise InputError(f"{name}: {key} is {tensor.dtype}, floating point is expected")
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{name}: {key} has NaN or Inf in it")
+    is_counter = key.endswith("num_batches_tracked")
+    if tensor.dtype not in _DTYPES and not is_counter:
+        raise InputError(f"{name}: {key} is {tensor.dtype}; float32, float64, float16 or bfloat16 is expected")
+    tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    if not is_counter and not torch.isfinite(tensor.float()).all():
+        raise InputError(f"{name}: {key} has NaN or Inf in it, or is too large for float32")
     return tensor

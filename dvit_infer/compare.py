@@ -1,18 +1,20 @@
 """One model run in several ways, side by side: the reference, our engine dense, our engine pruned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.checkpoint import read_checkpoint
+from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.config import Config
 from dvit_infer.engine import Engine, resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
-from dvit_infer.families import recognise
+from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.example import example_checkpoint
+from dvit_infer.families.reading import Note
 from dvit_infer.graph import build_graph
 from dvit_infer.images import sample_images
-from dvit_infer.parity import evaluate, reference_for
+from dvit_infer.parity import evaluate
 from dvit_infer.timing import Row, Timing, interleave
 
 WAYS = ("reference", "dense")  # what the engine can be compared with
@@ -21,13 +23,16 @@ DISTINCT_IMAGES = 64
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to run the model. `dense` says which reference it has to agree with."""
+    """One way to run the model, with its config and what its weights take."""
 
     call: Callable[[torch.Tensor], torch.Tensor]
+    config: Config
     gflops: float
-    params: int
-    keep_rate: float
-    dense: bool
+    weights_mib: float
+
+    @property
+    def dense(self) -> bool:
+        return self.config.method == "none"
 
 
 @dataclass(frozen=True)
@@ -65,31 +70,34 @@ class Comparison:
         self.dtype = resolve_dtype(dtype, self.device)
         checkpoint = read_checkpoint(example_checkpoint("dynamicvit-deit-s") if model is None else model)
         config, notes = recognise(checkpoint, None, {}, {})
-        engine = Engine(config, checkpoint, notes, self.device, self.dtype)
         self.config = config
-        weights = {key: value.numel() for key, value in checkpoint.state.items() if not _is_buffer(key)}
-        params = sum(weights.values())
-        trunk = sum(count for key, count in weights.items() if not key.startswith("score_predictor."))
-        self._right = reference_for(engine, checkpoint, torch.float32)
-        plain = self._right if self.dtype == torch.float32 else reference_for(engine, checkpoint, self.dtype)
+        dense_config, _ = recognise(checkpoint, None, {}, {"method": "none"})
+        both = {False: config, True: dense_config}  # by whether it is dense
+        self._right = {dense: build_reference(c, checkpoint).to(self.device) for dense, c in both.items()}
         is_dense = config.method == "none"
         self._ways: dict[str, _Way] = {}
         if "reference" in names:
+            plain = build_reference(config, checkpoint)
             gflops = build_graph(plain, config).gflops
+            plain = plain.to(self.device, self.dtype)
             self._ways["reference"] = _Way(
-                lambda images: plain.evaluate(images).logits, gflops, params, config.keep_rate, is_dense
+                lambda images: plain.evaluate(images).logits, config, gflops, _mib(plain.parameters())
             )
-        if is_dense:
-            self._ways["dense"] = _Way(engine, engine.graph.gflops, trunk, 1.0, True)
-            self._dense_right = self._right
-        else:
-            twin_config, _ = recognise(checkpoint, None, {}, {"method": "none"})
-            twin = Engine(twin_config, checkpoint, notes, self.device, self.dtype)
-            if "dense" in names:
-                self._ways["dense"] = _Way(twin, twin.graph.gflops, trunk, 1.0, True)
-            self._dense_right = reference_for(twin, checkpoint, torch.float32)
-            self._ways["engine"] = _Way(engine, engine.graph.gflops, params, config.keep_rate, False)
-        self.baseline = next(iter(self._ways))
+        if "dense" in names or is_dense:
+            self._ways["dense"] = self._engine(dense_config, checkpoint, notes)
+        if not is_dense:
+            self._ways["engine"] = self._engine(config, checkpoint, notes)
+        self.baseline = next((name for name in names if name in self._ways), next(iter(self._ways)))
+        weights = {key: value.numel() for key, value in checkpoint.state.items() if not _is_buffer(key)}
+        self._params = {  # of what runs, by whether it is dense
+            False: sum(weights.values()),
+            True: sum(count for key, count in weights.items() if not key.startswith("score_predictor.")),
+        }
+
+    def _engine(self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note]) -> _Way:
+        engine = Engine(config, checkpoint, notes, self.device, self.dtype)
+        weights = _mib(w for node in engine.graph.nodes for w in node.weights.values())
+        return _Way(engine, config, engine.graph.gflops, weights)
 
     def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
         """Time every way on the same pictures, interleaved.
@@ -99,14 +107,14 @@ class Comparison:
         """
         try:
             images = _images(batch, self.config.image_size)
-            right = {False: evaluate(self._right, images).logits, True: evaluate(self._dense_right, images).logits}
+            right = {is_dense: evaluate(model, images).logits for is_dense, model in self._right.items()}
             images = images.to(self.device, self.dtype)
             with torch.no_grad():
                 calls = {name: _bound(way.call, images) for name, way in self._ways.items()}
                 timings = interleave(calls, self.device, seconds, progress)
                 rows = [self._row(name, batch, timings, call().float(), right) for name, call in calls.items()]
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
         if "dense" not in timings or "engine" not in timings:
@@ -121,7 +129,7 @@ class Comparison:
         expected = right[way.dense]
         return Row(
             model=self.config.arch,
-            keep_rate=way.keep_rate,
+            keep_rate=1.0 if way.dense else way.config.keep_rate,
             how=name,
             mode=None,
             device=self.device.type,
@@ -129,13 +137,17 @@ class Comparison:
             batch=batch,
             **timing.rates(batch),
             gflops=way.gflops,
-            params=way.params,
-            peak_mib=timing.peak_mib,
+            params=self._params[way.dense],
+            peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.weights_mib,
             max_logit_error=(logits - expected).abs().max().item(),
             top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
             baseline=self.baseline,
             speedup=timing.speedup_over(timings[self.baseline]),
         )
+
+
+def _mib(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
 def _is_buffer(key: str) -> bool:

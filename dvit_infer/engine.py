@@ -19,7 +19,7 @@ from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
 from dvit_infer.files import check_output, whole_file
 from dvit_infer.graph import Graph, build_graph, fold
-from dvit_infer.images import prepare
+from dvit_infer.images import check_images, prepare
 
 Source = str | Path | Mapping[str, Any]
 
@@ -73,13 +73,14 @@ class Engine:
         Raises:
             ValueError: images or kept are of a rank, size, dtype or content that does not fit.
         """
-        images = prepare(images, self.config, self.device, self.dtype)
+        check_images(images, self.config)
         stages = None if kept is None else check_kept(kept, self.config, len(images), self.device)
         logits, chosen = [], []
         size = CHUNK[self.device.type]
         for start in range(0, len(images), size):
             part = slice(start, start + size)
-            out = backend.run(self.graph, images[part], None if stages is None else [stage[part] for stage in stages])
+            given = None if stages is None else [stage[part] for stage in stages]
+            out = backend.run(self.graph, prepare(images[part], self.config, self.device, self.dtype), given)
             logits.append(out[0])
             chosen.append(out[1])
         result = torch.cat(logits)
@@ -95,11 +96,9 @@ class Engine:
         """
         target = check_output(path, "save")
         header = {HEADER_KEY: json.dumps({"format": FORMAT, "config": asdict(self.config)})}
-        # safetensors takes no tensor that shares memory with another or is not contiguous.
-        tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in self._checkpoint.state.items()}
         try:
             with whole_file(target) as part:
-                save_file(tensors, part, header)
+                save_file(self._checkpoint.state, part, header)
         except (SafetensorError, OSError) as error:
             raise InputError(f"save: {path}: {error}") from None
 
@@ -207,8 +206,13 @@ def _recognised(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; by default, CUDA if there is one. A CUDA device always with its index: it may not drift.
+
+    Raises:
+        InputError: there is no such device here.
+    """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
@@ -217,10 +221,17 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"device: {resolved.type} is not supported; cpu and cuda are")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {device} was asked for, and there is none here; cpu would do")
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype:
+    """The dtype asked for; by default, bfloat16 on CUDA and float32 on a CPU.
+
+    Raises:
+        InputError: it is none of `DTYPES`.
+    """
     if dtype is None:
         return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -240,6 +251,8 @@ def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device:
     alive = torch.ones(batch, config.num_patches, dtype=torch.bool, device=device)
     stages = []
     for stage, (index, count) in enumerate(zip(kept, config.num_keep, strict=True)):
+        if not isinstance(index, torch.Tensor):
+            raise ValueError(f"kept: stage {stage} is a {type(index).__name__}; a tensor is expected")
         if tuple(index.shape) != (batch, count) or index.dtype != torch.int64:
             found = f"{index.dtype} of shape {tuple(index.shape)}"
             raise ValueError(f"kept: stage {stage} is {found}; int64 ({batch}, {count}) is expected")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from dvit_infer.errors import InputError
 
+_UMASK = os.umask(0o022)  # it can only be read by setting it, which is the process's: once, while importing
+os.umask(_UMASK)
+
 
 def check_output(path: str | Path, what: str, not_this: str | Path | None = None) -> Path:
     """Return where to write, or say why nothing can be written there, before any work is done.
@@ -43,10 +46,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        # mkstemp makes files that only their owner reads; a result gets the mode any new file would.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
+        part.chmod(0o666 & ~_UMASK)  # mkstemp's files are their owner's alone; a result gets the mode of any new file
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -8,16 +8,8 @@ from dvit_infer.config import Config
 from dvit_infer.fill import image
 
 
-def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return the pictures as the model wants them.
-
-    Args:
-        images: (B, 3, H, W), B >= 1; floating point is taken as normalised, uint8 is normalised here. Any device,
-            any strides.
-
-    Raises:
-        ValueError: rank, channels, size or dtype do not fit.
-    """
+def check_images(images: torch.Tensor, config: Config) -> None:
+    """Raise ValueError unless `images` is (B, 3, H, W) of the config's size, B >= 1, in uint8 or floating point."""
     if not isinstance(images, torch.Tensor):
         raise ValueError(f"images: a tensor is expected, not a {type(images).__name__}")
     height, width = config.image_size
@@ -26,7 +18,11 @@ def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: t
         raise ValueError(f"images: shape {tuple(images.shape)}; {expected}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images: dtype {images.dtype}; {expected}")
-    images = images.to(device, non_blocking=True)
+
+
+def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Checked pictures as the graph wants them: on its device, normalised if they were uint8, in its dtype."""
+    images = images.to(device)
     if images.dtype == torch.uint8:
         images = normalise(images, config.mean, config.std)
     return images.to(dtype).contiguous()

@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.table import Table
 
 from dvit_infer.backends import torch as backend
 from dvit_infer.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.engine import CHUNK, Engine, Source, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
-from dvit_infer.graph.nodes import Node, render
+from dvit_infer.graph.nodes import Node
 from dvit_infer.images import prepare, sample_images
 from dvit_infer.reference.vit import EvalOutput, VisionTransformer
+from dvit_infer.tables import table
 
 LOGIT_TOLERANCE = 1e-4  # float32
 MARGIN = 1e-5  # float32: a kept set is compared only where the gap at its cut, and at every earlier one, is larger
@@ -60,19 +60,18 @@ class Report:
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
         title = f"parity {verdict}: {self.num_images} pictures, {self.dtype} on {self.device}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("against the reference in float32")
-        table.add_column("engine", justify="right")
-        table.add_column(f"plain PyTorch, {self.dtype}", justify="right")
-        table.add_row("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}")
-        table.add_row("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}")
-        table.add_row("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}")
+        rows = [
+            ("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}"),
+            ("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
+            ("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}"),
+        ]
         for stage, overlap in enumerate(self.kept_overlap):
             clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
-            table.add_row(f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", "")
-        table.add_row("weights", self.wrong_weight or "all follow from the file", "")
-        table.add_row("first node that differs", self.first_difference or "none", "")
-        return "\n".join([render(table), *(f"failed: {failure}" for failure in self.failures)])
+            rows.append((f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", ""))
+        rows.append(("weights", self.wrong_weight or "all follow from the file", ""))
+        rows.append(("first node that differs", self.first_difference or "none", ""))
+        columns = ("against the reference in float32", ">engine", f">plain PyTorch, {self.dtype}")
+        return "\n".join([table(columns, rows, title=title), *(f"failed: {failure}" for failure in self.failures)])
 
 
 @torch.no_grad()
@@ -96,14 +95,14 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
         raise InputError(f"num_images: {num_images}; at least one picture is needed")
     checkpoint = _read_same_set(source, engine)
     images = sample_images(num_images, engine.config.image_size, seed=1)
-    reference = reference_for(engine, checkpoint, torch.float32)
+    reference = build_reference(engine.config, checkpoint).to(engine.device)
     expected = evaluate(reference, images)
     logits, own_kept = engine(images, return_kept=True)
     differs = _differs(own_kept, expected.kept, num_images)
     if engine.dtype == torch.float32:
         plain, plain_logits = reference, expected.logits
     else:
-        plain = reference_for(engine, checkpoint, engine.dtype)
+        plain = build_reference(engine.config, checkpoint).to(engine.device, engine.dtype)
         plain_logits = evaluate(plain, images, expected.kept).logits
         differs = torch.ones_like(differs)
     if expected.kept and differs.any():
@@ -158,13 +157,6 @@ def _read_same_set(source: Source, engine: Engine) -> Checkpoint:
     return read_checkpoint(source, wanted)
 
 
-def reference_for(engine: Engine, checkpoint: Checkpoint, dtype: torch.dtype) -> VisionTransformer:
-    """The reference of an engine's config, on its device."""
-    model = build_reference(engine.config, checkpoint)
-    assert isinstance(model, VisionTransformer)
-    return model.to(engine.device, dtype)
-
-
 @torch.no_grad()
 def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
     """The model's answers, in batches that fit, logits in float32."""
@@ -174,7 +166,9 @@ def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torc
     for start in range(0, len(images), size):
         part = slice(start, start + size)
         given = [stage[part] for stage in kept] or None
-        parts.append(model.evaluate(images[part].to(like.device, like.dtype), given))
+        inputs = images[part].to(like.device, like.dtype)
+        with backend.full_float32(inputs):
+            parts.append(model.evaluate(inputs, given))
     logits, chosen, margins = zip(*parts, strict=True)
     stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]
     return EvalOutput(torch.cat(logits).float(), stages, torch.cat(margins))
@@ -187,7 +181,9 @@ def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch
 
 
 def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return (ours[:, :, None] == theirs[:, None, :]).any(dim=1).float().mean().item()
+    """Mean share of positions that two (B, k) sets have in common: those that stand twice in both together."""
+    twice = torch.cat([ours, theirs], dim=1).sort(dim=1).values.diff(dim=1) == 0
+    return twice.sum().item() / theirs.numel()
 
 
 def _errors(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
@@ -216,10 +212,8 @@ def _wrong_weight(engine: Engine, checkpoint: Checkpoint) -> str | None:
         for name, right in theirs.weights.items():
             right, found = right.double(), ours.weights[name].cpu().double()
             # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
-            if (
-                found.shape != right.shape
-                or ((found - right).abs() > 1e-5 * right.abs() + 1e-7 * right.abs().max()).any()
-            ):
+            allowed = 1e-5 * right.abs() + 1e-7 * right.abs().max()
+            if found.shape != right.shape or not ((found - right).abs() <= allowed).all():  # NaN is wrong too
                 return f"{ours.name} {name} does not follow from the file"
     return None
 
@@ -242,7 +236,7 @@ def _first_difference(
         want, plain_out = (record[node.equals] for record in (right, rounded))
         if out.shape != want.shape:  # only the first rows go on in the engine
             want, plain_out = (x[:, : out.shape[1]] for x in (want, plain_out))
-        scale = want.double().square().mean().sqrt().item()
+        scale = max(want.double().square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
         strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, plain_out))
         if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
             return f"{node.name} (relative rms {strays:.1e})"

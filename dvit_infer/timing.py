@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -40,7 +41,7 @@ class Row:
     p99_ms: float
     gflops: float  # multiply-adds in 10^9 of the graph as run
     params: int
-    peak_mib: float | None
+    peak_mib: float | None  # of its weights and what a call allocates at most
     max_logit_error: float
     top1_agreement: float
     baseline: str
@@ -49,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every round, and the peak memory of one call in MiB (None: this system does not tell)."""
+    """Seconds of every round, and what one call allocates at most, in MiB (None: this system does not tell)."""
 
     seconds: np.ndarray
     peak_mib: float | None
@@ -114,19 +115,26 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """CUDA: most memory allocated during a call. CPU: most resident memory of this process (Linux)."""
+    """Most memory in use during a call, beyond what was before: allocated on CUDA, resident on a CPU (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        resident = _status_kib("VmRSS")
         call()
-        status = Path("/proc/self/status").read_text()
-    except OSError:
+        return (_status_kib("VmHWM") - resident) / 1024
+    except (OSError, LookupError):
         return None
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) / 1024 if found else None
+
+
+def _status_kib(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise LookupError(name)
+    return int(found[1])
 
 
 def environment() -> dict[str, str | None]:
@@ -180,11 +188,20 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows and environment as JSON, whole or not at all."""
-    write_json(path, {"environment": environment(), "rows": [asdict(row) for row in rows]})
+def write_results(path: Path, where: Mapping[str, str | None], rows: Sequence[Row]) -> None:
+    """Write rows and the environment they were measured in."""
+    write_json(path, {"environment": where, "rows": [asdict(row) for row in rows]})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all; what is not finite becomes null, which JSON has a word for."""
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_parameters_and_views_are_read_as_tensors(state, tmp_path):
     assert not found["a"].requires_grad
 
 
+def test_a_file_overwritten_later_changes_nothing(state, tmp_path):
+    torch.save(state, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth").state
+    with (tmp_path / "a.pth").open("r+b") as file:
+        file.write(b"\xff" * (tmp_path / "a.pth").stat().st_size)
+    assert same(found, state)
+
+
+def test_threads_may_read_together(tmp_path):
+    torch.save({"model": {"w": torch.ones(3)}, "args": argparse.Namespace(rate=np.float64(0.7))}, tmp_path / "a.pth")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: read_checkpoint(tmp_path / "a.pth").said["rate"] == 0.7, range(80)))
+
+
 class Evil:
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -139,6 +154,8 @@ def test_tensors_that_are_no_weights_are_named(state):
         "Inf": torch.tensor([1.0, -float("inf")]),
         "int64": torch.ones(4, dtype=torch.int64),
         "complex64": torch.ones(4, dtype=torch.complex64),
+        "float8_e5m2": torch.ones(4).to(torch.float8_e5m2),
+        "too large": torch.ones(4, dtype=torch.float64) * 1e300,
         "dense": torch.ones(4, 4).to_sparse(),
         "with data": torch.ones(4, device="meta"),
         "claims shape": torch.ones(1).expand(1 << 40),

@@ -267,6 +267,32 @@ def test_output_that_would_overwrite_the_input(checkpoint, capsys):
         assert "input itself" in fails(convert, [checkpoint, *TINY, "--json", name], capsys)
 
 
+def test_what_a_file_says_is_printed_as_it_is(capsys, tmp_path):
+    args = {"num_heads": 2, "model": "[bold]deit[/b] :smile: \x1b[31m"}
+    torch.save({"model": state_dict("tiny-deit", 1), "args": args}, tmp_path / "odd.pth")
+    assert convert.main([str(tmp_path / "odd.pth"), "--device", "cpu", "--no-verify"]) == 0
+    out = capsys.readouterr().out
+    assert "[bold]deit[/b] :smile:" in out
+    assert "\x1b" not in out
+
+
+def test_file_names_are_told_from_options(capsys, tmp_path):
+    (tmp_path / "batch.pth").write_bytes(b"")
+    assert "batch.pth: the file is empty" in fails(convert, [tmp_path / "batch.pth"], capsys)
+    os.chdir(tmp_path)
+    assert fails(bench, ["batch.pth"], capsys) == "error: batch.pth: the file is empty\n"
+
+
+def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
+    def no_memory(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr("dvit_infer.compare.interleave", no_memory)
+    assert "--batch: 5 pictures do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
+    monkeypatch.setattr("dvit_infer.engine.fold", no_memory)
+    assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)
+
+
 def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENV, check=False, **options)
 

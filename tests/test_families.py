@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import CASES, official_checkpoint, options, state_dict
@@ -175,7 +176,8 @@ def test_impossible_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "said", [{"base_rate": 7.0}, {"base_rate": "x"}, {"num_heads": 2.5}, {"prune_at": "3,6,9"}, {"mean": 3}]
+    "said",
+    [{"base_rate": 7.0}, {"base_rate": "x"}, {"num_heads": 2.5}, {"prune_at": "3,6,9"}, {"mean": ["a", "b", "c"]}],
 )
 def test_nonsense_in_the_files_args_is_named(said):
     with pytest.raises(dvit.InputError, match=next(iter(said)).replace("base_rate", "keep_rate")):
@@ -219,3 +221,39 @@ def test_float64_and_float16_sources_give_float32_references():
         state = {k: v.to(dtype) for k, v in state_dict("tiny-deit", 1).items()}
         model = build_reference(config_of(state, num_heads=2)[0], read_checkpoint(state))
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_trainers_other_arguments_are_not_taken_for_facts_about_the_model():
+    args = {"num_heads": 2, "eps": 1e-8, "method": "distill", "image_size": 256, "mean": "imagenet", "std": 0.02}
+    config, notes = config_of({"model": state_dict("tiny-deit", 1), "args": args})
+    assert (config.eps, config.method, config.image_size, config.std[0]) == (1e-6, "predictor", (224, 224), 0.229)
+    assert notes["method"].how == "read"
+    own = config_of({"model": state_dict("tiny-deit", 1), "args": args | {"mean": (0.5, 0.5, 0.5), "num_heads": None}})
+    assert own[0].mean == (0.5, 0.5, 0.5)
+    assert own[1]["num_heads"].how == "assumed"
+
+
+@pytest.mark.parametrize(("depth", "skip_lam"), [(4, 2.0), (12, 1.0), (16, 2.0), (24, 3.0)])
+def test_skip_lam_is_assumed_by_depth(depth, skip_lam):
+    state = state_dict("tiny-lvvit", 1)
+    block = {k.removeprefix("blocks.0."): v for k, v in state.items() if k.startswith("blocks.0.")}
+    state = {k: v for k, v in state.items() if not k.startswith("blocks.")}
+    state |= {f"blocks.{i}.{k}": v for i in range(depth) for k, v in block.items()}
+    config, notes = config_of(state, num_heads=2)
+    assert (config.skip_lam, notes["skip_lam"].how) == (skip_lam, "assumed")
+
+
+def test_numpy_numbers_are_numbers():
+    chosen = {"num_heads": np.int64(2), "keep_rate": np.float32(0.5), "prune_at": range(1, 4)}
+    config, _ = config_of(state_dict("tiny-deit", 1), image_size=np.int64(192), **chosen)
+    assert (config.num_heads, config.keep_rate, config.prune_at, config.image_size) == (2, 0.5, (1, 2, 3), (192, 192))
+
+
+def test_a_loaded_state_dict_is_copied():
+    state = state_dict("tiny-deit", 1)
+    engine = dvit.convert(state, device="cpu", assume={"num_heads": 2})
+    model = dvit.load_reference(state, assume={"num_heads": 2})
+    before = model.head.weight.clone()
+    state["head.weight"].zero_()
+    assert torch.equal(model.head.weight, before)
+    assert dvit.verify(engine, state_dict("tiny-deit", 1), num_images=2).passed

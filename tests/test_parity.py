@@ -133,10 +133,20 @@ def test_unclear_cuts_are_excused(monkeypatch):
     assert other.kept_overlap[0] < 1
 
 
+def test_a_head_of_zeros_is_compared_too():
+    checkpoint = {"model": dict(official_checkpoint(TINY)["model"])}
+    checkpoint["model"] |= {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}
+    engine = dvit.convert(checkpoint, device="cpu", assume={"num_heads": 2})
+    assert dvit.verify(engine, checkpoint, num_images=2).passed
+
+
 def test_nan_logits_fail():
     engine = converted()
     engine.graph.nodes[-1].weights["head.bias"].fill_(float("nan"))
-    assert not dvit.verify(engine, official_checkpoint(TINY), num_images=2).passed
+    report = dvit.verify(engine, official_checkpoint(TINY), num_images=2)
+    assert not report.passed
+    assert report.wrong_weight.startswith("head head.bias")
+    assert report.first_difference.startswith("head")
 
 
 def test_a_file_of_another_model_is_said(tmp_path):

@@ -193,6 +193,13 @@ def test_what_does_not_fit_is_named(change, message):
         dvit.prune_tokens(**arguments)
 
 
+def test_packed_tensors_of_other_shapes_are_refused():
+    packed = dvit.pack_predictor(make_predictor(64))
+    for wrong in ([packed[0]] * 10, packed[:9], [torch.ones(())] * 10, [*packed[:9], packed[9].to("meta")]):
+        with pytest.raises(ValueError, match="packed does not fit"):
+            dvit.prune_tokens(torch.zeros(1, 9, 64), wrong, 3)
+
+
 def test_packing_names_what_is_wrong():
     state = make_predictor(64).state_dict()
     with pytest.raises(ValueError, match=r"missing out_conv\.2\.bias"):

@@ -1,6 +1,8 @@
 """The PyTorch backend: every node kind in plain PyTorch operators, on any device."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +79,36 @@ _RUN: dict[type[Node], Callable[[Any, torch.Tensor], torch.Tensor]] = {
 }
 
 
+_CUDNN: Any = torch.backends.cudnn  # its stubs do not know the setting
+_PRECISION = threading.Lock()
+_in_full = 0  # how many runs need full precision right now
+_before = ""
+
+
+@contextlib.contextmanager
+def full_float32(images: torch.Tensor) -> Iterator[None]:
+    """In float32 on CUDA, convolutions are not rounded to TF32, as they are by default.
+
+    The setting is the process's: the first run in changes it, the last one out puts it back.
+    """
+    global _in_full, _before
+    if not images.is_cuda or images.dtype != torch.float32:
+        yield
+        return
+    with _PRECISION:
+        if _in_full == 0:
+            _before = _CUDNN.conv.fp32_precision
+            _CUDNN.conv.fp32_precision = "ieee"
+        _in_full += 1
+    try:
+        yield
+    finally:
+        with _PRECISION:
+            _in_full -= 1
+            if _in_full == 0:
+                _CUDNN.conv.fp32_precision = _before
+
+
 def run(
     graph: Graph, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None, watch: Watch | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -91,7 +123,13 @@ def run(
     Returns:
         Logits (B, K) float32, and the kept original positions, a stage each.
     """
-    x = images
+    with full_float32(images):
+        return _run(graph, images, kept, watch)
+
+
+def _run(
+    graph: Graph, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     chosen: list[torch.Tensor] = []
     positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
     for node in graph.nodes:

@@ -58,32 +58,20 @@ def _bench(options: argparse.Namespace) -> int:
         if str(outcome):
             print(f"batch {outcome.rows[0].batch}: {outcome}")
     if json_out is not None:
-        write_results(json_out, rows)
+        write_results(json_out, where, rows)
         print(f"wrote {options.json}")
     return 0
 
 
 def _table(rows: "Sequence[Row]") -> str:
-    from rich.table import Table
+    from dvit_infer.tables import table
 
-    from dvit_infer.graph.nodes import render
-
-    table = Table()
-    for title in (
-        "batch",
-        "how",
-        "images/s",
-        "p50 ms",
-        "p99 ms",
-        "10^9 madds",
-        "speed-up",
-        "peak MiB",
-        "max error",
-        "top-1",
-    ):
-        table.add_column(title, justify="left" if title == "how" else "right")
-    for row in rows:
-        table.add_row(
+    columns = (
+        *(">batch", "how", ">images/s", ">p50 ms", ">p99 ms", ">10^9 madds"),
+        *(">speed-up", ">peak MiB", ">max error", ">top-1"),
+    )
+    cells = [
+        (
             str(row.batch),
             row.how,
             f"{row.images_per_s:.1f}",
@@ -95,7 +83,9 @@ def _table(rows: "Sequence[Row]") -> str:
             f"{row.max_logit_error:.1e}",
             f"{row.top1_agreement:.1%}",
         )
-    return render(table)
+        for row in rows
+    ]
+    return table(columns, cells)
 
 
 if __name__ == "__main__":

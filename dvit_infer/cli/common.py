@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 from dvit_infer.errors import InputError
 
 # Arguments of the library that a command has as options: in messages they are called as the user wrote them.
-_OPTIONS = re.compile(r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|json|out)\b")
+_OPTIONS = re.compile(r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|json|out)(?=:)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +28,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Parse, run, and turn what the user can mend into one line and exit 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         status = command(options)
@@ -41,10 +45,15 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
         return _failed(f"{error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        return _failed("out of memory: a smaller batch, picture or model would fit")
 
 
 def _failed(message: str, status: int = 2) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # keys come from files
+    print(f"error: {line}", file=sys.stderr)
     return status
 
 

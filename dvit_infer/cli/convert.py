@@ -6,12 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size
-
-if TYPE_CHECKING:
-    from dvit_infer.families.reading import Note
 
 
 def _parser() -> Parser:
@@ -39,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
     from dvit_infer.files import check_output, whole_file
+    from dvit_infer.tables import table
     from dvit_infer.timing import environment, write_json
 
     name = _default_out(options.checkpoint) if options.out is None else options.out
@@ -69,7 +66,7 @@ def _convert(options: argparse.Namespace) -> int:
                 report = dvit.verify(saved, options.checkpoint, num_images=8 if engine.device.type == "cpu" else 64)
                 if not report.passed:
                     raise _ParityError
-    print(_notes_table(engine.notes))
+    print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
     print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run")
     print("not verified, as asked" if report is None else report)
     if json_out is not None:
@@ -93,17 +90,6 @@ def _convert(options: argparse.Namespace) -> int:
 
 class _ParityError(Exception):
     """Leaves the block that writes the file, so that it is not written."""
-
-
-def _notes_table(notes: "Sequence[Note]") -> str:
-    from rich.table import Table
-
-    from dvit_infer.graph.nodes import render
-
-    table = Table("how", "what", "value", "from")
-    for note in notes:
-        table.add_row(note.how, note.what, note.value, note.why)
-    return render(table)
 
 
 def _default_out(checkpoint: str) -> str:

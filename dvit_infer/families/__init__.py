@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from dvit_infer.checkpoint import WEIGHT_SETS, Checkpoint
 from dvit_infer.config import Config
@@ -14,6 +13,7 @@ from dvit_infer.families import deit, lvvit
 from dvit_infer.families.arch import ARCHS
 from dvit_infer.families.reading import Note, Reading
 from dvit_infer.reference.pos_embed import resample_pos_embed
+from dvit_infer.reference.vit import VisionTransformer
 
 _FAMILIES = (lvvit, deit)  # LV-ViT first: its trunk's keys are a DeiT's too
 
@@ -59,7 +59,7 @@ def recognise(
     return replace(family.read(reading, arch, options), weights=weights), reading.notes
 
 
-def build_reference(config: Config, checkpoint: Checkpoint) -> nn.Module:
+def build_reference(config: Config, checkpoint: Checkpoint) -> VisionTransformer:
     """The reference model in float32 on the CPU with the checkpoint's weights, in evaluation mode.
 
     Raises:
@@ -67,7 +67,7 @@ def build_reference(config: Config, checkpoint: Checkpoint) -> nn.Module:
     """
     family = next(f for f in _FAMILIES if config.family == f.FAMILY)
     with torch.device("meta"):
-        model: nn.Module = family.reference(config)
+        model: VisionTransformer = family.reference(config)
     _check(checkpoint, {key: tuple(value.shape) for key, value in model.state_dict().items()}, config)
     state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoint.state.items()}
     state["pos_embed"] = resample_pos_embed(state["pos_embed"], config.num_prefix, config.trained_grid, config.grid)
@@ -87,9 +87,5 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], conf
             raise InputError(f"{checkpoint.name}: unexpected key {key}, which {config.arch} does not have")
     for key, shape in expected.items():
         if found[key] != shape:
-            because = (
-                f" ({config.num_classes} classes, as the other heads' tensors)"
-                if key.startswith(("head", "aux"))
-                else ""
-            )
+            because = f" with {config.num_classes} classes and {config.embed_dim} channels" if "head" in key else ""
             raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")

@@ -32,16 +32,15 @@ _DENSE = {
 }
 
 
+_DYNAMIC = ("deit-t", "deit-256", "deit-s", "deit-b", "lvvit-s", "lvvit-m")
+
+
 def _with(arch: Arch, **changes: int) -> Arch:
     return Arch(**{**vars(arch), **changes})
 
 
 ARCHS: dict[str, Arch] = {
-    **{
-        f"dynamicvit-{name}": _with(_DENSE[name], num_predictors=3)
-        for name in ("deit-t", "deit-256", "deit-s", "deit-b")
-    },
-    **{f"dynamicvit-{name}": _with(_DENSE[name], num_predictors=3) for name in ("lvvit-s", "lvvit-m")},
+    **{f"dynamicvit-{name}": _with(_DENSE[name], num_predictors=3) for name in _DYNAMIC},
     **_DENSE,
     **{f"{name}-distilled": _with(_DENSE[name], num_prefix=2) for name in ("deit-t", "deit-s", "deit-b")},
 }

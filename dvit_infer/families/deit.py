@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from dvit_infer.config import Config
 from dvit_infer.families.reading import Reading
 from dvit_infer.families.vit import Trunk, read_config, trunk_arguments
@@ -22,5 +20,5 @@ def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Conf
     return read_config(reading, Trunk(FAMILY, 1e-6, patch_of_kernel=1, class_heads=heads), arch, options)
 
 
-def reference(config: Config) -> nn.Module:
+def reference(config: Config) -> DeiT:
     return DeiT(**trunk_arguments(config), num_prefix=config.num_prefix)

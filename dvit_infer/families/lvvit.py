@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from dvit_infer.config import Config
 from dvit_infer.families.reading import Reading
 from dvit_infer.families.vit import Trunk, read_config, trunk_arguments
@@ -24,5 +22,5 @@ def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Conf
     return read_config(reading, trunk, arch, options)
 
 
-def reference(config: Config) -> nn.Module:
+def reference(config: Config) -> LVViT:
     return LVViT(**trunk_arguments(config), stem_dim=config.stem_dim, skip_lam=config.skip_lam)

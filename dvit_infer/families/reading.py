@@ -1,9 +1,9 @@
 """What a checkpoint's keys, shapes and args say, what has to be assumed, and notes that tell which is which."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from dvit_infer.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ class Reading:
         self.name = checkpoint.name
         self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
         self.given = dict(given)
-        self.said = checkpoint.said
+        self.said = checkpoint.said if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.said)
         self.said_where = "the saved config" if checkpoint.is_saved_engine else "the file's args"
         self.notes: list[Note] = []
 
@@ -103,38 +103,53 @@ class Reading:
         return None
 
 
+def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training script's arguments say of the model: only names that mean the same everywhere.
+
+    Others mean something else there: `eps` is the optimiser's, `image_size` may be the crop's.
+    """
+    said = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
+    three = {name: args.get(name) for name in ("mean", "std")}
+    return said | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}
+
+
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple | list):
         return ",".join(map(_text, value))
-    return str(value)
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:80])  # it may come from the file
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def positive_int(what: str, value: Any) -> int:
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or value < 1:
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or not 1 <= value < 1 << 40:
         raise InputError(f"{what}: {value!r} is no positive whole number")
     return int(value)
 
 
 def positive_float(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or not 0 < value < 1e30:
         raise InputError(f"{what}: {value!r} is no positive number")
     return float(value)
 
 
 def keep_rate(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not _is_number(value) or not 0 < value <= 1:
         raise InputError(f"{what}: {value!r} is no share of tokens to keep; a number above 0, at most 1, is expected")
     return float(value)
 
 
 def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, ...]:
     """Strictly increasing block indices, one for every predictor."""
-    indices = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+    indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
         raise InputError(f"{what}: {value!r} are no block indices")
+    indices = tuple(map(int, indices))
     for index in indices:
         if not 0 <= index < depth:
             raise InputError(f"{what}: there is no block {index}; the model has blocks 0 to {depth - 1}")
@@ -160,7 +175,7 @@ def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
 
 def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else ()
-    good = all(isinstance(v, int | float) and math.isfinite(v) and (v > 0 or not positive) for v in values)
+    good = all(_is_number(v) and abs(v) < 1e30 and (v > 0 or not positive) for v in values)
     if len(values) != 3 or not good:
         raise InputError(f"{what}: {value!r} are no three {'positive ' if positive else ''}numbers, one a channel")
     return tuple(map(float, values))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config, Method
 from dvit_infer.errors import InputError
 from dvit_infer.families import reading as check
 from dvit_infer.families.arch import ARCHS, Arch
@@ -38,33 +38,33 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
     predictors = read.count("score_predictor.")
     num_prefix = 2 if "dist_token" in read.shapes or "head_dist.weight" in read.shapes else 1
     found = Arch(trunk.family, dim, depth, 0, 0, num_prefix, predictors, trunk.stem_dim)
-    preset = None if arch is None else ARCHS[arch]
-    if arch is not None and preset is not None:
-        name = arch
+    name, sizes = _named(found, mlp_dim)
+    if arch is not None:
+        name, sizes = arch, ARCHS[arch]
         read.note("given", "arch", name, "by you; keys and shapes are checked against it")
-        if preset.num_predictors != predictors:
+        if sizes.num_predictors != predictors:
             has = f"{predictors} score predictors" if predictors else "no score predictors"
-            raise InputError(f"arch: {name} has {preset.num_predictors} score predictors, {read.name} holds {has}")
-        dim, depth, mlp_dim = preset.embed_dim, preset.depth, preset.embed_dim * preset.mlp_ratio
-        num_prefix = preset.num_prefix
+            raise InputError(f"arch: {name} has {sizes.num_predictors} score predictors, {read.name} holds {has}")
+        dim, depth, mlp_dim = sizes.embed_dim, sizes.depth, sizes.embed_dim * sizes.mlp_ratio
+        num_prefix = sizes.num_prefix
     else:
-        name, preset = _named(found, mlp_dim)
-        sizes = f"{dim} wide, {depth} blocks, {classes} classes, {predictors} predictors"
-        read.note("read", "arch", name, f"keys and shapes: {sizes}")
+        counts = f"{dim} wide, {depth} blocks, {classes} classes, {predictors} predictors"
+        read.note("read", "arch", name, f"keys and shapes: {counts}")
     if isinstance(model := read.said.get("model"), str):
         read.note("read", "trained as", model, f"{read.said_where}: model")
 
     patch = _patch_size(read, trunk.patch_of_kernel)
     trained_size = _trained_size(read, num_prefix, patch)
     image_size = _image_size(read, options.get("image_size"), trained_size, patch)
-    num_heads = _num_heads(read, dim, preset)
+    num_heads = _num_heads(read, dim, sizes)
     skip_lam = 1.0
     if trunk.has_skip_lam:
-        assumed, why = (preset.skip_lam, f"{name}'s") if preset else (2.0, "as in DynamicViT's and most LV-ViT models")
-        skip_lam = check.positive_float(read.origin("skip_lam"), read.settle("skip_lam", assumed, why))
+        by_depth = {12: 1.0, 24: 3.0}.get(depth, 2.0)
+        settled = read.settle("skip_lam", by_depth, f"LV-ViT's for {depth} blocks (12: 1, 16 and 20: 2, 24: 3)")
+        skip_lam = check.positive_float(read.origin("skip_lam"), settled)
     eps = read.settle("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
     rate, prune_at, predictor_eps = _pruning(read, depth, predictors)
-    method = options.get("method") or read.said.get("method") or ("predictor" if predictors else "none")
+    method = _method(read, options.get("method"), predictors)
     mean = read.settle("mean", IMAGENET_MEAN, "ImageNet's; only uint8 pictures are normalised here")
     std = read.settle("std", IMAGENET_STD, "ImageNet's")
     config = Config(
@@ -80,7 +80,7 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
         mlp_dim=mlp_dim,
         eps=check.positive_float(read.origin("eps"), eps),
         num_prefix=num_prefix,
-        method=check.method(method, bool(predictors), read.name),
+        method=method,
         prune_at=prune_at,
         keep_rate=rate,
         predictor_eps=predictor_eps,
@@ -116,14 +116,31 @@ def trunk_arguments(config: Config) -> dict[str, Any]:
 
 
 def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
-    def sizes(a: Arch) -> tuple[object, ...]:
-        return a.family, a.embed_dim, a.depth, a.num_prefix, a.stem_dim, bool(a.num_predictors)
+    """A name for what was found, and the named architecture that has its sizes, predictors or not."""
 
-    for name, arch in ARCHS.items():
-        if sizes(arch) == sizes(found) and arch.embed_dim * arch.mlp_ratio == mlp_dim:
+    def sizes(a: Arch) -> tuple[object, ...]:
+        return a.family, a.embed_dim, a.depth, a.num_prefix, a.stem_dim
+
+    same = {n: a for n, a in ARCHS.items() if sizes(a) == sizes(found) and a.embed_dim * a.mlp_ratio == mlp_dim}
+    for name, arch in same.items():
+        if bool(arch.num_predictors) == bool(found.num_predictors):
             return name, arch
     kind = f"{'dynamicvit-' if found.num_predictors else ''}{found.family}"
-    return f"{kind}-{found.embed_dim}x{found.depth}{'-distilled' if found.num_prefix == 2 else ''}", None
+    distilled = "-distilled" if found.num_prefix == 2 else ""
+    return f"{kind}-{found.embed_dim}x{found.depth}{distilled}", next(iter(same.values()), None)
+
+
+def _method(read: Reading, given: Any, predictors: int) -> Method:
+    if given is not None:
+        method = check.method(given, bool(predictors), read.name)
+        read.note("given", "method", method, "by you")
+    elif (said := read.said.get("method")) is not None:
+        method = check.method(said, bool(predictors), read.name)
+        read.note("read", "method", method, f"{read.said_where}: method")
+    else:
+        method = "predictor" if predictors else "none"
+        read.note("read", "method", method, f"keys: {predictors or 'no'} score predictors")
+    return method
 
 
 def _patch_size(read: Reading, of_kernel: int) -> int:
@@ -172,9 +189,9 @@ def _image_size(read: Reading, given: Any, trained: tuple[int, int], patch: int)
     return size
 
 
-def _num_heads(read: Reading, dim: int, preset: Arch | None) -> int:
-    assumed, why = (preset.num_heads, "of that architecture") if preset else (dim // 64, "heads of 64 channels")
-    if preset is None and dim % 64 and "num_heads" not in {**read.given, **read.said}:
+def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
+    assumed, why = (sizes.num_heads, "of that architecture") if sizes else (dim // 64, "heads of 64 channels")
+    if sizes is None and dim % 64 and read.given.get("num_heads") is None and read.said.get("num_heads") is None:
         raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; assume num_heads=... says how many")
     heads = check.positive_int(read.origin("num_heads"), read.settle("num_heads", assumed, why))
     if dim % heads:

@@ -47,9 +47,9 @@ def _layer_norm(node: Node) -> Node:
     folded = {}
     for linear in linears:
         if f"{linear}.weight" in w:
-            weight, bias = w[f"{linear}.weight"], w.get(f"{linear}.bias", torch.zeros((), dtype=torch.float64))
+            weight, shift = w[f"{linear}.weight"], w[f"{linear}.weight"] @ w["norm.bias"]
             folded[f"{linear}.weight"] = weight * w["norm.weight"]
-            folded[f"{linear}.bias"] = bias + weight @ w["norm.bias"]
+            folded[f"{linear}.bias"] = shift + w[f"{linear}.bias"] if f"{linear}.bias" in w else shift
     return _noted(node, "LayerNorm", folded, drop="norm")
 
 
@@ -57,7 +57,7 @@ def _softmax_scale(node: Node) -> Node:
     """The scale of the scores into the query rows of qkv."""
     if not isinstance(node, Attention) or node.scale == 1.0:
         return node
-    rows = torch.ones(3 * node.dim, dtype=torch.float64)
+    rows = node.weights["qkv.weight"].new_ones(3 * node.dim, dtype=torch.float64)
     rows[: node.dim] = node.scale
     folded = {"qkv.weight": node.weights["qkv.weight"].double() * rows[:, None]}
     if "qkv.bias" in node.weights:

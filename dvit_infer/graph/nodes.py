@@ -7,14 +7,12 @@ and a normalisation as 5 an element, 4 without gain and shift (a BatchNorm 2); a
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from typing import ClassVar, Self
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from dvit_infer.config import Config
+from dvit_infer.tables import table
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -254,10 +252,7 @@ class Graph:
         return self.macs / 1e9
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
-        """A copy of the graph with its own weights on `device`, matrices in `dtype`.
-
-        What pack_predictor left in float32 stays so: the op wants it.
-        """
+        """A copy of the graph with weights of its own on `device`, in `dtype`; packed predictors keep their dtypes."""
 
         def own(node: Node) -> Node:
             if isinstance(node, Prune):
@@ -269,28 +264,15 @@ class Graph:
     def __str__(self) -> str:
         c = self.config
         pruned = f", keep {','.join(map(str, c.num_keep))} of {c.num_patches} patches" if c.num_keep else ", dense"
-        table = Table(title=f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}", title_justify="left")
-        for title in ("node", "kind", "in", "out"):
-            table.add_column(title)
-        for title in ("10^6 multiply-adds", "KiB moved"):
-            table.add_column(title, justify="right")
-        table.add_column("folded")
-        total_bytes = 0
+        rows, total_bytes = [], 0
         for node in self.nodes:
-            itemsize = next(iter(node.weights.values())).element_size()
-            moved = node.bytes_moved(1, itemsize)
+            moved = node.bytes_moved(1, next(iter(node.weights.values())).element_size())
             total_bytes += moved
-            shapes = ("x".join(map(str, s)) for s in (node.in_shape, node.out_shape))
-            numbers = (f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}")
-            table.add_row(node.name, node.kind, *shapes, *numbers, ", ".join(node.folded))
-        table.add_section()
+            shapes = ("x".join(map(str, shape)) for shape in (node.in_shape, node.out_shape))
+            numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"
+            rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
         by = f"run by {self.backend}" if self.backend else ""
-        table.add_row("total", by, "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
-        return render(table)
-
-
-def render(table: Table, width: int = 160) -> str:
-    """A table as plain text, as wide as it needs to be."""
-    text = StringIO()
-    Console(file=text, width=width, force_terminal=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+        total = ("total", by, "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
+        title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
+        columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
+        return table(columns, rows, title=title, total=total)

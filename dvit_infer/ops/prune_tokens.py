@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 OP = "dvit::prune_tokens"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NUM_PACKED = 10
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
 
 
@@ -59,6 +58,11 @@ def pack_predictor(
         (w4[0] - w4[1]).float(),
         (b4[:1] - b4[1:]).float(),
     ]
+
+
+def _packed_shapes(c: int) -> list[tuple[int, ...]]:
+    half, quarter = c // 2, c // 4
+    return [(c, c), (c,), (c,), (half, half), (half, half), (half,), (quarter, half), (quarter,), (quarter,), (1,)]
 
 
 def score_tokens_ref(patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float) -> torch.Tensor:
@@ -109,8 +113,13 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
         raise ValueError(
             f"prune_tokens: num_keep is {num_keep}, from 1 to {x.shape[1] - num_prefix} patch tokens can be kept"
         )
-    if len(packed) != NUM_PACKED or packed[0].shape[0] != x.shape[2] or packed[0].dtype != x.dtype:
-        fits = f"x has {x.shape[2]} channels in {x.dtype}"
+    shapes = _packed_shapes(x.shape[2])
+    if (
+        len(packed) != len(shapes)
+        or packed[0].dtype != x.dtype
+        or any(tuple(t.shape) != shape or t.device != x.device for t, shape in zip(packed, shapes, strict=True))
+    ):
+        fits = f"x has {x.shape[2]} channels in {x.dtype} on {x.device}"
         raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 
 
