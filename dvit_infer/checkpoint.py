@@ -5,8 +5,10 @@ import json
 import re
 import threading
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dvit_infer.config import Config
 from dvit_infer.errors import InputError
+from dvit_infer.files import check_name
+from dvit_infer.images import is_plain
 
 WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_state", "teacher", "student")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
@@ -22,6 +27,7 @@ HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this proje
 FORMAT = 1
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which nothing here reads
 _LOADING = threading.Lock()  # what torch.load may name is a setting of the whole process
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
@@ -51,7 +57,9 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
     """
     if isinstance(source, Mapping):
         return _take_weights("state dict", dict(source), weights)
-    path = Path(source)
+    if not isinstance(source, str | Path):
+        raise InputError(f"a path or a state dict is expected, not a {type(source).__name__}")
+    path = check_name(source)
     name = str(path)
     try:
         if path.exists() and not path.is_file():
@@ -90,12 +98,26 @@ def _harmless() -> list[Any]:
 
 def _load_torch(path: Path, is_zip: bool) -> Any:
     harmless = _harmless()
+    mmap = is_zip and _check_zip(path)
     try:
         with _LOADING, torch.serialization.safe_globals(harmless), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: what comes of it is told below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises a dozen kinds on damaged files; each becomes a line that names the file
         raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
+
+
+def _check_zip(path: Path) -> bool:
+    """Compare every record with its checksum, which torch does not, and tell whether the file may be memory-mapped."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                with archive.open(info) as record:
+                    while info.CRC and record.read(1 << 22):  # torch can be told to write no checksums: all are 0 then
+                        pass
+            return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path}: truncated or damaged torch file ({_first_line(str(error))})") from None
 
 
 def _why_not(message: str, is_zip: bool) -> str:
@@ -128,12 +150,16 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     try:
         header = json.loads(metadata[HEADER_KEY])
         version, config = header["format"], header["config"]
-        if not isinstance(config, dict):
-            raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: its {HEADER_KEY} header is not the JSON this project writes") from None
-    if version != FORMAT:
-        raise InputError(f"{path}: its format is {version!r}, this version reads format {FORMAT}")
+    if version is True or version != FORMAT:
+        raise InputError(f"{path}: its format is {str(version)[:20]}, this version reads format {FORMAT}")
+    names = {f.name for f in fields(Config)}
+    if not isinstance(config, dict) or config.keys() != names:
+        wrong = sorted(names ^ config.keys())[0] if isinstance(config, dict) else "config"
+        raise InputError(f"{path}: its {HEADER_KEY} header is damaged at {str(wrong)[:40]!r}")
+    if empty := [key for key, value in config.items() if value is None and key != "weights"]:
+        raise InputError(f"{path}: its {HEADER_KEY} header does not say {empty[0]}")
     return tensors, config
 
 
@@ -168,8 +194,8 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _without_prefixes(name: str, key: Any) -> str:
-    if not isinstance(key, str):
-        raise InputError(f"{name}: {key!r} is no parameter name")
+    if not isinstance(key, str) or not key.isprintable() or not 0 < len(key) < 300:
+        raise InputError(f"{name}: {str(key)[:40]!r} is no parameter name")
     short = str(key)
     while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
         short = short.removeprefix(prefix)
@@ -183,16 +209,18 @@ def _checked(name: str, key: str, value: Any) -> torch.Tensor:
     """
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name}: {key} is a {type(value).__name__}, no tensor")
-    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+    if not is_plain(value):
         raise InputError(f"{name}: {key} is no plain dense tensor with data")
     tensor: torch.Tensor = value.detach()
     # A few stored bytes may claim, by strides of zero, to be terabytes.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(f"{name}: {key} claims shape {tuple(tensor.shape)}, more than the file holds for it")
     is_counter = key.endswith("num_batches_tracked")
-    if tensor.dtype not in _DTYPES and not is_counter:
+    if tensor.dtype not in (_COUNTERS if is_counter else _DTYPES):
         raise InputError(f"{name}: {key} is {tensor.dtype}; float32, float64, float16 or bfloat16 is expected")
     tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
     if not is_counter and not torch.isfinite(tensor.float()).all():
         raise InputError(f"{name}: {key} has NaN or Inf in it, or is too large for float32")
+    if key.endswith("running_var") and (tensor < 0).any():
+        raise InputError(f"{name}: {key} has a negative variance in it")
     return tensor

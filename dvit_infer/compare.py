@@ -70,7 +70,7 @@ class Comparison:
         self.dtype = resolve_dtype(dtype, self.device)
         checkpoint = read_checkpoint(example_checkpoint("dynamicvit-deit-s") if model is None else model)
         config, notes = recognise(checkpoint, None, {}, {})
-        self.config = config
+        self.config, self._name = config, checkpoint.name
         dense_config, _ = recognise(checkpoint, None, {}, {"method": "none"})
         both = {False: config, True: dense_config}  # by whether it is dense
         self._right = {dense: build_reference(c, checkpoint).to(self.device) for dense, c in both.items()}
@@ -108,6 +108,10 @@ class Comparison:
         try:
             images = _images(batch, self.config.image_size)
             right = {is_dense: evaluate(model, images).logits for is_dense, model in self._right.items()}
+            if not all(torch.isfinite(logits).all() for logits in right.values()):
+                raise InputError(
+                    f"{self._name}: the reference model itself gives NaN or Inf; its weights are too large"
+                )
             images = images.to(self.device, self.dtype)
             with torch.no_grad():
                 calls = {name: _bound(way.call, images) for name, way in self._ways.items()}

@@ -1,5 +1,6 @@
 """A checkpoint becomes an engine: the folded graph, a backend, a device and a dtype."""
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
 from dvit_infer.files import check_output, whole_file
 from dvit_infer.graph import Graph, build_graph, fold
-from dvit_infer.images import check_images, prepare
+from dvit_infer.images import check_images, is_plain, prepare
 
 Source = str | Path | Mapping[str, Any]
 
@@ -94,13 +95,20 @@ class Engine:
         Raises:
             InputError: nothing can be written there. No partial file is left.
         """
-        target = check_output(path, "save")
+        with whole_file(check_output(path, "save"), "save") as part:
+            self.write(part)
+
+    def write(self, path: Path) -> None:
+        """What `save` does, but right to `path`: for callers with a temporary file of their own.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
         header = {HEADER_KEY: json.dumps({"format": FORMAT, "config": asdict(self.config)})}
         try:
-            with whole_file(target) as part:
-                save_file(self._checkpoint.state, part, header)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"save: {path}: {error}") from None
+            save_file(self._checkpoint.state, path, header)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None
 
 
 def convert(
@@ -196,6 +204,8 @@ def _recognised(
     image_size: int | tuple[int, int] | None,
     assume: Mapping[str, Any] | None,
 ) -> tuple[Checkpoint, Config, list[Note]]:
+    if assume is not None and not isinstance(assume, Mapping):
+        raise InputError(f"assume: a dict such as {{'num_heads': 6}} is expected, not {assume!r}")
     given = dict(assume or {})
     for what, value in (("keep_rate", keep_rate), ("prune_at", prune_at)):
         if value is not None:
@@ -217,6 +227,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
         raise InputError(f"device: {device!r} is no device; cpu or cuda is expected") from None
+    if resolved.type == "cpu":
+        return torch.device("cpu")
     if resolved.type not in CHUNK:
         raise InputError(f"device: {resolved.type} is not supported; cpu and cuda are")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
@@ -246,13 +258,15 @@ def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device:
     Raises:
         ValueError: the number of stages, a shape, a dtype, an order, or a position that an earlier stage dropped.
     """
+    if not isinstance(kept, list | tuple):
+        raise ValueError(f"kept: a list of tensors is expected, not a {type(kept).__name__}")
     if len(kept) != len(config.num_keep):
         raise ValueError(f"kept: {len(kept)} stages given, the model has {len(config.num_keep)}")
     alive = torch.ones(batch, config.num_patches, dtype=torch.bool, device=device)
     stages = []
     for stage, (index, count) in enumerate(zip(kept, config.num_keep, strict=True)):
-        if not isinstance(index, torch.Tensor):
-            raise ValueError(f"kept: stage {stage} is a {type(index).__name__}; a tensor is expected")
+        if not isinstance(index, torch.Tensor) or not is_plain(index):
+            raise ValueError(f"kept: stage {stage} is a {type(index).__name__}; a dense tensor is expected")
         if tuple(index.shape) != (batch, count) or index.dtype != torch.int64:
             found = f"{index.dtype} of shape {tuple(index.shape)}"
             raise ValueError(f"kept: stage {stage} is {found}; int64 ({batch}, {count}) is expected")

@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Names of files, and writing one so that it is there whole or not at all."""
 
 import contextlib
 import os
@@ -12,41 +12,65 @@ _UMASK = os.umask(0o022)  # it can only be read by setting it, which is the proc
 os.umask(_UMASK)
 
 
+def check_name(path: str | Path, what: str = "") -> Path:
+    """Return the path if it can be a file's name for the libraries that read and write here, which want UTF-8.
+
+    Raises:
+        InputError: it is empty, a folder's (a slash at its end), not UTF-8, or has a NUL in it.
+    """
+    text = str(path)
+    where = f"{what}: " if what else ""
+    if not text or text.endswith(os.sep):
+        raise InputError(f"{where}{text or 'an empty name'}: a file name is expected")
+    if "\0" in text or (not text.isascii() and text != text.encode(errors="replace").decode()):
+        raise InputError(f"{where}{text!a}: a file name in UTF-8 is expected")
+    return Path(path)
+
+
 def check_output(path: str | Path, what: str, not_this: str | Path | None = None) -> Path:
     """Return where to write, or say why nothing can be written there, before any work is done.
 
     Raises:
         InputError: naming `what`: a folder, no regular file, in no folder, not writable, or the input itself.
     """
-    target = Path(os.path.realpath(path))  # through a link to the file it names, which is then the one replaced
-    if not str(path) or target.is_dir():
-        raise InputError(f"{what}: {path or 'nothing'} is a folder or no name; a file name is expected")
-    if not target.parent.is_dir():
-        raise InputError(f"{what}: {path}: there is no folder {target.parent}")
-    if target.exists() and not target.is_file():
-        raise InputError(f"{what}: {path} is no regular file")
-    if not_this is not None and Path(not_this).exists() and target.exists() and target.samefile(not_this):
-        raise InputError(f"{what}: {path} is the input itself; choose another name")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise InputError(f"{what}: {path} is not writable")
+    # Through a link to the file it names, which is then the one replaced.
+    target = Path(os.path.realpath(check_name(path, what)))
     try:
+        if target.is_dir():
+            raise InputError(f"{what}: {path} is a folder; a file name is expected")
+        if not target.parent.is_dir():
+            raise InputError(f"{what}: {path}: there is no folder {target.parent}")
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            raise InputError(f"{what}: {path} is no regular file")
+        if not_this is not None and Path(not_this).exists() and target.exists() and target.samefile(not_this):
+            raise InputError(f"{what}: {path} is the input itself; choose another name")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise InputError(f"{what}: {path} is not writable")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise InputError(f"{what}: {path}: cannot write in {target.parent} ({error.strerror})") from None
+        raise InputError(f"{what}: {path}: cannot be written ({error.strerror})") from None
     return target
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it at the end, removed on any error."""
+def whole_file(path: str | Path, what: str) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it at the end, removed on any error.
+
+    Raises:
+        InputError: naming `what` and the path: the disk is full, say.
+    """
     target = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    part = Path(name)
+    part: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=".part", dir=target.parent)
+        part = Path(name)
+        os.close(handle)
         yield part
         part.chmod(0o666 & ~_UMASK)  # mkstemp's files are their owner's alone; a result gets the mode of any new file
         os.replace(part, target)
+    except OSError as error:
+        raise InputError(f"{what}: {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)

@@ -8,10 +8,15 @@ from dvit_infer.config import Config
 from dvit_infer.fill import image
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is dense, in one piece, and has data."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta and not tensor.is_quantized
+
+
 def check_images(images: torch.Tensor, config: Config) -> None:
     """Raise ValueError unless `images` is (B, 3, H, W) of the config's size, B >= 1, in uint8 or floating point."""
-    if not isinstance(images, torch.Tensor):
-        raise ValueError(f"images: a tensor is expected, not a {type(images).__name__}")
+    if not isinstance(images, torch.Tensor) or not is_plain(images):
+        raise ValueError(f"images: a dense tensor with data is expected, not a {type(images).__name__}")
     height, width = config.image_size
     expected = f"(B, 3, {height}, {width}) in uint8 or floating point is expected"
     if images.ndim != 4 or images.shape[0] < 1 or tuple(images.shape[1:]) != (3, height, width):

@@ -97,6 +97,8 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
     images = sample_images(num_images, engine.config.image_size, seed=1)
     reference = build_reference(engine.config, checkpoint).to(engine.device)
     expected = evaluate(reference, images)
+    if not torch.isfinite(expected.logits).all():
+        raise InputError(f"{checkpoint.name}: the reference model itself gives NaN or Inf; its weights are too large")
     logits, own_kept = engine(images, return_kept=True)
     differs = _differs(own_kept, expected.kept, num_images)
     if engine.dtype == torch.float32:

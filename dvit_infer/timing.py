@@ -195,7 +195,7 @@ def write_results(path: Path, where: Mapping[str, str | None], rows: Sequence[Ro
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all; what is not finite becomes null, which JSON has a word for."""
-    with whole_file(path) as part:
+    with whole_file(path, "json") as part:
         part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 

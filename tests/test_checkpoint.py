@@ -155,6 +155,7 @@ def test_tensors_that_are_no_weights_are_named(state):
         "int64": torch.ones(4, dtype=torch.int64),
         "complex64": torch.ones(4, dtype=torch.complex64),
         "float8_e5m2": torch.ones(4).to(torch.float8_e5m2),
+        "is no plain dense tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
         "too large": torch.ones(4, dtype=torch.float64) * 1e300,
         "dense": torch.ones(4, 4).to_sparse(),
         "with data": torch.ones(4, device="meta"),
@@ -166,11 +167,62 @@ def test_tensors_that_are_no_weights_are_named(state):
             read_checkpoint(state | {"blocks.0.norm1.weight": value})
 
 
+def test_a_flipped_bit_is_found(state, tmp_path):
+    good = bytearray(zipped(state))
+    at = good.find(state["head.weight"].numpy().tobytes())
+    good[at + 3] ^= 0x40  # an exponent's bit: finite, and astronomically wrong
+    (tmp_path / "flipped.pth").write_bytes(good)
+    with pytest.raises(InputError, match=r"flipped\.pth: truncated or damaged torch file \(Bad CRC-32"):
+        read_checkpoint(tmp_path / "flipped.pth")
+
+
+def test_torch_files_without_checksums_are_read(state, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(read_checkpoint(tmp_path / "a.pth").state, state)
+
+
+def test_a_file_that_was_zipped_anew_is_read(state, tmp_path):
+    with (
+        zipfile.ZipFile(io.BytesIO(zipped(state))) as old,
+        zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    assert same(read_checkpoint(tmp_path / "a.pth").state, state)
+
+
+def test_a_negative_variance_is_named(state):
+    with pytest.raises(InputError, match=r"bn2\.running_var has a negative variance"):
+        read_checkpoint(state | {"patch_embed.bn2.running_var": -torch.ones(64)})
+
+
+def test_what_is_no_path_and_no_state_dict_is_said(tmp_path):
+    for source in (None, torch.nn.Linear(2, 2), 3):
+        with pytest.raises(InputError, match=f"not a {type(source).__name__}"):
+            read_checkpoint(source)
+    for name in ("", "a\0b", "folder/"):
+        with pytest.raises(InputError, match="file name"):
+            read_checkpoint(name)
+    torch.save({"w": torch.ones(1)}, tmp_path / "plain.pth")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.pth")
+    os.rename(tmp_path / "plain.pth", odd)
+    with pytest.raises(InputError, match="UTF-8"):
+        read_checkpoint(odd)
+    torch.save({"w": torch.ones(1)}, tmp_path / "café.pth")
+    assert read_checkpoint(tmp_path / "café.pth").state["w"].item() == 1
+
+
 def test_what_holds_no_state_dict_is_said():
     for content in ({}, {"model": {}}, {"model": [1]}, {"epoch": 3}):
         with pytest.raises(InputError, match="no state dict"):
             read_checkpoint(content)
-    with pytest.raises(InputError, match="no parameter name"):
-        read_checkpoint({"model": {3: torch.ones(1)}})
+    for key in (3, "", "a\nb", "\x1b[2J", "k" * 1000):
+        with pytest.raises(InputError, match="no parameter name"):
+            read_checkpoint({"model": {key: torch.ones(1)}})
     with pytest.raises(InputError, match="two tensors are called 'a'"):
         read_checkpoint({"model": {"a": torch.ones(1), "module.a": torch.ones(1)}})

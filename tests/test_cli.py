@@ -183,12 +183,19 @@ def test_bench_of_a_dense_model_and_of_chosen_rows(tmp_path, capsys, monkeypatch
         (["--dtype", "int8"], "--dtype"),
         (["--assume", "heads"], "--assume"),
         (["--assume", "heads=2"], "--assume"),
+        (["--assume", "num_heads=2,num_heads=4"], "--assume"),
+        (["--assume", "num_heads=x"], "--assume num_heads"),
+        (["--assume", "num_heads=2,skip_lam=2"], "--assume"),
         (["--format", "onnx3"], "--format"),
         (["-o", "."], "--out"),
         (["-o", "nowhere/x.safetensors"], "--out"),
         (["-o", "/dev/null"], "--out"),
         (["-o", "/proc/x"], "--out"),
         (["-o", ""], "--out"),
+        (["-o", "x/"], "--out"),
+        (["-o", os.fsdecode(b"\xff\xfe")], "--out"),
+        (["-o", "x" * 300], "--out"),
+        (["--json", "tiny.dvit.safetensors"], "--json"),
         (["--json", "nowhere/x.json"], "--json"),
         (["--surprise"], "--surprise"),
     ],
@@ -210,6 +217,7 @@ def test_cuda_without_one(command, checkpoint, capsys):
     [
         (["--batch", "0"], "--batch"),
         (["--batch", "8,-1"], "--batch"),
+        (["--batch", "99999999999999999999"], "--batch"),
         (["--batch", "x"], "--batch"),
         (["--compare", "magic"], "--compare"),
         (["--compare", ""], "--compare"),
@@ -323,7 +331,8 @@ def test_a_real_run_shows_no_progress_where_there_is_no_terminal(checkpoint):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_interrupting_leaves_nothing_behind(checkpoint):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupting_leaves_nothing_behind(stop, checkpoint):
     process = subprocess.Popen(
         [sys.executable, "-m", "dvit_infer.cli.convert", str(checkpoint), *TINY],
         env=ENV,
@@ -332,7 +341,7 @@ def test_interrupting_leaves_nothing_behind(checkpoint):
     )
     while not os.listdir() and process.poll() is None:  # until the file is being written
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (0, 130)
     assert "Traceback" not in err
@@ -346,6 +355,23 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, capsys, monkeypatch):
 
     monkeypatch.setattr("dvit_infer.engine.save_file", full)
     assert "No space left" in fails(convert, [checkpoint, *TINY], capsys)
+
+
+def test_a_full_disk_for_the_json_is_named_and_no_model_is_left(checkpoint, capsys, monkeypatch):
+    def full(content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dvit_infer.timing._finite", full)
+    assert "--json: " in fails(convert, [checkpoint, *TINY, "--json", "x.json"], capsys)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "> /dev/full"])
+def test_closed_and_full_streams_raise_no_traceback(closed, checkpoint):
+    command = f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} --no-verify {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENV, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if "full" in closed else 0)
+    assert os.listdir() == ["tiny.dvit.safetensors"]
 
 
 def test_a_reader_that_goes_away_is_no_error(checkpoint):

@@ -79,6 +79,9 @@ def test_given_kept_sets(tiny):
         (torch.zeros(1, 3, 224, 224, dtype=torch.bool), "bool"),
         (torch.zeros(1, 3, 224, 224, dtype=torch.complex64), "complex64"),
         ([[1.0]], "list"),
+        (torch.zeros(1, 3, 224, 224).to_sparse(), "dense"),
+        (torch.zeros(1, 3, 224, 224, device="meta"), "dense"),
+        (torch.nested.nested_tensor([torch.zeros(3, 224, 224)]), "dense"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(tiny, images, message):
@@ -94,6 +97,9 @@ def test_kept_sets_that_do_not_fit_are_refused(tiny):
     foreign[0, 0] = gone
     for wrong, message in (
         (kept[:2], "2 stages"),
+        (3, "not a int"),
+        ([k.tolist() for k in kept], "not a list|is a list"),
+        ([k.to("meta") for k in kept], "dense"),
         ([kept[0][:1], *kept[1:]], "stage 0"),
         ([kept[0].int(), *kept[1:]], "int32"),
         ([kept[0].flip(1), *kept[1:]], "ascending"),

@@ -1,11 +1,14 @@
 """Recognising: from keys and shapes alone, with what was read, assumed and given told apart."""
 
 import argparse
+import json
 
 import numpy as np
 import pytest
 import torch
 from golden_cases import CASES, official_checkpoint, options, state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import dvit_infer as dvit
 from dvit_infer.checkpoint import read_checkpoint
@@ -166,6 +169,12 @@ def test_lvvit_keys_that_do_not_belong_are_named():
         ({"assume": {"eps": -1.0}}, "eps"),
         ({"assume": {"weights": "model_ema"}}, "weights='model_ema'"),
         ({"assume": {"trained_size": (208, 224)}}, "trained_size"),
+        ({"assume": {"trained_size": 0}}, "trained_size"),
+        ({"assume": {"skip_lam": 2.0}}, "skip_lam means nothing for dynamicvit-deit"),
+        ({"assume": {3: 4}}, "assume: 3"),
+        ({"assume": "num_heads=2"}, "assume: a dict"),
+        ({"arch": ["deit-s"]}, "arch: "),
+        ({"image_size": (16, 1 << 20)}, "image_size: .* too large"),
     ],
 )
 def test_impossible_arguments_are_named(arguments, message):
@@ -257,3 +266,45 @@ def test_a_loaded_state_dict_is_copied():
     state["head.weight"].zero_()
     assert torch.equal(model.head.weight, before)
     assert dvit.verify(engine, state_dict("tiny-deit", 1), num_images=2).passed
+
+
+def test_too_many_predictors_and_heads_without_rows_are_named():
+    state = state_dict("tiny-deit", 1)
+    with pytest.raises(dvit.InputError, match=r"score_predictor\.7: there are only 4 blocks"):
+        dvit.convert(state | {"score_predictor.7.in_conv.0.weight": torch.ones(64)})
+    empty = {"head.weight": torch.zeros(0, 64), "head.bias": torch.zeros(0)}
+    with pytest.raises(dvit.InputError, match=r"head\.weight has shape \(0, 64\)"):
+        dvit.convert(state | empty)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["config"].pop("num_heads"), "num_heads"),
+        (lambda h: h["config"].update(num_heads=None), "num_heads"),
+        (lambda h: h["config"].update(num_heads=3), "num_heads"),
+        (lambda h: h["config"].update(depth=99), "depth is 99"),
+        (lambda h: h["config"].update(depth=float("nan")), "depth"),
+        (lambda h: h["config"].update(family={}), "family"),
+        (lambda h: h["config"].update(mlp_dim="x"), "mlp_dim"),
+        (lambda h: h["config"].update(skip_lam=3.0), "skip_lam"),
+        (lambda h: h["config"].update(keep_rate=0), "keep_rate"),
+        (lambda h: h["config"].update(prune_at=[1, 2]), "prune_at"),
+        (lambda h: h["config"].update(image_size=[225, 225]), "image_size"),
+        (lambda h: h["config"].update(eps=10**400), "eps"),
+        (lambda h: h["config"].update(surprise=1), "surprise"),
+        (lambda h: h.update(config=[]), "config"),
+        (lambda h: h.update(format=2), "format is 2"),
+        (lambda h: h.update(format=True), "format is True"),
+        (lambda h: h.clear(), "header"),
+    ],
+)
+def test_a_saved_files_header_is_not_trusted(change, message, tmp_path):
+    path = tmp_path / "m.safetensors"
+    dvit.convert(state_dict("tiny-deit", 1), device="cpu", assume={"num_heads": 2}).save(path)
+    with safe_open(path, "pt") as file:
+        header, tensors = json.loads(file.metadata()["dvit_infer"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    change(header)
+    save_file(tensors, path, {"dvit_infer": json.dumps(header)})
+    with pytest.raises(dvit.InputError, match=message):
+        dvit.load(path, device="cpu")

@@ -140,6 +140,13 @@ def test_a_head_of_zeros_is_compared_too():
     assert dvit.verify(engine, checkpoint, num_images=2).passed
 
 
+def test_a_reference_that_overflows_is_the_files_fault():
+    checkpoint = {"model": dict(official_checkpoint(TINY)["model"])}
+    checkpoint["model"]["blocks.0.mlp.fc1.weight"] = checkpoint["model"]["blocks.0.mlp.fc1.weight"] * 1e36
+    with pytest.raises(dvit.InputError, match="NaN or Inf"):
+        dvit.verify(dvit.convert(checkpoint, device="cpu", assume={"num_heads": 2}), checkpoint, num_images=2)
+
+
 def test_nan_logits_fail():
     engine = converted()
     engine.graph.nodes[-1].weights["head.bias"].fill_(float("nan"))

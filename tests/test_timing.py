@@ -43,6 +43,6 @@ def test_files_are_whole_or_not_there(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     write_json(tmp_path / "a.json", {"a": [1, float("nan")]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b") as part:
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b", "out") as part:
         part.write_text(f"{1 / 0}")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -39,8 +39,8 @@ def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.timing import environment, write_results
 
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.model)
-    if options.batch and min(options.batch) < 1:
-        raise InputError(f"batch: {min(options.batch)} pictures cannot be measured; 1 or more can")
+    if wrong := [batch for batch in options.batch or () if not 1 <= batch <= 1 << 24]:
+        raise InputError(f"batch: {wrong[0]} pictures cannot be measured; 1 or more can")
     with progress("loading"):
         names = options.compare.split(",") if options.compare is not None else WAYS
         comparison = Comparison(options.model, names, options.device, options.dtype)

@@ -5,14 +5,17 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from dvit_infer.errors import InputError
 
 # Arguments of the library that a command has as options: in messages they are called as the user wrote them.
 _OPTIONS = re.compile(r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|json|out)(?=:)")
+_ASSUMED = re.compile(r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|mean|std|weights):)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,16 +31,16 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Parse, run, and turn what the user can mend into one line and exit 2."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = (_writable(stream) for stream in (sys.stdout, sys.stderr))
     options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
-        status = command(options)
+        with _stopped_like_ctrl_c():
+            status = command(options)
         sys.stdout.flush()
         return status
     except InputError as error:
-        return _failed(_OPTIONS.sub(lambda found: "--" + found[1].replace("_", "-"), str(error)))
+        named = _OPTIONS.sub(lambda found: "--" + found[1].replace("_", "-"), str(error))
+        return _failed(_ASSUMED.sub("--assume ", named))
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -53,8 +56,35 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
 
 def _failed(message: str, status: int = 2) -> int:
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # keys come from files
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     return status
+
+
+def _writable(stream: TextIO | None) -> TextIO:
+    """The stream, showing what it cannot write as question marks; nowhere, if it was closed."""
+    if stream is None:
+        return open(os.devnull, "w")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return stream
+
+
+@contextlib.contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP clean up as Ctrl-C does: a batch system's time limit leaves no half-written file."""
+
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # only the main thread may set handlers
+    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -93,6 +123,8 @@ def assumptions(text: str) -> dict[str, Any]:
         if not equals or not name.strip() or not value.strip():
             raise argparse.ArgumentTypeError(f"{item!r} is no assumption such as num_heads=6")
         parts = [_number(part) for part in re.split(r"[:x]" if value[:1].isdigit() else ":", value.strip())]
+        if name.strip() in chosen:
+            raise argparse.ArgumentTypeError(f"{name.strip()} is given twice")
         chosen[name.strip()] = parts[0] if len(parts) == 1 else tuple(parts)
     return chosen
 

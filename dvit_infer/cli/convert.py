@@ -6,8 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size
+
+if TYPE_CHECKING:
+    from dvit_infer.engine import Engine
+    from dvit_infer.parity import Report
 
 
 def _parser() -> Parser:
@@ -57,27 +62,20 @@ def _convert(options: argparse.Namespace) -> int:
             dtype=options.dtype,
         )
         show(0.3)
-        with contextlib.suppress(_ParityError), whole_file(out) as part:
-            engine.save(part)
+        with contextlib.suppress(_ParityError), whole_file(out, "out") as part:
+            engine.write(part)
             if not options.no_verify:
                 # What is verified is what the file gives back, not what was in memory when it was written.
                 saved = dvit.load(part, device=engine.device, dtype=engine.dtype)
                 show(0.5)
                 report = dvit.verify(saved, options.checkpoint, num_images=8 if engine.device.type == "cpu" else 64)
-                if not report.passed:
-                    raise _ParityError
+            if json_out is not None:
+                write_json(json_out, {"environment": environment(), **_found(engine, report)})
+            if report is not None and not report.passed:
+                raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
     print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run")
     print("not verified, as asked" if report is None else report)
-    if json_out is not None:
-        content = {
-            "environment": environment(),
-            "config": asdict(engine.config),
-            "notes": [asdict(note) for note in engine.notes],
-            "gflops": engine.graph.gflops,
-            "parity": None if report is None else {"passed": report.passed, **asdict(report)},
-        }
-        write_json(json_out, content)
     if report is not None and not report.passed:
         print(
             f"error: {options.checkpoint}: the engine's answers are not the reference's; {out} was not written",
@@ -88,6 +86,15 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _found(engine: "Engine", report: "Report | None") -> dict[str, Any]:
+    return {
+        "config": asdict(engine.config),
+        "notes": [asdict(note) for note in engine.notes],
+        "gflops": engine.graph.gflops,
+        "parity": None if report is None else {"passed": report.passed, **asdict(report)},
+    }
+
+
 class _ParityError(Exception):
     """Leaves the block that writes the file, so that it is not written."""
 
@@ -95,7 +102,7 @@ class _ParityError(Exception):
 def _default_out(checkpoint: str) -> str:
     stem = Path(checkpoint).name
     for suffix in (".tar", ".pth", ".pt", ".safetensors", ".dvit"):
-        stem = stem.removesuffix(suffix)
+        stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
     return f"{stem}.dvit.safetensors"
 
 

@@ -1,7 +1,7 @@
 """Checkpoint families: one file each to recognise it, name its config and give its reference model."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def recognise(
     Raises:
         InputError: the keys are of no known family, or a fact is impossible; the message names key or option.
     """
-    if arch is not None and arch not in ARCHS:
+    if arch is not None and (not isinstance(arch, str) or arch not in ARCHS):
         raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
     reading = Reading(checkpoint, given)
     if checkpoint.weights is not None:
@@ -56,7 +56,21 @@ def recognise(
         raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.FAMILY}")
     saved_as = checkpoint.said.get("weights") if checkpoint.is_saved_engine else None
     weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
-    return replace(family.read(reading, arch, options), weights=weights), reading.notes
+    config = replace(family.read(reading, arch, options), weights=weights)
+    if checkpoint.is_saved_engine:
+        _check_header(checkpoint, config, {*given, *(name for name, value in options.items() if value is not None)})
+    return config, reading.notes
+
+
+def _check_header(checkpoint: Checkpoint, config: Config, overridden: set[str]) -> None:
+    """A saved file's header says of every fact what its weights do, but for what was overridden.
+
+    The name is free: a size that has none today may get one.
+    """
+    for name, value in asdict(config).items():
+        said = checkpoint.said[name]
+        if name not in {"arch", *overridden} and value != (tuple(said) if isinstance(said, list) else said):
+            raise InputError(f"{checkpoint.name}: its header says {name} is {str(said)[:40]}, its weights say {value}")
 
 
 def build_reference(config: Config, checkpoint: Checkpoint) -> VisionTransformer:

@@ -16,8 +16,8 @@ def matches(shapes: Mapping[str, Any]) -> bool:
 
 
 def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
-    heads = ("head", "head_dist") if "head_dist.weight" in reading.shapes else ("head",)
-    return read_config(reading, Trunk(FAMILY, 1e-6, patch_of_kernel=1, class_heads=heads), arch, options)
+    trunk = Trunk(FAMILY, 1e-6, patch_of_kernel=1, class_heads=("head", "head_dist"))
+    return read_config(reading, trunk, arch, options)
 
 
 def reference(config: Config) -> DeiT:

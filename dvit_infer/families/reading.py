@@ -23,6 +23,7 @@ ASSUMABLE = (
     "std",
     "weights",
 )
+MAX_PATCHES = 1 << 14  # one head's attention weights of one picture are then 1 GiB
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Reading:
     """Settles one fact after another: what the caller gave, else what the file said, else an assumption; notes each."""
 
     def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
-        if unknown := sorted(set(given) - set(ASSUMABLE)):
+        if unknown := [name for name in given if name not in ASSUMABLE]:
             raise InputError(
                 f"assume: {unknown[0]!r} is nothing that can be assumed; these are: {', '.join(ASSUMABLE)}"
             )
@@ -49,6 +50,7 @@ class Reading:
         self.said = checkpoint.said if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.said)
         self.said_where = "the saved config" if checkpoint.is_saved_engine else "the file's args"
         self.notes: list[Note] = []
+        self._used = {"weights"}  # of what was given; the reader of the file has seen to this one
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         text = "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple | list) else _text(value)
@@ -68,7 +70,9 @@ class Reading:
         seen = [self.shapes[key][axis] for key, axis in places if len(self.shapes.get(key, ())) > axis]
         sizes = Counter(size for size in seen if size > 0)
         if not sizes:
-            raise InputError(f"{self.name}: missing key {places[0][0]}, which tells {what}")
+            is_there = next((key for key, _ in places if key in self.shapes), None)
+            found = f"{is_there} has shape {self.shapes[is_there]}" if is_there else f"missing key {places[0][0]}"
+            raise InputError(f"{self.name}: {found}, which should tell {what}")
         return sizes.most_common(1)[0][0]
 
     def count(self, prefix: str) -> int:
@@ -81,6 +85,7 @@ class Reading:
 
     def settle(self, what: str, assumed: Any, why: str, said_as: str | None = None) -> Any:
         """Given, else said by the file (under `said_as`, if its name for it is another), else assumed."""
+        self._used.add(what)
         if self.given.get(what) is not None:
             value = self.given[what]
             self.note("given", what, value, "by you")
@@ -91,6 +96,11 @@ class Reading:
             value = assumed
             self.note("assumed", what, value, why)
         return value
+
+    def finish(self, arch: str) -> None:
+        """Raise InputError for what was given and means nothing for this model."""
+        if unused := [name for name in self.given if name not in self._used]:
+            raise InputError(f"assume: {unused[0]} means nothing for {arch}")
 
     def origin(self, what: str) -> str:
         """How a message should call a value: by the option that gave it or the place that said it."""
@@ -133,7 +143,7 @@ def positive_int(what: str, value: Any) -> int:
 
 
 def positive_float(what: str, value: Any) -> float:
-    if not _is_number(value) or not 0 < value < 1e30:
+    if not _is_number(value) or not 1e-30 < value < 1e30:
         raise InputError(f"{what}: {value!r} is no positive number")
     return float(value)
 
@@ -168,8 +178,8 @@ def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
     height, width = (positive_int(what, side) for side in sides)
     if height % patch or width % patch:
         raise InputError(f"{what}: {height}x{width} is no multiple of the patch size {patch}")
-    if height * width > 1 << 28:
-        raise InputError(f"{what}: {height}x{width} is too large")
+    if (height // patch) * (width // patch) > MAX_PATCHES:
+        raise InputError(f"{what}: {height}x{width} is too large: over {MAX_PATCHES} patches, each attending to all")
     return height, width
 
 

@@ -36,7 +36,9 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
         "the classes", [(f"{head}.{part}", 0) for head in trunk.class_heads for part in ("weight", "bias")]
     )
     predictors = read.count("score_predictor.")
-    num_prefix = 2 if "dist_token" in read.shapes or "head_dist.weight" in read.shapes else 1
+    num_prefix = 2 if "dist_token" in read.shapes else 1
+    if predictors > depth:
+        raise InputError(f"{read.name}: unexpected key score_predictor.{predictors - 1}: there are only {depth} blocks")
     found = Arch(trunk.family, dim, depth, 0, 0, num_prefix, predictors, trunk.stem_dim)
     name, sizes = _named(found, mlp_dim)
     if arch is not None:
@@ -89,6 +91,7 @@ def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mappi
         mean=check.three_floats(read.origin("mean"), mean, positive=False),
         std=check.three_floats(read.origin("std"), std, positive=True),
     )
+    read.finish(name)
     for stage, count in enumerate(config.num_keep):
         if count == 0:
             share = f"{config.num_patches} * {rate:g}^{stage + 1}"
@@ -156,12 +159,12 @@ def _patch_size(read: Reading, of_kernel: int) -> int:
 def _trained_size(read: Reading, num_prefix: int, patch: int) -> tuple[int, int]:
     patches = read.shape("pos_embed", 3)[1] - num_prefix
     side = math.isqrt(max(patches, 0))
-    said = read.given.get("trained_size") or read.said.get("trained_size")
-    if said is None and (side < 1 or side * side != patches):
+    said = any(where.get("trained_size") is not None for where in (read.given, read.said))
+    if not said and (side < 1 or side * side != patches):
         raise InputError(
             f"{read.name}: pos_embed has {patches} patch positions, no square grid; assume trained_size=HxW says which"
         )
-    if said is None:
+    if not said:
         read.note(
             "read", "trained_size", (side * patch, side * patch), f"pos_embed: {patches} positions, a square grid"
         )
