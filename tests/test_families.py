@@ -308,3 +308,10 @@ def test_a_saved_files_header_is_not_trusted(change, message, tmp_path):
     save_file(tensors, path, {"dvit_infer": json.dumps(header)})
     with pytest.raises(dvit.InputError, match=message):
         dvit.load(path, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["head.weight", "head.bias"])
+def test_of_two_head_tensors_that_disagree_both_are_named(key):
+    state = state_dict("tiny-deit", 1)
+    with pytest.raises(dvit.InputError, match=r"head\.bias.*head\.weight"):
+        dvit.convert(state | {key: state[key][:9]}, assume={"num_heads": 2})

@@ -101,5 +101,7 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], conf
             raise InputError(f"{checkpoint.name}: unexpected key {key}, which {config.arch} does not have")
     for key, shape in expected.items():
         if found[key] != shape:
-            because = f" with {config.num_classes} classes and {config.embed_dim} channels" if "head" in key else ""
+            others = sorted(k for k in found if "head" in k and k != key and found[k][:1] == shape[:1])
+            # Of two tensors that disagree either may be the wrong one: both are named.
+            because = f", as {others[0]} has {shape[0]} rows" if "head" in key and others else ""
             raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")
