@@ -7,7 +7,8 @@ import torch
 
 from dvit_infer.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.config import Config
-from dvit_infer.engine import Engine, resolve_device, resolve_dtype
+from dvit_infer.devices import resolve_device, resolve_dtype
+from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.example import example_checkpoint

@@ -15,6 +15,7 @@ from torch import nn
 from dvit_infer.backends import torch as backend
 from dvit_infer.checkpoint import FORMAT, HEADER_KEY, Checkpoint, read_checkpoint
 from dvit_infer.config import Config
+from dvit_infer.devices import CHUNK, resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
@@ -23,10 +24,6 @@ from dvit_infer.graph import Graph, build_graph, fold
 from dvit_infer.images import check_images, is_plain, prepare
 
 Source = str | Path | Mapping[str, Any]
-
-# Pictures that go through the graph together; larger batches are cut, so that memory does not grow with them.
-CHUNK = {"cpu": 8, "cuda": 256}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Engine:
@@ -213,43 +210,6 @@ def _recognised(
     checkpoint = read_checkpoint(source, given.get("weights"))
     config, notes = recognise(checkpoint, arch, given, {"method": method, "image_size": image_size})
     return checkpoint, config, notes
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; by default, CUDA if there is one. A CUDA device always with its index: it may not drift.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InputError(f"device: {device!r} is no device; cpu or cuda is expected") from None
-    if resolved.type == "cpu":
-        return torch.device("cpu")
-    if resolved.type not in CHUNK:
-        raise InputError(f"device: {resolved.type} is not supported; cpu and cuda are")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {device} was asked for, and there is none here; cpu would do")
-    if resolved.type == "cuda" and resolved.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype:
-    """The dtype asked for; by default, bfloat16 on CUDA and float32 on a CPU.
-
-    Raises:
-        InputError: it is none of `DTYPES`.
-    """
-    if dtype is None:
-        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
-    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved is None or resolved not in DTYPES.values():
-        raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
-    return resolved
 
 
 def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:

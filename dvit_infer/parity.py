@@ -7,7 +7,8 @@ import torch
 
 from dvit_infer.backends import torch as backend
 from dvit_infer.checkpoint import Checkpoint, read_checkpoint
-from dvit_infer.engine import CHUNK, Engine, Source, folded_graph
+from dvit_infer.devices import CHUNK
+from dvit_infer.engine import Engine, Source, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.graph.nodes import Node
@@ -169,7 +170,7 @@ def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torc
         part = slice(start, start + size)
         given = [stage[part] for stage in kept] or None
         inputs = images[part].to(like.device, like.dtype)
-        with backend.full_float32(inputs):
+        with backend.as_asked(inputs):
             parts.append(model.evaluate(inputs, given))
     logits, chosen, margins = zip(*parts, strict=True)
     stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]

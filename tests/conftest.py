@@ -1,7 +1,10 @@
-"""Two threads, deterministic, and GPU tests skipped where there is none."""
+"""Two threads, GPU tests skipped where there is none, and a checkpoint file for the commands."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import official_checkpoint
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -16,3 +19,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("official") / "tiny.pth.tar"
+    torch.save(official_checkpoint("tiny-deit-r0.7-s1"), path)
+    return path
+
+
+@pytest.fixture
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")

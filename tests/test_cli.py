@@ -1,55 +1,22 @@
-"""The commands as a user types them: what they print, what they write, how they fail."""
+"""The commands as a user types them: what they print, what they write."""
 
 import json
 import os
 import re
-import signal
 import stat
-import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY, fails, run
 from golden_cases import official_checkpoint, state_dict
 
 import dvit_infer as dvit
 from dvit_infer.cli import bench, convert
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("_empty_folder")
 SCHEMA = """model keep_rate how mode device dtype batch images_per_s p20_images_per_s p80_images_per_s p50_ms p99_ms
     gflops params peak_mib max_logit_error top1_agreement baseline speedup"""
-TINY = ["--assume", "num_heads=2", "--device", "cpu"]
-ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("official") / "tiny.pth.tar"
-    torch.save(official_checkpoint("tiny-deit-r0.7-s1"), path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-
-def fails(command, argv, capsys) -> str:
-    """Run a command that has to fail: exit 2, one line on stderr, nothing left behind. Returns the line."""
-    before = sorted(os.listdir())
-    try:
-        status = command.main([str(a) for a in argv])
-    except SystemExit as exit_:
-        status = exit_.code
-    out = capsys.readouterr()
-    assert status == 2
-    assert re.fullmatch(r"error: [^\n]+\n", out.err), out.err
-    assert sorted(os.listdir()) == before
-    return out.err
 
 
 def test_convert_writes_a_verified_file(checkpoint, capsys):
@@ -158,123 +125,6 @@ def test_bench_of_a_dense_model_and_of_chosen_rows(tmp_path, capsys, monkeypatch
     assert [(row["how"], row["baseline"]) for row in rows] == [("dense", "dense"), ("engine", "dense")]
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--keep-rate", "0"], "--keep-rate"),
-        (["--keep-rate", "1.5"], "--keep-rate"),
-        (["--keep-rate", "nan"], "--keep-rate"),
-        (["--keep-rate", "-0.5"], "--keep-rate"),
-        (["--keep-rate", "x"], "--keep-rate"),
-        (["--keep-rate", "0.05"], "--keep-rate"),
-        (["--prune-at", "3,3"], "--prune-at"),
-        (["--prune-at", "12"], "--prune-at"),
-        (["--prune-at", "-1"], "--prune-at"),
-        (["--prune-at", "-1,1"], "--prune-at"),
-        (["--prune-at=-1,1"], "--prune-at"),
-        (["--prune-at", ""], "--prune-at"),
-        (["--prune-at", "1,2,x"], "--prune-at"),
-        (["--image-size", "225"], "--image-size"),
-        (["--image-size", "-16"], "--image-size"),
-        (["--image-size", "16x"], "--image-size"),
-        (["--method", "magic"], "--method"),
-        (["--arch", "resnet"], "dynamicvit-deit-s"),
-        (["--device", "tpu"], "--device"),
-        (["--dtype", "int8"], "--dtype"),
-        (["--assume", "heads"], "--assume"),
-        (["--assume", "heads=2"], "--assume"),
-        (["--assume", "num_heads=2,num_heads=4"], "--assume"),
-        (["--assume", "num_heads=x"], "--assume num_heads"),
-        (["--assume", "num_heads=2,skip_lam=2"], "--assume"),
-        (["--format", "onnx3"], "--format"),
-        (["-o", "."], "--out"),
-        (["-o", "nowhere/x.safetensors"], "--out"),
-        (["-o", "/dev/null"], "--out"),
-        (["-o", "/proc/x"], "--out"),
-        (["-o", ""], "--out"),
-        (["-o", "x/"], "--out"),
-        (["-o", os.fsdecode(b"\xff\xfe")], "--out"),
-        (["-o", "x" * 300], "--out"),
-        (["--json", "tiny.dvit.safetensors"], "--json"),
-        (["--json", "nowhere/x.json"], "--json"),
-        (["--surprise"], "--surprise"),
-    ],
-)
-def test_bad_options_of_convert(argv, named, checkpoint, capsys):
-    arguments = [] if "--assume" in argv else ["--assume", "num_heads=2"]
-    arguments += [] if "--device" in argv else ["--device", "cpu"]
-    assert named in fails(convert, [checkpoint, *arguments, *argv], capsys)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [convert, bench])
-def test_cuda_without_one(command, checkpoint, capsys):
-    assert "--device" in fails(command, [checkpoint, "--device", "cuda"], capsys)
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--batch", "0"], "--batch"),
-        (["--batch", "8,-1"], "--batch"),
-        (["--batch", "99999999999999999999"], "--batch"),
-        (["--batch", "x"], "--batch"),
-        (["--compare", "magic"], "--compare"),
-        (["--compare", ""], "--compare"),
-        (["--dtype", "int8"], "--dtype"),
-        (["--json", "."], "--json"),
-    ],
-)
-def test_bad_options_of_bench(argv, named, checkpoint, capsys):
-    assert named in fails(bench, [checkpoint, "--device", "cpu", *argv], capsys)
-
-
-@pytest.mark.parametrize("command", [convert, bench])
-def test_bad_files(command, checkpoint, capsys, tmp_path):
-    good, state = checkpoint.read_bytes(), state_dict("tiny-deit", 1)
-    files = tmp_path / "bad"
-    files.mkdir()
-    contents = {
-        "empty.pth": b"",
-        "text.pth": b"hello\n",
-        "cut.pth": good[: len(good) // 2],
-        "huge.safetensors": struct.pack("<Q", 2**60) + b"{}",
-    }
-    for name, content in contents.items():
-        (files / name).write_bytes(content)
-        assert name in fails(command, [files / name, "--device", "cpu"], capsys)
-    spoiled = {
-        "head.bias": {k: v for k, v in state.items() if k != "head.bias"},
-        "surprise": state | {"surprise": torch.ones(1)},
-        "blocks.1.attn.qkv.weight": state | {"blocks.1.attn.qkv.weight": torch.ones(191, 64)},
-        "norm.bias": state | {"norm.bias": torch.full((64,), float("nan"))},
-    }
-    for key, content in spoiled.items():
-        torch.save({"model": content, "args": {"num_heads": 2}}, files / "spoiled.pth")
-        line = fails(command, [files / "spoiled.pth", "--device", "cpu"], capsys)
-        assert key in line
-        assert "spoiled.pth" in line
-    assert "none.pth" in fails(command, [files / "none.pth"], capsys)
-
-
-def test_a_pickle_that_calls_os_system(capsys, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'ran'}",)
-
-    torch.save({"model": state_dict("tiny-deit", 1), "args": Evil()}, tmp_path / "evil.pth")
-    assert "system" in fails(convert, [tmp_path / "evil.pth"], capsys)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_output_that_would_overwrite_the_input(checkpoint, capsys):
-    os.link(checkpoint, "same.pth")
-    os.symlink(checkpoint, "link.pth")
-    for name in (checkpoint, "same.pth", "link.pth"):
-        assert "input itself" in fails(convert, [checkpoint, *TINY, "-o", name], capsys)
-        assert "input itself" in fails(convert, [checkpoint, *TINY, "--json", name], capsys)
-
-
 def test_what_a_file_says_is_printed_as_it_is(capsys, tmp_path):
     args = {"num_heads": 2, "model": "[bold]deit[/b] :smile: \x1b[31m"}
     torch.save({"model": state_dict("tiny-deit", 1), "args": args}, tmp_path / "odd.pth")
@@ -282,27 +132,6 @@ def test_what_a_file_says_is_printed_as_it_is(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "[bold]deit[/b] :smile:" in out
     assert "\x1b" not in out
-
-
-def test_file_names_are_told_from_options(capsys, tmp_path):
-    (tmp_path / "batch.pth").write_bytes(b"")
-    assert "batch.pth: the file is empty" in fails(convert, [tmp_path / "batch.pth"], capsys)
-    os.chdir(tmp_path)
-    assert fails(bench, ["batch.pth"], capsys) == "error: batch.pth: the file is empty\n"
-
-
-def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
-    def no_memory(*arguments, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
-
-    monkeypatch.setattr("dvit_infer.compare.interleave", no_memory)
-    assert "--batch: 5 pictures do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
-    monkeypatch.setattr("dvit_infer.engine.fold", no_memory)
-    assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)
-
-
-def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENV, check=False, **options)
 
 
 @pytest.mark.parametrize("module", ["dvit_infer.cli.convert", "dvit_infer.cli.bench"])
@@ -329,55 +158,3 @@ def test_import_loads_no_torch_and_names_are_there():
 def test_a_real_run_shows_no_progress_where_there_is_no_terminal(checkpoint):
     done = run("-m", "dvit_infer.cli.convert", str(checkpoint), *TINY)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupting_leaves_nothing_behind(stop, checkpoint):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvit_infer.cli.convert", str(checkpoint), *TINY],
-        env=ENV,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not os.listdir() and process.poll() is None:  # until the file is being written
-        time.sleep(0.01)
-    process.send_signal(stop)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (0, 130)
-    assert "Traceback" not in err
-    assert [name for name in os.listdir() if name.endswith(".part")] == []
-
-
-def test_a_full_disk_leaves_nothing_behind(checkpoint, capsys, monkeypatch):
-    def full(tensors, path, header):
-        Path(path).write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dvit_infer.engine.save_file", full)
-    assert "No space left" in fails(convert, [checkpoint, *TINY], capsys)
-
-
-def test_a_full_disk_for_the_json_is_named_and_no_model_is_left(checkpoint, capsys, monkeypatch):
-    def full(content):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dvit_infer.timing._finite", full)
-    assert "--json: " in fails(convert, [checkpoint, *TINY, "--json", "x.json"], capsys)
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "> /dev/full"])
-def test_closed_and_full_streams_raise_no_traceback(closed, checkpoint):
-    command = f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} --no-verify {closed}"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENV, check=False)
-    assert "Traceback" not in done.stderr
-    assert done.returncode == (2 if "full" in closed else 0)
-    assert os.listdir() == ["tiny.dvit.safetensors"]
-
-
-def test_a_reader_that_goes_away_is_no_error(checkpoint):
-    done = subprocess.run(
-        f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} | head -1",
-        shell=True, capture_output=True, text=True, env=ENV, check=False,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr

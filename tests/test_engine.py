@@ -226,3 +226,11 @@ def test_keep_rate_of_one_keeps_everything():
     assert all(torch.equal(k, torch.arange(196).expand(3, -1)) for k in kept)
     dense = dvit.convert(official_checkpoint(TINY), method="none", **chosen)
     assert torch.allclose(logits, dense(pictures(TINY)), atol=2e-5)
+
+
+def test_autocast_around_the_call_changes_nothing(tiny):
+    images = pictures(TINY)
+    right = tiny(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny(images), right)
+        assert dvit.verify(tiny, official_checkpoint(TINY), num_images=2).passed

@@ -12,8 +12,8 @@ from dvit_infer.backends import torch as backend
 from dvit_infer.checkpoint import read_checkpoint
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.example import example_checkpoint
-from dvit_infer.graph import build_graph, fold
-from dvit_infer.graph.nodes import Attention, Graph, Mlp
+from dvit_infer.graph import Graph, build_graph, fold
+from dvit_infer.graph.nodes import Attention, Mlp
 
 logging.getLogger("fvcore").setLevel(logging.ERROR)
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Graph, Head, Mlp, Node, Prune
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
 
 NAME = "torch"
@@ -86,27 +87,29 @@ _before = ""
 
 
 @contextlib.contextmanager
-def full_float32(images: torch.Tensor) -> Iterator[None]:
-    """In float32 on CUDA, convolutions are not rounded to TF32, as they are by default.
+def as_asked(images: torch.Tensor) -> Iterator[None]:
+    """Arithmetic in the dtype of `images` and no other: no autocast around the call, no TF32 in float32 convolutions.
 
-    The setting is the process's: the first run in changes it, the last one out puts it back.
+    TF32 is what cuDNN's convolutions use by default. The setting is the process's: the first run in changes it, the
+    last one out puts it back.
     """
     global _in_full, _before
-    if not images.is_cuda or images.dtype != torch.float32:
-        yield
-        return
-    with _PRECISION:
-        if _in_full == 0:
-            _before = _CUDNN.conv.fp32_precision
-            _CUDNN.conv.fp32_precision = "ieee"
-        _in_full += 1
-    try:
-        yield
-    finally:
+    with torch.autocast(images.device.type, enabled=False):
+        if not images.is_cuda or images.dtype != torch.float32:
+            yield
+            return
         with _PRECISION:
-            _in_full -= 1
             if _in_full == 0:
-                _CUDNN.conv.fp32_precision = _before
+                _before = _CUDNN.conv.fp32_precision
+                _CUDNN.conv.fp32_precision = "ieee"
+            _in_full += 1
+        try:
+            yield
+        finally:
+            with _PRECISION:
+                _in_full -= 1
+                if _in_full == 0:
+                    _CUDNN.conv.fp32_precision = _before
 
 
 def run(
@@ -123,7 +126,7 @@ def run(
     Returns:
         Logits (B, K) float32, and the kept original positions, a stage each.
     """
-    with full_float32(images):
+    with as_asked(images):
         return _run(graph, images, kept, watch)
 
 

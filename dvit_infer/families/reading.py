@@ -10,7 +10,7 @@ from dvit_infer.checkpoint import Checkpoint
 from dvit_infer.config import METHODS, Method
 from dvit_infer.errors import InputError
 
-# What `assume` may say, and the type of each; a file this project wrote says the same in its header or its args.
+# What `assume` may say; a file that this project wrote says the same in its header or its args.
 ASSUMABLE = (
     "num_heads",
     "skip_lam",

@@ -24,9 +24,8 @@ class Trunk:
     has_skip_lam: bool = False
 
 
-def read_config(reading: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
+def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
     """Put a Config together from keys, shapes, args, what was given and, last, assumptions."""
-    read = reading
     dim = read.vote("the width", [("norm.weight", 0), ("cls_token", 2), ("pos_embed", 2), ("blocks.0.norm1.weight", 0)])
     depth = read.count("blocks.")
     if not depth:

@@ -2,6 +2,7 @@
 
 from dvit_infer.graph.build import build_graph
 from dvit_infer.graph.fold import fold
-from dvit_infer.graph.nodes import Graph, Node
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Node
 
 __all__ = ["Graph", "Node", "build_graph", "fold"]

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Config
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Graph, Head, Mlp, Node, Prune
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.reference.lvvit import ConvStem
 from dvit_infer.reference.vit import VisionTransformer
 

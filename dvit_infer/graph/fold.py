@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from dvit_infer.graph.nodes import Attention, Convolution, Graph, Head, Mlp, Node, Prune, Weights
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Convolution, Head, Mlp, Node, Prune, Weights
 from dvit_infer.ops.prune_tokens import pack_predictor
 
 

@@ -1,0 +1,46 @@
+"""Where and in what an engine runs."""
+
+import torch
+
+from dvit_infer.errors import InputError
+
+# Pictures that go through the graph together; larger batches are cut, so that memory does not grow with them.
+CHUNK = {"cpu": 8, "cuda": 256}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; by default, CUDA if there is one. A CUDA device always with its index: it may not drift.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device: {device!r} is no device; cpu or cuda is expected") from None
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type not in CHUNK:
+        raise InputError(f"device: {resolved.type} is not supported; cpu and cuda are")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {device} was asked for, and there is none here; cpu would do")
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype:
+    """The dtype asked for; by default, bfloat16 on CUDA and float32 on a CPU.
+
+    Raises:
+        InputError: it is none of `DTYPES`.
+    """
+    if dtype is None:
+        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
+        raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
+    return resolved

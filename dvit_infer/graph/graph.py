@@ -1,0 +1,54 @@
+"""The graph: its nodes in the order they run, their sums, their table."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dvit_infer.config import Config
+from dvit_infer.graph.nodes import Node, Prune
+from dvit_infer.tables import table
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in the order they run. `print()` shows them as a table."""
+
+    config: Config
+    nodes: tuple[Node, ...]
+    backend: str = ""  # who runs it, for the table
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one picture."""
+        return sum(node.macs for node in self.nodes)
+
+    @property
+    def gflops(self) -> float:
+        """The same in 10^9, which papers call GFLOPs."""
+        return self.macs / 1e9
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
+        """A copy of the graph with weights of its own on `device`, in `dtype`; packed predictors keep their dtypes."""
+
+        def own(node: Node) -> Node:
+            if isinstance(node, Prune):
+                return node.with_weights(lambda w: w.to(device, copy=True))
+            return node.with_weights(lambda w: w.to(device, dtype, copy=True))
+
+        return replace(self, nodes=tuple(own(node) for node in self.nodes))
+
+    def __str__(self) -> str:
+        c = self.config
+        pruned = f", keep {','.join(map(str, c.num_keep))} of {c.num_patches} patches" if c.num_keep else ", dense"
+        rows, total_bytes = [], 0
+        for node in self.nodes:
+            moved = node.bytes_moved(1, next(iter(node.weights.values())).element_size())
+            total_bytes += moved
+            shapes = ("x".join(map(str, shape)) for shape in (node.in_shape, node.out_shape))
+            numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"
+            rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
+        by = f"run by {self.backend}" if self.backend else ""
+        total = ("total", by, "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
+        title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
+        columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
+        return table(columns, rows, title=title, total=total)

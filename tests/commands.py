@@ -1,0 +1,29 @@
+"""What the tests of the commands share."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--assume", "num_heads=2", "--device", "cpu"]
+ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+
+
+def fails(command, argv, capsys) -> str:
+    """Run a command that has to fail: exit 2, one line on stderr, nothing left behind. Returns the line."""
+    before = sorted(os.listdir())
+    try:
+        status = command.main([str(a) for a in argv])
+    except SystemExit as exit_:
+        status = exit_.code
+    out = capsys.readouterr()
+    assert status == 2
+    assert re.fullmatch(r"error: [^\n]+\n", out.err), out.err
+    assert sorted(os.listdir()) == before
+    return out.err
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENV, check=False, **options)
