@@ -12,6 +12,7 @@ from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, 
 
 if TYPE_CHECKING:
     from dvit_infer.engine import Engine
+    from dvit_infer.families.reading import Note
     from dvit_infer.parity import Report
 
 
@@ -61,19 +62,20 @@ def _convert(options: argparse.Namespace) -> int:
             device=options.device,
             dtype=options.dtype,
         )
+        notes = engine.notes
         show(0.3)
         with contextlib.suppress(_ParityError), whole_file(out, "out") as part:
             engine.write(part)
             if not options.no_verify:
                 # What is verified is what the file gives back, not what was in memory when it was written.
-                saved = dvit.load(part, device=engine.device, dtype=engine.dtype)
+                engine = dvit.load(part, device=engine.device, dtype=engine.dtype)
                 show(0.5)
-                report = dvit.verify(saved, options.checkpoint, num_images=8 if engine.device.type == "cpu" else 64)
+                report = dvit.verify(engine, options.checkpoint, num_images=8 if engine.device.type == "cpu" else 64)
             if json_out is not None:
-                write_json(json_out, {"environment": environment(), **_found(engine, report)})
+                write_json(json_out, {"environment": environment(), **_found(engine, notes, report)})
             if report is not None and not report.passed:
                 raise _ParityError
-    print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
+    print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in notes]))
     print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run")
     print("not verified, as asked" if report is None else report)
     if report is not None and not report.passed:
@@ -86,10 +88,10 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _found(engine: "Engine", report: "Report | None") -> dict[str, Any]:
+def _found(engine: "Engine", notes: "list[Note]", report: "Report | None") -> dict[str, Any]:
     return {
         "config": asdict(engine.config),
-        "notes": [asdict(note) for note in engine.notes],
+        "notes": [asdict(note) for note in notes],
         "gflops": engine.graph.gflops,
         "parity": None if report is None else {"passed": report.passed, **asdict(report)},
     }

@@ -68,7 +68,6 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
                 tokens=tokens,
                 num_keep=config.num_keep[stage],
                 num_prefix=config.num_prefix,
-                dim=config.embed_dim,
                 eps=config.predictor_eps,
             )
             tokens = config.num_prefix + config.num_keep[stage]

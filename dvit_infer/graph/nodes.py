@@ -107,11 +107,26 @@ class Embed(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(Node):
+class TokenNode(Node):
+    """A node that takes (tokens, dim), prefix tokens first."""
+
+    tokens: int
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token."""
+        raise NotImplementedError
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.tokens, self.dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(TokenNode):
     """x + proj(softmax(scale * q k^T) v) * residual_scale, of LayerNorm(x); only the first `rows` rows go on."""
 
     kind = "attention"
-    tokens: int
     rows: int  # query rows: all tokens, or the prefix alone in a last block whose head reads nothing else
     num_heads: int
     eps: float
@@ -121,10 +136,6 @@ class Attention(Node):
     @property
     def dim(self) -> int:
         return self.weights["proj.weight"].shape[0]
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return self.tokens, self.dim
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -138,21 +149,16 @@ class Attention(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mlp(Node):
+class Mlp(TokenNode):
     """x + fc2(gelu(fc1(LayerNorm(x)))) * residual_scale."""
 
     kind = "mlp"
-    tokens: int
     eps: float
     residual_scale: float
 
     @property
     def dim(self) -> int:
         return self.weights["fc2.weight"].shape[0]
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return self.tokens, self.dim
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -164,19 +170,17 @@ class Mlp(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Node):
+class Prune(TokenNode):
     """The op dvit::prune_tokens: score, choose, gather. `packed` weights are the op's, others the predictor's own."""
 
     kind = "prune"
-    tokens: int
     num_keep: int
     num_prefix: int
-    dim: int
     eps: float
 
     @property
-    def in_shape(self) -> tuple[int, ...]:
-        return self.tokens, self.dim
+    def dim(self) -> int:
+        return next(w for w in self.weights.values() if w.ndim == 2).shape[1]  # the first linear's
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -196,21 +200,16 @@ class Prune(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head(Node):
+class Head(TokenNode):
     """LayerNorm, then logits: of the class token; the mean with the distillation token's; or plus half the best
     auxiliary logits of the patches, class by class (LV-ViT)."""
 
     kind = "head"
-    tokens: int
     eps: float
 
     @property
     def dim(self) -> int:
         return self.weights["head.weight"].shape[1]
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return self.tokens, self.dim
 
     @property
     def out_shape(self) -> tuple[int, ...]:
