@@ -59,9 +59,11 @@ def test_convert_options_reach_the_engine(checkpoint):
 def test_convert_replaces_an_earlier_file_and_takes_its_own_output(checkpoint, capsys):
     Path("tiny.dvit.safetensors").write_text("old")
     assert convert.main([str(checkpoint), *TINY]) == 0
-    assert convert.main(["tiny.dvit.safetensors", "--device", "cpu", "-o", "again.safetensors"]) == 0
+    assert convert.main(["tiny.dvit.safetensors", "--device", "cpu"]) == 0
     capsys.readouterr()
-    assert "is the input itself" in fails(convert, ["tiny.dvit.safetensors", "--device", "cpu"], capsys)
+    assert sorted(os.listdir()) == ["tiny.dvit.dvit.safetensors", "tiny.dvit.safetensors"]
+    again = ["tiny.dvit.safetensors", "--device", "cpu", "-o", "tiny.dvit.safetensors"]
+    assert "is the input itself" in fails(convert, again, capsys)
 
 
 def test_convert_exits_1_and_writes_nothing_when_parity_fails(checkpoint, capsys, monkeypatch):

@@ -290,6 +290,7 @@ def test_too_many_predictors_and_heads_without_rows_are_named():
         (lambda h: h["config"].update(skip_lam=3.0), "skip_lam"),
         (lambda h: h["config"].update(keep_rate=0), "keep_rate"),
         (lambda h: h["config"].update(prune_at=[1, 2]), "prune_at"),
+        (lambda h: h["config"].update(method="q"), r"m\.safetensors: method: 'q'"),
         (lambda h: h["config"].update(image_size=[225, 225]), "image_size"),
         (lambda h: h["config"].update(eps=10**400), "eps"),
         (lambda h: h["config"].update(surprise=1), "surprise"),

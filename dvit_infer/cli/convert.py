@@ -103,7 +103,7 @@ class _ParityError(Exception):
 
 def _default_out(checkpoint: str) -> str:
     stem = Path(checkpoint).name
-    for suffix in (".tar", ".pth", ".pt", ".safetensors", ".dvit"):
+    for suffix in (".tar", ".pth", ".pt", ".safetensors"):
         stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
     return f"{stem}.dvit.safetensors"
 

@@ -191,11 +191,11 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def method(value: Any, has_predictors: bool, name: str) -> Method:
+def method(what: str, value: Any, has_predictors: bool, name: str) -> Method:
     if value == "none":
         return "none"
     if value != "predictor":
-        raise InputError(f"method: {value!r} is not one of {', '.join(METHODS)}")
+        raise InputError(f"{what}: {value!r} is not one of {', '.join(METHODS)}")
     if not has_predictors:
-        raise InputError(f"method: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
+        raise InputError(f"{what}: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
     return "predictor"

@@ -134,10 +134,10 @@ def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
 
 def _method(read: Reading, given: Any, predictors: int) -> Method:
     if given is not None:
-        method = check.method(given, bool(predictors), read.name)
+        method = check.method("method", given, bool(predictors), read.name)
         read.note("given", "method", method, "by you")
     elif (said := read.said.get("method")) is not None:
-        method = check.method(said, bool(predictors), read.name)
+        method = check.method(f"{read.name}: method", said, bool(predictors), read.name)
         read.note("read", "method", method, f"{read.said_where}: method")
     else:
         method = "predictor" if predictors else "none"

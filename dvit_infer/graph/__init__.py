@@ -1,7 +1,7 @@
 """The inference graph: a few coarse nodes that know their shapes, multiply-adds and bytes."""
 
 from dvit_infer.graph.build import build_graph
-from dvit_infer.graph.fold import fold
+from dvit_infer.graph.folding import fold
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Node
 
