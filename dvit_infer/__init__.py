@@ -1,6 +1,7 @@
 """DynamicViT inference: the public names, each imported on first use so that importing this loads no torch."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,3 +53,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "torch" in sys.modules:  # then torch.ops.dvit is there at once, as for a loaded program that calls it
+    importlib.import_module(f"{__name__}.ops.prune_tokens")

@@ -1,5 +1,6 @@
 """The one way to measure: calls interleaved in one run, medians and percentiles, one row type, one environment."""
 
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -122,11 +123,12 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed goes back, or this one would take it unseen
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         resident = _status_kib("VmRSS")
         call()
         return (_status_kib("VmHWM") - resident) / 1024
-    except (OSError, LookupError):
+    except (OSError, AttributeError, LookupError):  # no Linux, or another C library
         return None
 
 

@@ -154,6 +154,8 @@ def test_import_loads_no_torch_and_names_are_there():
     )
     done = run("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
+    done = run("-c", "import torch, dvit_infer; print(torch.ops.dvit.prune_tokens.default)")
+    assert (done.returncode, done.stdout.strip()) == (0, "dvit.prune_tokens.default")
     assert not hasattr(dvit, "nonsense")
 
 

@@ -200,5 +200,5 @@ def test_a_reader_that_goes_away_is_no_error(checkpoint):
         f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} | head -1",
         shell=True, capture_output=True, text=True, env=ENV, check=False,
     )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
+    assert done.stderr == ""
+    assert os.listdir() == ["tiny.dvit.safetensors"]

@@ -1,13 +1,14 @@
 """Measuring: every call once a round, ratios round by round, an environment, a file whole or not at all."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from dvit_infer.files import whole_file
-from dvit_infer.timing import MIN_ROUNDS, Timing, environment, interleave, machine_name, write_json
+from dvit_infer.timing import MIN_ROUNDS, Timing, _peak_mib, environment, interleave, machine_name, write_json
 
 
 def test_calls_take_turns():
@@ -46,3 +47,18 @@ def test_files_are_whole_or_not_there(tmp_path):
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b", "out") as part:
         part.write_text(f"{1 / 0}")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_is_that_of_a_call_after_others_too():
+    weights = torch.randn(1536, 384)
+
+    def call(rows: int) -> torch.Tensor:
+        return torch.nn.functional.gelu(torch.randn(rows, 384) @ weights.T)
+
+    for rows in (8 * 197, 64 * 197):
+        for _ in range(3):
+            call(rows)
+        mib = rows * 1536 * 4 / 2**20
+        peak = _peak_mib(lambda rows=rows: call(rows), torch.device("cpu"))
+        assert peak is None or mib < peak < 4 * mib

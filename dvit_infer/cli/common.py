@@ -43,7 +43,7 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
         return _failed(_ASSUMED.sub("--assume ", named))
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + 13  # as if SIGPIPE had ended it
     except OSError as error:
         return _failed(f"{error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:

@@ -93,10 +93,10 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     read.finish(name)
     for stage, count in enumerate(config.num_keep):
         if count == 0:
-            share = f"{config.num_patches} * {rate:g}^{stage + 1}"
-            raise InputError(
-                f"{read.origin('keep_rate')}: {rate:g} keeps no patch token at stage {stage} ({share} < 1)"
-            )
+            by_size = options.get("image_size") is not None and read.given.get("keep_rate") is None
+            what = "image_size" if by_size else read.origin("keep_rate")
+            counts = f"{config.num_patches} of a {image_size[0]}x{image_size[1]} picture"
+            raise InputError(f"{what}: a keep rate of {rate:g} leaves no patch token of the {counts} at stage {stage}")
     return config
 
 

@@ -1,7 +1,8 @@
 """prune_tokens: score the patch tokens, choose the best, gather their rows (Rao et al. 2021, sections 3.2 and 3.3).
 
 The op runs one pruning stage. Its arithmetic here is plain PyTorch for any device; a device with a kernel of its own
-registers that under the same name.
+registers that under the same name. `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use of a
+public name, or by `import dvit_infer` after `import torch`.
 """
 
 from collections.abc import Mapping, Sequence
