@@ -103,7 +103,11 @@ def _load_torch(path: Path, is_zip: bool) -> Any:
         with _LOADING, torch.serialization.safe_globals(harmless), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an unusual pickle protocol: what comes of it is told below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch raises a dozen kinds on damaged files; each becomes a line that names the file
+    except (
+        Exception
+    ) as error:  # a damaged or hostile pickle can raise any kind; each becomes a line that names the file
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise  # not the file's fault
         raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
 
 
@@ -116,6 +120,7 @@ def _check_zip(path: Path) -> bool:
                     while info.CRC and record.read(1 << 22):  # torch can be told to write no checksums: all are 0 then
                         pass
             return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+    # RuntimeError is an encrypted record, NotImplementedError a compression that zipfile does not know.
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path}: truncated or damaged torch file ({_first_line(str(error))})") from None
 

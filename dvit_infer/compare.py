@@ -73,8 +73,6 @@ class Comparison:
         config, notes = recognise(checkpoint, None, {}, {})
         self.config, self._name = config, checkpoint.name
         dense_config, _ = recognise(checkpoint, None, {}, {"method": "none"})
-        both = {False: config, True: dense_config}  # by whether it is dense
-        self._right = {dense: build_reference(c, checkpoint).to(self.device) for dense, c in both.items()}
         is_dense = config.method == "none"
         self._ways: dict[str, _Way] = {}
         if "reference" in names:
@@ -89,6 +87,8 @@ class Comparison:
         if not is_dense:
             self._ways["engine"] = self._engine(config, checkpoint, notes)
         self.baseline = next((name for name in names if name in self._ways), next(iter(self._ways)))
+        needed = {way.dense: way.config for way in self._ways.values()}
+        self._right = {dense: build_reference(c, checkpoint).to(self.device) for dense, c in needed.items()}
         weights = {key: value.numel() for key, value in checkpoint.state.items() if not _is_buffer(key)}
         self._params = {  # of what runs, by whether it is dense
             False: sum(weights.values()),
@@ -108,7 +108,7 @@ class Comparison:
         """
         try:
             images = _images(batch, self.config.image_size)
-            right = {is_dense: evaluate(model, images).logits for is_dense, model in self._right.items()}
+            right = {dense: evaluate(model, images).logits for dense, model in self._right.items()}
             if not all(torch.isfinite(logits).all() for logits in right.values()):
                 raise InputError(
                     f"{self._name}: the reference model itself gives NaN or Inf; its weights are too large"

@@ -34,14 +34,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: str | torch.device | None) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for; by default, bfloat16 on CUDA and float32 on a CPU.
 
     Raises:
         InputError: it is none of `DTYPES`.
     """
     if dtype is None:
-        return torch.bfloat16 if resolve_device(device).type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in DTYPES.values():
         raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")

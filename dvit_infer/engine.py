@@ -36,8 +36,10 @@ class Engine:
         device, dtype: where and in what the graph runs.
     """
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note], device: Any, dtype: Any) -> None:
-        self.device, self.dtype = resolve_device(device), resolve_dtype(dtype, device)
+    def __init__(
+        self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype = device, dtype
         self.config = config
         self.notes = list(notes)
         self.graph = folded_graph(config, checkpoint, self.device, self.dtype)
@@ -139,10 +141,10 @@ def convert(
     Raises:
         InputError: a ValueError whose one line names the file, the key or the argument.
     """
-    device = resolve_device(device)
-    resolve_dtype(dtype, device)
+    where = resolve_device(device)
+    what = resolve_dtype(dtype, where)
     checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
-    return Engine(config, checkpoint, notes, device, dtype)
+    return Engine(config, checkpoint, notes, where, what)
 
 
 def load(
@@ -158,14 +160,14 @@ def load(
     Raises:
         InputError: as `convert`, and when the file is no saved engine.
     """
-    device = resolve_device(device)
-    resolve_dtype(dtype, device)
+    where = resolve_device(device)
+    what = resolve_dtype(dtype, where)
     checkpoint = read_checkpoint(path)
     if not checkpoint.is_saved_engine:
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
     given = {} if keep_rate is None else {"keep_rate": keep_rate}
     config, notes = recognise(checkpoint, None, given, {"method": method})
-    return Engine(config, checkpoint, notes, device, dtype)
+    return Engine(config, checkpoint, notes, where, what)
 
 
 def load_reference(

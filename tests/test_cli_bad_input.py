@@ -148,8 +148,10 @@ def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
 
     monkeypatch.setattr("dvit_infer.compare.interleave", no_memory)
     assert "--batch: 5 pictures do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
-    monkeypatch.setattr("dvit_infer.engine.fold", no_memory)
-    assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)
+    for place in ("dvit_infer.engine.fold", "dvit_infer.checkpoint.torch.load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, no_memory)
+            assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -22,6 +22,20 @@ def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict
     Raises:
         InputError: the architecture does not exist.
     """
+    shapes = example_shapes(arch)
+    state = {key: torch.from_numpy(np.asarray(fill(key, shape, seed))) for key, shape in shapes.items()}
+    args = argparse.Namespace(model=arch.removeprefix("dynamicvit-"))
+    if ARCHS[arch].num_predictors:
+        args.base_rate = keep_rate
+    return {"model": state, "optimizer": {}, "epoch": 0, "scaler": {}, "args": args}
+
+
+def example_shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of `arch`, at 224 pixels and 1,000 classes.
+
+    Raises:
+        InputError: the architecture does not exist.
+    """
     if arch not in ARCHS:
         raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
     sizes = ARCHS[arch]
@@ -41,15 +55,9 @@ def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict
         num_prefix=sizes.num_prefix,
         method="none",
         prune_at=tuple(sizes.depth * stage // (sizes.num_predictors + 1) for stage in stages),
-        keep_rate=keep_rate,
+        keep_rate=1.0,
         stem_dim=sizes.stem_dim,
     )
     with torch.device("meta"):
         model = (lvvit if sizes.family == lvvit.FAMILY else deit).reference(config)
-    state = {
-        key: torch.from_numpy(np.asarray(fill(key, tuple(t.shape), seed))) for key, t in model.state_dict().items()
-    }
-    args = argparse.Namespace(model=arch.removeprefix("dynamicvit-"))
-    if sizes.num_predictors:
-        args.base_rate = keep_rate
-    return {"model": state, "optimizer": {}, "epoch": 0, "scaler": {}, "args": args}
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -5,6 +5,7 @@ and a normalisation as 5 an element, 4 without gain and shift (a BatchNorm 2); a
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -15,7 +16,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class Node(ABC):
     """One step of the graph.
 
     Attributes:
@@ -32,19 +33,19 @@ class Node:
     folded: tuple[str, ...] = ()
 
     @property
+    @abstractmethod
     def in_shape(self) -> tuple[int, ...]:
         """Input for one picture, without the batch dimension."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def out_shape(self) -> tuple[int, ...]:
         """Output for one picture, without the batch dimension."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def macs(self) -> int:
         """Multiply-adds for one picture."""
-        raise NotImplementedError
 
     def bytes_moved(self, batch: int, itemsize: int) -> int:
         """Least bytes read and written: input and output once a picture in `itemsize`, weights once a batch."""
@@ -113,9 +114,9 @@ class TokenNode(Node):
     tokens: int
 
     @property
+    @abstractmethod
     def dim(self) -> int:
         """Channels of a token."""
-        raise NotImplementedError
 
     @property
     def in_shape(self) -> tuple[int, ...]:

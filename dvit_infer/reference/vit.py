@@ -1,5 +1,6 @@
 """The trunk that DeiT and LV-ViT share: embed, blocks with pruning between them, head."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class TrainOutput(NamedTuple):
     decisions: list[torch.Tensor]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(nn.Module, ABC):
     """A vision transformer whose patch tokens are dropped, by learned scores, before the blocks `prune_at`.
 
     Args:
@@ -78,13 +79,13 @@ class VisionTransformer(nn.Module):
         if prune_at:
             self.score_predictor = nn.ModuleList(Predictor(embed_dim, predictor_eps) for _ in prune_at)
 
+    @abstractmethod
     def classify(self, x: torch.Tensor) -> torch.Tensor:
         """(B, P+n, C) tokens after the last norm -> (B, K) logits, in evaluation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
         """(B, P+N, C) tokens after the last norm -> what training distils of every patch."""
-        raise NotImplementedError
 
     def prefix_tokens(self) -> list[torch.Tensor]:
         """The class token and, where there is one, the distillation token, (1, 1, C) each."""
