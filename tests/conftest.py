@@ -1,10 +1,14 @@
-"""Two threads, GPU tests skipped where there is none, and a checkpoint file for the commands."""
+"""Two threads; where there is no GPU, its tests skipped and kernels in Triton's interpreter; a checkpoint file."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from golden_cases import official_checkpoint
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on CPU tensors
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

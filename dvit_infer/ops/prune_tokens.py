@@ -1,10 +1,11 @@
 """prune_tokens: score the patch tokens, choose the best, gather their rows (Rao et al. 2021, sections 3.2 and 3.3).
 
-The op runs one pruning stage. Its arithmetic here is plain PyTorch for any device; a device with a kernel of its own
-registers that under the same name. `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use of a
-public name, or by `import dvit_infer` after `import torch`.
+The op runs one pruning stage. Its arithmetic here is plain PyTorch for any device; on CUDA three Triton launches take
+its place (dvit_kernels/prune_tokens.py). `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use
+of a public name, or by `import dvit_infer` after `import torch`.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 OP = "dvit::prune_tokens"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
 
 
@@ -124,6 +126,15 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
         raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 
 
+def how(device: torch.device, n: int, c: int) -> str:
+    """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'."""
+    if device.type != "cuda" or not HAS_TRITON:
+        return "PyTorch"
+    from dvit_kernels.prune_tokens import supports
+
+    return "Triton" if supports(n, c) else "PyTorch"
+
+
 # Defined by schema, not by torch.library.custom_op: that wraps every call in torch.compile's machinery, whose import
 # costs two seconds and 300 MiB where nobody compiles.
 torch.library.define(
@@ -137,6 +148,18 @@ def _anywhere(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)
     return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
+
+
+@torch.library.impl(OP, "CUDA")
+def _on_cuda(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, packed, num_keep, num_prefix)
+    if how(x.device, x.shape[1] - num_prefix, x.shape[2]) == "PyTorch":
+        return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
+    from dvit_kernels.prune_tokens import launch_prune_tokens  # here: Triton takes a while to import
+
+    return launch_prune_tokens(x, packed, num_keep, num_prefix, eps)
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]

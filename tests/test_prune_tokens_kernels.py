@@ -1,0 +1,221 @@
+"""The Triton launches of prune_tokens: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+import dataclasses
+
+import pytest
+import torch
+from dvit_kernels.launch import Launch
+from dvit_kernels.prune_tokens import launch_prune_tokens, prune_tokens_launches
+from test_prune_tokens import make_predictor, make_x
+
+import dvit_infer as dvit
+from dvit_infer.ops.prune_tokens import prune_tokens_ref, score_tokens_ref, select_tokens_ref
+
+WHERE = [
+    pytest.param("cpu", torch.float32, id="interpreter-float32"),
+    pytest.param("cpu", torch.float16, id="interpreter-float16"),  # its dot is wrong for bfloat16
+    pytest.param("cuda", torch.float32, id="cuda-float32", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
+]
+OUTPUTS = ("hidden_ptr", "sums_ptr", "score_ptr", "kept_ptr", "index_ptr")
+GUARD = 4096  # elements before and after every output
+SENTINEL = -77
+
+# B, N, P, C, K: both selections, tiles across pictures, tails of rows and columns, one token, all kept.
+SHAPES = [
+    (3, 50, 1, 64, 35),
+    (2, 196, 1, 96, 137),
+    (1, 137, 2, 384, 96),
+    (2, 49, 0, 64, 49),
+    (70, 1, 1, 64, 1),
+    (9, 3, 5, 96, 2),
+    (5, 33, 2, 160, 7),
+    (1, 300, 5, 64, 211),
+]
+
+
+def guarded(launches: list[Launch]) -> tuple[list[Launch], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The launches with every output inside a larger buffer of sentinels; the outputs and the buffers by name."""
+    outputs: dict[str, torch.Tensor] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    for launch in launches:
+        for name, tensor in launch.arguments.items():
+            if name in OUTPUTS and name not in outputs:
+                buffers[name] = torch.full_like(tensor.new_empty(tensor.numel() + 2 * GUARD), SENTINEL)
+                outputs[name] = buffers[name][GUARD:-GUARD].view(tensor.shape)
+    return [dataclasses.replace(one, arguments=one.arguments | _of(one, outputs)) for one in launches], outputs, buffers
+
+
+def _of(launch: Launch, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in launch.arguments}
+
+
+def predictor_on(device: str, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [t.to(device) for t in dvit.pack_predictor(make_predictor(dim), dtype)]
+
+
+@pytest.mark.parametrize(("b", "n", "p", "c", "k"), SHAPES)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_scores_sets_and_rows(device, dtype, b, n, p, c, k):
+    x, packed = make_x(b, n, p, c, dtype).to(device), predictor_on(device, c, dtype)
+    launches, outputs, buffers = guarded(prune_tokens_launches(x, packed, k, p, 1e-5)[0])
+    for launch in launches:
+        launch.run()
+
+    for name, buffer in buffers.items():
+        assert (buffer[:GUARD] == SENTINEL).all(), name
+        assert (buffer[-GUARD:] == SENTINEL).all(), name
+        assert (outputs[name] != SENTINEL).all(), name
+    logits = make_predictor(c).double()(x[:, p:].cpu().double())
+    right = logits[..., 0] - logits[..., 1]
+    score, index, kept_x = (outputs[name].cpu() for name in ("score_ptr", "index_ptr", "kept_ptr"))
+    plain = score_tokens_ref(x[:, p:], packed, 1e-5).cpu()
+    assert rms(score - right) <= 2 * rms(plain - right) + 1e-6
+
+    # The stated margin: a set may differ from the stable float64 ranking where scores are closer than their own error.
+    margin = 2 * (score - right).abs().max()
+    for i in range(b):
+        order = right[i].sort(descending=True, stable=True)
+        ours, theirs = set(index[i].tolist()), set(order.indices[:k].tolist())
+        assert len(ours) == k
+        assert index[i].tolist() == sorted(ours)
+        assert all((right[i, j] - order.values[k - 1]).abs() <= margin for j in ours ^ theirs)
+    assert torch.equal(index, select_tokens_ref(score, k))
+    rows = torch.cat([torch.arange(p).expand(b, p), index + p], dim=1)
+    assert torch.equal(bits(kept_x), bits(x.cpu().gather(1, rows[..., None].expand(-1, -1, c))))
+
+
+def rms(error: torch.Tensor) -> float:
+    return error.double().square().mean().sqrt().item()
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 196, 256, 257, 576, 1024])
+def test_selection_of_any_scores(n, device):
+    """Ties, zeros of both signs, infinities and NaN, by counting and by radix; no index leaves the row."""
+    nan, inf = float("nan"), float("inf")
+    generator = torch.Generator().manual_seed(n)
+    odd = torch.tensor([0.0, -0.0, 1.0, -1.0, inf, -inf, nan, -nan, 1e-45, -1e-45])
+    score = torch.stack(
+        [
+            torch.randn(n, generator=generator),
+            odd[torch.randint(len(odd), (n,), generator=generator)],
+            torch.randint(-2, 3, (n,), generator=generator).float(),
+            torch.full((n,), nan),
+            torch.full((n,), -0.0).index_fill(0, torch.arange(0, n, 2), 0.0),
+            torch.full((n,), -inf),
+        ]
+    ).to(device)
+    x = torch.arange(len(score) * n * 64, dtype=torch.float32, device=device).view(len(score), n, 64)
+    for k in sorted({1, (n + 1) // 2, n}) if n <= 257 else [n // 3]:
+        packed = predictor_on(device, 64, torch.float32)
+        (*_, select), outputs, _ = guarded(prune_tokens_launches(x, packed, k, 0, 1e-5)[0])
+        outputs["score_ptr"].copy_(score)
+        select.run()
+        right = select_tokens_ref(score, k)
+        assert torch.equal(outputs["index_ptr"], right)
+        assert torch.equal(outputs["kept_ptr"], x.gather(1, right[..., None].expand(-1, -1, 64)))
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_any_strides_of_the_first_two_dimensions(device, dtype):
+    packed, wide = predictor_on(device, 64, dtype), make_x(6, 40, 1, 128, dtype).to(device)
+    views = (
+        wide[::2, :, :64],
+        wide[:, ::2, 64:],
+        wide.transpose(0, 1)[:30, :, :64],
+        wide[..., ::2],
+        wide[:, :, 1:65],
+        wide[:1, :, :64].expand(3, -1, -1),
+        wide[:, :1, :64].expand(-1, 9, -1),
+    )
+    for x in views:
+        right_x, right = launch_prune_tokens(x.contiguous(), packed, 3, 1, 1e-5)
+        kept_x, index = launch_prune_tokens(x, packed, 3, 1, 1e-5)
+        assert torch.equal(index, right)
+        assert torch.equal(kept_x, right_x)
+        assert kept_x.is_contiguous()
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_a_picture_does_not_feel_its_batch(device, dtype):
+    """Neither a NaN in its neighbour, with which it shares a tile, nor its place in the batch."""
+    x, packed = make_x(4, 20, 1, 64, dtype).to(device), predictor_on(device, 64, dtype)
+    _, index = launch_prune_tokens(x, packed, 9, 1, 1e-5)
+    x[1, 7] = float("nan")
+    x[3, 0] = float("nan")  # a prefix row, which no score sees
+    kept_x, with_nan = launch_prune_tokens(x, packed, 9, 1, 1e-5)
+    assert torch.equal(with_nan[[0, 2, 3]], index[[0, 2, 3]])
+    assert with_nan[1].tolist() == list(range(9))  # the mean half carries it to every score: all rank alike
+    assert kept_x[3, 0].isnan().all()
+    for i in (0, 2):
+        assert torch.equal(launch_prune_tokens(x[i : i + 1], packed, 9, 1, 1e-5)[1], index[i : i + 1])
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_tokens_far_from_zero(device, dtype):
+    """The folded LayerNorm subtracts a mean that dwarfs the deviations."""
+    x, packed = (make_x(2, 40, 1, 64) + 50).to(device, dtype), predictor_on(device, 64, dtype)
+    launches, outputs, _ = guarded(prune_tokens_launches(x, packed, 20, 1, 1e-5)[0])
+    for launch in launches:
+        launch.run()
+    logits = make_predictor(64).double()(x[:, 1:].cpu().double())
+    right = logits[..., 0] - logits[..., 1]
+    plain = score_tokens_ref(x[:, 1:], packed, 1e-5).cpu()
+    assert rms(outputs["score_ptr"].cpu() - right) <= 2 * rms(plain - right) + 1e-4
+
+
+def test_no_pictures_and_no_prefix():
+    packed = predictor_on("cpu", 64, torch.float32)
+    kept_x, index = launch_prune_tokens(torch.zeros(0, 9, 64), packed, 4, 0, 1e-5)
+    assert kept_x.shape == (0, 4, 64)
+    assert index.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k"), [(1025, 64, 3), (9, 32, 3), (9, 1056, 3), (9, 80, 3), (9, 64, 10), (9, 64, 0)]
+)
+def test_sizes_beyond_the_kernels_are_refused(n, c, k):
+    with pytest.raises(ValueError, match=f"{k} of {n} tokens with {c} channels"):
+        launch_prune_tokens(torch.zeros(1, n + 1, c), [], k, 1, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("b", "n", "c", "k"), [(256, 196, 384, 137), (3, 576, 768, 403), (2, 1024, 1024, 700)])
+def test_the_op_on_cuda_runs_the_kernels(b, n, c, k, dtype, monkeypatch):
+    x, packed = make_x(b, n, 1, c, dtype).cuda(), predictor_on("cuda", c, dtype)
+    right_x, right = launch_prune_tokens(x, packed, k, 1, 1e-5)
+    monkeypatch.setattr("dvit_infer.ops.prune_tokens.prune_tokens_ref", None)
+    kept_x, index = torch.ops.dvit.prune_tokens(x, packed, k, 1, 1e-5)
+    assert torch.equal(index, right)  # and the same again: nothing in it depends on timing
+    assert torch.equal(kept_x, right_x)
+    assert torch.equal(kept_x[:, 1:], x[:, 1:].gather(1, index[..., None].expand(-1, -1, c)))
+
+
+@pytest.mark.gpu
+def test_on_cuda_sizes_beyond_the_kernels_run_in_pytorch():
+    x, packed = make_x(2, 9, 1, 48).cuda(), predictor_on("cuda", 48, torch.float32)
+    kept_x, index = torch.ops.dvit.prune_tokens(x, packed, 3, 1, 1e-5)
+    right_x, right = prune_tokens_ref(x, packed, 3, 1, 1e-5)
+    assert torch.equal(index, right)
+    assert torch.equal(kept_x, right_x)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_gives_the_eager_answer():
+    x, packed = make_x(3, 196, 1, 384, torch.bfloat16).cuda(), predictor_on("cuda", 384, torch.bfloat16)
+    torch.ops.dvit.prune_tokens(x, packed, 137, 1, 1e-5)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept_x, index = torch.ops.dvit.prune_tokens(x, packed, 137, 1, 1e-5)
+    x.copy_(make_x(3, 196, 1, 384, torch.bfloat16).flip(1).cuda())
+    graph.replay()
+    right_x, right = torch.ops.dvit.prune_tokens(x, packed, 137, 1, 1e-5)
+    assert torch.equal(index, right)
+    assert torch.equal(kept_x, right_x)
