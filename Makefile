@@ -1,9 +1,11 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
+# `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
+# another Triton, UPDATE=1 writes the table.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -18,11 +20,24 @@ demo: $(READY)
 	$(BIN)/dvit-convert build/demo/dynamicvit-deit-s.pth -o build/demo/dynamicvit-deit-s.dvit.safetensors
 	$(BIN)/dvit-bench build/demo/dynamicvit-deit-s.dvit.safetensors --json build/demo/bench.json
 
-test: $(READY)
+test: aot
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Another Triton goes into a venv of its own that sees the rest of .venv behind it.
+AOT := $(if $(TRITON),build/triton-$(TRITON),.venv)
+
+aot: $(AOT)/.ready
+	PYTHONPATH=kernels $(AOT)/bin/python kernels/aot.py $(if $(UPDATE),--update)
+
+build/triton-%/.ready: $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==$(subst newest,3.*,$*)'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info

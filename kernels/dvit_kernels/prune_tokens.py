@@ -278,7 +278,7 @@ def prune_tokens_launches(
         SEGMENTS=segments,
         BLOCK_M=tile_m,
         BLOCK_N=block_n,
-        BLOCK_K=_divisor(c, 64 if full_rate else 32),
+        BLOCK_K=_divisor(c, 64 if full_rate else 16),
         num_warps=4 if few and full_rate else 8,
         num_stages=3,
     )
@@ -304,8 +304,8 @@ def prune_tokens_launches(
         BLOCK_H=64 if full_rate else 16,
         BLOCK_K=_divisor(half, 64 if full_rate else 16),
         BLOCK_Q=max(16, triton.next_power_of_2(c // 4)),
-        num_warps=8,
-        num_stages=3,
+        num_warps=8 if full_rate and c >= 256 else 4,
+        num_stages=3 if full_rate else 2,
     )
     by_rank, block_rows = n <= _RANK_TOKENS, 16
     # Few pictures: a program for every block of rows. Many: two a picture, so that choosing is not repeated so often.

@@ -1,0 +1,203 @@
+"""Compile every kernel for GPUs that are not here, and hold registers, shared memory and spills against AOT.md.
+
+`make aot` runs this with the installed Triton, `make aot TRITON=3.6.0` with another; UPDATE=1 writes the table anew.
+"""
+
+import argparse
+import difflib
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from dvit_kernels.launch import Launch
+from dvit_kernels.prune_tokens import prune_tokens_launches
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TABLE = Path(__file__).with_name("AOT.md")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 27
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+# (C, (N, K) of each stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
+STAGES_224 = ((196, 137), (137, 96), (96, 67))
+MODELS = ((192, STAGES_224), (384, STAGES_224), (512, STAGES_224), (768, STAGES_224), (384, ((576, 403), (403, 282))))
+
+
+def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> list[Launch]:
+    """The launches of one stage, on tensors without memory."""
+    half, quarter = c // 2, c // 4
+    matrices = {0: (c, c), 3: (half, half), 4: (half, half), 6: (quarter, half)}
+    vectors = {1: (c,), 2: (c,), 5: (half,), 7: (quarter,), 8: (quarter,), 9: (1,)}
+    packed = [
+        torch.empty(matrices[i], dtype=dtype, device="meta")
+        if i in matrices
+        else torch.empty(vectors[i], device="meta")
+        for i in range(10)
+    ]
+    x = torch.empty(batch, n + 1, c, dtype=dtype, device="meta")
+    return prune_tokens_launches(x, packed, num_keep, 1, 1e-5)[0]
+
+
+def launches() -> Iterator[Launch]:
+    """The launches that the models make at batch 1 and 256; in float16 and float32, of their first stage."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for c, stages in MODELS:
+            for batch in (1, 256):
+                for n, num_keep in stages if dtype == torch.bfloat16 else stages[:1]:
+                    yield from prune_tokens(batch, n, c, num_keep, dtype)
+
+
+def source(launch: Launch) -> ASTSource:
+    """The kernel with its argument types, specialised as Triton does at run time: 1 is compiled in, 16 divides."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        divisible = isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        else:
+            signature[parameter.name] = "fp32"
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def name(launch: Launch) -> str:
+    """A line of the table: kernel, dtype, constants."""
+    constants = [p.name for p in launch.kernel.params if p.is_constexpr]
+    dtype = next(NAMES[v.dtype] for v in launch.arguments.values() if isinstance(v, torch.Tensor))
+    values = " ".join(f"{c}={launch.arguments[c]}" for c in constants)
+    return f"{launch.kernel.__name__} {dtype} {values} warps={launch.num_warps} stages={launch.num_stages}"
+
+
+class Usage(NamedTuple):
+    """Registers a thread, shared memory a block in bytes, stack a thread in bytes: where spilled registers go."""
+
+    registers: int
+    shared: int
+    stack: int
+
+
+def compile_for(launch: Launch, capability: int) -> Usage:
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1])
+    return Usage(registers, compiled.metadata.shared, stack)
+
+
+@functools.cache
+def distinct() -> dict[str, Launch]:
+    """One launch for each line of the table: the first, others differ in which of its numbers 16 divides."""
+    found: dict[str, Launch] = {}
+    for launch in launches():
+        found.setdefault(name(launch), launch)
+    return found
+
+
+def measured(line: str, capability: int) -> tuple[str, int, Usage | str]:
+    """Line and target of a distinct launch, and what `compile_for` says, or the compiler's complaint."""
+    launch = distinct()[line]
+    try:
+        return line, capability, compile_for(launch, capability)
+    except Exception as error:  # of whatever kind the compiler raises: the table names the kernel, the run goes on
+        return line, capability, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
+def section(results: dict[str, dict[int, Usage]]) -> str:
+    """The table of one Triton version."""
+    columns = [f"sm_{capability}" for capability in SHARED_LIMIT]
+    lines = [f"## Triton {triton.__version__}", "", " | ".join(["| kernel", *columns]) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for line, cells in sorted(results.items()):
+        values = ("{} / {} / {}".format(*cells[capability]) for capability in SHARED_LIMIT)
+        lines.append(" | ".join([f"| {line}", *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+HEADER = """# Kernels compiled ahead of time
+
+Made by `make aot UPDATE=1` for the installed Triton, `make aot UPDATE=1 TRITON=3.6.0` for another. `make aot` fails
+when a kernel does not compile, spills, asks for more shared memory than the target has, or differs from its line here.
+A cell is registers a thread / shared memory a block in bytes / stack a thread in bytes, which is where registers spill.
+They say nothing about time.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help="write the table of this Triton version anew")
+    update = parser.parse_args().update
+
+    results: dict[str, dict[int, Usage]] = {}
+    failures = set()
+    with ProcessPoolExecutor() as pool:
+        jobs = [(line, capability) for line in distinct() for capability in SHARED_LIMIT]
+        for done, (line, capability, result) in enumerate(pool.map(measured, *zip(*jobs, strict=True)), start=1):
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(jobs)}", end="", file=sys.stderr)
+            if isinstance(result, str):
+                failures.add(f"sm_{capability} {line}: does not compile, {result}")
+                continue
+            results.setdefault(line, {})[capability] = result
+            if result.stack:
+                failures.add(f"sm_{capability} {line}: spills, {result.stack} bytes of stack")
+            if result.shared > (limit := SHARED_LIMIT[capability]):
+                failures.add(f"sm_{capability} {line}: {result.shared} bytes of shared memory, the limit is {limit}")
+    for failure in sorted(failures):
+        print(f"aot: {failure}", file=sys.stderr)
+    if failures:
+        return 1
+    return _hold_against_table(section(results), update)
+
+
+def _hold_against_table(new: str, update: bool) -> int:
+    """Compare with AOT.md's section of this version, if it has one; write it when asked to."""
+    text = TABLE.read_text() if TABLE.exists() else HEADER
+    sections = {part.splitlines()[0]: part.rstrip() + "\n" for part in re.split(r"^(?=## )", text, flags=re.M)[1:]}
+    heading = new.splitlines()[0]
+    version = triton.__version__
+    if update:
+        sections[heading] = new
+        TABLE.write_text("\n".join([HEADER, *(sections[key] for key in sorted(sections))]))
+        print(f"aot: Triton {version}: {TABLE.name} written")
+        return 0
+    if heading not in sections:
+        print(f"aot: Triton {version}: all kernels compile and fit; {TABLE.name} has no table of this version")
+        return 0
+    difference = list(difflib.unified_diff(sections[heading].splitlines(), new.splitlines(), lineterm="", n=0))[2:]
+    if difference:
+        print("\n".join(difference), file=sys.stderr)
+        again = "make aot UPDATE=1, with the same TRITON=, writes it"
+        print(f"aot: Triton {version}: {TABLE.name} says otherwise; if that is meant, {again}", file=sys.stderr)
+        return 1
+    print(f"aot: Triton {version}: {new.count('_kernel ')} kernels compile, fit and are as in {TABLE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
