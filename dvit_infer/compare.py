@@ -29,7 +29,7 @@ class _Way:
     call: Callable[[torch.Tensor], torch.Tensor]
     config: Config
     gflops: float
-    weights_mib: float
+    held_mib: Callable[[], float]  # between calls: weights, and buffers once it has run
 
     @property
     def dense(self) -> bool:
@@ -80,7 +80,7 @@ class Comparison:
             gflops = build_graph(plain, config).gflops
             plain = plain.to(self.device, self.dtype)
             self._ways["reference"] = _Way(
-                lambda images: plain.evaluate(images).logits, config, gflops, _mib(plain.parameters())
+                lambda images: plain.evaluate(images).logits, config, gflops, lambda: _mib(plain.parameters())
             )
         if "dense" in names or is_dense:
             self._ways["dense"] = self._engine(dense_config, checkpoint, notes)
@@ -98,7 +98,7 @@ class Comparison:
     def _engine(self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note]) -> _Way:
         engine = Engine(config, checkpoint, notes, self.device, self.dtype)
         weights = _mib(w for node in engine.graph.nodes for w in node.weights.values())
-        return _Way(engine, config, engine.graph.gflops, weights)
+        return _Way(engine, config, engine.graph.gflops, lambda: weights + engine.runner.own_bytes / 2**20)
 
     def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
         """Time every way on the same pictures, interleaved.
@@ -143,7 +143,7 @@ class Comparison:
             **timing.rates(batch),
             gflops=way.gflops,
             params=self._params[way.dense],
-            peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.weights_mib,
+            peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.held_mib(),
             max_logit_error=(logits - expected).abs().max().item(),
             top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
             baseline=self.baseline,

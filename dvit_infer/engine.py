@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from dvit_infer.backends import torch as backend
+from dvit_infer.backends import runner_for
 from dvit_infer.checkpoint import FORMAT, HEADER_KEY, Checkpoint, read_checkpoint
 from dvit_infer.config import Config
 from dvit_infer.devices import CHUNK, resolve_device, resolve_dtype
@@ -31,7 +31,8 @@ class Engine:
 
     Attributes:
         config: what the model is (frozen).
-        graph: the nodes that run, with their weights; `print(engine.graph)` shows them.
+        graph: the nodes that run, with their weights; `print(engine.graph)` shows them and what runs them.
+        runner: what runs the graph, for one batch that fits.
         notes: what was read, assumed or given when the checkpoint was recognised.
         device, dtype: where and in what the graph runs.
     """
@@ -42,7 +43,9 @@ class Engine:
         self.device, self.dtype = device, dtype
         self.config = config
         self.notes = list(notes)
-        self.graph = folded_graph(config, checkpoint, self.device, self.dtype)
+        graph = folded_graph(config, checkpoint, self.device, self.dtype)
+        self.runner = runner_for(graph, self.device.type)
+        self.graph = replace(graph, how=self.runner.how)
         self._checkpoint = checkpoint
 
     @overload
@@ -80,7 +83,7 @@ class Engine:
         for start in range(0, len(images), size):
             part = slice(start, start + size)
             given = None if stages is None else [stage[part] for stage in stages]
-            out = backend.run(self.graph, prepare(images[part], self.config, self.device, self.dtype), given)
+            out = self.runner(prepare(images[part], self.config, self.device, self.dtype), given)
             logits.append(out[0])
             chosen.append(out[1])
         result = torch.cat(logits)
@@ -190,8 +193,7 @@ def load_reference(
 
 def folded_graph(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Graph:
     """The graph an engine runs: built from the reference model, folded, on its device in its dtype."""
-    graph = fold(build_graph(build_reference(config, checkpoint), config), dtype)
-    return replace(graph.to(device, dtype), backend=backend.NAME)
+    return fold(build_graph(build_reference(config, checkpoint), config), dtype).to(device, dtype)
 
 
 def _recognised(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.backends import torch as backend
+from dvit_infer.backends.torch import as_asked
 from dvit_infer.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.devices import CHUNK
 from dvit_infer.engine import Engine, Source, folded_graph
@@ -170,7 +170,7 @@ def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torc
         part = slice(start, start + size)
         given = [stage[part] for stage in kept] or None
         inputs = images[part].to(like.device, like.dtype)
-        with backend.as_asked(inputs):
+        with as_asked(inputs):
             parts.append(model.evaluate(inputs, given))
     logits, chosen, margins = zip(*parts, strict=True)
     stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]
@@ -232,7 +232,7 @@ def _first_difference(
     right, rounded = (_record(model, images, kept) for model in (reference, plain))
     found: list[tuple[Node, torch.Tensor]] = []
     inputs = prepare(images, engine.config, engine.device, engine.dtype)
-    backend.run(engine.graph, inputs, kept or None, lambda node, out: found.append((node, out)))
+    engine.runner(inputs, kept or None, lambda node, out: found.append((node, out.clone())))
     for node, out in found:
         if node.equals not in right:
             continue

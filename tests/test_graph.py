@@ -8,7 +8,7 @@ from fvcore.nn import FlopCountAnalysis
 from golden_cases import CASES, FLOPS, answers, official_checkpoint, options, pictures
 
 import dvit_infer as dvit
-from dvit_infer.backends import torch as backend
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.checkpoint import read_checkpoint
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.example import example_checkpoint
@@ -66,9 +66,9 @@ def test_the_class_rows_and_the_mean_half_save_what_they_should():
 def test_folded_and_unfolded_graphs_give_the_golden_answer(case_id):
     _, graph = unfolded(case_id)
     logits, _, _ = answers(case_id)
-    assert (backend.run(fold(graph), pictures(case_id))[0] - logits).abs().max() < 2e-5
+    assert (TorchRunner(fold(graph))(pictures(case_id))[0] - logits).abs().max() < 2e-5
     if not graph.config.num_keep:  # an unfolded predictor is no operand of the op
-        assert (backend.run(graph, pictures(case_id))[0] - logits).abs().max() < 2e-5
+        assert (TorchRunner(graph)(pictures(case_id))[0] - logits).abs().max() < 2e-5
 
 
 def test_what_is_folded_is_gone_and_noted():
@@ -100,7 +100,8 @@ def test_the_table_can_be_read():
     engine = dvit.convert(official_checkpoint("tiny-deit-r0.7-s1"), device="cpu", assume={"num_heads": 2})
     text = str(engine.graph)
     lines = text.splitlines()
-    assert len({len(line) for line in lines[1:]}) == 1
+    assert len({len(line) for line in lines[1:-1]}) == 1
+    assert lines[-1].startswith("run by PyTorch, linears by ")
     assert max(map(len, lines)) <= 160
     for node in engine.graph.nodes:
         assert node.name in text

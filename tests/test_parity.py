@@ -8,7 +8,7 @@ from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
 from dvit_infer import parity
-from dvit_infer.backends import torch as backend
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.devices import DTYPES
 from dvit_infer.graph.nodes import Head, Prune
 
@@ -89,12 +89,12 @@ def test_one_weight_changed_in_the_saved_file_is_caught(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_arithmetic_is_caught_by_the_answers_and_the_node_named(dtype, monkeypatch):
-    engine = converted(dtype=dtype)
+    engine, right = converted(dtype=dtype), TorchRunner.head
 
-    def sloppy(node: Head, x: torch.Tensor) -> torch.Tensor:
-        return backend._head(node, x) * 1.2
+    def sloppy(runner: TorchRunner, node: Head, x: torch.Tensor) -> torch.Tensor:
+        return right(runner, node, x) * 1.2
 
-    monkeypatch.setitem(backend._RUN, Head, sloppy)
+    monkeypatch.setattr(TorchRunner, "head", sloppy)
     report = dvit.verify(engine, official_checkpoint(TINY), num_images=4)
     assert not report.passed
     assert report.wrong_weight is None

@@ -10,74 +10,137 @@ from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
-from dvit_infer.ops.prune_tokens import gather_tokens_ref
-
-NAME = "torch"
+from dvit_infer.ops import prune_tokens as op
 
 Watch = Callable[[Node, torch.Tensor], None]
 
 
-def _convolution(node: Convolution, x: torch.Tensor) -> torch.Tensor:
-    w = node.weights
-    x = F.conv2d(x, w["weight"], w.get("bias"), stride=node.stride, padding=w["weight"].shape[-1] // 2)
-    if "bn.weight" in w:
-        x = F.batch_norm(x, w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], eps=node.eps)
-    return x.relu()
+class TorchRunner:
+    """Runs a graph. What a device does in its own way is a method of its own: norm, linear, add_linear, attend, prune.
 
+    Attributes:
+        how: what runs it, in words.
+    """
 
-def _embed(node: Embed, x: torch.Tensor) -> torch.Tensor:
-    w = node.weights
-    patches = F.conv2d(x, w["weight"], w["bias"], stride=w["weight"].shape[-1]).flatten(2).transpose(1, 2)
-    return torch.cat([w["prefix"].expand(len(x), -1, -1), patches], dim=1) + w["pos_embed"]
+    def __init__(self, graph: Graph) -> None:
+        self.nodes: Sequence[Node] = graph.nodes
+        self.how = "PyTorch"
+        prunes = [node for node in graph.nodes if isinstance(node, Prune)]
+        if prunes:
+            device = prunes[0].packed[0].device
+            by = {op.how(device, node.tokens - node.num_prefix, node.dim) for node in prunes}
+            self.how += f", prune_tokens by {' and '.join(sorted(by))}" if by != {"PyTorch"} else ""
 
+    @property
+    def own_bytes(self) -> int:
+        """What it holds beside the graph's weights, in bytes."""
+        return 0
 
-def _norm(node: Attention | Mlp | Head, x: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], node.weights.get("norm.weight"), node.weights.get("norm.bias"), node.eps)
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None, watch: Watch | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the graph.
 
+        Args:
+            images: (B, 3, H, W), normalised, on the weights' device and in their dtype.
+            kept: a stage each, (B, k) original patch positions to keep instead of the predictors' choice.
+            watch: called with every node and its output, which holds until the next node runs.
 
-def _attention(node: Attention, x: torch.Tensor) -> torch.Tensor:
-    w, (b, n, c), rows = node.weights, x.shape, node.rows
-    y = _norm(node, x)
-    weight, bias = w["qkv.weight"], w.get("qkv.bias")
-    if rows == n:
-        qkv = F.linear(y, weight, bias).view(b, n, 3, node.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:c], bias[c:])
-        q = F.linear(y[:, :rows], weight[:c], q_bias).view(b, rows, node.num_heads, -1).transpose(1, 2)
-        k, v = F.linear(y, weight[c:], kv_bias).view(b, n, 2, node.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v, scale=node.scale).transpose(1, 2).reshape(b, rows, c)
-    return _residual(x[:, :rows], F.linear(out, w["proj.weight"], w["proj.bias"]), node.residual_scale)
+        Returns:
+            Logits (B, K) float32, and the kept original positions, a stage each.
+        """
+        with as_asked(images):
+            return self._run(images, kept, watch)
 
+    def _run(
+        self, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        chosen: list[torch.Tensor] = []
+        positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
+        for node in self.nodes:
+            if isinstance(node, Prune):
+                if kept is None:
+                    x, index = self.prune(node, x)
+                else:
+                    given = kept[len(chosen)]
+                    index = given if positions is None else torch.searchsorted(positions, given)
+                    x = op.gather_tokens_ref(x, index, node.num_prefix)
+                positions = index if positions is None else positions.gather(1, index)
+                chosen.append(positions)
+            else:
+                x = getattr(self, node.kind)(node, x)
+            if watch is not None:
+                watch(node, x)
+        return x, chosen
 
-def _mlp(node: Mlp, x: torch.Tensor) -> torch.Tensor:
-    w = node.weights
-    hidden = F.gelu(F.linear(_norm(node, x), w["fc1.weight"], w["fc1.bias"]))
-    return _residual(x, F.linear(hidden, w["fc2.weight"], w["fc2.bias"]), node.residual_scale)
+    def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
+        w = node.weights
+        x = F.conv2d(x, w["weight"], w.get("bias"), stride=node.stride, padding=w["weight"].shape[-1] // 2)
+        if "bn.weight" in w:
+            x = F.batch_norm(x, w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], eps=node.eps)
+        return x.relu()
 
+    def embed(self, node: Embed, x: torch.Tensor) -> torch.Tensor:
+        w = node.weights
+        patches = F.conv2d(x, w["weight"], w["bias"], stride=w["weight"].shape[-1]).flatten(2).transpose(1, 2)
+        return torch.cat([w["prefix"].expand(len(x), -1, -1), patches], dim=1) + w["pos_embed"]
 
-def _residual(x: torch.Tensor, branch: torch.Tensor, scale: float) -> torch.Tensor:
-    return x + branch if scale == 1.0 else x + branch * scale
+    def attention(self, node: Attention, x: torch.Tensor) -> torch.Tensor:
+        w, (b, n, _), rows, heads = node.weights, x.shape, node.rows, node.num_heads
+        y = self.norm(node, x)
+        if rows == n:
+            qkv = self.linear(y, w["qkv.weight"], w.get("qkv.bias")).view(b, n, 3, heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q = F.linear(y[:, :rows], w["q.weight"], w.get("q.bias")).view(b, rows, heads, -1).transpose(1, 2)
+            kv = self.linear(y, w["kv.weight"], w.get("kv.bias")).view(b, n, 2, heads, -1)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            x = x[:, :rows].contiguous()
+        out = self.attend(q, k, v, node.scale).transpose(1, 2).flatten(2)
+        return self.add_linear(x, out, w["proj.weight"], w["proj.bias"], node.residual_scale)
 
+    def mlp(self, node: Mlp, x: torch.Tensor) -> torch.Tensor:
+        w = node.weights
+        hidden = self.linear(self.norm(node, x), w["fc1.weight"], w["fc1.bias"], gelu=True)
+        return self.add_linear(x, hidden, w["fc2.weight"], w["fc2.bias"], node.residual_scale)
 
-def _head(node: Head, x: torch.Tensor) -> torch.Tensor:
-    w = node.weights
-    x = _norm(node, x)
-    logits = F.linear(x[:, 0], w["head.weight"], w["head.bias"])
-    if "head_dist.weight" in w:
-        logits = (logits + F.linear(x[:, 1], w["head_dist.weight"], w["head_dist.bias"])) / 2
-    if node.reads_patches:
-        logits = logits + 0.5 * F.linear(x[:, 1:], w["aux_head.weight"], w["aux_head.bias"]).amax(dim=1)
-    return logits.float()
+    def head(self, node: Head, x: torch.Tensor) -> torch.Tensor:
+        w = node.weights
+        x = self.norm(node, x)
+        logits = F.linear(x[:, 0], w["head.weight"], w["head.bias"])
+        if "head_dist.weight" in w:
+            logits = (logits + F.linear(x[:, 1], w["head_dist.weight"], w["head_dist.bias"])) / 2
+        if node.reads_patches:
+            logits = logits + 0.5 * F.linear(x[:, 1:], w["aux_head.weight"], w["aux_head.bias"]).amax(dim=1)
+        return logits.float()
 
+    def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, P+N, C) -> the tokens that stay, and their (B, k) positions among the N."""
+        kept_x, index = torch.ops.dvit.prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
+        return kept_x, index
 
-_RUN: dict[type[Node], Callable[[Any, torch.Tensor], torch.Tensor]] = {
-    Convolution: _convolution,
-    Embed: _embed,
-    Attention: _attention,
-    Mlp: _mlp,
-    Head: _head,
-}
+    def norm(self, node: Attention | Mlp | Head, x: torch.Tensor) -> torch.Tensor:
+        w = node.weights
+        return F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False
+    ) -> torch.Tensor:
+        """x weight^T + bias, through GELU if asked for. The result holds until the next linear but one."""
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if gelu else y
+
+    def add_linear(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """x + scale * (y weight^T + bias). It may be written into x."""
+        branch = F.linear(y, weight, bias)
+        return x + branch if scale == 1.0 else x + branch * scale
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """softmax(scale * q k^T) v, of (B, heads, tokens, head size)."""
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 _CUDNN: Any = torch.backends.cudnn  # its stubs do not know the setting
@@ -110,43 +173,3 @@ def as_asked(images: torch.Tensor) -> Iterator[None]:
                 _in_full -= 1
                 if _in_full == 0:
                     _CUDNN.conv.fp32_precision = _before
-
-
-def run(
-    graph: Graph, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None, watch: Watch | None = None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run a graph.
-
-    Args:
-        graph: its Prune nodes packed by `fold`.
-        images: (B, 3, H, W), normalised, on the weights' device and in their dtype.
-        kept: a stage each, (B, k) original patch positions to keep instead of the predictors' choice.
-        watch: called with every node and its output.
-
-    Returns:
-        Logits (B, K) float32, and the kept original positions, a stage each.
-    """
-    with as_asked(images):
-        return _run(graph, images, kept, watch)
-
-
-def _run(
-    graph: Graph, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    chosen: list[torch.Tensor] = []
-    positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
-    for node in graph.nodes:
-        if isinstance(node, Prune):
-            if kept is None:
-                x, index = torch.ops.dvit.prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
-            else:
-                given = kept[len(chosen)]
-                index = given if positions is None else torch.searchsorted(positions, given)
-                x = gather_tokens_ref(x, index, node.num_prefix)
-            positions = index if positions is None else positions.gather(1, index)
-            chosen.append(positions)
-        else:
-            x = _RUN[type(node)](node, x)
-        if watch is not None:
-            watch(node, x)
-    return x, chosen

@@ -94,7 +94,16 @@ def _class_only(nodes: list[Node]) -> list[Node]:
     rows, note = head.num_prefix, "class rows only"
     return [
         *front,
-        replace(attention, rows=rows, folded=(*attention.folded, note)),
+        replace(attention, rows=rows, weights=_queries_apart(attention), folded=(*attention.folded, note)),
         replace(mlp, tokens=rows, folded=(*mlp.folded, note)),
         replace(head, tokens=rows, folded=(*head.folded, note)),
     ]
+
+
+def _queries_apart(node: Attention) -> dict[str, torch.Tensor]:
+    """The weights with qkv cut into q and kv: the rows that ask are fewer than those that answer."""
+    weights = {name: w for name, w in node.weights.items() if not name.startswith("qkv.")}
+    for part in ("weight", "bias"):
+        if (qkv := node.weights.get(f"qkv.{part}")) is not None:
+            weights |= {f"q.{part}": qkv[: node.dim].clone(), f"kv.{part}": qkv[node.dim :].clone()}
+    return weights

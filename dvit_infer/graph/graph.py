@@ -15,7 +15,7 @@ class Graph:
 
     config: Config
     nodes: tuple[Node, ...]
-    backend: str = ""  # who runs it, for the table
+    how: str = ""  # what runs it, for the table
 
     @property
     def macs(self) -> int:
@@ -47,8 +47,8 @@ class Graph:
             shapes = ("x".join(map(str, shape)) for shape in (node.in_shape, node.out_shape))
             numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"
             rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
-        by = f"run by {self.backend}" if self.backend else ""
-        total = ("total", by, "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
+        total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
         title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
         columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
-        return table(columns, rows, title=title, total=total)
+        shown = table(columns, rows, title=title, total=total)
+        return f"{shown}\nrun by {self.how}" if self.how else shown

@@ -6,7 +6,7 @@ of a public name, or by `import dvit_infer` after `import torch`.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -68,17 +68,27 @@ def _packed_shapes(c: int) -> list[tuple[int, ...]]:
     return [(c, c), (c,), (c,), (half, half), (half, half), (half,), (quarter, half), (quarter,), (quarter,), (1,)]
 
 
-def score_tokens_ref(patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float) -> torch.Tensor:
-    """(B, N, C) patch tokens -> (B, N) float32 difference of the keep and drop logits."""
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+def score_tokens_ref(
+    patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float, linear: Callable[..., torch.Tensor] = _linear
+) -> torch.Tensor:
+    """(B, N, C) patch tokens -> (B, N) float32 difference of the keep and drop logits.
+
+    `linear(x, weight, bias, gelu)` is what multiplies by w1, the own half of w2, and w3.
+    """
     w1, _, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = packed
     dtype, half = patches.dtype, patches.shape[-1] // 2
     normed = F.layer_norm(patches, patches.shape[-1:], eps=eps)
-    hidden = F.gelu(F.linear(normed, w1, b1.to(dtype)))
+    hidden = linear(normed, w1, b1.to(dtype), gelu=True)
     # The mean half is the same for every token of a picture: one vector, taken through its part of the layer once.
     mean = hidden[..., half:].float().mean(dim=1, keepdim=True)
     shared = F.linear(mean, w2_mean.float(), b2)
-    hidden = F.gelu(F.linear(hidden[..., :half], w2_own) + shared.to(dtype))
-    hidden = F.gelu(F.linear(hidden, w3, b3.to(dtype)))
+    hidden = F.gelu(linear(hidden[..., :half], w2_own, None) + shared.to(dtype))
+    hidden = linear(hidden, w3, b3.to(dtype), gelu=True)
     return hidden.float() @ w4 + b4
 
 

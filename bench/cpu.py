@@ -1,0 +1,145 @@
+"""The CPU engine against the reference, in float32 and bfloat16, all in one interleaved run.
+
+    python bench/cpu.py        # writes bench/results/<machine>/cpu.json
+
+The reference in bfloat16 runs both ways that people use: under autocast, as the official code, and cast as a whole.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import dvit_infer as dvit
+from dvit_infer.families.example import example_checkpoint
+from dvit_infer.graph import build_graph
+from dvit_infer.images import sample_images
+from dvit_infer.tables import table
+from dvit_infer.timing import Row, environment, interleave, write_results
+
+ARCH = "dynamicvit-deit-s"
+
+
+class Way(NamedTuple):
+    """One way to run the model, the name of the way it is held against, and what its answers should be."""
+
+    how: str
+    mode: str | None
+    dtype: str
+    call: Callable[[torch.Tensor], torch.Tensor]
+    gflops: float
+    params: int
+    held_mib: Callable[[], float]
+    baseline: str
+    right: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.how, self.mode, self.dtype)))
+
+
+def ways() -> Iterator[Way]:
+    checkpoint = example_checkpoint(ARCH)
+    reference = dvit.load_reference(checkpoint)
+    cast = dvit.load_reference(checkpoint).to(torch.bfloat16)
+    engines = {
+        (how, dtype): dvit.convert(checkpoint, device="cpu", dtype=dtype, method=method)
+        for dtype in ("float32", "bfloat16")
+        for how, method in (("dense", "none"), ("engine", None))
+    }
+    gflops = build_graph(reference, engines["engine", "float32"].config).gflops
+
+    def eager(images: torch.Tensor) -> torch.Tensor:
+        return reference.evaluate(images).logits
+
+    def autocast(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return reference.evaluate(images).logits
+
+    def as_cast(images: torch.Tensor) -> torch.Tensor:
+        return cast.evaluate(images.to(torch.bfloat16)).logits
+
+    float32, bfloat16 = "reference float32", "reference autocast bfloat16"
+    params = sum(p.numel() for p in reference.parameters())
+    dense_params = params - sum(p.numel() for p in reference.score_predictor.parameters())
+    for mode, dtype, call, itemsize in (
+        (None, "float32", eager, 4),
+        ("autocast", "bfloat16", autocast, 4),
+        ("cast", "bfloat16", as_cast, 2),
+    ):
+        against = float32 if dtype == "float32" else bfloat16
+        mib = params * itemsize / 2**20
+        yield Way("reference", mode, dtype, call, gflops, params, lambda mib=mib: mib, against, eager)
+    for (how, dtype), engine in engines.items():
+        print(f"{how}, {dtype}: {engine.runner.how}")
+        right = eager if how == "engine" else engines["dense", "float32"]
+        against = float32 if dtype == "float32" else bfloat16
+        own = dense_params if how == "dense" else params
+        yield Way(how, None, dtype, engine, engine.graph.gflops, own, lambda e=engine: held_mib(e), against, right)
+
+
+def held_mib(engine: dvit.Engine) -> float:
+    graph = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
+    return (graph + engine.runner.own_bytes) / 2**20
+
+
+@torch.no_grad()
+def rows(all_ways: list[Way], batch: int, seconds: float) -> Iterator[Row]:
+    images = sample_images(batch, (224, 224), seed=2)
+    calls = {way.name: (lambda call=way.call: call(images)) for way in all_ways}
+    timings = interleave(calls, torch.device("cpu"), seconds)
+    for way in all_ways:
+        timing, logits, right = timings[way.name], way.call(images).float(), way.right(images)
+        yield Row(
+            model=ARCH,
+            keep_rate=1.0 if way.how == "dense" else 0.7,
+            how=way.how,
+            mode=way.mode,
+            device="cpu",
+            dtype=way.dtype,
+            batch=batch,
+            **timing.rates(batch),
+            gflops=way.gflops,
+            params=way.params,
+            peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.held_mib(),
+            max_logit_error=(logits - right).abs().max().item(),
+            top1_agreement=(logits.argmax(dim=1) == right.argmax(dim=1)).float().mean().item(),
+            baseline=way.baseline,
+            speedup=timing.speedup_over(timings[way.baseline]),
+        )
+    for dtype in ("float32", "bfloat16"):
+        pruned, dense = (next(w for w in all_ways if (w.how, w.dtype) == (how, dtype)) for how in ("engine", "dense"))
+        ratio, ceiling = timings[pruned.name].speedup_over(timings[dense.name]), dense.gflops / pruned.gflops
+        print(f"batch {batch}, {dtype}: pruned over dense {ratio:.3f} x, {ratio / ceiling:.1%} of the {ceiling:.3f} x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", default="1,8,32", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=90, help="for each batch size (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    all_ways = list(ways())
+    found = [row for batch in given.batch.split(",") for row in rows(all_ways, int(batch), given.seconds)]
+    columns = (">batch", "how", "dtype", ">images/s", ">p20", ">p80", ">speed-up", "over", ">max error")
+    cells = [
+        (
+            *(str(row.batch), " ".join(filter(None, (row.how, row.mode))), row.dtype, f"{row.images_per_s:.1f}"),
+            *(f"{row.p20_images_per_s:.1f}", f"{row.p80_images_per_s:.1f}", f"{row.speedup:.2f} x", row.baseline),
+            f"{row.max_logit_error:.1e}",
+        )
+        for row in found
+    ]
+    print(table(columns, cells))
+    where = environment()
+    out = Path(__file__).parent / "results" / str(where["machine"]) / "cpu.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_results(out, where, found)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The CPU backend: the fastest linear that this processor has, and results in memory that is used again.
+
+Fresh memory for every large result costs page faults, which make GELU and softmax five times as slow; so linears write
+into buffers that the next ones reuse, GELU runs in place, and a residual is what its linear adds to.
+"""
+
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Mlp, Node, Prune
+from dvit_infer.ops import prune_tokens as op
+
+PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three pictures
+PROBE_ROUNDS = 5
+CLEARLY = 0.8  # share of an earlier way's time that a later one must stay below to be preferred
+_EXPECTED_ROWS = 1024  # oneDNN lays a weight out for about as many rows; others work too
+_FEW_ROWS = ("q.weight", "packed.4")  # the class row's queries and the mean half: one row a picture
+
+
+class Linear(NamedTuple):
+    """How linears are computed.
+
+    Attributes:
+        dtype: of the arithmetic; it may be float32 where the model is in less.
+        prepacked: by oneDNN, weights in a layout of its own and GELU fused, as torch.compile's freezing emits it,
+            through operators that are not public; else by PyTorch's matmul into reused memory.
+    """
+
+    dtype: torch.dtype
+    prepacked: bool
+
+    def __str__(self) -> str:
+        by = "oneDNN, prepacked" if self.prepacked else "PyTorch's matmul"
+        return f"linears by {by}, in {str(self.dtype).removeprefix('torch.')}"
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _EXPECTED_ROWS)
+    return packed
+
+
+def _prepacked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    after, algorithm = ("gelu", "none") if gelu else ("none", "")
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], algorithm)
+    return y
+
+
+def _matmul(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool, out: torch.Tensor
+) -> torch.Tensor:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+    if gelu:
+        torch.ops.aten.gelu_(out)
+    return out
+
+
+@functools.cache
+def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
+    """The fastest way for a model in `dtype`, found by trying each once a process: no list of processors says it.
+
+    Seen with AVX-512 on two cores: on an EPYC, oneDNN's prepacked linears run at 2.4 times the speed of PyTorch's
+    matmul in float32, and bfloat16 at twice that; on a Xeon without matrix tiles (AMX) all float32 runs alike and
+    bfloat16 at 0.6 times its speed. A way counts only if it runs here and gives the right answer.
+    """
+    rows, fan_in, fan_out = PROBE_SHAPE
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(s, generator=generator).to(dtype) for s in ((rows, fan_in), (fan_out, fan_in), fan_out)
+    )
+    right = F.gelu(F.linear(x.float(), weight.float(), bias.float()))
+    calls: dict[Linear, Callable[[], torch.Tensor]] = {}
+    for way in [Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)]:
+        try:
+            call = _probe(way, x, weight, bias)
+            error = (call().float() - right).abs().max() / right.abs().max()
+        except (RuntimeError, AttributeError):  # the operator is not there, or not for this processor
+            continue
+        if error < 16 * torch.finfo(way.dtype).eps:  # not NaN either
+            calls[way] = call
+    seconds = dict.fromkeys(calls, math.inf)
+    for _ in range(PROBE_ROUNDS):
+        for way, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[way] = min(seconds[way], time.perf_counter() - start)
+    best = Linear(dtype, prepacked=False)
+    for way in calls:
+        if seconds[way] < CLEARLY * seconds.get(best, math.inf):
+            best = way
+    return best
+
+
+def _probe(way: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[], torch.Tensor]:
+    x, weight, bias = (t.to(way.dtype) for t in (x, weight, bias))
+    if way.prepacked:
+        packed = _pack(weight)
+        return lambda: _prepacked(x, packed, bias, True)
+    out = x.new_empty(len(x), len(weight))
+    return lambda: _matmul(x, weight, bias, True, out)
+
+
+class _Buffers(threading.local):
+    """Memory of one thread that every node uses again; grown to the largest request, never given back."""
+
+    def __init__(self) -> None:
+        self.flat: dict[str, torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[type["_Buffers"], tuple[()]]:
+        return _Buffers, ()  # a copied engine begins with none
+
+    def get(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        size = math.prod(shape)
+        if name not in self.flat or self.flat[name].numel() < size:
+            self.flat[name] = like.new_empty(size)
+        return self.flat[name][:size].view(shape)
+
+    def holds(self, name: str, x: torch.Tensor) -> bool:
+        return name in self.flat and self.flat[name].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+class CpuRunner(TorchRunner):
+    """Runs a graph on a CPU.
+
+    Args:
+        graph: with its weights on the CPU. Those that the arithmetic needs in another form are copied.
+        linear: how linears are computed; None: the fastest here.
+    """
+
+    def __init__(self, graph: Graph, linear: Linear | None = None) -> None:
+        super().__init__(graph)
+        self._dtype = next(iter(graph.nodes[0].weights.values())).dtype
+        self._way = linear or fastest_linear(self._dtype, torch.get_num_threads())
+        self.how = f"PyTorch, {self._way}"
+        self._buffers = _Buffers()
+        self.nodes = [self._prepared(node) for node in graph.nodes]
+        theirs = {id(w) for node in graph.nodes for w in node.weights.values()}
+        ours = [w for node in self.nodes for w in node.weights.values() if id(w) not in theirs]
+        self._copied_bytes = sum(w.numel() * w.element_size() for w in ours)
+
+    @property
+    def own_bytes(self) -> int:
+        return self._copied_bytes + sum(b.numel() * b.element_size() for b in self._buffers.flat.values())
+
+    def _prepared(self, node: Node) -> Node:
+        def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
+            if w.dtype == self._dtype:  # a predictor's vectors are in float32 already
+                w = w.to(self._way.dtype)
+            linear = isinstance(node, Attention | Mlp | Prune) and w.ndim == 2 and name not in _FEW_ROWS
+            return _pack(w) if linear and self._way.prepacked else w
+
+        return replace(node, weights={name: prepared(name, w) for name, w in node.weights.items()})
+
+    def __call__(
+        self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None, watch: Watch | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return super().__call__(images.to(self._way.dtype), kept, watch)
+
+    def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self.linear)
+        index = op.select_tokens_ref(score, node.num_keep)
+        return op.gather_tokens_ref(x, index, node.num_prefix), index
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if weight.is_mkldnn:
+            y = _prepacked(flat.contiguous(), weight, bias, gelu)
+        else:
+            free = "second" if self._buffers.holds("first", x) else "first"
+            y = _matmul(flat, weight, bias, gelu, self._buffers.get(free, x, len(flat), len(weight)))
+        return y.view(*x.shape[:-1], -1)
+
+    def add_linear(
+        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        if weight.is_mkldnn:
+            branch = self.linear(y, weight, bias)
+            return x.add_(branch, alpha=scale)
+        flat = x.view(-1, x.shape[-1]).add_(bias, alpha=scale)
+        flat.addmm_(y.reshape(len(flat), -1), weight.t(), alpha=scale)
+        return x
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        if q.dtype == torch.float32:
+            return super().attend(q, k, v, scale)
+        # In reduced precision, plain softmax is 2.4 times as fast as CPU attention at these lengths.
+        scores = q @ k.transpose(-2, -1)
+        return (scores if scale == 1.0 else scores * scale).softmax(dim=-1) @ v

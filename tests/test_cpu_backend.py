@@ -1,0 +1,138 @@
+"""The CPU backend: every way to compute linears gives the golden answers; the choice falls back; memory is its own."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from golden_cases import answers, official_checkpoint, options, pictures
+
+import dvit_infer as dvit
+from dvit_infer.backends import cpu
+from dvit_infer.backends.cpu import CpuRunner, Linear
+from dvit_infer.graph import build_graph
+
+FLOAT32 = [Linear(torch.float32, prepacked=False), Linear(torch.float32, prepacked=True)]
+CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1", "timm-deit_tiny_patch16_224-at-192x256"]
+
+
+def converted(case_id: str, way: Linear, dtype: str = "float32") -> dvit.Engine:
+    engine = dvit.convert(official_checkpoint(case_id), device="cpu", dtype=dtype, **options(case_id))
+    engine.runner = CpuRunner(engine.graph, way)
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def _probe_anew():
+    cpu.fastest_linear.cache_clear()
+    yield
+    cpu.fastest_linear.cache_clear()
+
+
+@pytest.mark.parametrize("way", FLOAT32, ids=str)
+@pytest.mark.parametrize("case_id", CASES)
+def test_every_way_gives_the_golden_answers(case_id, way):
+    engine = converted(case_id, way)
+    right, right_kept, _ = answers(case_id)
+    images = pictures(case_id)
+    logits, kept = engine(images, return_kept=True)
+    assert (logits - right).abs().max() < 2e-5
+    assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
+    assert (engine(images, kept=kept) - right).abs().max() < 2e-5
+    assert (engine(images[:1]) - right[:1]).abs().max() < 2e-5  # the buffers are larger than that now
+    assert torch.equal(engine(images), logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [
+        ("bfloat16", Linear(torch.float32, prepacked=False)),
+        ("bfloat16", Linear(torch.float32, prepacked=True)),
+        ("bfloat16", Linear(torch.bfloat16, prepacked=False)),
+        ("bfloat16", Linear(torch.bfloat16, prepacked=True)),
+        ("float16", Linear(torch.float32, prepacked=False)),
+        ("float16", Linear(torch.float16, prepacked=False)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case_id", CASES)
+def test_reduced_precision_passes_verify(case_id, dtype, way):
+    if way.prepacked and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+    report = dvit.verify(converted(case_id, way, dtype), official_checkpoint(case_id), num_images=16)
+    assert report.passed, str(report)
+    if way.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and pictures are rounded
+        assert report.rms_error < report.plain_rms_error
+
+
+def test_without_the_private_operators_it_falls_back(monkeypatch):
+    def missing(*args: object) -> torch.Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(cpu, "_pack", missing)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert not cpu.fastest_linear(dtype, 2).prepacked
+
+
+@pytest.mark.parametrize("wrong", [0.0, float("nan")])
+def test_a_way_with_wrong_answers_is_not_taken(wrong, monkeypatch):
+    monkeypatch.setattr(cpu, "_prepacked", lambda x, weight, bias, gelu: x.new_full((len(x), len(weight)), wrong))
+    assert not cpu.fastest_linear(torch.float32, 2).prepacked
+
+
+def test_the_clearly_faster_way_is_taken_and_shown(monkeypatch):
+    def slow(*args: object) -> torch.Tensor:
+        for _ in range(20):
+            right(*args)
+        return right(*args)
+
+    right = cpu._matmul
+    monkeypatch.setattr(cpu, "_matmul", slow)
+    assert cpu.fastest_linear(torch.float32, 2) == Linear(torch.float32, prepacked=True)
+    engine = dvit.convert(official_checkpoint("tiny-deit-r0.7-s1"), device="cpu", assume={"num_heads": 2})
+    assert str(engine.graph).endswith("run by PyTorch, linears by oneDNN, prepacked, in float32")
+
+
+@pytest.mark.parametrize("way", FLOAT32, ids=str)
+def test_threads_do_not_share_buffers(way):
+    engine = converted("tiny-deit-r0.7-s1", way)
+    batches = [torch.randn(b, 3, 224, 224, generator=torch.Generator().manual_seed(b)) for b in (1, 2, 3, 5)]
+    right = [engine(images) for images in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for found, wanted in zip(pool.map(engine, batches), right, strict=True):
+                assert (found - wanted).abs().max() < 1e-5
+
+
+def test_answers_outlive_the_next_call_and_pictures_stay_as_they_were():
+    engine = converted("tiny-deit-r0.7-s1", FLOAT32[0])
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    logits, kept = engine(images, return_kept=True)
+    remembered = [t.clone() for t in (logits, *kept)]
+    engine(-images)
+    assert torch.equal(images, before)
+    assert all(torch.equal(a, b) for a, b in zip((logits, *kept), remembered, strict=True))
+
+
+def test_what_it_holds_is_counted_and_a_copy_works():
+    engine = converted("tiny-deit-r0.7-s1", FLOAT32[0])
+    assert engine.runner.own_bytes == 0  # float32 by matmul takes the graph's weights as they are
+    images = torch.randn(1, 3, 224, 224)
+    logits = engine(images)
+    assert engine.runner.own_bytes == (197 * 4 * 64 + 196 * 32) * 4  # an MLP's and a predictor's hidden channels
+    assert torch.equal(copy.deepcopy(engine)(images), logits)
+    upcast = converted("tiny-deit-r0.7-s1", FLOAT32[0], "bfloat16")
+    matrices = sum(w.numel() for node in upcast.graph.nodes for w in node.weights.values() if w.dtype == torch.bfloat16)
+    assert upcast.runner.own_bytes == 4 * matrices
+
+
+def test_an_unfolded_graph_runs_too():
+    engine = converted("timm-deit_tiny_patch16_224", FLOAT32[0])
+    plain = dvit.load_reference(official_checkpoint("timm-deit_tiny_patch16_224"))
+    graph = build_graph(plain, engine.config)
+    images = pictures("timm-deit_tiny_patch16_224")
+    for way in FLOAT32:
+        logits, _ = CpuRunner(replace(graph, how=""), way)(images)
+        assert (logits - engine(images)).abs().max() < 2e-5
