@@ -4,10 +4,10 @@ import torch
 
 from dvit_infer.errors import InputError
 
-# Pictures that go through the graph together; larger batches are cut, so that memory does not grow with them. On a CPU
-# 8 was the fastest of 1, 2, 4, 8, 16, 32 for DeiT-S/0.7 at batch 32 (two threads of a Xeon, float32): 2 was 0.82 x of
-# it, 32 was 0.98 x. For CUDA nothing has been measured yet.
-CHUNK = {"cpu": 8, "cuda": 256}
+# Pictures that go through the graph together; larger batches are cut, so that memory does not grow with them. On a CPU,
+# for DeiT-S/0.7 at batch 32 (two threads of a Xeon, float32, interleaved): 4 was 0.92 x as fast as 8, 16 and 32 1.05 x.
+# For CUDA nothing has been measured yet.
+CHUNK = {"cpu": 16, "cuda": 256}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

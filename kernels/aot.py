@@ -100,8 +100,7 @@ class Usage(NamedTuple):
 
 
 def compile_for(launch: Launch, capability: int) -> Usage:
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

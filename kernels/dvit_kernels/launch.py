@@ -35,5 +35,10 @@ class Launch:
     ) -> Self:
         return cls(kernel, grid, arguments, num_warps, num_stages)
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Of the compiler. Triton 3.10 will not fuse multiply and add unless told to."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self.options)

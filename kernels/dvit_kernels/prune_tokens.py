@@ -307,7 +307,7 @@ def prune_tokens_launches(
         num_warps=8 if full_rate and c >= 256 else 4,
         num_stages=3 if full_rate else 2,
     )
-    by_rank, block_rows = n <= _RANK_TOKENS, 16
+    block_tokens, block_rows = max(32, triton.next_power_of_2(n)), 16
     # Few pictures: a program for every block of rows. Many: two a picture, so that choosing is not repeated so often.
     num_groups = min(triton.cdiv(num_prefix + num_keep, block_rows), max(2, 512 // max(b, 1)))
     select = Launch.of(
@@ -324,11 +324,11 @@ def prune_tokens_launches(
         num_prefix=num_prefix,
         num_groups=num_groups,
         DIM=c,
-        BLOCK_TOKENS=max(32, triton.next_power_of_2(n)),
+        BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
         BLOCK_C=128,
-        BY_RANK=by_rank,
-        num_warps=4 if by_rank else 8,
+        BY_RANK=n <= _RANK_TOKENS,
+        num_warps=4 if block_tokens <= 128 else 8,
         num_stages=1,
     )
     return [project, score_tokens, select], kept_x, index
