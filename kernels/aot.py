@@ -150,7 +150,8 @@ They say nothing about time.
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the table of this Triton version anew")
-    update = parser.parse_args().update
+    parser.add_argument("--untabled", action="store_true", help="a version without a table will do")
+    given = parser.parse_args()
 
     results: dict[str, dict[int, Usage]] = {}
     failures = set()
@@ -171,11 +172,11 @@ def main() -> int:
         print(f"aot: {failure}", file=sys.stderr)
     if failures:
         return 1
-    return _hold_against_table(section(results), update)
+    return _hold_against_table(section(results), given.update, given.untabled)
 
 
-def _hold_against_table(new: str, update: bool) -> int:
-    """Compare with AOT.md's section of this version, if it has one; write it when asked to."""
+def _hold_against_table(new: str, update: bool, untabled: bool) -> int:
+    """Compare with AOT.md's section of this version; write it when asked to."""
     text = TABLE.read_text() if TABLE.exists() else HEADER
     sections = {part.splitlines()[0]: part.rstrip() + "\n" for part in re.split(r"^(?=## )", text, flags=re.M)[1:]}
     heading = new.splitlines()[0]
@@ -185,10 +186,13 @@ def _hold_against_table(new: str, update: bool) -> int:
         TABLE.write_text("\n".join([HEADER, *(sections[key] for key in sorted(sections))]))
         print(f"aot: Triton {version}: {TABLE.name} written")
         return 0
-    if heading not in sections:
-        print(f"aot: Triton {version}: all kernels compile and fit; {TABLE.name} has no table of this version")
+    if heading not in sections and untabled:
+        print(
+            f"aot: Triton {version}: all kernels compile and fit; {TABLE.name} has no such version"
+        )
         return 0
-    difference = list(difflib.unified_diff(sections[heading].splitlines(), new.splitlines(), lineterm="", n=0))[2:]
+    old = sections.get(heading, "").splitlines()
+    difference = list(difflib.unified_diff(old, new.splitlines(), lineterm="", n=0))[2:]
     if difference:
         print("\n".join(difference), file=sys.stderr)
         again = "make aot UPDATE=1, with the same TRITON=, writes it"
