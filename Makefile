@@ -30,7 +30,7 @@ test: aot
 AOT := $(if $(TRITON),build/triton-$(TRITON),.venv)
 
 aot: $(AOT)/.ready
-	PYTHONPATH=kernels $(AOT)/bin/python kernels/aot.py $(if $(UPDATE),--update) $(if $(filter newest,$(TRITON)),--untabled)
+	env -u TRITON_INTERPRET $(AOT)/bin/python kernels/aot.py $(if $(UPDATE),--update) $(if $(filter newest,$(TRITON)),--untabled)
 
 build/triton-%/.ready: $(READY)
 	rm -rf $(@D)

@@ -77,7 +77,8 @@ def ways() -> Iterator[Way]:
         right = eager if how == "engine" else engines["dense", "float32"]
         against = float32 if dtype == "float32" else bfloat16
         own = dense_params if how == "dense" else params
-        yield Way(how, None, dtype, engine, engine.graph.gflops, own, lambda e=engine: held_mib(e), against, right)
+        mode = None if f"in {dtype}" in engine.runner.how else "float32 arithmetic"
+        yield Way(how, mode, dtype, engine, engine.graph.gflops, own, lambda e=engine: held_mib(e), against, right)
 
 
 def held_mib(engine: dvit.Engine) -> float:

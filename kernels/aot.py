@@ -71,11 +71,11 @@ def source(launch: Launch) -> ASTSource:
         divisible = isinstance(value, torch.Tensor)
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and not parameter.do_not_specialize
         else:
             signature[parameter.name] = "fp32"
         if divisible:
@@ -111,10 +111,11 @@ def compile_for(launch: Launch, capability: int) -> Usage:
 
 @functools.cache
 def distinct() -> dict[str, Launch]:
-    """One launch for each line of the table: the first, others differ in which of its numbers 16 divides."""
+    """One launch for each line of the table; others of its name compile to the same."""
     found: dict[str, Launch] = {}
     for launch in launches():
-        found.setdefault(name(launch), launch)
+        first, this = source(found.setdefault(name(launch), launch)), source(launch)
+        assert (first.signature, first.attrs) == (this.signature, this.attrs), name(launch)
     return found
 
 
@@ -124,7 +125,7 @@ def measured(line: str, capability: int) -> tuple[str, int, Usage | str]:
     try:
         return line, capability, compile_for(launch, capability)
     except Exception as error:  # of whatever kind the compiler raises: the table names the kernel, the run goes on
-        return line, capability, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        return line, capability, repr(error)[-300:]
 
 
 def section(results: dict[str, dict[int, Usage]]) -> str:
@@ -183,13 +184,12 @@ def _hold_against_table(new: str, update: bool, untabled: bool) -> int:
     version = triton.__version__
     if update:
         sections[heading] = new
-        TABLE.write_text("\n".join([HEADER, *(sections[key] for key in sorted(sections))]))
+        in_order = sorted(sections, key=lambda key: [int(part) for part in re.findall(r"\d+", key)])
+        TABLE.write_text("\n".join([HEADER, *(sections[key] for key in in_order)]))
         print(f"aot: Triton {version}: {TABLE.name} written")
         return 0
     if heading not in sections and untabled:
-        print(
-            f"aot: Triton {version}: all kernels compile and fit; {TABLE.name} has no such version"
-        )
+        print(f"aot: Triton {version}: all kernels compile and fit; {TABLE.name} has no such version")
         return 0
     old = sections.get(heading, "").splitlines()
     difference = list(difflib.unified_diff(old, new.splitlines(), lineterm="", n=0))[2:]

@@ -1,6 +1,7 @@
 """The CPU backend: every way to compute linears gives the golden answers; the choice falls back; memory is its own."""
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -58,7 +59,7 @@ def test_every_way_gives_the_golden_answers(case_id, way):
 )
 @pytest.mark.parametrize("case_id", CASES)
 def test_reduced_precision_passes_verify(case_id, dtype, way):
-    if way.prepacked and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if way == Linear(torch.bfloat16, True) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 on this processor")
     report = dvit.verify(converted(case_id, way, dtype), official_checkpoint(case_id), num_images=16)
     assert report.passed, str(report)
@@ -75,10 +76,40 @@ def test_without_the_private_operators_it_falls_back(monkeypatch):
         assert not cpu.fastest_linear(dtype, 2).prepacked
 
 
-@pytest.mark.parametrize("wrong", [0.0, float("nan")])
-def test_a_way_with_wrong_answers_is_not_taken(wrong, monkeypatch):
-    monkeypatch.setattr(cpu, "_prepacked", lambda x, weight, bias, gelu: x.new_full((len(x), len(weight)), wrong))
-    assert not cpu.fastest_linear(torch.float32, 2).prepacked
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wrong", ["zeros", "nan", "no bias"])
+def test_a_way_with_wrong_answers_is_not_taken(wrong, dtype, monkeypatch):
+    right = cpu._prepacked
+
+    def sloppy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool) -> torch.Tensor:
+        if wrong == "no bias":
+            return right(x, weight, None, gelu)
+        return x.new_full((len(x), len(weight)), 0.0 if wrong == "zeros" else float("nan"))
+
+    monkeypatch.setattr(cpu, "_prepacked", sloppy)
+    monkeypatch.setattr(cpu, "CLEARLY", 1e9)  # the last way that counts is taken
+    assert not cpu.fastest_linear(dtype, 2).prepacked
+
+
+def test_the_choice_does_not_depend_on_the_callers_modes(monkeypatch):
+    monkeypatch.setattr(cpu, "CLEARLY", 1e9)
+    for dtype in (torch.float32, torch.bfloat16):
+        outside = cpu.fastest_linear(dtype, 2)
+        cpu.fastest_linear.cache_clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            assert cpu.fastest_linear(dtype, 2) == outside
+        assert outside == Linear(torch.float32, prepacked=True)
+
+
+@pytest.mark.parametrize("way", FLOAT32, ids=str)
+def test_inference_mode_once_does_not_break_the_next_call(way):
+    engine, images = converted("tiny-deit-r0.7-s1", way), pictures("tiny-deit-r0.7-s1")
+    with torch.inference_mode():
+        first = engine(images[:1])
+    engine(images)
+    assert torch.equal(engine(images[:1]), first)
+    with torch.inference_mode():
+        assert torch.equal(engine(images[:1]), first)
 
 
 def test_the_clearly_faster_way_is_taken_and_shown(monkeypatch):
@@ -116,16 +147,22 @@ def test_answers_outlive_the_next_call_and_pictures_stay_as_they_were():
     assert all(torch.equal(a, b) for a, b in zip((logits, *kept), remembered, strict=True))
 
 
-def test_what_it_holds_is_counted_and_a_copy_works():
+def test_what_it_holds_is_counted():
     engine = converted("tiny-deit-r0.7-s1", FLOAT32[0])
     assert engine.runner.own_bytes == 0  # float32 by matmul takes the graph's weights as they are
-    images = torch.randn(1, 3, 224, 224)
-    logits = engine(images)
+    engine(torch.randn(1, 3, 224, 224))
     assert engine.runner.own_bytes == (197 * 4 * 64 + 196 * 32) * 4  # an MLP's and a predictor's hidden channels
-    assert torch.equal(copy.deepcopy(engine)(images), logits)
     upcast = converted("tiny-deit-r0.7-s1", FLOAT32[0], "bfloat16")
     matrices = sum(w.numel() for node in upcast.graph.nodes for w in node.weights.values() if w.dtype == torch.bfloat16)
     assert upcast.runner.own_bytes == 4 * matrices
+
+
+@pytest.mark.parametrize("way", FLOAT32, ids=str)
+def test_an_engine_can_be_copied_and_pickled(way):
+    engine, images = converted("tiny-deit-r0.7-s1", way), pictures("tiny-deit-r0.7-s1")
+    logits = engine(images)
+    for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert torch.equal(other(images), logits)
 
 
 def test_an_unfolded_graph_runs_too():

@@ -12,8 +12,9 @@ import dvit_infer as dvit
 from dvit_infer.ops.prune_tokens import prune_tokens_ref, score_tokens_ref, select_tokens_ref
 
 WHERE = [
-    pytest.param("cpu", torch.float32, id="interpreter-float32"),
-    pytest.param("cpu", torch.float16, id="interpreter-float16"),  # its dot is wrong for bfloat16
+    pytest.param("cpu", torch.float32, id="interpreter-float32", marks=pytest.mark.interpreter),
+    # not bfloat16: the interpreter's dot is wrong for it
+    pytest.param("cpu", torch.float16, id="interpreter-float16", marks=pytest.mark.interpreter),
     pytest.param("cuda", torch.float32, id="cuda-float32", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
@@ -94,7 +95,9 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 196, 256, 257, 576, 1024])
 def test_selection_of_any_scores(n, device):
     """Ties, zeros of both signs, infinities and NaN, by counting and by radix; no index leaves the row."""
@@ -159,7 +162,7 @@ def test_a_picture_does_not_feel_its_batch(device, dtype):
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_tokens_far_from_zero(device, dtype):
-    """The folded LayerNorm subtracts a mean that dwarfs the deviations."""
+    """The folded LayerNorm subtracts a mean that dwarfs the deviations; rounding counts mean/std times."""
     x, packed = (make_x(2, 40, 1, 64) + 50).to(device, dtype), predictor_on(device, 64, dtype)
     launches, outputs, _ = guarded(prune_tokens_launches(x, packed, 20, 1, 1e-5)[0])
     for launch in launches:
@@ -167,7 +170,8 @@ def test_tokens_far_from_zero(device, dtype):
     logits = make_predictor(64).double()(x[:, 1:].cpu().double())
     right = logits[..., 0] - logits[..., 1]
     plain = score_tokens_ref(x[:, 1:], packed, 1e-5).cpu()
-    assert rms(outputs["score_ptr"].cpu() - right) <= 2 * rms(plain - right) + 1e-4
+    amplified = 50 * torch.finfo(torch.float32).eps * 8  # mean/std, float32 products, their sums
+    assert rms(outputs["score_ptr"].cpu() - right) <= 2 * rms(plain - right) + amplified
 
 
 def test_no_pictures_and_no_prefix():
@@ -178,11 +182,20 @@ def test_no_pictures_and_no_prefix():
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "k"), [(1025, 64, 3), (9, 32, 3), (9, 1056, 3), (9, 80, 3), (9, 64, 10), (9, 64, 0)]
+    ("n", "c", "k", "p"),
+    [(1025, 64, 3, 1), (9, 32, 3, 1), (9, 1056, 3, 1), (9, 80, 3, 1), (9, 64, 10, 1), (9, 64, 0, 1), (9, 64, 3, -1)],
 )
-def test_sizes_beyond_the_kernels_are_refused(n, c, k):
-    with pytest.raises(ValueError, match=f"{k} of {n} tokens with {c} channels"):
-        launch_prune_tokens(torch.zeros(1, n + 1, c), [], k, 1, 1e-5)
+def test_sizes_beyond_the_kernels_are_refused(n, c, k, p):
+    packed = predictor_on("cpu", c, torch.float32)
+    with pytest.raises(ValueError, match=f"{k} of {n} tokens with {c} channels behind {p}"):
+        launch_prune_tokens(torch.zeros(1, n + p, c), packed, k, p, 1e-5)
+
+
+def test_packed_weights_of_another_width_or_dtype_are_refused():
+    x = torch.zeros(1, 9, 64)
+    for packed in (predictor_on("cpu", 96, torch.float32), predictor_on("cpu", 64, torch.float16), []):
+        with pytest.raises(ValueError, match="packed does not fit"):
+            launch_prune_tokens(x, packed, 3, 1, 1e-5)
 
 
 @pytest.mark.gpu

@@ -138,8 +138,8 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
 
 def how(device: torch.device, n: int, c: int) -> str:
     """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'."""
-    if device.type != "cuda" or not HAS_TRITON:
-        return "PyTorch"
+    if device.type != "cuda" or not HAS_TRITON or torch.cuda.get_device_capability(device) < (8, 0):
+        return "PyTorch"  # Triton's oldest target is sm_80
     from dvit_kernels.prune_tokens import supports
 
     return "Triton" if supports(n, c) else "PyTorch"

@@ -3,7 +3,8 @@
 The formulas are DynamicViT's predictor (Rao et al. 2021, section 3.2) after algebra that is exact up to rounding:
 
 * LayerNorm is a rank-1 correction behind the first product: LN(x) W^T = rstd * (x W^T - mean * rowsum(W)), gain and
-  shift being folded into W and the bias. Mean and variance come out of the tiles the product reads anyway.
+  shift being folded into W and the bias. Mean and variance come out of the tiles the product reads anyway. The rounding
+  of the product, in float32, counts mean / std times.
 * The half of the hidden channels that is averaged over a picture never leaves the chip: its column sums do. Its part of
   the second layer is one vector a picture.
 * The last layer gives one number a token, keep minus drop; ranking needs no softmax.
@@ -26,7 +27,7 @@ def _gelu(x):
     return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "n_tokens", "num_prefix"])
 def _project_kernel(
     x_ptr,  # (B, P+N, C)
     w1_ptr,  # (C, C)
@@ -91,7 +92,7 @@ def _project_kernel(
             tl.store(sums_ptr + (tile * SEGMENTS + segment).to(tl.int64) * half + col - half, total, mask=averaged)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _score_kernel(
     hidden_ptr,  # (B*N, C/2)
     sums_ptr,  # (tiles, SEGMENTS, C/2) float32
@@ -133,9 +134,11 @@ def _score_kernel(
         shared = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
         for k in range(0, half, BLOCK_K):
             total = tl.zeros((BLOCK_K,), tl.float32)
-            for tile in range(first_tile, last_tile + 1):
-                segment = image - tile * TILE_M // n_tokens
-                total += tl.load(sums_ptr + (tile * SEGMENTS + segment).to(tl.int64) * half + k + inner)
+            tile = first_tile
+            while tile <= last_tile:
+                segment = tile * SEGMENTS + image - tile * TILE_M // n_tokens
+                total += tl.load(sums_ptr + segment.to(tl.int64) * half + k + inner)
+                tile += 1
             w = tl.load(w2_mean_ptr + col[:, None] * half + (k + inner)[None, :], mask=col[:, None] < half, other=0.0)
             shared += w.to(tl.float32) * (total / n_tokens)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
@@ -186,7 +189,7 @@ def _keep_by_radix(key, num_keep):
     return (above != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= num_keep - tl.sum(above, axis=0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "num_keep", "num_prefix", "num_groups"])
 def _select_kernel(
     x_ptr,  # (B, P+N, C)
     score_ptr,  # (B, N) float32
@@ -218,7 +221,8 @@ def _select_kernel(
     slot = tl.where(keep, tl.cumsum(keep.to(tl.int32), 0) - 1, -1)
 
     rows = num_prefix + num_keep
-    for start in range(group * BLOCK_ROWS, rows, num_groups * BLOCK_ROWS):
+    start = group * BLOCK_ROWS
+    while start < rows:
         row = start + tl.arange(0, BLOCK_ROWS)
         wanted = row - num_prefix
         taken = tl.sum(tl.where(slot[:, None] == wanted[None, :], position[:, None], 0), axis=0)
@@ -229,6 +233,7 @@ def _select_kernel(
             inside = (row < rows)[:, None] & (col < DIM)[None, :]
             value = tl.load(x_ptr + image * stride_xb + source[:, None] * stride_xn + col[None, :], mask=inside)
             tl.store(kept_ptr + ((image * rows + row)[:, None]) * DIM + col[None, :], value, mask=inside)
+        start += num_groups * BLOCK_ROWS
 
 
 def supports(n: int, c: int) -> bool:
@@ -351,13 +356,15 @@ def launch_prune_tokens(
         kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
 
     Raises:
-        ValueError: a size that the kernels do not take.
+        ValueError: a size that the kernels do not take, or packed weights of another width or dtype.
     """
     n, c = x.shape[1] - num_prefix, x.shape[2]
-    if not supports(n, c) or not 1 <= num_keep <= n:
+    if len(packed) != 10 or packed[0].shape != (c, c) or packed[0].dtype != x.dtype:
+        raise ValueError(f"launch_prune_tokens: packed does not fit x, with {c} channels in {x.dtype}")
+    if num_prefix < 0 or not supports(n, c) or not 1 <= num_keep <= n:
         raise ValueError(
-            f"launch_prune_tokens: {num_keep} of {n} tokens with {c} channels; 1 to N of N up to {MAX_TOKENS} tokens "
-            f"with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
+            f"launch_prune_tokens: {num_keep} of {n} tokens with {c} channels behind {num_prefix}; 1 to N of N up to "
+            f"{MAX_TOKENS} tokens with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
         )
     launches, kept_x, index = prune_tokens_launches(x, packed, num_keep, num_prefix, eps)
     if len(x):
