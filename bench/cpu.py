@@ -2,7 +2,7 @@
 
     python bench/cpu.py        # writes bench/results/<machine>/cpu.json
 
-The reference in bfloat16 runs both ways that people use: under autocast, as the official code, and cast as a whole.
+The reference in bfloat16 runs both ways that people use: under autocast, and cast as a whole.
 """
 
 import argparse
