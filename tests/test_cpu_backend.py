@@ -96,9 +96,9 @@ def test_the_choice_does_not_depend_on_the_callers_modes(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         outside = cpu.fastest_linear(dtype, 2)
         cpu.fastest_linear.cache_clear()
-        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
             assert cpu.fastest_linear(dtype, 2) == outside
-        assert outside == Linear(torch.float32, prepacked=True)
+        assert outside.dtype == torch.float32  # the last that is tried
 
 
 @pytest.mark.parametrize("way", FLOAT32, ids=str)

@@ -82,10 +82,9 @@ def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
 
 def _fastest(dtype: torch.dtype) -> Linear:
     rows, fan_in, fan_out = PROBE_SHAPE
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (
-        torch.randn(s, generator=generator).to(dtype) for s in ((rows, fan_in), (fan_out, fan_in), fan_out)
-    )
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes: tuple[tuple[int, ...], ...] = (rows, fan_in), (fan_out, fan_in), (fan_out,)
+    x, weight, bias = (torch.randn(s, generator=generator, device="cpu").to(dtype) for s in shapes)
     right = F.gelu(F.linear(x.float(), weight.float(), bias.float()))
     calls: dict[Linear, Callable[[], torch.Tensor]] = {}
     for way in [Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)]:
