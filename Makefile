@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
-# another Triton, UPDATE=1 writes the table.
+# another Triton (kept under build/ until `make clean`), UPDATE=1 writes the table.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
