@@ -171,6 +171,24 @@ def test_interrupting_leaves_nothing_behind(stop, checkpoint):
     assert [name for name in os.listdir() if name.endswith(".part")] == []
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_library_that_turns_the_interrupt_into_its_own_error_does_not_blame_the_file(
+    stop, checkpoint, capsys, monkeypatch
+):
+    def masked(*args: object, **given: object) -> None:
+        try:
+            os.kill(os.getpid(), stop)
+            time.sleep(5)  # until the handler has run
+        except KeyboardInterrupt:
+            raise RuntimeError("could not determine the shape of object type 'torch.storage'") from None
+
+    monkeypatch.setattr("dvit_infer.checkpoint.torch.load", masked)
+    before = signal.getsignal(stop)
+    assert convert.main([str(checkpoint), *TINY]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
+    assert signal.getsignal(stop) == before
+
+
 def test_a_full_disk_leaves_nothing_behind(checkpoint, capsys, monkeypatch):
     def full(tensors, path, header):
         Path(path).write_bytes(b"half of it")

@@ -71,20 +71,32 @@ def _writable(stream: TextIO | None) -> TextIO:
 
 @contextlib.contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP clean up as Ctrl-C does: a batch system's time limit leaves no half-written file."""
+    """SIGTERM and SIGHUP clean up as Ctrl-C does: a batch system's time limit leaves no half-written file.
+
+    A library may turn the KeyboardInterrupt into an error of its own, which would then blame the file it was reading;
+    whatever ends the block after a signal is the signal's doing.
+    """
+    stopped = False
 
     def interrupt(signum: int, frame: object) -> NoReturn:
+        nonlocal stopped
+        stopped = True
         raise KeyboardInterrupt
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         names = []  # only the main thread may set handlers
-    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
+    numbers = [getattr(signal, name) for name in names]
+    before = {n: signal.signal(n, interrupt) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as by nohup
     try:
         yield
+    except Exception:
+        if stopped:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
