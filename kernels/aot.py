@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from dvit_kernels.launch import Launch
-from dvit_kernels.prune_tokens import prune_tokens_launches
+from shapes import launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TABLE = Path(__file__).with_name("AOT.md")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+PROGRAMMATIC = 90  # the first with programmatic dependent launch
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 27
 NAMES = {
     torch.float32: "fp32",
@@ -31,34 +31,8 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.uint8: "u8",
 }
-# (C, (N, K) of each stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
-STAGES_224 = ((196, 137), (137, 96), (96, 67))
-MODELS = ((192, STAGES_224), (384, STAGES_224), (512, STAGES_224), (768, STAGES_224), (384, ((576, 403), (403, 282))))
-
-
-def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> list[Launch]:
-    """The launches of one stage, on tensors without memory."""
-    half, quarter = c // 2, c // 4
-    matrices = {0: (c, c), 3: (half, half), 4: (half, half), 6: (quarter, half)}
-    vectors = {1: (c,), 2: (c,), 5: (half,), 7: (quarter,), 8: (quarter,), 9: (1,)}
-    packed = [
-        torch.empty(matrices[i], dtype=dtype, device="meta")
-        if i in matrices
-        else torch.empty(vectors[i], device="meta")
-        for i in range(10)
-    ]
-    x = torch.empty(batch, n + 1, c, dtype=dtype, device="meta")
-    return prune_tokens_launches(x, packed, num_keep, 1, 1e-5)[0]
-
-
-def launches() -> Iterator[Launch]:
-    """The launches that the models make at batch 1 and 256; in float16 and float32, of their first stage."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for c, stages in MODELS:
-            for batch in (1, 256):
-                for n, num_keep in stages if dtype == torch.bfloat16 else stages[:1]:
-                    yield from prune_tokens(batch, n, c, num_keep, dtype)
 
 
 def source(launch: Launch) -> ASTSource:
@@ -71,7 +45,7 @@ def source(launch: Launch) -> ASTSource:
         divisible = isinstance(value, torch.Tensor)
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
@@ -84,11 +58,15 @@ def source(launch: Launch) -> ASTSource:
 
 
 def name(launch: Launch) -> str:
-    """A line of the table: kernel, dtype, constants."""
-    constants = [p.name for p in launch.kernel.params if p.is_constexpr]
-    dtype = next(NAMES[v.dtype] for v in launch.arguments.values() if isinstance(v, torch.Tensor))
-    values = " ".join(f"{c}={launch.arguments[c]}" for c in constants)
-    return f"{launch.kernel.__name__} {dtype} {values} warps={launch.num_warps} stages={launch.num_stages}"
+    """A line of the table: kernel, dtypes of its matrices, tensors it has to do without, constants."""
+    given = launch.arguments
+    matrices = [v for v in given.values() if isinstance(v, torch.Tensor) and v.ndim > 1]
+    dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
+    without = [f"no-{p.name.removesuffix('_ptr')}" for p in launch.kernel.params if given[p.name] is None]
+    constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
+    values = [f"{c}={given[c]}" for c in constants] + ["PDL"] * bool(given["PDL"])
+    words = [launch.kernel.__name__, *dtypes, *without, *values]
+    return " ".join([*words, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
 
 
 class Usage(NamedTuple):
@@ -134,7 +112,7 @@ def section(results: dict[str, dict[int, Usage]]) -> str:
     lines = [f"## Triton {triton.__version__}", "", " | ".join(["| kernel", *columns]) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for line, cells in sorted(results.items()):
-        values = ("{} / {} / {}".format(*cells[capability]) for capability in SHARED_LIMIT)
+        values = ("{} / {} / {}".format(*cells[c]) if c in cells else "not there" for c in SHARED_LIMIT)
         lines.append(" | ".join([f"| {line}", *values]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -157,7 +135,12 @@ def main() -> int:
     results: dict[str, dict[int, Usage]] = {}
     failures = set()
     with ProcessPoolExecutor() as pool:
-        jobs = [(line, capability) for line in distinct() for capability in SHARED_LIMIT]
+        jobs = [
+            (line, capability)
+            for line, launch in distinct().items()
+            for capability in SHARED_LIMIT
+            if capability >= PROGRAMMATIC or not launch.arguments["PDL"]
+        ]
         for done, (line, capability, result) in enumerate(pool.map(measured, *zip(*jobs, strict=True)), start=1):
             if sys.stderr.isatty():
                 print(f"\r{done} of {len(jobs)}", end="", file=sys.stderr)

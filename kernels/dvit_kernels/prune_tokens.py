@@ -16,15 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dvit_kernels.launch import Launch
+from dvit_kernels.activations import gelu_erf
+from dvit_kernels.launch import Launch, run, wait_for_inputs
 
 MAX_TOKENS, MIN_DIM, MAX_DIM = 1024, 64, 1024
 _RANK_TOKENS = 256  # up to here counting the better ones is cheaper than 32 rounds of reduction
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
 @triton.jit(do_not_specialize=["batch", "n_tokens", "num_prefix"])
@@ -46,8 +42,10 @@ def _project_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """gelu(LN(x) w1^T + b1): the own half of every token, and the mean half's sums by (tile of rows, picture in it)."""
+    wait_for_inputs(PDL)
     half: tl.constexpr = DIM // 2
     blocks_n: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // blocks_n
@@ -79,7 +77,7 @@ def _project_kernel(
     rstd = tl.math.rsqrt(squares / DIM + eps)
     w1_sum = tl.load(w1_sum_ptr + col, mask=col < DIM, other=0.0)
     b1 = tl.load(b1_ptr + col, mask=col < DIM, other=0.0)
-    y = _gelu(rstd[:, None] * (acc - mean[:, None] * w1_sum[None, :]) + b1[None, :])
+    y = gelu_erf(rstd[:, None] * (acc - mean[:, None] * w1_sum[None, :]) + b1[None, :])
 
     own = live[:, None] & (col[None, :] < half)
     tl.store(hidden_ptr + row.to(tl.int64)[:, None] * half + col[None, :], y.to(hidden_ptr.dtype.element_ty), mask=own)
@@ -112,8 +110,10 @@ def _score_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,  # at least C/4
+    PDL: tl.constexpr,
 ):
     """The difference of the two logits, for BLOCK_M tokens of one picture."""
+    wait_for_inputs(PDL)
     half: tl.constexpr = DIM // 2
     quarter: tl.constexpr = DIM // 4
     blocks_m = tl.cdiv(n_tokens, BLOCK_M)
@@ -147,13 +147,13 @@ def _score_kernel(
             w = tl.load(w2_own_ptr + col[None, :] * half + (k + inner)[:, None], mask=col[None, :] < half, other=0.0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
         bias = tl.sum(shared, axis=1) + tl.load(b2_ptr + col, mask=col < half, other=0.0)
-        z = _gelu(acc + bias[None, :]).to(hidden_ptr.dtype.element_ty)
+        z = gelu_erf(acc + bias[None, :]).to(hidden_ptr.dtype.element_ty)
         fits = (quarters[None, :] < quarter) & (col[:, None] < half)
         w3 = tl.load(w3_ptr + quarters[None, :] * half + col[:, None], mask=fits, other=0.0)
         acc3 = tl.dot(z, w3, acc3, input_precision="ieee")
     b3 = tl.load(b3_ptr + quarters, mask=quarters < quarter, other=0.0)
     w4 = tl.load(w4_ptr + quarters, mask=quarters < quarter, other=0.0)
-    score = tl.sum(_gelu(acc3 + b3[None, :]) * w4[None, :], axis=1) + tl.load(b4_ptr)
+    score = tl.sum(gelu_erf(acc3 + b3[None, :]) * w4[None, :], axis=1) + tl.load(b4_ptr)
     tl.store(score_ptr + row, score, mask=live)
 
 
@@ -206,8 +206,10 @@ def _select_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BY_RANK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Choose a picture's tokens and copy every num_groups-th block of the rows that stay; each program chooses anew."""
+    wait_for_inputs(PDL)
     image = (tl.program_id(0) // num_groups).to(tl.int64)
     group = tl.program_id(0) % num_groups
     position = tl.arange(0, BLOCK_TOKENS)
@@ -367,10 +369,7 @@ def launch_prune_tokens(
             f"{MAX_TOKENS} tokens with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
         )
     launches, kept_x, index = prune_tokens_launches(x, packed, num_keep, num_prefix, eps)
-    if len(x):
-        with torch.cuda.device(x.device if x.is_cuda else -1):  # Triton launches on the current device
-            for launch in launches:
-                launch.run()
+    run(launches, x.device)
     return kept_x, index
 
 
