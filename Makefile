@@ -1,11 +1,13 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
+# `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
+# (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
 # another Triton (kept under build/ until `make clean`), UPDATE=1 writes the table.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test aot clean
+.PHONY: demo test gpu aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -25,6 +27,9 @@ test: aot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py
 
 # Another Triton goes into a venv of its own that sees the rest of .venv behind it.
 AOT := $(if $(TRITON),build/triton-$(TRITON),.venv)

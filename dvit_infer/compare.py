@@ -8,7 +8,7 @@ import torch
 from dvit_infer.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.config import Config
 from dvit_infer.devices import resolve_device, resolve_dtype
-from dvit_infer.engine import Engine
+from dvit_infer.engine import Engine, Source
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.example import example_checkpoint
@@ -18,7 +18,8 @@ from dvit_infer.images import sample_images
 from dvit_infer.parity import evaluate
 from dvit_infer.timing import Row, Timing, interleave
 
-WAYS = ("reference", "dense")  # what the engine can be compared with
+WAYS = ("reference", "dense", "compile")  # what the engine can be compared with
+USUAL = WAYS[:2]
 DISTINCT_IMAGES = 64
 
 
@@ -30,6 +31,7 @@ class _Way:
     config: Config
     gflops: float
     held_mib: Callable[[], float]  # between calls: weights, and buffers once it has run
+    mode: str | None = None
 
     @property
     def dense(self) -> bool:
@@ -58,12 +60,13 @@ class Comparison:
     """The ways to run one model, loaded once.
 
     Args:
-        model: a saved file or a checkpoint; None: DynamicViT-DeiT-S/0.7 with random weights.
-        names: which of `WAYS` to run beside the engine; the first is the baseline of every speed-up.
+        model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
+        names: which of `WAYS` to run beside the engine; the first is the baseline of every speed-up. 'compile' is the
+            reference under torch.compile, by mode max-autotune on CUDA and default on a CPU.
     """
 
     def __init__(
-        self, model: str | None, names: Sequence[str] = WAYS, device: str | None = None, dtype: str | None = None
+        self, model: Source | None, names: Sequence[str] = USUAL, device: str | None = None, dtype: str | None = None
     ) -> None:
         if unknown := [name for name in names if name not in WAYS]:
             raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(WAYS)}")
@@ -75,13 +78,18 @@ class Comparison:
         dense_config, _ = recognise(checkpoint, None, {}, {"method": "none"})
         is_dense = config.method == "none"
         self._ways: dict[str, _Way] = {}
-        if "reference" in names:
+        if "reference" in names or "compile" in names:
             plain = build_reference(config, checkpoint)
             gflops = build_graph(plain, config).gflops
             plain = plain.to(self.device, self.dtype)
+        if "reference" in names:
             self._ways["reference"] = _Way(
                 lambda images: plain.evaluate(images).logits, config, gflops, lambda: _mib(plain.parameters())
             )
+        if "compile" in names:
+            mode = "max-autotune" if self.device.type == "cuda" else "default"
+            compiled = torch.compile(plain, mode=mode, dynamic=False)
+            self._ways["compile"] = _Way(compiled, config, gflops, lambda: _mib(plain.parameters()), mode)
         if "dense" in names or is_dense:
             self._ways["dense"] = self._engine(dense_config, checkpoint, notes)
         if not is_dense:
@@ -136,7 +144,7 @@ class Comparison:
             model=self.config.arch,
             keep_rate=1.0 if way.dense else way.config.keep_rate,
             how=name,
-            mode=None,
+            mode=way.mode,
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
             batch=batch,

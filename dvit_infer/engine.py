@@ -21,7 +21,7 @@ from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
 from dvit_infer.files import check_output, whole_file
 from dvit_infer.graph import Graph, build_graph, fold
-from dvit_infer.images import check_images, is_plain, prepare
+from dvit_infer.images import check_images, is_plain
 
 Source = str | Path | Mapping[str, Any]
 
@@ -44,9 +44,10 @@ class Engine:
         self.config = config
         self.notes = list(notes)
         graph = folded_graph(config, checkpoint, self.device, self.dtype)
-        self.runner = runner_for(graph, self.device.type)
+        self.runner = runner_for(graph)
         self.graph = replace(graph, how=self.runner.how)
         self._checkpoint = checkpoint
+        self._chunk = CHUNK[device.type]  # pictures a call of the runner
 
     @overload
     def __call__(
@@ -75,19 +76,44 @@ class Engine:
 
         Raises:
             ValueError: images or kept are of a rank, size, dtype or content that does not fit.
+            MemoryError: a GPU has no memory for even one picture.
         """
         check_images(images, self.config)
         stages = None if kept is None else check_kept(kept, self.config, len(images), self.device)
         logits, chosen = [], []
-        size = CHUNK[self.device.type]
-        for start in range(0, len(images), size):
-            part = slice(start, start + size)
+        start = 0
+        while start < len(images):
+            part = slice(start, start + self._chunk)
             given = None if stages is None else [stage[part] for stage in stages]
-            out = self.runner(prepare(images[part], self.config, self.device, self.dtype), given)
+            try:
+                out = self.runner(images[part], given, return_kept=return_kept)
+            except torch.OutOfMemoryError:
+                out = None  # what the failed call held is free only once its traceback is gone
+            if out is None:
+                self._take_less(len(images[part]))
+                continue
+            start += len(out[0])
             logits.append(out[0])
             chosen.append(out[1])
         result = torch.cat(logits)
         return (result, [torch.cat(stage) for stage in zip(*chosen, strict=True)]) if return_kept else result
+
+    def _take_less(self, images: int) -> None:
+        """After a GPU had too little memory for so many pictures at a time: halve that, from now on.
+
+        Raises:
+            MemoryError: there is nothing to halve.
+        """
+        self.runner.release()
+        torch.cuda.empty_cache()
+        if images == 1:
+            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+            height, width = self.config.image_size
+            raise MemoryError(
+                f"images: not one picture of {height}x{width} fits in what is free on {self.device}, "
+                f"{free / 2**20:.0f} MiB; other programs may hold the rest"
+            )
+        self._chunk = (images + 1) // 2
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.

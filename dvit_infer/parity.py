@@ -12,7 +12,7 @@ from dvit_infer.engine import Engine, Source, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.graph.nodes import Node
-from dvit_infer.images import prepare, sample_images
+from dvit_infer.images import sample_images
 from dvit_infer.reference.vit import EvalOutput, VisionTransformer
 from dvit_infer.tables import table
 
@@ -170,7 +170,7 @@ def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torc
         part = slice(start, start + size)
         given = [stage[part] for stage in kept] or None
         inputs = images[part].to(like.device, like.dtype)
-        with as_asked(inputs):
+        with as_asked(inputs.device, inputs.dtype):
             parts.append(model.evaluate(inputs, given))
     logits, chosen, margins = zip(*parts, strict=True)
     stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]
@@ -231,8 +231,7 @@ def _first_difference(
     """Name of the first node whose output strays from the reference by more than plain PyTorch's rounding explains."""
     right, rounded = (_record(model, images, kept) for model in (reference, plain))
     found: list[tuple[Node, torch.Tensor]] = []
-    inputs = prepare(images, engine.config, engine.device, engine.dtype)
-    engine.runner(inputs, kept or None, lambda node, out: found.append((node, out.clone())))
+    engine.runner(images, kept or None, lambda node, out: found.append((node, out.clone())))
     for node, out in found:
         if node.equals not in right:
             continue

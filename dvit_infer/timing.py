@@ -77,13 +77,14 @@ def interleave(
     device: torch.device,
     seconds: float,
     progress: Callable[[float], None] = lambda share: None,
+    warm_up: float = WARM_UP_S,
 ) -> dict[str, Timing]:
-    """Time every call once a round, round after round, for about `seconds` after warming up.
+    """Time every call once a round, round after round, for about `seconds` after `warm_up` seconds of each.
 
     The order within a round turns from one round to the next, so that no call always follows the same one.
     """
     for call in calls.values():
-        _warm_up(call, device)
+        _warm_up(call, device, warm_up)
     peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
     names = list(calls)
     rounds: list[list[float]] = []
@@ -97,9 +98,9 @@ def interleave(
     return {name: Timing(column, peaks[name]) for name, column in zip(names, columns, strict=True)}
 
 
-def _warm_up(call: Callable[[], object], device: torch.device) -> None:
+def _warm_up(call: Callable[[], object], device: torch.device, seconds: float) -> None:
     start, done = time.perf_counter(), 0
-    while done < 2 or time.perf_counter() - start < WARM_UP_S:
+    while done < 2 or time.perf_counter() - start < seconds:
         _seconds(call, device)
         done += 1
 

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from dvit_kernels.launch import Launch
+from dvit_kernels.layer_norm import layer_norm_launch, row_stats_launch
+from dvit_kernels.linear import default_stats_block, linear_launch
+from dvit_kernels.patch_embedding import patch_embedding_launch
 from dvit_kernels.prune_tokens import prune_tokens_launches
 
 # (C, (N, K) of each stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
@@ -26,6 +29,59 @@ def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) 
     return prune_tokens_launches(x, packed, num_keep, 1, 1e-5)[0]
 
 
+def layer_norm() -> Iterator[Launch]:
+    """LayerNorm of every width, and the row statistics that a folded one takes."""
+    for c, dtype in (*((c, torch.bfloat16) for c in (192, 384, 512, 768)), (384, torch.float32)):
+        x, vector = torch.empty(256, 197, c, dtype=dtype, device="meta"), torch.empty(c, dtype=dtype, device="meta")
+        yield layer_norm_launch(x, vector, vector, 1e-6)[0]
+        yield row_stats_launch(x)[0]
+
+
+ACTIVATION = {torch.float32: "gelu", torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh"}
+
+
+def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """The linears of a block: qkv with statistics and without, proj, fc1, fc2."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def normalised(dim_out: int, with_stats: bool, activation: str = "none") -> Launch:
+        given = empty(dim_out, c), empty(dim_out), None, empty(dim_out, dtype=torch.float32)
+        stats = empty(rows, c // block, 2, dtype=torch.float32) if with_stats else None
+        return linear_launch(empty(rows, c), *given, stats, 1e-6, activation)[0]
+
+    def added(dim_in: int) -> Launch:
+        return linear_launch(empty(rows, dim_in), empty(c, dim_in), empty(c), empty(rows, c), stats_block=block)[0]
+
+    block = default_stats_block(rows, c, dtype)
+    yield from (normalised(3 * c, True), normalised(3 * c, False), added(c))
+    yield from (normalised(hidden, True, ACTIVATION[dtype]), added(hidden))
+
+
+def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """What only the class token goes through: its queries, out of all tokens, and the head."""
+    x = torch.empty(batch, 68, c, dtype=dtype, device="meta")[:, :1]
+    for dim_out, out_dtype in ((c, None), (1000, torch.float32)):
+        weight, sums = torch.empty(dim_out, c, dtype=dtype, device="meta"), torch.empty(dim_out, device="meta")
+        bias = torch.empty(dim_out, dtype=dtype, device="meta")
+        yield linear_launch(x, weight, bias, None, sums, None, 1e-6, out_dtype=out_dtype)[0]
+
+
+def patch_embedding() -> Iterator[Launch]:
+    """Pictures of 224 pixels in patches of 16, in every dtype; LV-ViT's stem, of 64 channels at half of that."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    several = [(256, c, given, bf16) for c in (192, 384, 768) for given in (bf16, torch.uint8)]
+    few = [(1, 384, given, bf16) for given in (bf16, torch.uint8)]
+    for batch, c, given, dtype in [*several, *few, (256, 384, f32, bf16), (256, 384, f16, f16), (256, 384, f32, f32)]:
+        images = torch.empty(batch, 3, 224, 224, dtype=given, device="meta")
+        weight, table = torch.empty(c, 768, dtype=dtype, device="meta"), torch.empty(197, c, device="meta")
+        yield patch_embedding_launch(images, weight, table, 16, False)[0]
+    stem = torch.empty(256, 64, 112, 112, dtype=bf16, device="meta").contiguous(memory_format=torch.channels_last)
+    weight, table = torch.empty(384, 4096, dtype=bf16, device="meta"), torch.empty(197, 384, device="meta")
+    yield patch_embedding_launch(stem, weight, table, 8, True)[0]
+
+
 def launches() -> Iterator[Launch]:
     """The launches that the models make at batch 1 and 256; in float16 and float32, of their first stage."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -33,3 +89,13 @@ def launches() -> Iterator[Launch]:
             for batch in (1, 256):
                 for n, num_keep in stages if dtype == torch.bfloat16 else stages[:1]:
                     yield from prune_tokens(batch, n, c, num_keep, dtype)
+    yield from layer_norm()
+    for batch, n, c, ratio in ((256, 197, 384, 4), (1, 197, 384, 4), (256, 197, 768, 4), (1, 68, 768, 4)):
+        yield from linear(batch * n, c, ratio * c, torch.bfloat16)
+    for c, ratio in ((192, 4), (512, 3)):
+        yield from linear(256 * 197, c, ratio * c, torch.bfloat16)
+    yield from linear(256 * 197, 384, 1536, torch.float16)
+    yield from linear(256 * 197, 384, 1536, torch.float32)
+    yield from class_row(256, 384, torch.bfloat16)
+    yield from class_row(1, 384, torch.bfloat16)
+    yield from patch_embedding()

@@ -1,27 +1,15 @@
 """The Triton launches of prune_tokens: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
-import dataclasses
-
 import pytest
 import torch
-from dvit_kernels.launch import Launch
 from dvit_kernels.prune_tokens import launch_prune_tokens, prune_tokens_launches
+from kernel_helpers import WHERE, bits, guarded, rms, run_guarded
 from test_prune_tokens import make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.ops.prune_tokens import prune_tokens_ref, score_tokens_ref, select_tokens_ref
 
-WHERE = [
-    pytest.param("cpu", torch.float32, id="interpreter-float32", marks=pytest.mark.interpreter),
-    # not bfloat16: the interpreter's dot is wrong for it
-    pytest.param("cpu", torch.float16, id="interpreter-float16", marks=pytest.mark.interpreter),
-    pytest.param("cuda", torch.float32, id="cuda-float32", marks=pytest.mark.gpu),
-    pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
-    pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
-]
 OUTPUTS = ("hidden_ptr", "sums_ptr", "score_ptr", "kept_ptr", "index_ptr")
-GUARD = 4096  # elements before and after every output
-SENTINEL = -77
 
 # B, N, P, C, K: both selections, tiles across pictures, tails of rows and columns, one token, all kept.
 SHAPES = [
@@ -36,22 +24,6 @@ SHAPES = [
 ]
 
 
-def guarded(launches: list[Launch]) -> tuple[list[Launch], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The launches with every output inside a larger buffer of sentinels; the outputs and the buffers by name."""
-    outputs: dict[str, torch.Tensor] = {}
-    buffers: dict[str, torch.Tensor] = {}
-    for launch in launches:
-        for name, tensor in launch.arguments.items():
-            if name in OUTPUTS and name not in outputs:
-                buffers[name] = torch.full_like(tensor.new_empty(tensor.numel() + 2 * GUARD), SENTINEL)
-                outputs[name] = buffers[name][GUARD:-GUARD].view(tensor.shape)
-    return [dataclasses.replace(one, arguments=one.arguments | _of(one, outputs)) for one in launches], outputs, buffers
-
-
-def _of(launch: Launch, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name in launch.arguments}
-
-
 def predictor_on(device: str, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [t.to(device) for t in dvit.pack_predictor(make_predictor(dim), dtype)]
 
@@ -60,14 +32,7 @@ def predictor_on(device: str, dim: int, dtype: torch.dtype) -> list[torch.Tensor
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_scores_sets_and_rows(device, dtype, b, n, p, c, k):
     x, packed = make_x(b, n, p, c, dtype).to(device), predictor_on(device, c, dtype)
-    launches, outputs, buffers = guarded(prune_tokens_launches(x, packed, k, p, 1e-5)[0])
-    for launch in launches:
-        launch.run()
-
-    for name, buffer in buffers.items():
-        assert (buffer[:GUARD] == SENTINEL).all(), name
-        assert (buffer[-GUARD:] == SENTINEL).all(), name
-        assert (outputs[name] != SENTINEL).all(), name
+    outputs = run_guarded(prune_tokens_launches(x, packed, k, p, 1e-5)[0], OUTPUTS)
     logits = make_predictor(c).double()(x[:, p:].cpu().double())
     right = logits[..., 0] - logits[..., 1]
     score, index, kept_x = (outputs[name].cpu() for name in ("score_ptr", "index_ptr", "kept_ptr"))
@@ -85,14 +50,6 @@ def test_scores_sets_and_rows(device, dtype, b, n, p, c, k):
     assert torch.equal(index, select_tokens_ref(score, k))
     rows = torch.cat([torch.arange(p).expand(b, p), index + p], dim=1)
     assert torch.equal(bits(kept_x), bits(x.cpu().gather(1, rows[..., None].expand(-1, -1, c))))
-
-
-def rms(error: torch.Tensor) -> float:
-    return error.double().square().mean().sqrt().item()
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +74,7 @@ def test_selection_of_any_scores(n, device):
     x = torch.arange(len(score) * n * 64, dtype=torch.float32, device=device).view(len(score), n, 64)
     for k in sorted({1, (n + 1) // 2, n}) if n <= 257 else [n // 3]:
         packed = predictor_on(device, 64, torch.float32)
-        (*_, select), outputs, _ = guarded(prune_tokens_launches(x, packed, k, 0, 1e-5)[0])
+        (*_, select), outputs, _ = guarded(prune_tokens_launches(x, packed, k, 0, 1e-5)[0], OUTPUTS)
         outputs["score_ptr"].copy_(score)
         select.run()
         right = select_tokens_ref(score, k)
@@ -164,7 +121,7 @@ def test_a_picture_does_not_feel_its_batch(device, dtype):
 def test_tokens_far_from_zero(device, dtype):
     """The folded LayerNorm subtracts a mean that dwarfs the deviations; rounding counts mean/std times."""
     x, packed = (make_x(2, 40, 1, 64) + 50).to(device, dtype), predictor_on(device, 64, dtype)
-    launches, outputs, _ = guarded(prune_tokens_launches(x, packed, 20, 1, 1e-5)[0])
+    launches, outputs, _ = guarded(prune_tokens_launches(x, packed, 20, 1, 1e-5)[0], OUTPUTS)
     for launch in launches:
         launch.run()
     logits = make_predictor(64).double()(x[:, 1:].cpu().double())

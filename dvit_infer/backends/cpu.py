@@ -9,14 +9,14 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Mlp, Node, Prune
 from dvit_infer.ops import prune_tokens as op
@@ -145,8 +145,7 @@ class CpuRunner(TorchRunner):
     def __init__(self, graph: Graph, linear: Linear | None = None) -> None:
         super().__init__(graph)
         self._graph = graph
-        self._dtype = next(iter(graph.nodes[0].weights.values())).dtype
-        self._way = linear or fastest_linear(self._dtype, torch.get_num_threads())
+        self._way = linear or fastest_linear(self.dtype, torch.get_num_threads())
         self.how = f"PyTorch, {self._way}"
         self._buffers = _Buffers()
         self.nodes = [self._prepared(node) for node in graph.nodes]
@@ -164,17 +163,15 @@ class CpuRunner(TorchRunner):
 
     def _prepared(self, node: Node) -> Node:
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
-            if w.dtype == self._dtype:  # a predictor's vectors are in float32 already
+            if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._way.dtype)
             linear = isinstance(node, Attention | Mlp | Prune) and w.ndim == 2 and name not in _FEW_ROWS
             return _pack(w) if linear and self._way.prepacked else w
 
         return replace(node, weights={name: prepared(name, w) for name, w in node.weights.items()})
 
-    def __call__(
-        self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None, watch: Watch | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return super().__call__(images.to(self._way.dtype), kept, watch)
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return super().prepare(images).to(self._way.dtype)
 
     def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self.linear)

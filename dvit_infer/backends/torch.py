@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
+from dvit_infer.images import prepare
 from dvit_infer.ops import prune_tokens as op
 
 Watch = Callable[[Node, torch.Tensor], None]
@@ -20,10 +21,17 @@ class TorchRunner:
 
     Attributes:
         how: what runs it, in words.
+        config: the model's.
+        device, dtype: of the weights.
+        takes_uint8: whether `run` normalises uint8 pictures itself.
     """
 
+    takes_uint8 = False
+
     def __init__(self, graph: Graph) -> None:
+        self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
+        self.device, self.dtype = graph.device, graph.dtype
         self.how = "PyTorch"
         prunes = [node for node in graph.nodes if isinstance(node, Prune)]
         if prunes:
@@ -38,41 +46,60 @@ class TorchRunner:
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None, watch: Watch | None = None
+        self,
+        images: torch.Tensor,
+        kept: Sequence[torch.Tensor] | None = None,
+        watch: Watch | None = None,
+        return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the graph.
 
         Args:
-            images: (B, 3, H, W), normalised, on the weights' device and in their dtype.
+            images: (B, 3, H, W) of any device, strides and dtype that `check_images` lets through.
             kept: a stage each, (B, k) original patch positions to keep instead of the predictors' choice.
             watch: called with every node and its output, which holds until the next node runs.
+            return_kept: whether the kept positions are wanted; where not, a runner that saves by it returns none.
 
         Returns:
             Logits (B, K) float32, and the kept original positions, a stage each.
         """
-        with as_asked(images):
-            return self._run(images, kept, watch)
+        images = self.prepare(images)
+        with as_asked(self.device, self.dtype):
+            return self.run(images, kept, watch)
 
-    def _run(
+    def release(self) -> None:
+        """Give back memory that calls have left to the next; there is none."""
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures as `run` takes them: on the device, normalised, in the dtype."""
+        return prepare(images, self.config, self.device, self.dtype)
+
+    def run(
         self, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         chosen: list[torch.Tensor] = []
         positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
         for node in self.nodes:
             if isinstance(node, Prune):
-                if kept is None:
-                    x, index = self.prune(node, x)
-                else:
-                    given = kept[len(chosen)]
-                    index = given if positions is None else torch.searchsorted(positions, given)
-                    x = op.gather_tokens_ref(x, index, node.num_prefix)
-                positions = index if positions is None else positions.gather(1, index)
+                given = None if kept is None else kept[len(chosen)]
+                x, positions = self.prune_to(node, x, positions, given)
                 chosen.append(positions)
             else:
                 x = getattr(self, node.kind)(node, x)
             if watch is not None:
                 watch(node, x)
         return x, chosen
+
+    def prune_to(
+        self, node: Prune, x: torch.Tensor, positions: torch.Tensor | None, given: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens that stay and their original positions; `positions` are those of x's patches (None: all)."""
+        if given is None:
+            x, index = self.prune(node, x)
+        else:
+            index = given if positions is None else torch.searchsorted(positions, given)
+            x = op.gather_tokens_ref(x, index, node.num_prefix)
+        return x, index if positions is None else positions.gather(1, index)
 
     def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
         w = node.weights
@@ -150,15 +177,15 @@ _before = ""
 
 
 @contextlib.contextmanager
-def as_asked(images: torch.Tensor) -> Iterator[None]:
-    """Arithmetic in the dtype of `images` and no other: no autocast around the call, no TF32 in float32 convolutions.
+def as_asked(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Arithmetic in that dtype and no other: no autocast around the call, no TF32 in float32 convolutions.
 
     TF32 is what cuDNN's convolutions use by default. The setting is the process's: the first run in changes it, the
     last one out puts it back.
     """
     global _in_full, _before
-    with torch.autocast(images.device.type, enabled=False):
-        if not images.is_cuda or images.dtype != torch.float32:
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda" or dtype != torch.float32:
             yield
             return
         with _PRECISION:

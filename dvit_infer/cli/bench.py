@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from dvit_infer.compare import WAYS, Comparison
+    from dvit_infer.compare import USUAL, Comparison
     from dvit_infer.errors import InputError
     from dvit_infer.files import check_output
     from dvit_infer.timing import environment, write_results
@@ -42,7 +42,7 @@ def _bench(options: argparse.Namespace) -> int:
     if wrong := [batch for batch in options.batch or () if not 1 <= batch <= 1 << 24]:
         raise InputError(f"batch: {wrong[0]} pictures cannot be measured; 1 or more can")
     with progress("loading"):
-        names = options.compare.split(",") if options.compare is not None else WAYS
+        names = options.compare.split(",") if options.compare is not None else USUAL
         comparison = Comparison(options.model, names, options.device, options.dtype)
     outcomes = []
     for batch in options.batch or (256 if comparison.device.type == "cuda" else 8,):

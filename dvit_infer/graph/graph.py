@@ -27,6 +27,16 @@ class Graph:
         """The same in 10^9, which papers call GFLOPs."""
         return self.macs / 1e9
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(iter(self.nodes[0].weights.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights; packed predictors keep some in float32."""
+        return next(iter(self.nodes[0].weights.values())).dtype
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
         """A copy of the graph with weights of its own on `device`, in `dtype`; packed predictors keep their dtypes."""
 

@@ -5,16 +5,15 @@ its place (dvit_kernels/prune_tokens.py). `torch.ops.dvit.prune_tokens` exists o
 of a public name, or by `import dvit_infer` after `import torch`.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dvit_infer.ops.choices import DTYPES, runs_triton
+
 OP = "dvit::prune_tokens"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
 
 
@@ -138,8 +137,8 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
 
 def how(device: torch.device, n: int, c: int) -> str:
     """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'."""
-    if device.type != "cuda" or not HAS_TRITON or torch.cuda.get_device_capability(device) < (8, 0):
-        return "PyTorch"  # Triton's oldest target is sm_80
+    if not runs_triton(device):
+        return "PyTorch"
     from dvit_kernels.prune_tokens import supports
 
     return "Triton" if supports(n, c) else "PyTorch"
@@ -153,15 +152,7 @@ torch.library.define(
 
 
 @torch.library.impl(OP, "CompositeExplicitAutograd")
-def _anywhere(
-    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, packed, num_keep, num_prefix)
-    return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
-
-
-@torch.library.impl(OP, "CUDA")
-def _on_cuda(
+def _run(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)

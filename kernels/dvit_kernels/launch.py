@@ -51,7 +51,7 @@ class Launch:
 
     kernel: Any  # Triton's decorator has no types
     grid: tuple[int, ...]
-    arguments: dict[str, torch.Tensor | int | float | None]
+    arguments: dict[str, torch.Tensor | int | float | str | None]
     num_warps: int
     num_stages: int
 
@@ -63,7 +63,7 @@ class Launch:
         *,
         num_warps: int,
         num_stages: int,
-        **arguments: torch.Tensor | int | float | None,
+        **arguments: torch.Tensor | int | float | str | None,
     ) -> Self:
         return cls(kernel, grid, arguments | {"PDL": _programmatic.get()}, num_warps, num_stages)
 

@@ -1,0 +1,46 @@
+"""Timing of single launches: microseconds of one among many in a CUDA graph, each on the next of several buffers."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from dvit_infer.timing import interleave
+
+Call = Callable[[], object]
+CACHE_BYTES = 120e6  # twice the L2 cache of an H200
+REPLAY_US = 1500.0  # about what one replay should last, so that its own start does not count
+
+
+def copies(bytes_moved: float, device: torch.device) -> int:
+    """How many buffers pass through the cache before one comes round again; at batch 1 some stay in it."""
+    return 2 if device.type == "cpu" else max(2, min(48, math.ceil(CACHE_BYTES / max(1.0, bytes_moved))))
+
+
+def captured(calls: Sequence[Call], times: int) -> Call:
+    """A CUDA graph of `times` calls, taken in turn."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = [call() for call in itertools.islice(itertools.cycle(calls), times)]  # so that none is written twice
+    del held
+    return graph.replay
+
+
+def microseconds(
+    ways: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, expected_us: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median microseconds of one call of every way, interleaved; and why a way could not be run, by its name."""
+    times = 1 if device.type == "cpu" else max(4, min(400, round(REPLAY_US / max(expected_us, 1e-3))))
+    ready: dict[str, Call] = {}
+    failed: dict[str, str] = {}
+    for name, calls in ways.items():
+        try:
+            ready[name] = captured(calls, times) if device.type == "cuda" else calls[0]
+        except Exception as error:  # of any kind: a tile too large, a backend that is not there
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    timings = interleave(ready, device, seconds, warm_up=0.02) if ready else {}
+    return {name: timing.rates(1)["p50_ms"] * 1e3 / times for name, timing in timings.items()}, failed

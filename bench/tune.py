@@ -1,0 +1,324 @@
+"""Every linear and attention of the models by each way there is: cuBLAS or SDPA, and the kernels with several tiles.
+
+    PYTHONPATH=.:kernels python bench/tune.py --out rows.json --choices h200.json
+
+Writes what was measured, and the choices that follow (dvit_infer/ops/choices.py): the fastest way of each shape, the
+default's own unless another wins by more than `MARGIN`. Inputs are random and rotate among buffers larger than the L2
+cache. On a CPU it runs tiny sizes in Triton's interpreter, which shows that it runs and says nothing about time.
+"""
+
+import argparse
+import dataclasses
+import functools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from dvit_infer.ops.attention import attention
+from dvit_kernels.attention import AttentionTile, launch_attention
+from dvit_kernels.attention import default_tile as default_attention_tile
+from dvit_kernels.linear import TILES, LinearTile, default_stats_block, default_tile, launch_linear
+from launches import copies, microseconds
+
+from dvit_infer.ops.choices import Choices, using
+from dvit_infer.ops.linear import does_what, linear, row_sums
+from dvit_infer.tables import table
+from dvit_infer.timing import environment, write_json
+
+MARGIN = 1.03  # how much faster than the default another way must be to replace it
+PYTORCH = Choices(otherwise="pytorch")
+MORE_TILES = (
+    LinearTile(128, 256, 64, 8, 3),
+    LinearTile(256, 128, 64, 8, 3),
+    LinearTile(128, 128, 64, 8, 4),
+    LinearTile(128, 128, 32, 8, 4),
+    LinearTile(128, 64, 64, 4, 4),
+    LinearTile(64, 256, 64, 8, 3),
+    LinearTile(16, 64, 128, 4, 4),
+    LinearTile(32, 32, 128, 4, 4),
+)
+# Channels, heads, hidden channels of DeiT-S, DeiT-B, LV-ViT-S; tokens of the stages with the class token.
+MODELS = {"S": (384, 6, 1536), "B": (768, 12, 3072), "LV-S": (384, 6, 1152)}
+TOKENS = (197, 138, 97, 68)
+BATCHES = (256, 1, 32)
+ACTIVATION = {torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh", torch.float32: "gelu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear of a block."""
+
+    rows: int
+    dim_in: int
+    dim_out: int
+    norm: bool
+    activation: str
+    residual: bool
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.dim_in * self.dim_out
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        does = does_what(self.norm, self.residual, self.activation)
+        return {"op": "linear", "size": self.rows, "in": self.dim_in, "out": self.dim_out, "does": does}
+
+
+def linears(dtype: torch.dtype, dry: bool) -> Iterator[Linear]:
+    models = {"tiny": (32, 1, 64)} if dry else MODELS
+    sizes = [2 * 5] if dry else [b * n for b in BATCHES for n in (TOKENS if b == 256 else (197, 97))]
+    found: dict[Linear, None] = {}
+    for rows in sizes:
+        for c, _, hidden in models.values():
+            for one in (
+                Linear(rows, c, 3 * c, True, "none", False),
+                Linear(rows, c, c, False, "none", True),
+                Linear(rows, c, hidden, True, ACTIVATION[dtype], False),
+                Linear(rows, hidden, c, False, "none", True),
+            ):
+                found[one] = None
+    yield from found
+
+
+def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTile]:
+    """The default's first; no tile that would mostly be empty."""
+    first = default_tile(shape.rows, shape.dim_out, dtype)
+    if shape.residual and shape.dim_out % first.block_n:
+        first = default_tile(shape.rows, shape.dim_out, dtype, default_stats_block(shape.rows, shape.dim_out, dtype))
+    others = [t for t in (*TILES, *MORE_TILES) if t != first and t.block_m <= 2 * shape.rows]
+    return [first, *(t for t in others[: 1 if dry else None] if shape.dim_out % t.block_n == 0)]
+
+
+def linear_ways(
+    shape: Linear, dtype: torch.dtype, device: torch.device, count: int, tiles: Sequence[LinearTile]
+) -> dict[str, list[Callable[[], Any]]]:
+    """Calls of every way, by name, over `count` buffers."""
+
+    def buffers(dim: int) -> list[torch.Tensor]:
+        return [torch.randn(shape.rows, dim, device=device, dtype=dtype) for _ in range(count)]
+
+    x, residual = buffers(shape.dim_in), buffers(shape.dim_out) if shape.residual else [None] * count
+    weight = (torch.randn(shape.dim_out, shape.dim_in, device=device) / shape.dim_in**0.5).to(dtype)
+    bias = torch.randn(shape.dim_out, device=device, dtype=dtype)
+    sums = row_sums(weight) if shape.norm else None
+    parts = 128 if shape.dim_in % 128 == 0 else 32
+    stats = [torch.stack(_stats(one, parts), dim=2) for one in x] if shape.norm else [None] * count
+
+    def call(run: Callable[..., Any], i: int, **more: Any) -> Callable[[], Any]:
+        return functools.partial(run, x[i], weight, bias, residual[i], sums, stats[i], 1e-6, shape.activation, **more)
+
+    def by_pytorch(*given: Any) -> Any:
+        with using(PYTORCH):
+            return linear(*given)
+
+    ways = {"pytorch": [call(by_pytorch, i) for i in range(count)]}
+    for tile in tiles:
+        block = tile.block_n if shape.residual else 0
+        ways[by(tile)] = [call(launch_linear, i, stats_block=block, tile=tile) for i in range(count)]
+    return ways
+
+
+def by(tile: LinearTile | AttentionTile) -> str:
+    """What a way is called."""
+    return "triton " + "x".join(map(str, dataclasses.astuple(tile)))
+
+
+def _stats(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = x.float().view(len(x), -1, parts)
+    return blocks.mean(dim=2), blocks.var(dim=2, unbiased=False) * parts
+
+
+def measure_linear(shape: Linear, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    dry = device.type == "cpu"
+    moved = shape.rows * (shape.dim_in + shape.dim_out * (2 if shape.residual else 1)) * dtype.itemsize
+    count = copies(moved, device)
+    tiles = linear_tiles(shape, dtype, dry)
+    ways = linear_ways(shape, dtype, device, count, tiles)
+    return timed(ways, tiles, shape.kind, shape.flops, device, seconds, lambda call: call()[0])
+
+
+def timed(
+    ways: Mapping[str, Sequence[Callable[[], Any]]],
+    tiles: Sequence[LinearTile | AttentionTile],
+    kind: Mapping[str, Any],
+    flops: float,
+    device: torch.device,
+    seconds: float,
+    answer: Callable[[Callable[[], Any]], torch.Tensor],
+) -> list[dict[str, Any]]:
+    """A row for every way, its error that against PyTorch."""
+    times, failed = microseconds(ways, device, seconds, 8 + flops / 3e8)
+    right = answer(ways["pytorch"][0]).float()
+    numbers = {by(tile): dataclasses.astuple(tile) for tile in tiles}
+    rows: list[dict[str, Any]] = []
+    for name, us in times.items():
+        error = (answer(ways[name][0]).float().view_as(right) - right).abs().max().item()
+        measured = {"us": us, "tflops": flops / us / 1e6, "max_error": error}
+        rows.append({**kind, "how": name, "tile": numbers.get(name), **measured})
+    return rows + [{**kind, "how": name, "failed": why} for name, why in failed.items()]
+
+
+def attention_tiles(n: int, head_dim: int, dtype: torch.dtype) -> list[AttentionTile]:
+    first = default_attention_tile(n, n, head_dim, dtype)
+    found = [first]
+    sums = {197: ((128, 64, 16), (256,), (128, 128)), 138: ((128, 16), (256,)), 97: ((64, 32, 16), (128,), (64, 64))}
+    for chunks in sums.get(n, ((64, 16), (128,))):
+        for block_m, warps in ((64, 4), (128, 8), (128, 4)):
+            for programs in (0, 1):
+                found.append(AttentionTile(block_m, *chunks, num_warps=warps, programs=programs))
+    found += [AttentionTile(64, 64, num_warps=4, num_stages=2), AttentionTile(128, 64, num_warps=8, num_stages=2)]
+    return list(dict.fromkeys(found))
+
+
+def measure_attention(
+    batch: int, n: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    dry = device.type == "cpu"
+    qkv = [
+        torch.randn(batch, n, 3, heads, head_dim, device=device, dtype=dtype)
+        for _ in range(copies(batch * n * 4 * heads * head_dim * dtype.itemsize, device))
+    ]
+    scale = head_dim**-0.5
+
+    def sdpa(one: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            q, k, v = (t.transpose(1, 2) for t in one.unbind(2))
+            return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+
+    def by_pytorch(one: torch.Tensor) -> torch.Tensor:
+        with using(PYTORCH):
+            return attention(*one.unbind(2), scale)
+
+    ways: dict[str, list[Callable[[], Any]]] = {"pytorch": [functools.partial(by_pytorch, one) for one in qkv]}
+    if not dry:
+        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        for name, backend in backends.items():
+            ways[f"sdpa {name}"] = [functools.partial(sdpa, one, backend) for one in qkv]
+        if varlen := _varlen(batch, n, device):
+            ways["varlen"] = [functools.partial(varlen, one.flatten(0, 1)) for one in qkv]
+    tiles = attention_tiles(n, head_dim, dtype)[: 2 if dry else None]
+    for tile in tiles:
+        ways[by(tile)] = [functools.partial(launch_attention, *one.unbind(2), scale, tile=tile) for one in qkv]
+    kind = {"op": "attention", "size": batch * heads, "queries": n, "tokens": n, "head_dim": head_dim}
+    flops = 4.0 * batch * heads * n * n * head_dim
+    return timed(ways, tiles, kind, flops, device, seconds, lambda call: call())
+
+
+def _varlen(batch: int, n: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """torch's own attention for ragged batches, where it has one."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    lengths = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device)
+
+    def run(packed: torch.Tensor) -> torch.Tensor:
+        q, k, v = packed.unbind(1)
+        return varlen_attn(q, k, v, lengths, lengths, n, n)
+
+    return run
+
+
+def choose(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The choice of each shape: the fastest, or the default where that is within the margin."""
+    shapes: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "us" in row:
+            shapes.setdefault(tuple(row[key] for key in _kind_keys(row)), []).append(row)
+    chosen = []
+    for found in shapes.values():
+        usable = [row for row in found if row["how"] == "pytorch" or row["tile"]]
+        best = min(usable, key=lambda row: row["us"])
+        default = next((row for row in usable if row["tile"]), best)
+        if default["us"] <= MARGIN * best["us"]:
+            best = default
+        way = "triton" if best["tile"] else "pytorch"
+        kept = {key: best[key] for key in _kind_keys(best)}
+        chosen.append({**kept, "by": way, "tile": best["tile"], "us": round(best["us"], 2)})
+    return chosen
+
+
+def _kind_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
+    shape = ("in", "out", "does") if row["op"] == "linear" else ("queries", "tokens", "head_dim")
+    return ("op", "dtype", "size", *shape)
+
+
+def compile_ahead(jobs: Sequence[tuple[str, Any]], dtype: torch.dtype) -> None:
+    """Compile every candidate in processes of their own: one after the other would take most of the time there is."""
+    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=40) as pool:
+        pool.starmap(_compile, [(*job, dtype) for job in jobs], chunksize=1)
+
+
+def _compile(op: str, shape: Any, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    if op == "linear":
+        small, tiles = dataclasses.replace(shape, rows=64), linear_tiles(shape, dtype, False)
+        calls = [calls[0] for calls in linear_ways(small, dtype, device, 1, tiles).values()]
+    else:
+        n, heads, head_dim = shape
+        qkv = torch.randn(1, n, 3, heads, head_dim, device=device, dtype=dtype)
+        some = attention_tiles(n, head_dim, dtype)
+        calls = [functools.partial(launch_attention, *qkv.unbind(2), 1.0, tile=tile) for tile in some]
+    for call in calls:
+        try:
+            call()
+        except Exception:  # what cannot be compiled is reported where it is measured
+            continue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON of all rows, written again after every shape")
+    parser.add_argument("--choices", type=Path, help="JSON of the choices that follow")
+    parser.add_argument("--dtype", default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=240, help="seconds (default: %(default)s)")
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dry, deadline = device.type == "cpu", time.monotonic() + given.budget
+    dtype = torch.float32 if dry else getattr(torch, given.dtype)
+    shapes = list(linears(dtype, dry))
+    attentions = [(1, 5, 1, 16)] if dry else [(b, n, h, 64) for b in BATCHES for h in (6, 12) for n in TOKENS]
+    if not dry:
+        jobs = {("linear", dataclasses.replace(one, rows=min(one.rows, 4096))): None for one in shapes}
+        compile_ahead([*jobs, *{("attention", (n, h, d)): None for _, n, h, d in attentions}], dtype)
+        print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
+    rows: list[dict[str, Any]] = []
+    seconds = 0.0 if dry else 0.25
+    jobs_in_turn: list[Callable[[], list[dict[str, Any]]]] = [
+        *(functools.partial(measure_attention, *one, dtype, device, seconds) for one in attentions),
+        *(functools.partial(measure_linear, one, dtype, device, seconds) for one in shapes),
+    ]
+    where = environment()
+    for done, job in enumerate(jobs_in_turn):
+        if time.monotonic() > deadline:
+            print(f"{len(jobs_in_turn) - done} of {len(jobs_in_turn)} shapes were not measured: no time left")
+            break
+        new = [{"dtype": str(dtype).removeprefix("torch."), **row} for row in job()]
+        rows += new
+        measured = sorted((row for row in new if "us" in row), key=lambda row: row["us"])
+        cells = [
+            (row["how"], f"{row['us']:.1f}", f"{row['tflops']:.0f}", f"{row['max_error']:.1e}") for row in measured
+        ]
+        title = ", ".join(f"{key} {measured[0][key]}" for key in _kind_keys(measured[0])) if measured else "nothing ran"
+        print(table(("how", ">us", ">TFLOP/s", ">max error"), cells[:6], title=title), flush=True)
+        write_json(given.out, {"environment": where, "rows": rows})
+    if given.choices:
+        content = {"environment": where, "rows": choose(rows), "programmatic": False, "two_branches_from": None}
+        write_json(given.choices, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""CUDA graphs: a forward captured once for each size of batch, replayed as one launch.
+
+A graph works in memory of its own: pictures are copied in, answers out. So that few graphs serve all batches, a batch
+is padded up to the next of `BUCKETS`; pictures do not feel each other, and what the padding holds is not returned.
+"""
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.ops.choices import choices_for, runs_triton
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding
+MAX_GRAPHS = 8  # kept at a time; the one not used for longest goes first
+
+Answers = tuple[torch.Tensor, list[torch.Tensor]]
+
+
+class Forward(Protocol):
+    """A forward for up to a bucket of pictures, in memory of its own."""
+
+    own_bytes: int
+
+    def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers: ...
+
+
+class CapturedForward:
+    """One CUDA graph of a runner's forward.
+
+    Args:
+        runner: what runs when it is captured.
+        batch: pictures a replay.
+        dtype: of the pictures it takes.
+        stream: where it is captured; it must be idle.
+        pool: memory that graphs share. They may: one at a time runs, and answers are copied out before the next.
+    """
+
+    def __init__(
+        self, runner: TorchRunner, batch: int, dtype: torch.dtype, stream: torch.cuda.Stream, pool: tuple[int, int]
+    ) -> None:
+        reserved = torch.cuda.memory_reserved(runner.device)
+        self._images = torch.zeros(batch, 3, *runner.config.image_size, dtype=dtype, device=runner.device)
+        self._free = torch.cuda.Event()  # recorded once the buffers may be written again
+        self._graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(runner, batch, stream)  # kernels are compiled and libraries set up before the capture
+        stream.synchronize()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._logits, self._chosen = self._run(runner, batch, stream)
+        self.own_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
+
+    def _run(self, runner: TorchRunner, batch: int, stream: torch.cuda.Stream) -> Answers:
+        with _programmatic(runner.device):
+            first = choices_for(runner.device).two_branches_from
+            if first is None or batch < max(2, first):
+                return runner(self._images)
+            # Two halves side by side: where one has too few tiles left for all multiprocessors, the other fills them.
+            beside = torch.cuda.Stream(runner.device)
+            beside.wait_stream(stream)
+            with torch.cuda.stream(beside):
+                logits, chosen = runner(self._images[batch // 2 :])
+            first_logits, first_chosen = runner(self._images[: batch // 2])
+            stream.wait_stream(beside)
+            stages = zip(first_chosen, chosen, strict=True)
+            return torch.cat([first_logits, logits]), [torch.cat(stage) for stage in stages]
+
+    def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers:
+        """Answers for the pictures, on the current stream. One thread at a time."""
+        stream, count = torch.cuda.current_stream(), len(images)
+        stream.wait_event(self._free)  # an earlier call may have been on another stream
+        self._images[:count].copy_(images)
+        self._graph.replay()
+        logits = self._logits[:count].clone()
+        chosen = [stage[:count].clone() for stage in self._chosen] if return_kept else []
+        self._free.record(stream)
+        return logits, chosen
+
+
+@contextlib.contextmanager
+def _programmatic(device: torch.device) -> Iterator[None]:
+    if not runs_triton(device) or not choices_for(device).programmatic:
+        yield
+        return
+    from dvit_kernels.launch import programmatic_launches
+
+    with programmatic_launches(torch.cuda.get_device_capability(device) >= (9, 0)):
+        yield
+
+
+class CapturedRunner:
+    """Runs a graph as another runner does, by captured forwards where the call is a plain one.
+
+    Safe to call from several threads and streams: replays take turns, each on its caller's stream.
+
+    Args:
+        runner: what is captured; it runs calls with given sets or a watch itself, and calls that are being captured by
+            the caller.
+        capture: makes a forward for a batch size and a dtype of pictures.
+    """
+
+    def __init__(self, runner: TorchRunner, capture: Callable[[int, torch.dtype], Forward] | None = None) -> None:
+        self.runner = runner
+        self.how = f"{runner.how}, in CUDA graphs"
+        self._capture = capture or self._captured
+        self._forwards: OrderedDict[tuple[int, torch.dtype], Forward] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: tuple[int, int] | None = None
+
+    def __reduce__(self) -> tuple[type["CapturedRunner"], tuple[TorchRunner]]:
+        return CapturedRunner, (self.runner,)
+
+    @property
+    def own_bytes(self) -> int:
+        """What it holds beside the graph's weights, in bytes: the buffers of the forwards so far."""
+        return self.runner.own_bytes + sum(forward.own_bytes for forward in self._forwards.values())
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        kept: Sequence[torch.Tensor] | None = None,
+        watch: Watch | None = None,
+        return_kept: bool = True,
+    ) -> Answers:
+        """As `TorchRunner`; images are at most `BUCKETS[-1]`."""
+        on_gpu = self.runner.device.type == "cuda"
+        if kept is not None or watch is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
+            return self.runner(images, kept, watch)
+        if images.dtype == torch.uint8 and not self.runner.takes_uint8:
+            images = self.runner.prepare(images)
+        dtype = torch.uint8 if images.dtype == torch.uint8 else self.runner.dtype  # copying in converts the others
+        bucket = next(size for size in BUCKETS if size >= len(images))
+        with self._lock, torch.cuda.device(self.runner.device if on_gpu else -1):
+            return self._forward(bucket, dtype)(images, return_kept)
+
+    def _forward(self, batch: int, dtype: torch.dtype) -> Forward:
+        key = batch, dtype
+        if key not in self._forwards:
+            while len(self._forwards) >= MAX_GRAPHS:
+                self._drop(next(iter(self._forwards)))
+            self._forwards[key] = self._capture(batch, dtype)
+        self._forwards.move_to_end(key)
+        return self._forwards[key]
+
+    def _captured(self, batch: int, dtype: torch.dtype) -> Forward:
+        if self._stream is None or self._pool is None:
+            self._stream, self._pool = torch.cuda.Stream(self.runner.device), torch.cuda.graph_pool_handle()
+        return CapturedForward(self.runner, batch, dtype, self._stream, self._pool)
+
+    def _drop(self, key: tuple[int, torch.dtype]) -> None:
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)  # it may be running
+        del self._forwards[key]
+
+    def release(self) -> None:
+        """Give back the memory of all captured forwards; the next call captures anew."""
+        with self._lock:
+            for key in list(self._forwards):
+                self._drop(key)

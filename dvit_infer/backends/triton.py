@@ -1,0 +1,161 @@
+"""The Triton backend for NVIDIA GPUs: the ops of this project, each a few launches, with LayerNorm in the linears."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
+from dvit_infer.ops.attention import attention
+from dvit_infer.ops.choices import choices_for
+from dvit_infer.ops.linear import free_stats_block, linear, row_sums
+from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
+
+# GELU by dtype: the cheapest whose error vanishes in the rounding of what it is stored in.
+ACTIVATION = {torch.float32: "gelu", torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh"}
+_NORMALISED = {Attention: ("qkv", "q", "kv"), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}
+
+
+class TritonRunner(TorchRunner):
+    """Runs a folded graph.
+
+    Rows' means and deviations travel with them: the launch that adds a residual leaves what the LayerNorm after it
+    needs, where that costs nothing (`ops.linear.free_stats_block`).
+
+    Args:
+        graph: with LayerNorm, scales and predictors folded into its weights.
+
+    Raises:
+        ValueError: the graph is not folded.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self._graph = graph
+        for node in graph.nodes:
+            if "norm.weight" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
+                raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
+        self._activation = ACTIVATION[self.dtype]
+        self._sums = {node.name: _sums(node) for node in graph.nodes}
+        self._stem = isinstance(graph.nodes[0], Convolution)
+        self._embed = {
+            node.name: self._packed_embedding(node, uint8=False) for node in graph.nodes if isinstance(node, Embed)
+        }
+        self.takes_uint8 = not self._stem
+        self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
+        known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
+        self.how = f"Triton and cuBLAS, {known}"
+
+    def __reduce__(self) -> tuple[type["TritonRunner"], tuple[Graph]]:
+        return TritonRunner, (self._graph,)
+
+    @property
+    def own_bytes(self) -> int:
+        own = [t for sums in self._sums.values() for t in sums.values()]
+        own += [t for packed in (*self._embed.values(), self._embed_uint8) for t in packed]
+        return sum(t.numel() * t.element_size() for t in own)
+
+    def _packed_embedding(self, node: Node, uint8: bool) -> list[torch.Tensor]:
+        w = node.weights
+        mean, std = (self.config.mean, self.config.std) if uint8 else (None, None)
+        return pack_patch_embedding(
+            w["weight"], w["bias"], w["prefix"], w["pos_embed"], self.dtype, mean, std, channels_last=self._stem
+        )
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """As for any runner; but the patch embedding takes uint8 as it is, and any strides."""
+        if images.dtype == torch.uint8 and self.takes_uint8:
+            return images.to(self.device)
+        return super().prepare(images)
+
+    def run(
+        self, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        chosen: list[torch.Tensor] = []
+        positions: torch.Tensor | None = None
+        stats: torch.Tensor | None = None  # of x's rows, where the launch before has left them
+        for node, following in pairwise([*self.nodes, None]):
+            left: torch.Tensor | None = None
+            if isinstance(node, Prune):
+                x, positions = self.prune_to(node, x, positions, None if kept is None else kept[len(chosen)])
+                chosen.append(positions)
+            elif isinstance(node, Attention):
+                x, left = self._attention(node, x, stats, following)
+            elif isinstance(node, Mlp):
+                x, left = self._mlp(node, x, stats, following)
+            elif node is not None:
+                x = getattr(self, node.kind)(node, x)
+            stats = left
+            if watch is not None and node is not None:
+                watch(node, x)
+        return x, chosen
+
+    def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
+        # cuDNN's convolutions on tensor cores want channels last, and would turn their input round at every call.
+        return super().convolution(node, x.contiguous(memory_format=torch.channels_last))
+
+    def embed(self, node: Embed, x: torch.Tensor) -> torch.Tensor:
+        packed = self._embed_uint8 if x.dtype == torch.uint8 else self._embed[node.name]
+        return patch_embedding(x, packed[0], packed[1], node.weights["weight"].shape[-1], channels_last=self._stem)
+
+    def _attention(
+        self, node: Attention, x: torch.Tensor, stats: torch.Tensor | None, following: Node | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        (b, n, _), rows, heads = x.shape, node.rows, node.num_heads
+        if rows == n:
+            q, k, v = self._normalised(node, "qkv", x, stats).view(b, n, 3, heads, -1).unbind(2)
+        else:
+            k, v = self._normalised(node, "kv", x, stats).view(b, n, 2, heads, -1).unbind(2)
+            x = x[:, :rows]
+            q = self._normalised(node, "q", x, None).view(b, rows, heads, -1)
+        out = attention(q, k, v, node.scale).flatten(2)
+        return self._added(node, "proj", out, x, following)
+
+    def _mlp(
+        self, node: Mlp, x: torch.Tensor, stats: torch.Tensor | None, following: Node | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = self._normalised(node, "fc1", x, stats, self._activation)
+        return self._added(node, "fc2", hidden, x, following)
+
+    def head(self, node: Head, x: torch.Tensor) -> torch.Tensor:
+        logits = self._normalised(node, "head", x[:, :1], None, out_dtype=torch.float32)[:, 0]
+        if "head_dist.weight" in node.weights:
+            dist = self._normalised(node, "head_dist", x[:, 1:2], None, out_dtype=torch.float32)[:, 0]
+            logits = (logits + dist) / 2
+        if node.reads_patches:
+            logits = logits + 0.5 * self._normalised(node, "aux_head", x[:, 1:], None).amax(dim=1)
+        return logits
+
+    def _normalised(
+        self,
+        node: Attention | Mlp | Head,
+        name: str,
+        x: torch.Tensor,
+        stats: torch.Tensor | None,
+        activation: str = "none",
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """activation(LayerNorm(x) w^T + b) of the linear `name`."""
+        w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
+        y, _ = linear(x, w, b, None, self._sums[node.name][name], stats, node.eps, activation, out_dtype=out_dtype)
+        return y
+
+    def _added(
+        self, node: Attention | Mlp, name: str, y: torch.Tensor, x: torch.Tensor, following: Node | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x + y w^T + b of the linear `name`, and its statistics if the node that follows normalises all its rows."""
+        w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
+        block = 0
+        if isinstance(following, Attention | Mlp):
+            rows, (dim_out, dim_in) = y.numel() // y.shape[-1], w.shape
+            block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out)
+        out, left = linear(y, w, b, x, stats_block=block)
+        return out, left if block else None
+
+
+def _sums(node: Node) -> dict[str, torch.Tensor]:
+    """Row sums of the weights that take normalised rows, by the linear's name."""
+    names = _NORMALISED.get(type(node), ())
+    return {n: row_sums(node.weights[f"{n}.weight"]) for n in names if f"{n}.weight" in node.weights}

@@ -1,0 +1,118 @@
+"""Which way an op goes on a GPU: what was measured there, in choices/<gpu>.json, or else a safe default.
+
+A file holds, beside where it was measured, rows such as
+
+    {"op": "linear", "dtype": "bfloat16", "size": 50432, "in": 384, "out": 1152, "does": "norm", "by": "triton",
+     "tile": [128, 128, 64, 8, 3]}
+    {"op": "attention", "dtype": "bfloat16", "size": 1536, "queries": 197, "tokens": 197, "head_dim": 64,
+     "by": "pytorch"}
+
+and how whole forwards are captured. `bench/tune.py` writes it. A shape that was not measured takes the row of the same
+kind nearest to it in size (rows, or heads of all pictures); nothing is tried out while a model runs.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
+FOLDER = Path(__file__).with_name("choices")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one launch goes: by 'triton', with block sizes or the kernel's own, or by 'pytorch' (cuBLAS, SDPA)."""
+
+    by: str
+    tile: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is known of one GPU.
+
+    Attributes:
+        rows: measured launches, each the winner for its shape.
+        programmatic: whether kernels of a captured forward start while the one before drains.
+        two_branches_from: batches from here on are captured as two halves side by side; None: none are.
+        otherwise: what a launch goes by where nothing was measured; None: Triton in float16 and bfloat16, PyTorch in
+            float32, where its libraries do without tensor cores too.
+    """
+
+    rows: tuple[Mapping[str, Any], ...] = ()
+    programmatic: bool = False
+    two_branches_from: int | None = None
+    otherwise: str | None = None
+    _found: dict[tuple[Any, ...], Choice] = field(default_factory=dict, compare=False, repr=False)
+
+    def of(self, op: str, dtype: torch.dtype, size: int, **kind: int | str) -> Choice:
+        """The choice for a launch of `size` rows, or heads of all pictures; `kind` must be the row's own."""
+        key = (op, dtype, size, *kind.items())
+        if key not in self._found:
+            wanted = {"op": op, "dtype": str(dtype).removeprefix("torch."), **kind}
+            rows = [row for row in self.rows if wanted.items() <= row.items()]
+            if rows:
+                row = min(rows, key=lambda row: abs(math.log(row["size"] / max(1, size))))
+                self._found[key] = Choice(row["by"], tuple(row["tile"]) if row.get("tile") else None)
+            else:
+                self._found[key] = Choice(self.otherwise or ("pytorch" if dtype == torch.float32 else "triton"))
+        return self._found[key]
+
+
+_given: ContextVar[Choices | None] = ContextVar("given", default=None)
+
+
+@contextlib.contextmanager
+def using(choices: Choices) -> Iterator[None]:
+    """Inside, these are the choices on every device: on a CPU too, where kernels run in Triton's interpreter."""
+    before = _given.set(choices)
+    try:
+        yield
+    finally:
+        _given.reset(before)
+
+
+def choices_for(device: torch.device) -> Choices:
+    """What is known of a GPU; the defaults for one that has no file."""
+    return _given.get() or _of_gpu(torch.cuda.get_device_name(device))
+
+
+@functools.cache
+def _of_gpu(name: str) -> Choices:
+    path = FOLDER / f"{slug(name)}.json"
+    return read_choices(path) if path.exists() else Choices()
+
+
+@functools.cache
+def _is_recent(device: torch.device) -> bool:
+    """Whether the GPU is one that Triton compiles for, compute capability 8.0 or later."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels run there."""
+    if device.type != "cuda":
+        return _given.get() is not None
+    return HAS_TRITON and _is_recent(device)
+
+
+def slug(gpu: str) -> str:
+    """The name of a GPU as a file's: 'NVIDIA H200' becomes h200."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
+
+
+def read_choices(path: Path) -> Choices:
+    """The choices of a file that `bench/tune.py` wrote."""
+    content = json.loads(path.read_text())
+    return Choices(tuple(content["rows"]), content["programmatic"], content["two_branches_from"])

@@ -1,0 +1,164 @@
+"""layer_norm and row_stats: LayerNorm over the last dimension (Ba et al. 2016), and its statistics alone.
+
+The statistics are for a product that has the normalisation folded into its weights. On CUDA both are one Triton launch
+(dvit_kernels/layer_norm.py). `torch.ops.dvit.layer_norm` and `torch.ops.dvit.row_stats` exist once this module is
+imported.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from dvit_infer.ops.choices import DTYPES, runs_triton
+
+OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
+
+
+def layer_norm_ref(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """The op in plain PyTorch; arguments as `layer_norm`."""
+    if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
+    gain, shift = (None if t is None else t.float() for t in (weight, bias))
+    return F.layer_norm(x.float(), x.shape[-1:], gain, shift, eps).to(x.dtype).contiguous()
+
+
+def row_stats_ref(x: torch.Tensor) -> torch.Tensor:
+    """The op in plain PyTorch; arguments as `row_stats`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous().float()  # summed in one order, whatever the strides
+    mean = rows.mean(dim=1, keepdim=True)
+    squares = (rows - mean).square().sum(dim=1, keepdim=True)
+    return torch.stack([mean, squares], dim=2)
+
+
+def _check_x(name: str, x: torch.Tensor) -> None:
+    if x.ndim < 1 or x.dtype not in DTYPES or x.shape[-1] < 1:
+        found = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise ValueError(f"{name}: x is {found}; (..., C) in float32, float16 or bfloat16 is expected")
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> None:
+    _check_x("layer_norm", x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.ndim != 1 or tensor.shape[0] != x.shape[-1] or not tensor.is_floating_point():
+            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"layer_norm: {name} is {found}; ({x.shape[-1]},) in a floating-point dtype is expected")
+        if tensor.device != x.device:
+            raise ValueError(f"layer_norm: {name} is on {tensor.device}, x is on {x.device}")
+    if not eps >= 0:
+        raise ValueError(f"layer_norm: eps is {eps}, 0 or more is expected")
+
+
+def how(device: torch.device, c: int) -> str:
+    """What runs the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
+    if not runs_triton(device):
+        return "PyTorch"
+    from dvit_kernels.layer_norm import supports
+
+    return "Triton" if supports(c) else "PyTorch"
+
+
+# Defined by schema for the reason given in prune_tokens.py.
+torch.library.define(OP, "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor")
+torch.library.define(STATS_OP, "(Tensor x) -> Tensor")
+
+
+@torch.library.impl(OP, "CompositeExplicitAutograd")
+def _anywhere(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    _check(x, weight, bias, eps)
+    return layer_norm_ref(x, weight, bias, eps)
+
+
+@torch.library.impl(OP, "CUDA")
+def _on_cuda(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    _check(x, weight, bias, eps)
+    if how(x.device, x.shape[-1]) == "PyTorch":
+        return layer_norm_ref(x, weight, bias, eps)
+    from dvit_kernels.layer_norm import launch_layer_norm  # here: Triton takes a while to import
+
+    return launch_layer_norm(x, weight, bias, eps)
+
+
+@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
+def _fake(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    _check(x, weight, bias, eps)
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl(STATS_OP, "CompositeExplicitAutograd")
+def _stats_anywhere(x: torch.Tensor) -> torch.Tensor:
+    _check_x("row_stats", x)
+    return row_stats_ref(x)
+
+
+@torch.library.impl(STATS_OP, "CUDA")
+def _stats_on_cuda(x: torch.Tensor) -> torch.Tensor:
+    _check_x("row_stats", x)
+    if how(x.device, x.shape[-1]) == "PyTorch":
+        return row_stats_ref(x)
+    from dvit_kernels.layer_norm import launch_row_stats  # here: Triton takes a while to import
+
+    return launch_row_stats(x)
+
+
+@torch.library.register_fake(STATS_OP)  # type: ignore[untyped-decorator]
+def _stats_fake(x: torch.Tensor) -> torch.Tensor:
+    _check_x("row_stats", x)
+    return x.new_empty(x.numel() // x.shape[-1], 1, 2, dtype=torch.float32)
+
+
+def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "layer_norm and row_stats have no gradient: they are for inference. Train with torch.nn.LayerNorm."
+    )
+
+
+torch.library.register_autograd(OP, _no_gradient)
+torch.library.register_autograd(STATS_OP, _no_gradient)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """Normalise rows to mean 0 and variance 1, then scale and shift: LayerNorm, with statistics in float32.
+
+    Args:
+        x: (..., C) in float32, float16 or bfloat16, any strides.
+        weight, bias: gain and shift (C,), in any floating-point dtype, or None.
+        eps: added to the variance, 0 or more.
+
+    Returns:
+        (..., C) in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, a dtype, a device or eps does not fit.
+        RuntimeError: on backward.
+    """
+    y: torch.Tensor = torch.ops.dvit.layer_norm.default(x, weight, bias, eps)
+    return y
+
+
+def row_stats(x: torch.Tensor) -> torch.Tensor:
+    """Mean and sum of squared deviations of every row.
+
+    Args:
+        x: (..., C) in float32, float16 or bfloat16, any strides; its rows in order.
+
+    Returns:
+        (rows, 1, 2) float32: [mean, sum of squared deviations] of the one part that a row has. The variance is the sum
+        over C.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit.
+        RuntimeError: on backward.
+    """
+    stats: torch.Tensor = torch.ops.dvit.row_stats.default(x)
+    return stats

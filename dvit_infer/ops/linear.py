@@ -1,0 +1,209 @@
+"""linear: a linear layer with the LayerNorm before it and the GELU or the residual behind it.
+
+On CUDA it is one Triton launch (dvit_kernels/linear.py) or cuBLAS with what cuBLAS lacks around it, whichever is the
+faster on that GPU for that shape (choices.py); anywhere else plain PyTorch.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
+from dvit_infer.ops.layer_norm import layer_norm
+
+OP = "dvit::linear"
+ACTIVATIONS = ("none", "gelu", "gelu_poly", "gelu_tanh")
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    weight_sum: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    stats_block: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + activation(LayerNorm(x) weight^T + bias); LayerNorm, activation and residual only where asked for.
+
+    Args:
+        x: (..., C) in float32, float16 or bfloat16, any strides.
+        weight: (K, C) in x's dtype. Where x is normalised, the gain is folded into it and the shift into `bias`.
+        bias: (K,) in any floating-point dtype.
+        residual: (..., K), of x's leading sizes, any strides.
+        weight_sum: (K,) float32, row sums of `weight` as stored (`row_sums`). Given: x is normalised first.
+        stats: (rows, parts, 2) float32, mean and sum of squared deviations of x's rows by blocks of C/parts columns, as
+            an earlier call or `row_stats` left them; None: found here where needed.
+        eps: LayerNorm's.
+        activation: one of `ACTIVATIONS`: gelu by erf, gelu_poly the same to 1.5e-7 in fewer instructions, gelu_tanh its
+            tanh form, 4.8e-4 off at most.
+        stats_block: columns a part of the statistics to return of the result, as stored; it divides K; 0: none.
+        out_dtype: of the result; None: x's.
+
+    Returns:
+        (..., K), and its statistics (rows, K/stats_block, 2) float32 (without `stats_block` of no elements).
+
+    Raises:
+        ValueError: a shape, a dtype or a name does not fit.
+        RuntimeError: on backward.
+    """
+    y, y_stats = torch.ops.dvit.linear(
+        x, weight, bias, residual, weight_sum, stats, eps, activation, stats_block, out_dtype
+    )
+    return y, y_stats
+
+
+def row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """(K, C) -> (K,) float32 row sums of the weight as stored, as `linear` takes them."""
+    return weight.double().sum(dim=1).float()
+
+
+def linear_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    weight_sum: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    stats_block: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op in plain PyTorch; arguments as `linear`. It finds statistics itself: `stats` is not read."""
+    if weight_sum is not None:
+        x = F.layer_norm(x, x.shape[-1:], eps=eps)
+    bias = None if bias is None else bias.to(x.dtype)
+    if activation == "gelu_tanh" and bias is not None and x.is_cuda:  # cuBLAS has this form behind its product
+        flat = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+        y = flat.view(*x.shape[:-1], -1)
+    else:
+        y = F.linear(x, weight, bias)
+        if activation != "none":
+            y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if residual is not None:
+        y = y + residual
+    y = y.to(out_dtype or x.dtype).contiguous()
+    if not stats_block:
+        return y, y.new_empty(0, dtype=torch.float32)
+    parts = y.reshape(-1, y.shape[-1] // stats_block, stats_block).float()
+    mean = parts.mean(dim=2)
+    return y, torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
+
+
+class _Call(NamedTuple):
+    """A call's arguments, as the schema has them: the dispatcher leaves out those that are the default."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    weight_sum: torch.Tensor | None = None
+    stats: torch.Tensor | None = None
+    eps: float = 1e-5
+    activation: str = "none"
+    stats_block: int = 0
+    out_dtype: torch.dtype | None = None
+
+
+def _checked(*arguments: Any, **named: Any) -> _Call:
+    call = _Call(*arguments, **named)
+    x, weight, bias, residual, weight_sum, stats, _, activation, stats_block, _ = call
+    if x.ndim < 1 or x.dtype not in DTYPES:
+        found = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise ValueError(f"linear: x is {found}; (..., C) in float32, float16 or bfloat16 is expected")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+        found = f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise ValueError(f"linear: weight is {found}; (K, {x.shape[-1]}) in {x.dtype} is expected")
+    dim_out = weight.shape[0]
+    for name, vector in (("bias", bias), ("weight_sum", weight_sum)):
+        if vector is not None and (tuple(vector.shape) != (dim_out,) or not vector.is_floating_point()):
+            raise ValueError(
+                f"linear: {name} is {vector.dtype} of shape {tuple(vector.shape)}; ({dim_out},) is expected"
+            )
+    if residual is not None and tuple(residual.shape) != (*x.shape[:-1], dim_out):
+        expected = (*x.shape[:-1], dim_out)
+        raise ValueError(f"linear: residual has shape {tuple(residual.shape)}; {expected} is expected")
+    if stats is not None and (stats.ndim != 3 or stats.shape[2] != 2 or stats.dtype != torch.float32):
+        raise ValueError(f"linear: stats is {stats.dtype} of shape {tuple(stats.shape)}; (rows, parts, 2) float32")
+    if stats is not None and (stats.shape[0] * x.shape[-1] != x.numel() or x.shape[-1] % stats.shape[1]):
+        raise ValueError(f"linear: stats has shape {tuple(stats.shape)}, which is not that of x's rows")
+    for name, tensor in call._asdict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
+            raise ValueError(f"linear: {name} is on {tensor.device}, x on {x.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if stats_block < 0 or (stats_block and dim_out % stats_block):
+        raise ValueError(f"linear: stats_block {stats_block} does not divide {dim_out} columns")
+    return call
+
+
+def choose(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int, does: str) -> Choice:
+    """How a linear of that size goes on that device; `does` is what surrounds it, as `does_what` says."""
+    if not runs_triton(device):
+        return Choice("pytorch")
+    return choices_for(device).of("linear", dtype, rows, **{"in": dim_in, "out": dim_out, "does": does})
+
+
+def free_stats_block(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int) -> int:
+    """The `stats_block` that costs a linear with a residual nothing: its tile's columns; 0 where there is none."""
+    choice = choose(device, dtype, rows, dim_in, dim_out, does_what(norm=False, residual=True, activation="none"))
+    if choice.by == "pytorch":
+        return 0
+    if choice.tile is not None:
+        return choice.tile[1] if dim_out % choice.tile[1] == 0 else 0
+    from dvit_kernels.linear import default_stats_block
+
+    return default_stats_block(rows, dim_out, dtype)
+
+
+def does_what(norm: bool, residual: bool, activation: str) -> str:
+    """What surrounds a linear, as one word of choices.py."""
+    words = ["norm"] * norm + ["residual"] * residual + [activation] * (activation != "none")
+    return "+".join(words) or "plain"
+
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_sum=None, Tensor? stats=None, "
+    "float eps=1e-5, str activation='none', int stats_block=0, ScalarType? out_dtype=None) -> (Tensor, Tensor)"
+)
+torch.library.define(OP, _SCHEMA)
+
+
+@torch.library.impl(OP, "CompositeExplicitAutograd")
+def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = _checked(*arguments, **named)
+    (dim_out, dim_in), norm = call.weight.shape, call.weight_sum is not None
+    does = does_what(norm, call.residual is not None, call.activation)
+    choice = choose(call.x.device, call.x.dtype, call.x.numel() // dim_in, dim_in, dim_out, does)
+    if choice.by == "pytorch":
+        if norm and runs_triton(call.x.device):
+            call = call._replace(x=layer_norm(call.x, eps=call.eps), weight_sum=None)
+        return linear_ref(*call)
+    from dvit_kernels.linear import LinearTile, launch_linear  # here: Triton takes a while to import
+
+    tile = LinearTile(*choice.tile) if choice.tile else None
+    if tile and call.stats_block not in (0, tile.block_n):
+        tile = None
+    return launch_linear(*call, tile=tile)
+
+
+@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
+def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, *_, stats_block, out_dtype = _checked(*arguments, **named)
+    rows, dim_out = x.shape[:-1], weight.shape[0]
+    y = x.new_empty(*rows, dim_out, dtype=out_dtype or x.dtype)
+    parts = (math.prod(rows), dim_out // stats_block, 2) if stats_block else (0,)
+    return y, x.new_empty(parts, dtype=torch.float32)
+
+
+def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
+    raise RuntimeError("dvit::linear has no gradient: it is for inference. Train with torch.nn.functional.linear.")
+
+
+torch.library.register_autograd(OP, _no_gradient)

@@ -1,0 +1,399 @@
+"""Attention in one launch, for the short sequences of vision transformers: dense batches, or ragged ones.
+
+Up to 256 keys in half precision, all keys and values of a head stay on chip and all scores of a tile of queries in
+registers: one maximum, nothing rescaled. Beyond, and in float32, blocks of keys follow each other under a running
+maximum (Milakov and Gimelshein 2018; Dao et al. 2022). Exponents are to base 2: one instruction takes them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from dvit_kernels.launch import Launch, run, wait_for_inputs
+
+SINGLE_PASS_TOKENS, SINGLE_PASS_HEAD = 256, 64  # beyond, registers do not hold it all on every GPU
+MIN_HEAD, MAX_HEAD, HEAD_STEP = 16, 128, 4
+ENOUGH_PROGRAMS = 384  # about three a multiprocessor of a large GPU
+_LOG2E = tl.constexpr(math.log2(math.e))
+_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnh")
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Block sizes of a launch, which change nothing but time.
+
+    Attributes:
+        block_m: queries taken at once.
+        chunk_a, chunk_b, chunk_c: keys taken at once, powers of two from 16 up, largest first; 0: there is none. Where
+            they hold all keys there is a single pass, otherwise blocks of `chunk_a` follow each other.
+        num_warps, num_stages: as Triton takes them.
+        programs: of a single pass, how many share the queries of a head; 0: as many as fill a large GPU.
+    """
+
+    block_m: int
+    chunk_a: int
+    chunk_b: int = 0
+    chunk_c: int = 0
+    num_warps: int = 4
+    num_stages: int = 1
+    programs: int = 0
+
+    def single_pass(self, keys: int) -> bool:
+        return keys <= self.chunk_a + self.chunk_b + self.chunk_c
+
+    def fits(self, keys: int) -> bool:
+        """Whether it is for about so many keys: a single pass without much padding, or blocks of one size."""
+        chunks = self.chunk_a + self.chunk_b + self.chunk_c
+        return chunks < keys + 64 if self.single_pass(keys) else chunks == self.chunk_a
+
+
+def key_chunks(n: int) -> tuple[int, int, int]:
+    """Up to three powers of two from 16 up that hold n keys: the least padding, then the fewest; 0 for none."""
+    sizes = [16 << i for i in range(max(1, (max(n, 1) - 1).bit_length() - 3))]
+    found = ((a, b, c) for a in sizes for b in (0, *sizes) for c in (0, *sizes) if a >= b >= c and a + b + c >= n)
+    return min(found, key=lambda chunks: (sum(chunks), sum(map(bool, chunks))))
+
+
+def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> AttentionTile:
+    """Unspilled registers (AOT.md); which is best where, only a measurement can say."""
+    if dtype == torch.float32:  # products on plain cores, from registers
+        return AttentionTile(16, 16)
+    few = queries <= 16
+    if keys <= SINGLE_PASS_TOKENS and head_dim <= SINGLE_PASS_HEAD and head_dim % 8 == 0:
+        return AttentionTile(16 if few else 64, *key_chunks(keys))
+    return AttentionTile(16 if few else 128, 64, num_warps=4 if few else 8, num_stages=3)
+
+
+@triton.jit
+def _program(cu_seqlens_ptr, n_queries, n_heads, programs):
+    """Which of the programs of a head this is, the head, what strides between pictures count, its number of queries."""
+    program = tl.program_id(0)
+    at = (program // programs // n_heads).to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + at)
+        n_queries = tl.load(cu_seqlens_ptr + at + 1) - start
+        at = start.to(tl.int64)
+    return program % programs, program // programs % n_heads, at, n_queries
+
+
+@triton.jit
+def _rows(x_ptr, row, n_rows, stride, dim, HEAD: tl.constexpr):
+    """Rows of a head, zeros where there are none: memory behind the last may hold anything, also NaN."""
+    at = x_ptr + row[:, None] * stride + dim[None, :]
+    return tl.load(at, mask=(row < n_rows)[:, None] & (dim < HEAD)[None, :], other=0.0)
+
+
+@triton.jit
+def _masked(s, bias_ptr, key, n_keys, factor):
+    """Scores, minus infinity behind the last key; with a bias, which is added, they are exponents already."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf"))
+        s = s * factor + (bias * _LOG2E)[None, :]
+    else:
+        s = tl.where((key < n_keys)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _shift(top, bias_ptr, factor):
+    """What to subtract from exponents: the greatest. Only a bias leaves none but infinite ones; all weights are then 0."""
+    if bias_ptr is not None:
+        shift = tl.where(top == float("-inf"), 0.0, top)
+    else:
+        shift = top * factor
+    return shift
+
+
+@triton.jit
+def _weights(s, shift, bias_ptr, factor):
+    if bias_ptr is not None:
+        p = tl.math.exp2(s - shift)
+    else:
+        p = tl.math.exp2(s * factor - shift)
+    return p
+
+
+@triton.jit
+def _store(out_ptr, acc, total, row, n_queries, stride, dim, bias_ptr, HEAD: tl.constexpr):
+    if bias_ptr is not None:
+        total = tl.where(total == 0.0, 1.0, total)  # no key counts: 0, not 0/0
+    out = acc * (1.0 / total)[:, None]
+    at = out_ptr + row[:, None] * stride + dim[None, :]
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=(row < n_queries)[:, None] & (dim < HEAD)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *_STRIDES])
+def _attention_kernel(
+    q_ptr,  # (B, M, H, HEAD), or (T, H, HEAD)
+    k_ptr,  # (B, N, H, HEAD), or (T, H, HEAD)
+    v_ptr,  # as k
+    bias_ptr,  # (B, N) float32, or (T,), or None
+    cu_seqlens_ptr,  # (B+1,) int32, or None where dense
+    out_ptr,  # out, as q
+    stride_qb,  # strides in units of UNIT elements, so that loads are known to be aligned; where ragged, b is n
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    stride_bias,  # this in elements
+    n_queries,
+    n_heads,
+    programs,  # that share the queries of a head
+    factor,  # scale * log2(e)
+    N_KEYS: tl.constexpr,  # 0 where ragged
+    HEAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK_A: tl.constexpr,
+    CHUNK_B: tl.constexpr,
+    CHUNK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All keys of a head in up to three chunks, one tile of its queries after another."""
+    wait_for_inputs(PDL)
+    tile, head, at, n_queries = _program(cu_seqlens_ptr, n_queries, n_heads, programs)
+    n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
+    q_ptr += (at * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (at * stride_kb + head * stride_kh) * UNIT
+    v_ptr += (at * stride_vb + head * stride_vh) * UNIT
+    out_ptr += (at * stride_ob + head * stride_oh) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += at * stride_bias
+
+    # Everything is asked for before the first product waits for any of it.
+    dim = tl.arange(0, BLOCK_D)
+    key_a = tl.arange(0, CHUNK_A)
+    k_a = _rows(k_ptr, key_a, n_keys, stride_kn * UNIT, dim, HEAD)
+    if CHUNK_B:
+        key_b = CHUNK_A + tl.arange(0, CHUNK_B)
+        k_b = _rows(k_ptr, key_b, n_keys, stride_kn * UNIT, dim, HEAD)
+    if CHUNK_C:
+        key_c = CHUNK_A + CHUNK_B + tl.arange(0, CHUNK_C)
+        k_c = _rows(k_ptr, key_c, n_keys, stride_kn * UNIT, dim, HEAD)
+    v_a = _rows(v_ptr, key_a, n_keys, stride_vn * UNIT, dim, HEAD)
+    if CHUNK_B:
+        v_b = _rows(v_ptr, key_b, n_keys, stride_vn * UNIT, dim, HEAD)
+    if CHUNK_C:
+        v_c = _rows(v_ptr, key_c, n_keys, stride_vn * UNIT, dim, HEAD)
+
+    for start in range(tile * BLOCK_M, n_queries, programs * BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        q = _rows(q_ptr, row, n_queries, stride_qn * UNIT, dim, HEAD)
+        s_a = _masked(tl.dot(q, tl.trans(k_a), input_precision="ieee"), bias_ptr, key_a, n_keys, factor)
+        top = tl.max(s_a, axis=1)
+        if CHUNK_B:
+            s_b = _masked(tl.dot(q, tl.trans(k_b), input_precision="ieee"), bias_ptr, key_b, n_keys, factor)
+            top = tl.maximum(top, tl.max(s_b, axis=1))
+        if CHUNK_C:
+            s_c = _masked(tl.dot(q, tl.trans(k_c), input_precision="ieee"), bias_ptr, key_c, n_keys, factor)
+            top = tl.maximum(top, tl.max(s_c, axis=1))
+        shift = _shift(top, bias_ptr, factor)[:, None]
+
+        p = _weights(s_a, shift, bias_ptr, factor)
+        total = tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v_a.dtype), v_a, input_precision="ieee")
+        if CHUNK_B:
+            p = _weights(s_b, shift, bias_ptr, factor)
+            total += tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v_b.dtype), v_b, acc, input_precision="ieee")
+        if CHUNK_C:
+            p = _weights(s_c, shift, bias_ptr, factor)
+            total += tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v_c.dtype), v_c, acc, input_precision="ieee")
+        _store(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
+
+
+@triton.jit
+def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD: tl.constexpr, SLICE):
+    if SLICE:  # operands in registers: few channels at a time, those of q anew for every block of keys
+        s = tl.zeros((row.shape[0], key.shape[0]), tl.float32)
+        for d in range(0, HEAD, SLICE):
+            some = d + tl.arange(0, SLICE)
+            q_some = _rows(q_ptr, row, n_queries, stride_qn, some, HEAD)
+            k_some = _rows(k_ptr, key, n_keys, stride_kn, some, HEAD)
+            s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
+    else:
+        s = tl.dot(q, tl.trans(_rows(k_ptr, key, n_keys, stride_kn, dim, HEAD)), input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _add(s, v, acc, total, top, bias_ptr, factor):
+    """A block of keys to the sum, the total weight and the maximum so far."""
+    higher = tl.maximum(top, tl.max(s, axis=1))
+    shift = _shift(higher, bias_ptr, factor)
+    rescale = _weights(top, shift, bias_ptr, factor)
+    p = _weights(s, shift[:, None], bias_ptr, factor)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, total * rescale + tl.sum(p, axis=1), higher
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *_STRIDES])
+def _attention_online_kernel(
+    q_ptr,  # all as in _attention_kernel
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    cu_seqlens_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    stride_bias,
+    n_queries,
+    n_heads,
+    programs,
+    factor,
+    N_KEYS: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,  # a power of two from 16 up that holds the keys behind the last whole block
+    SLICE: tl.constexpr,  # channels of a head at a time, 0: all
+    PDL: tl.constexpr,
+):
+    """A tile of queries, one block of keys after another."""
+    wait_for_inputs(PDL)
+    tile, head, at, n_queries = _program(cu_seqlens_ptr, n_queries, n_heads, programs)
+    if tile * BLOCK_M >= n_queries:
+        return
+    n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
+    q_ptr += (at * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (at * stride_kb + head * stride_kh) * UNIT
+    v_ptr += (at * stride_vb + head * stride_vh) * UNIT
+    out_ptr += (at * stride_ob + head * stride_oh) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += at * stride_bias
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    stride_qn *= UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
+    q = None if SLICE else _rows(q_ptr, row, n_queries, stride_qn, dim, HEAD)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    whole = n_keys // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, dim, HEAD, SLICE)
+        if bias_ptr is not None:
+            s = _masked(s, bias_ptr, key, whole, factor)
+        v = _rows(v_ptr, key, whole, stride_vn, dim, HEAD)
+        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
+    if REST:
+        key = whole + tl.arange(0, REST)
+        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
+        v = _rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
+        acc, total, top = _add(_masked(s, bias_ptr, key, n_keys, factor), v, acc, total, top, bias_ptr, factor)
+    _store(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
+
+
+def supports(head_dim: int) -> bool:
+    """Whether the kernels take heads of that size: 16 to 128, in steps of 4."""
+    return MIN_HEAD <= head_dim <= MAX_HEAD and head_dim % HEAD_STEP == 0
+
+
+def attention_launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_tokens: int = 0,
+    tile: AttentionTile | None = None,
+) -> tuple[Launch, torch.Tensor]:
+    """The launch and the tensor it fills. Arguments as `launch_attention`."""
+    ragged, full_rate = cu_seqlens is not None, q.dtype != torch.float32
+    pictures = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
+    heads, head_dim = q.shape[-2:]
+    tile = tile or default_tile(queries, keys, head_dim, q.dtype)
+    out = q.new_empty(q.shape)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    strides = [stride for x in (q, k, v, out) for stride in _strides(x)]
+    unit = math.gcd(16 // q.element_size(), *strides)
+    tiles = triton.cdiv(queries, tile.block_m)
+    given = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        "out_ptr": out,
+        **{name: stride // unit for name, stride in zip(_STRIDES, strides, strict=True)},
+        "stride_bias": 1 if ragged else keys,
+        "n_queries": queries,
+        "n_heads": heads,
+        "factor": scale * math.log2(math.e),
+        "N_KEYS": 0 if ragged else keys,
+        "HEAD": head_dim,
+        "UNIT": unit,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+    }
+    warps_and_stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.single_pass(keys):
+        programs = min(tiles, tile.programs or triton.cdiv(ENOUGH_PROGRAMS, max(1, pictures * heads)))
+        chunks = {"CHUNK_A": tile.chunk_a, "CHUNK_B": tile.chunk_b, "CHUNK_C": tile.chunk_c}
+        grid = (programs * heads * pictures,)
+        return Launch.of(_attention_kernel, grid, **given, programs=programs, **chunks, **warps_and_stages), out
+    rest = tile.chunk_a if ragged else keys % tile.chunk_a
+    launch = Launch.of(
+        _attention_online_kernel,
+        (tiles * heads * pictures,),
+        **given,
+        programs=tiles,
+        BLOCK_N=tile.chunk_a,
+        REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
+        SLICE=0 if full_rate else 16,
+        **warps_and_stages,
+    )
+    return launch, out
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of picture, token and head in (B, N, H, D), of token, token and head in (T, H, D); 0 where there is only one."""
+    n, h = (0 if x.shape[d] == 1 else x.stride(d) for d in (-3, -2))
+    b = n if x.ndim == 3 else 0 if x.shape[0] == 1 else x.stride(0)
+    return b, n, h
+
+
+def launch_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_tokens: int = 0,
+    tile: AttentionTile | None = None,
+) -> torch.Tensor:
+    """Run `dvit::attention`."""
+    launch, out = attention_launch(q, k, v, scale, bias, cu_seqlens, max_tokens, tile)
+    run([launch], q.device)
+    return out

@@ -1,0 +1,201 @@
+"""Pictures to tokens in one launch: cut into patches, multiply, add the position embedding, put prefix tokens before.
+
+The patches are never laid out in memory: the product reads them where they are in the pictures, whatever the strides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dvit_kernels.launch import Launch, run, wait_for_inputs
+
+
+@triton.jit
+def _as_operand(x, dtype: tl.constexpr):
+    """Pixels as the product takes them: floats cast, bytes less 128, which float16 and bfloat16 hold exactly."""
+    if x.dtype == tl.uint8:
+        # As the low bits of the float 2^23: a conversion of bytes takes an eighth of the adders' rate.
+        x = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+    return x.to(dtype)
+
+
+@triton.jit
+def _add_table(acc, table, out, col, live, DIM_OUT: tl.constexpr):
+    """Write `acc`, with the rows at `table` added, to those at `out`."""
+    inside = live[:, None] & (col < DIM_OUT)[None, :]
+    acc += tl.load(table[:, None] + col[None, :], mask=inside, other=0.0)
+    tl.store(out[:, None] + col[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "n_patches", "patches_x", "num_prefix"])
+def _patch_embedding_kernel(
+    images_ptr,  # B pictures
+    w_ptr,  # (C, K)
+    table_ptr,  # (P+N, C) float32
+    out_ptr,  # out (B, P+N, C)
+    stride_ib,
+    stride_iy,
+    stride_ix,
+    stride_k0,
+    stride_k1,
+    stride_k2,
+    rows,  # B*N
+    n_patches,  # N
+    patches_x,
+    num_prefix,
+    PATCH: tl.constexpr,
+    SIZE_1: tl.constexpr,
+    SIZE_2: tl.constexpr,
+    DIM_IN: tl.constexpr,
+    DIM_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Element k of a patch has three digits, the right ones below SIZE_1 and SIZE_2; each has a stride of its own."""
+    wait_for_inputs(PDL)
+    blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
+    # Rows are the patches of all pictures, one after the other: tiles pad at the end of the batch alone. Blocks of one
+    # tile of rows follow each other: the pictures are read from memory once, and all of w stays in the L2 cache.
+    row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < rows
+    image, patch = (row // n_patches).to(tl.int64), row % n_patches
+    y, x = (patch // patches_x).to(tl.int64), (patch % patches_x).to(tl.int64)
+    # Offsets within a patch, below, fit 32 bits: the launcher sees to it.
+    corner = image * stride_ib + y * PATCH * stride_iy + x * PATCH * stride_ix
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, DIM_IN, BLOCK_K):
+        inner = k + tl.arange(0, BLOCK_K)
+        digit_0, digit_1, digit_2 = inner // (SIZE_1 * SIZE_2), inner // SIZE_2 % SIZE_1, inner % SIZE_2
+        at = digit_0 * stride_k0 + digit_1 * stride_k1 + digit_2 * stride_k2
+        x_mask, w_mask = live[:, None], (col < DIM_OUT)[None, :]
+        if DIM_IN % BLOCK_K:
+            x_mask, w_mask = x_mask & (inner < DIM_IN)[None, :], w_mask & (inner < DIM_IN)[:, None]
+        pixels = tl.load(images_ptr + corner[:, None] + at[None, :], mask=x_mask, other=0)
+        w = tl.load(w_ptr + col[None, :] * DIM_IN + inner[:, None], mask=w_mask, other=0.0)
+        acc = tl.dot(_as_operand(pixels, w_ptr.dtype.element_ty), w, acc, input_precision="ieee")
+
+    out = out_ptr + (image * (num_prefix + n_patches)) * DIM_OUT + (num_prefix + patch) * DIM_OUT
+    table = table_ptr + (num_prefix + patch) * DIM_OUT
+    # In two halves: the table's values, all at once beside the sums, would leave registers for one program, not two.
+    half: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, half)), (0, 2, 1)))
+    left_col = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, half)
+    _add_table(left, table, out, left_col, live, DIM_OUT)
+    _add_table(right, table, out, left_col + half, live, DIM_OUT)
+
+    # A picture's prefix rows are written by the tile that holds its first patch.
+    first = tl.program_id(0) // blocks_n * BLOCK_M
+    picture = tl.cdiv(first, n_patches)
+    while picture * n_patches < tl.minimum(first + BLOCK_M, rows):
+        start = out_ptr + picture.to(tl.int64) * (num_prefix + n_patches) * DIM_OUT
+        token = 0
+        while token < num_prefix:
+            at = token * DIM_OUT + col
+            prefix = tl.load(table_ptr + at, mask=col < DIM_OUT, other=0.0)
+            tl.store(start + at, prefix.to(out_ptr.dtype.element_ty), mask=col < DIM_OUT)
+            token += 1
+        picture += 1
+
+
+def supports(channels: int, height: int, width: int) -> bool:
+    """Whether the kernel takes pictures of that size: below 2^31 elements each."""
+    return channels * height * width < 2**31
+
+
+def patch_embedding_launch(
+    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool
+) -> tuple[Launch, torch.Tensor]:
+    """The launch and the tensor it fills. Arguments as `launch_patch_embedding`."""
+    b, channels, height, width = images.shape
+    (c, k), p = weight.shape, patch_size
+    patches_x = width // p
+    n = height // p * patches_x
+    tokens = table.shape[0]
+    out = weight.new_empty(b, tokens, c)
+
+    if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
+        images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    stride_b, stride_c, stride_y, stride_x = images.stride()
+    if not channels_last:
+        sizes, strides = (p, p), (stride_c, stride_y, stride_x)
+    elif stride_x == channels * stride_c:  # a row of a patch is one run of memory
+        sizes, strides = (p, p * channels), (0, stride_y, stride_c)
+    else:
+        sizes, strides = (p, channels), (stride_y, stride_x, stride_c)
+
+    # Block sizes are those that keep registers unspilled (AOT.md); none has been timed yet.
+    if weight.dtype == torch.float32:  # products on plain cores, from registers: smaller tiles
+        block_m, block_n, block_k, num_warps, num_stages = 64, 64, 16, 8, 3
+    elif b * n <= 4096:  # too few rows to fill a GPU with large tiles
+        block_m, block_n, block_k, num_warps, num_stages = 64, 64, 64, 8, 3
+    else:
+        block_m, block_n, block_k, num_warps = 128, 128 if c >= 256 else 64, 64, 8
+        num_stages = 2 if images.dtype == torch.float32 else 3  # so that two programs share a multiprocessor's memory
+    launch = Launch.of(
+        _patch_embedding_kernel,
+        (triton.cdiv(b * n, block_m) * triton.cdiv(c, block_n),),
+        images_ptr=images,
+        w_ptr=weight.contiguous(),
+        table_ptr=table.contiguous(),
+        out_ptr=out,
+        stride_ib=stride_b,
+        stride_iy=stride_y,
+        stride_ix=stride_x,
+        stride_k0=strides[0],
+        stride_k1=strides[1],
+        stride_k2=strides[2],
+        rows=b * n,
+        n_patches=n,
+        patches_x=patches_x,
+        num_prefix=tokens - n,
+        PATCH=p,
+        SIZE_1=sizes[0],
+        SIZE_2=sizes[1],
+        DIM_IN=k,
+        DIM_OUT=c,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return launch, out
+
+
+def launch_patch_embedding(
+    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
+) -> torch.Tensor:
+    """Run `dvit::patch_embedding` as one Triton launch on the pictures' device and its current stream.
+
+    Args:
+        images: (B, channels, H, W) in uint8, float32, float16 or bfloat16, any strides.
+        weight, table: what `pack_patch_embedding` returned, on the pictures' device.
+        patch_size: p, which divides H and W.
+        channels_last: as the weight was packed; made for pictures whose channel stride is 1.
+
+    Returns:
+        (B, P+N, C) in the weight's dtype, as `dvit::patch_embedding`.
+
+    Raises:
+        ValueError: a size does not fit.
+    """
+    _, channels, height, width = images.shape
+    p = patch_size
+    if p < 1 or height < p or width < p or height % p or width % p:
+        raise ValueError(f"launch_patch_embedding: patch_size {p} does not divide pictures of {height} x {width}")
+    if not supports(channels, height, width):
+        raise ValueError(f"launch_patch_embedding: images have {channels} x {height} x {width} elements, 2^31 or more")
+    k = channels * p * p
+    if weight.ndim != 2 or weight.shape[1] != k:
+        raise ValueError(f"launch_patch_embedding: weight has shape {tuple(weight.shape)}, (C, {k}) fits")
+    n = (height // p) * (width // p)
+    if table.ndim != 2 or table.shape[0] < n or table.shape[1] != weight.shape[0]:
+        fits = f"at least {n} rows of {weight.shape[0]} fit"
+        raise ValueError(f"launch_patch_embedding: table has shape {tuple(table.shape)}, {fits}")
+    launch, out = patch_embedding_launch(images, weight, table, patch_size, channels_last)
+    run([launch], images.device)
+    return out

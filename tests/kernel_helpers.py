@@ -1,0 +1,57 @@
+"""What tests of kernels share: where they run, outputs inside buffers of sentinels, the measure of an error."""
+
+import dataclasses
+from collections.abc import Collection
+
+import pytest
+import torch
+from dvit_kernels.launch import Launch
+
+WHERE = [
+    pytest.param("cpu", torch.float32, id="interpreter-float32", marks=pytest.mark.interpreter),
+    # not bfloat16: the interpreter's dot is wrong for it
+    pytest.param("cpu", torch.float16, id="interpreter-float16", marks=pytest.mark.interpreter),
+    pytest.param("cuda", torch.float32, id="cuda-float32", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
+]
+GUARD = 4096  # elements before and after every output
+SENTINEL = -77
+
+
+def guarded(
+    launches: list[Launch], names: Collection[str]
+) -> tuple[list[Launch], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The launches with every output inside a larger buffer of sentinels; the outputs and the buffers by name."""
+    outputs: dict[str, torch.Tensor] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    for launch in launches:
+        for name, tensor in launch.arguments.items():
+            if name in names and name not in outputs and isinstance(tensor, torch.Tensor):
+                buffers[name] = torch.full_like(tensor.new_empty(tensor.numel() + 2 * GUARD), SENTINEL)
+                outputs[name] = buffers[name][GUARD:-GUARD].view(tensor.shape)
+    return [dataclasses.replace(one, arguments=one.arguments | _of(one, outputs)) for one in launches], outputs, buffers
+
+
+def _of(launch: Launch, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in launch.arguments}
+
+
+def run_guarded(launches: list[Launch], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Run the launches; nothing outside their outputs is written, everything inside is. The outputs by name."""
+    launches, outputs, buffers = guarded(launches, names)
+    for launch in launches:
+        launch.run()
+    for name, buffer in buffers.items():
+        assert (buffer[:GUARD] == SENTINEL).all(), name
+        assert (buffer[-GUARD:] == SENTINEL).all(), name
+        assert (outputs[name] != SENTINEL).all(), name
+    return outputs
+
+
+def rms(error: torch.Tensor) -> float:
+    return error.double().square().mean().sqrt().item()
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)

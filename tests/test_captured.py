@@ -1,0 +1,172 @@
+"""Batches and captured forwards: buckets, padding, a bounded cache, threads; and too little memory."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import dvit_infer as dvit
+from dvit_infer.backends.captured import BUCKETS, MAX_GRAPHS, CapturedRunner
+from dvit_infer.images import sample_images
+
+
+class Recorded:
+    """Stands for a CUDA graph where there is none: a forward over buffers of its own that are never cleared."""
+
+    own_bytes = 7
+
+    def __init__(self, runner, batch, dtype):
+        self.runner, self.images, self.calls = runner, torch.full((batch, 3, 224, 224), float("nan")), 0
+        if dtype == torch.uint8:
+            self.images = torch.zeros(batch, 3, 224, 224, dtype=dtype)
+
+    def __call__(self, images, return_kept):
+        self.calls += 1
+        self.images[: len(images)].copy_(images)
+        logits, chosen = self.runner(self.images)
+        return logits[: len(images)].clone(), [stage[: len(images)].clone() for stage in chosen if return_kept]
+
+
+@pytest.fixture
+def engine(checkpoint):
+    return dvit.convert(checkpoint, device="cpu")
+
+
+@pytest.fixture
+def captured(engine):
+    """The engine with its runner behind captured forwards; and those made so far, by (batch, dtype), in order."""
+    plain, made = engine.runner, []
+
+    def capture(batch, dtype):
+        made.append((batch, dtype))
+        return Recorded(plain, batch, dtype)
+
+    other = copy.copy(engine)
+    other.runner = CapturedRunner(plain, capture)
+    other._chunk = BUCKETS[-1]
+    return other, made
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 7, 8])
+def test_a_batch_between_buckets_is_padded(engine, captured, batch):
+    other, made = captured
+    images = sample_images(batch, (224, 224))
+    right, right_kept = engine(images, return_kept=True)
+    logits, kept = other(images, return_kept=True)
+    torch.testing.assert_close(logits, right, atol=5e-5, rtol=0)
+    assert [k.shape for k in kept] == [k.shape for k in right_kept]
+    assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
+    assert made == [(next(b for b in BUCKETS if b >= batch), torch.float32)]
+
+
+def test_a_larger_batch_is_split(engine, captured):
+    other, made = captured
+    other._chunk = 4
+    images = sample_images(9, (224, 224))
+    torch.testing.assert_close(other(images), engine(images), atol=5e-5, rtol=0)
+    assert made == [(4, torch.float32), (1, torch.float32)]
+
+
+def test_one_forward_serves_every_call_of_its_size(captured):
+    other, made = captured
+    images = sample_images(2, (224, 224))
+    first = other(images)
+    assert torch.equal(other(images), first)
+    assert torch.equal(other(images.double()), first)  # copying in converts
+    assert torch.equal(other(images.flip(0)), first.flip(0))
+    assert torch.equal(other(images[:, :, ::1].transpose(2, 3).contiguous().transpose(2, 3)), first)
+    assert made == [(2, torch.float32)]
+    other((images * 50 + 120).clamp(0, 255).byte())  # normalised before it is copied in
+    assert made == [(2, torch.float32)]
+
+
+def test_the_cache_is_bounded_and_drops_the_longest_unused(captured):
+    other, made = captured
+    runner = other.runner
+    runner.runner = _Zeros(other.config)
+    runner._capture = lambda batch, dtype: made.append(batch) or Recorded(runner.runner, batch, dtype)
+    sizes = BUCKETS[: MAX_GRAPHS + 1]
+    for size in (*sizes[:MAX_GRAPHS], sizes[0], sizes[-1], sizes[0], sizes[1]):
+        runner(torch.zeros(size, 3, 224, 224))
+    assert made == [*sizes, sizes[1]]  # the first was used again in time, the second had to make room
+    assert len(runner._forwards) == MAX_GRAPHS
+    assert runner.own_bytes == 7 * MAX_GRAPHS
+    runner.release()
+    assert runner.own_bytes == 0
+
+
+class _Zeros:
+    """A runner that costs nothing."""
+
+    takes_uint8, dtype, device, own_bytes = False, torch.float32, torch.device("cpu"), 0
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, images):
+        return torch.zeros(len(images), 10), []
+
+
+def test_given_sets_and_a_watch_run_uncaptured(engine, captured):
+    other, made = captured
+    images = sample_images(2, (224, 224))
+    right, kept = engine(images, return_kept=True)
+    torch.testing.assert_close(other(images, kept=kept), right)
+    seen = []
+    other.runner(images, None, lambda node, out: seen.append(node.name))
+    assert len(seen) == len(engine.graph.nodes)
+    assert made == []
+
+
+def test_several_threads_get_their_own_answers(engine, captured):
+    other, _ = captured
+    images = sample_images(6, (224, 224))
+    right = engine(images)
+    wrong = []
+
+    def work(i):
+        for size in (1, 2):
+            logits = other(images[i : i + size])
+            if (logits - right[i : i + size]).abs().max() > 5e-5:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+class Small:
+    """A GPU with room for so many pictures at a time."""
+
+    def __init__(self, runner, room):
+        self.runner, self.room, self.sizes, self.released = runner, room, [], 0
+
+    def __call__(self, images, kept=None, watch=None, return_kept=True):
+        self.sizes.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.runner(images, kept, watch)
+
+    def release(self):
+        self.released += 1
+
+
+def test_too_little_memory_for_a_batch_takes_fewer_at_a_time(engine):
+    images = sample_images(7, (224, 224))
+    right = engine(images)
+    engine.runner = small = Small(engine.runner, 2)
+    torch.testing.assert_close(engine(images), right, atol=5e-5, rtol=0)
+    assert small.sizes == [7, 4, 2, 2, 2, 1]
+    assert small.released == 2
+    engine(images)
+    assert small.sizes[6:] == [2, 2, 2, 1]  # it remembers
+
+
+def test_too_little_memory_for_one_picture_is_said(engine):
+    engine.runner = Small(engine.runner, 0)
+    with pytest.raises(MemoryError, match="not one picture of 224x224 fits in what is free on cpu"):
+        engine(sample_images(2, (224, 224)))

@@ -1,0 +1,115 @@
+"""The op linear: its reference against float64, bad input, the compiler."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dvit_infer.ops.linear import ACTIVATIONS, linear, row_sums
+
+
+def make_linear(dim_in, dim_out, dtype=torch.float32, seed=0):
+    """weight (K, C), bias (K,), in dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(dim_out, dim_in, generator=generator) / dim_in**0.5
+    return weight.to(dtype), torch.randn(dim_out, generator=generator).to(dtype)
+
+
+def make_rows(*shape, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * 2 + 0.5).to(dtype)
+
+
+def exact_linear(x, weight, bias=None, residual=None, norm=False, eps=1e-5, activation="none"):
+    """What the op approximates, in float64 on the CPU."""
+    x, weight = x.cpu().double(), weight.cpu().double()
+    y = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps) if norm else x, weight)
+    y = y if bias is None else y + bias.cpu().double()
+    y = y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else y + residual.cpu().double()
+
+
+def exact_stats(y, block):
+    """Mean and sum of squared deviations by blocks of columns, in float64."""
+    parts = y.cpu().double().reshape(-1, y.shape[-1] // block, block)
+    mean = parts.mean(dim=2)
+    return torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_reference(norm, activation):
+    x, (weight, bias), residual = make_rows(2, 5, 48), make_linear(48, 64), make_rows(2, 5, 64)
+    y, stats = linear(x, weight, bias, residual, row_sums(weight) if norm else None, None, 1e-6, activation, 32)
+    right = exact_linear(x, weight, bias, residual, norm, 1e-6, activation)
+    assert (y - right).abs().max() <= 1e-5
+    torch.testing.assert_close(stats, exact_stats(y, 32).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_result_dtype_and_no_statistics():
+    x, (weight, bias) = make_rows(3, 48, dtype=torch.bfloat16), make_linear(48, 10, torch.bfloat16)
+    y, stats = linear(x, weight, bias, out_dtype=torch.float32)
+    assert (y.dtype, y.shape, stats.numel()) == (torch.float32, (3, 10), 0)
+    assert linear(x, weight)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("x is", {"x": torch.zeros(3, 48, dtype=torch.int64)}),
+        ("weight is", {"weight": torch.zeros(10, 47)}),
+        ("weight is", {"weight": torch.zeros(10, 48, dtype=torch.float16)}),
+        ("bias is", {"bias": torch.zeros(48)}),
+        ("weight_sum is", {"weight_sum": torch.zeros(1, 10)}),
+        ("residual has", {"residual": torch.zeros(3, 48)}),
+        ("stats is", {"stats": torch.zeros(3, 2)}),
+        ("stats has", {"stats": torch.zeros(2, 1, 2)}),
+        ("stats has", {"stats": torch.zeros(3, 5, 2)}),
+        ("weight is on meta", {"weight": torch.zeros(10, 48, device="meta")}),
+        ("activation 'relu'", {"activation": "relu"}),
+        ("stats_block 3", {"stats_block": 3}),
+        ("stats_block -5", {"stats_block": -5}),
+    ],
+)
+def test_bad_input(what, change):
+    good = {"x": torch.zeros(3, 48), "weight": torch.zeros(10, 48)}
+    with pytest.raises(ValueError, match=f"^linear: {what}"):
+        linear(**(good | change))
+
+
+@pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 3, 48), (0, 48)])
+@pytest.mark.parametrize(
+    "named",
+    [{}, {"activation": "gelu_tanh", "stats_block": 32}, {"out_dtype": torch.float32}],
+    ids=["plain", "gelu-stats", "float32"],
+)
+def test_opcheck(shape, named):
+    dtype = torch.bfloat16 if "out_dtype" in named else torch.float32
+    x, (weight, bias) = make_rows(*shape, dtype=dtype), make_linear(48, 64, dtype)
+    sums = row_sums(weight)
+    torch.library.opcheck(torch.ops.dvit.linear.default, (x, weight, bias, None, sums), named)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        weight, bias = make_linear(48, 48)
+        self.weight, self.bias = torch.nn.Parameter(weight, False), torch.nn.Parameter(bias, False)
+
+    def forward(self, x):
+        y, stats = linear(x, self.weight, self.bias, x, stats_block=16)
+        return linear(y, self.weight, None, None, row_sums(self.weight), stats, activation="gelu")[0]
+
+
+def test_compile_and_export():
+    layer, x = Layer(), make_rows(2, 5, 48)
+    right = layer(x)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), right)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    assert torch.equal(exported.module()(x), right)
+    assert torch.equal(exported.module()(make_rows(7, 5, 48)), layer(make_rows(7, 5, 48)))
+
+
+def test_there_is_no_gradient():
+    x, (weight, _) = make_rows(3, 48).requires_grad_(), make_linear(48, 10)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        linear(x, weight)[0].sum().backward()

@@ -1,0 +1,182 @@
+"""The Triton launch of linear: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+import itertools
+
+import pytest
+import torch
+from dvit_kernels.linear import (
+    FLOAT32_TILE,
+    TILES,
+    LinearTile,
+    default_stats_block,
+    default_tile,
+    launch_linear,
+    linear_launch,
+)
+from kernel_helpers import WHERE, rms, run_guarded
+from test_linear import exact_linear, exact_stats, make_linear, make_rows
+
+from dvit_infer.ops.linear import ACTIVATIONS, linear_ref, row_sums
+
+# Leading sizes, C, K: tails of rows, columns and inner blocks; one row; one token a picture; more than a tile.
+SHAPES = [((3, 7), 64, 96), ((1, 1), 40, 16), ((5, 1), 72, 33), ((2, 50), 32, 64), ((70,), 144, 65), ((9,), 1, 1)]
+
+
+def check(got, right, plain):
+    assert rms(got.cpu() - right) <= 2 * rms(plain.cpu() - right) + 1e-6
+
+
+@pytest.mark.parametrize(("leading", "dim_in", "dim_out"), SHAPES)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_every_epilogue(device, dtype, leading, dim_in, dim_out):
+    x = make_rows(*leading, dim_in).to(device, dtype)
+    weight, bias = (t.to(device) for t in make_linear(dim_in, dim_out, dtype))
+    residual = make_rows(*leading, dim_out, seed=2).to(device, dtype)
+    ways = itertools.cycle(ACTIVATIONS)
+    for norm, with_bias, with_residual in itertools.product([False, True], repeat=3):
+        given = weight, bias if with_bias else None, residual if with_residual else None
+        sums, activation = row_sums(weight) if norm else None, next(ways)
+        launch, *_ = linear_launch(x, *given, sums, None, 1e-6, activation)
+        y = run_guarded([launch], ["y_ptr"])["y_ptr"]
+        plain, _ = linear_ref(x, *given, sums, None, 1e-6, activation)
+        check(y, exact_linear(x, *given, norm, 1e-6, activation), plain)
+        if dim_in == 1:
+            return  # a row of one channel has no deviation: LayerNorm of it is rounding alone
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_activations_far_out(device, dtype, activation):
+    """GELU of any finite number, and of NaN."""
+    ends = [float("nan"), -60000.0, 60000.0, -100.0, 100.0, -9.0, 9.0, 0.0, -0.0]
+    x = torch.tensor([*ends, *torch.linspace(-6, 6, 53).tolist()]).to(device, dtype)[:, None]
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    y, _ = launch_linear(x, one, activation=activation, out_dtype=torch.float32)
+    right = exact_linear(x, one, activation=activation)
+    torch.testing.assert_close(y.cpu().double(), right, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("tile", [*TILES, FLOAT32_TILE, LinearTile(16, 16, 16, 1, 2)])
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_every_tile_and_its_statistics(device, dtype, tile):
+    """The statistics that one launch leaves are of what it stored, and the next normalises by them."""
+    if dtype == torch.float32 and tile in TILES and device == "cuda":
+        pytest.skip("its registers would spill")
+    dim_out = 2 * tile.block_n
+    x, residual = make_rows(2, 37, 96).to(device, dtype), (make_rows(2, 37, dim_out) + 3).to(device, dtype)
+    weight, bias = (t.to(device) for t in make_linear(96, dim_out, dtype))
+    launch, *_ = linear_launch(x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
+    y, stats = run_guarded([launch], ["y_ptr", "y_stats_ptr"]).values()
+    plain, _ = linear_ref(x, weight, bias, residual)
+    check(y, exact_linear(x, weight, bias, residual), plain)
+    right = exact_stats(y, tile.block_n)
+    assert stats.shape == right.shape == (74, 2, 2)
+    assert rms((stats.cpu() - right) / right) <= 1e-5
+
+    weight, bias = (t.to(device) for t in make_linear(dim_out, 40, dtype))
+    given = weight, bias, None, row_sums(weight)
+    normalised, _ = launch_linear(y, *given, stats, activation="gelu", tile=tile)
+    plain, _ = linear_ref(y, *given, activation="gelu")
+    check(normalised, exact_linear(y, weight, bias, norm=True, activation="gelu"), plain)
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_any_strides(device, dtype):
+    weight, bias = (t.to(device) for t in make_linear(64, 48, dtype))
+    wide = make_rows(6, 11, 128).to(device, dtype)
+    for x in (
+        wide[::2, :, :64],
+        wide[:, ::2, 64:],
+        wide[:, :1, :64],  # one row a picture, as a class token
+        wide.transpose(0, 1)[:5, :, 1:65],
+        wide[..., ::2],
+        wide[:1, :, :64].expand(3, -1, -1),
+        wide[0, :, :64],
+        wide[0, 0, :64],
+        wide.view(2, 3, 11, 128)[:, 1:, :, :64],
+    ):
+        given = weight, bias, x[..., :48], row_sums(weight)
+        y, stats = launch_linear(x, *given, stats_block=0)
+        right, _ = launch_linear(x.contiguous(), weight, bias, x[..., :48].contiguous(), row_sums(weight))
+        assert torch.equal(y, right)
+        assert y.is_contiguous()
+        assert stats.numel() == 0
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_a_row_does_not_feel_its_neighbours(device, dtype):
+    """Neither NaN in another row of the tile, nor what stands in memory around x."""
+    weight, bias = (t.to(device) for t in make_linear(40, 48, dtype))
+    memory = torch.full((3, 9, 80), float("nan")).to(device, dtype)
+    x = memory[:, 1:8, 20:60].copy_(make_rows(3, 7, 40))
+    given = weight, bias, None, row_sums(weight)
+    right, _ = launch_linear(x.clone(), *given, activation="gelu_tanh")
+    assert torch.equal(launch_linear(x, *given, activation="gelu_tanh")[0], right)
+    x[1, 3, 5] = float("nan")
+    y, _ = launch_linear(x, *given, activation="gelu_tanh")
+    assert y[1, 3].isnan().all()
+    y[1, 3] = right[1, 3]
+    assert torch.equal(y, right)
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_rows_far_from_zero(device, dtype):
+    """The folded LayerNorm subtracts a mean that dwarfs the deviations; rounding counts mean/std times."""
+    x = (make_rows(9, 64) + 50).to(device, dtype)
+    weight, bias = (t.to(device) for t in make_linear(64, 48, dtype))
+    given = weight, bias, None, row_sums(weight)
+    y, _ = launch_linear(x, *given)
+    right = exact_linear(x, weight, bias, norm=True)
+    plain, _ = linear_ref(x, *given)
+    amplified = 25 * torch.finfo(torch.float32).eps * 8  # mean/std, float32 products, their sums
+    assert rms(y.cpu() - right) <= 2 * rms(plain.cpu() - right) + amplified
+
+
+def test_tiles_chosen_by_default():
+    half = torch.bfloat16
+    assert default_tile(50432, 1152, half) == TILES[0]
+    assert default_tile(197, 384, half) == TILES[-1]
+    assert default_tile(197, 384, torch.float32) == FLOAT32_TILE
+    assert default_tile(50432, 384, half, stats_block=64).block_n == 64
+    assert [default_stats_block(50432, dim, half) for dim in (384, 768, 192, 240, 10)] == [128, 128, 64, 0, 0]
+    assert default_stats_block(197, 384, half) == 32
+    with pytest.raises(ValueError, match="stats_block 48"):
+        default_tile(197, 384, half, stats_block=48)
+
+
+def test_no_rows():
+    weight, bias = make_linear(64, 48)
+    y, stats = launch_linear(torch.zeros(0, 7, 64), weight, bias, stats_block=32, tile=LinearTile(32, 32, 16, 4, 2))
+    assert (y.shape, stats.shape) == ((0, 7, 48), (0, 1, 2))
+
+
+# Rows, C, K, and what surrounds them: DeiT-S at batch 256, DeiT-B, a class token's row, LV-ViT's auxiliary head.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "dim_in", "dim_out", "norm", "activation", "residual"),
+    [
+        (50432, 384, 1152, True, "none", False),
+        (50432, 384, 1536, True, "gelu_tanh", False),
+        (17408, 1536, 384, False, "none", True),
+        (24832, 768, 3072, True, "gelu_poly", False),
+        (35328, 3072, 768, False, "none", True),
+        (256, 384, 1000, True, "none", False),
+        (197, 384, 1152, True, "none", False),
+        (68, 1536, 384, False, "none", True),
+        (1, 768, 768, False, "none", True),
+    ],
+)
+def test_shapes_of_the_models(rows, dim_in, dim_out, norm, activation, residual, dtype):
+    x = make_rows(rows, dim_in).to("cuda", dtype)
+    weight, bias = (t.cuda() for t in make_linear(dim_in, dim_out, dtype))
+    other = make_rows(rows, dim_out, seed=2).to("cuda", dtype) if residual else None
+    given = weight, bias, other, row_sums(weight) if norm else None
+    y, _ = launch_linear(x, *given, None, 1e-6, activation)
+    plain, _ = linear_ref(x, *given, None, 1e-6, activation)
+    some = torch.arange(0, rows, max(1, rows // 997))
+    right = exact_linear(x[some], weight, bias, None if other is None else other[some], norm, 1e-6, activation)
+    check(y[some.cuda()], right, plain[some.cuda()])
+    assert torch.isfinite(y).all()
+    again, _ = launch_linear(x, *given, None, 1e-6, activation)
+    assert torch.equal(again, y)

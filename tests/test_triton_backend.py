@@ -1,0 +1,99 @@
+"""The Triton backend: whole golden models through the kernels, in Triton's interpreter where there is no GPU."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from golden_cases import answers, official_checkpoint, options, pictures, same_kept
+
+import dvit_infer as dvit
+from dvit_infer.backends.triton import TritonRunner
+from dvit_infer.graph import build_graph
+from dvit_infer.ops.choices import Choices, using
+
+TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
+TINY = "tiny-deit-r0.7-s1"
+
+
+def converted(case_id, dtype="float32", **more):
+    """An engine on the CPU with the Triton backend."""
+    engine = dvit.convert(official_checkpoint(case_id), device="cpu", dtype=dtype, **options(case_id) | more)
+    with using(TRITON):
+        engine.runner = TritonRunner(engine.graph)
+    return engine
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("choices", [TRITON, PYTORCH], ids=["kernels", "pytorch"])
+@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-deit-r0.7-s41-tame", "tiny-lvvit-r0.7-s1"])
+def test_agrees_with_the_golden_case(case_id, choices):
+    engine, (right, right_kept, margin) = converted(case_id), answers(case_id)
+    with using(choices):
+        logits, kept = engine(pictures(case_id), return_kept=True)
+    assert logits.dtype == torch.float32
+    assert (logits - right).abs().max() < 2e-5
+    assert same_kept(kept, right_kept, margin)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
+def test_float16_strays_no_further_than_plain_pytorch(case_id):
+    checkpoint, images = official_checkpoint(case_id), pictures(case_id)
+    reference = dvit.load_reference(checkpoint, **options(case_id))
+    right, kept = reference(images, return_kept=True)
+    plain = reference.half()(images.half(), kept=kept).float()
+    with using(TRITON):
+        logits = converted(case_id, "float16")(images, kept=kept)
+    assert (logits - right).square().mean().sqrt() <= 2 * (plain - right).square().mean().sqrt()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
+def test_uint8_is_normalised_inside(case_id):
+    engine = converted(case_id)
+    raw = (pictures(case_id)[:1] * 60 + 120).clamp(0, 255).to(torch.uint8)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (engine.config.mean, engine.config.std))
+    with using(TRITON):
+        assert torch.allclose(engine(raw), engine((raw / 255 - mean) / std), atol=1e-5)
+        nhwc = raw.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        assert torch.equal(engine(nhwc), engine(raw))
+
+
+def test_every_nodes_output_can_be_watched():
+    """And equals that of the PyTorch backend: statistics that travel with the rows belong to these rows."""
+    engine = converted(TINY)
+    plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
+    seen, right = {}, {}
+    with using(PYTORCH):
+        _, kept = plain.runner(pictures(TINY), None, lambda node, out: right.update({node.name: out.clone()}))
+        engine.runner(pictures(TINY), kept, lambda node, out: seen.update({node.name: out.clone()}))
+    assert seen.keys() == right.keys()
+    for name, out in right.items():
+        torch.testing.assert_close(seen[name], out, atol=2e-5, rtol=1e-4)
+
+
+def test_distillation_token_and_dense():
+    checkpoint = official_checkpoint("timm-deit_small_distilled_patch16_224")
+    engine = dvit.convert(checkpoint, device="cpu")
+    images = pictures("timm-deit_small_distilled_patch16_224")[:1]
+    with using(PYTORCH):
+        logits = TritonRunner(engine.graph)(images)[0]
+    assert (logits - engine(images)).abs().max() < 2e-5
+
+
+def test_an_unfolded_graph_is_refused():
+    reference = dvit.load_reference(official_checkpoint(TINY), **options(TINY))
+    config = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY)).config
+    with using(TRITON), pytest.raises(ValueError, match=r"blocks\.0\.attn is not folded"):
+        TritonRunner(build_graph(reference, config))
+
+
+def test_a_runner_can_be_copied_and_pickled():
+    with using(PYTORCH):
+        runner = converted(TINY).runner
+        images = pictures(TINY)[:1]
+        right = runner(images)[0]
+        for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
+            assert torch.equal(other(images)[0], right)
+    assert runner.own_bytes > 0
