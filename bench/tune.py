@@ -22,12 +22,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from dvit_infer.ops.attention import attention
 from dvit_kernels.attention import AttentionTile, launch_attention
 from dvit_kernels.attention import default_tile as default_attention_tile
 from dvit_kernels.linear import TILES, LinearTile, default_stats_block, default_tile, launch_linear
+from dvit_kernels.linear_tma import PAIRED, PREFETCHING
 from launches import copies, microseconds
 
+from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import Choices, using
 from dvit_infer.ops.linear import does_what, linear, row_sums
 from dvit_infer.tables import table
@@ -44,7 +45,12 @@ MORE_TILES = (
     LinearTile(64, 256, 64, 8, 3),
     LinearTile(16, 64, 128, 4, 4),
     LinearTile(32, 32, 128, 4, 4),
+    LinearTile(128, 128, 64, 8, 3, PREFETCHING),
+    LinearTile(128, 128, 64, 8, 4, PREFETCHING),
+    LinearTile(128, 256, 64, 8, 3, PREFETCHING),
+    LinearTile(128, 128, 64, 8, 3, PAIRED),
 )
+MANY_ROWS = 4096  # from here on programs may stay for several tiles
 # Channels, heads, hidden channels of DeiT-S, DeiT-B, LV-ViT-S; tokens of the stages with the class token.
 MODELS = {"S": (384, 6, 1536), "B": (768, 12, 3072), "LV-S": (384, 6, 1152)}
 TOKENS = (197, 138, 97, 68)
@@ -74,7 +80,7 @@ class Linear:
 
 
 def linears(dtype: torch.dtype, dry: bool) -> Iterator[Linear]:
-    models = {"tiny": (32, 1, 64)} if dry else MODELS
+    models = {"tiny": (64, 1, 128)} if dry else MODELS
     sizes = [2 * 5] if dry else [b * n for b in BATCHES for n in (TOKENS if b == 256 else (197, 97))]
     found: dict[Linear, None] = {}
     for rows in sizes:
@@ -90,11 +96,12 @@ def linears(dtype: torch.dtype, dry: bool) -> Iterator[Linear]:
 
 
 def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTile]:
-    """The default's first; no tile that would mostly be empty."""
+    """The default's first; no tile that would mostly be empty, none by TMA where the plain kernel would stand in."""
+    by_tma = shape.rows >= MANY_ROWS and dtype != torch.float32
     first = default_tile(shape.rows, shape.dim_out, dtype)
     if shape.residual and shape.dim_out % first.block_n:
         first = default_tile(shape.rows, shape.dim_out, dtype, default_stats_block(shape.rows, shape.dim_out, dtype))
-    others = [t for t in (*TILES, *MORE_TILES) if t != first and t.block_m <= 2 * shape.rows]
+    others = [t for t in (*TILES, *MORE_TILES) if t != first and t.block_m <= 2 * shape.rows and (by_tma or not t.tma)]
     return [first, *(t for t in others[: 1 if dry else None] if shape.dim_out % t.block_n == 0)]
 
 

@@ -56,4 +56,4 @@ def __dir__() -> list[str]:
 
 
 if "torch" in sys.modules:  # then torch.ops.dvit is there at once, as for a loaded program that calls it
-    importlib.import_module(f"{__name__}.ops.prune_tokens")
+    importlib.import_module(f"{__name__}.ops")

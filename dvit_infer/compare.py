@@ -124,6 +124,8 @@ class Comparison:
             images = images.to(self.device, self.dtype)
             with torch.no_grad():
                 calls = {name: _bound(way.call, images) for name, way in self._ways.items()}
+                if "compile" in calls:
+                    _compiles(calls["compile"])
                 timings = interleave(calls, self.device, seconds, progress)
                 rows = [self._row(name, batch, timings, call().float(), right) for name, call in calls.items()]
         except (MemoryError, RuntimeError) as error:
@@ -157,6 +159,17 @@ class Comparison:
             baseline=self.baseline,
             speedup=timing.speedup_over(timings[self.baseline]),
         )
+
+
+def _compiles(call: Callable[[], torch.Tensor]) -> None:
+    """The first call, which compiles. Raises InputError where torch.compile cannot."""
+    try:
+        call()
+    except Exception as error:  # of whatever kind its compilers raise
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"compare: torch.compile cannot run the reference here: {why[0]}") from None
 
 
 def _mib(tensors: Iterable[torch.Tensor]) -> float:

@@ -1,5 +1,7 @@
 """Where and in what an engine runs."""
 
+import re
+
 import torch
 
 from dvit_infer.errors import InputError
@@ -9,6 +11,11 @@ from dvit_infer.errors import InputError
 # For CUDA nothing has been measured yet.
 CHUNK = {"cpu": 16, "cuda": 256}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def slug(name: str) -> str:
+    """A processor's name as a file's: 'NVIDIA H200' becomes h200."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.removeprefix("NVIDIA ").lower())).strip("-")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvit_infer.devices import slug
 from dvit_infer.files import whole_file
 
 WARM_UP_S = 0.5  # for every call, at least twice
@@ -156,8 +157,7 @@ def environment() -> dict[str, str | None]:
 
 def machine_name(gpu: str | None) -> str:
     """A short name that may be a folder's: of the GPU, else of the CPU and its threads."""
-    name = gpu.removeprefix("NVIDIA ") if gpu else f"{_cpu()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.lower())).strip("-")
+    return slug(gpu or f"{_cpu()} {torch.get_num_threads()} threads")
 
 
 def _cpu() -> str:

@@ -20,10 +20,11 @@ from dvit_kernels.launch import Launch
 from shapes import launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TABLE = Path(__file__).with_name("AOT.md")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-PROGRAMMATIC = 90  # the first with programmatic dependent launch
+HOPPER = 90  # the first with programmatic dependent launch, and with tensor descriptors
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 27
 NAMES = {
     torch.float32: "fp32",
@@ -45,6 +46,8 @@ def source(launch: Launch) -> ASTSource:
         divisible = isinstance(value, torch.Tensor)
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, int):
@@ -60,13 +63,20 @@ def source(launch: Launch) -> ASTSource:
 def name(launch: Launch) -> str:
     """A line of the table: kernel, dtypes of its matrices, tensors it has to do without, constants."""
     given = launch.arguments
-    matrices = [v for v in given.values() if isinstance(v, torch.Tensor) and v.ndim > 1]
+    tensors = (v.base if isinstance(v, TensorDescriptor) else v for v in given.values())
+    matrices = [v for v in tensors if isinstance(v, torch.Tensor) and v.ndim > 1]
     dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
     without = [f"no-{p.name.removesuffix('_ptr')}" for p in launch.kernel.params if given[p.name] is None]
     constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
     values = [f"{c}={given[c]}" for c in constants] + ["PDL"] * bool(given["PDL"])
     words = [launch.kernel.__name__, *dtypes, *without, *values]
     return " ".join([*words, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
+
+
+def runs_on(launch: Launch, capability: int) -> bool:
+    """Whether it would be launched there: what needs Hopper is not before it."""
+    given = launch.arguments
+    return capability >= HOPPER or not (given["PDL"] or any(isinstance(v, TensorDescriptor) for v in given.values()))
 
 
 class Usage(NamedTuple):
@@ -139,7 +149,7 @@ def main() -> int:
             (line, capability)
             for line, launch in distinct().items()
             for capability in SHARED_LIMIT
-            if capability >= PROGRAMMATIC or not launch.arguments["PDL"]
+            if runs_on(launch, capability)
         ]
         for done, (line, capability, result) in enumerate(pool.map(measured, *zip(*jobs, strict=True)), start=1):
             if sys.stderr.isatty():

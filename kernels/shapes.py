@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from dvit_kernels.launch import Launch
+from dvit_kernels.attention import attention_launch
+from dvit_kernels.launch import Launch, programmatic_launches
 from dvit_kernels.layer_norm import layer_norm_launch, row_stats_launch
-from dvit_kernels.linear import default_stats_block, linear_launch
+from dvit_kernels.linear import LinearTile, default_stats_block, linear_launch
+from dvit_kernels.linear_tma import PAIRED, PREFETCHING
 from dvit_kernels.patch_embedding import patch_embedding_launch
 from dvit_kernels.prune_tokens import prune_tokens_launches
 
@@ -59,6 +61,26 @@ def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launc
     yield from (normalised(hidden, True, ACTIVATION[dtype]), added(hidden))
 
 
+def linear_tma(rows: int, c: int, hidden: int) -> Iterator[Launch]:
+    """The linears of a block by TMA: with each way of its kernel, in tiles whose registers hold what is left of it."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def normalised(dim_out: int, activation: str, tile: LinearTile) -> Launch:
+        given = empty(dim_out, c), empty(dim_out), None, empty(dim_out, dtype=torch.float32)
+        stats = empty(rows, c // 128, 2, dtype=torch.float32)
+        return linear_launch(empty(rows, c), *given, stats, 1e-6, activation, tile=tile)[0]
+
+    def added(tile: LinearTile) -> Launch:
+        given = empty(rows, hidden), empty(c, hidden), empty(c), empty(rows, c)
+        return linear_launch(*given, stats_block=tile.block_n, tile=tile)[0]
+
+    yield normalised(3 * c, "none", LinearTile(128, 128, 64, 8, 4, PREFETCHING))
+    yield normalised(hidden, "gelu_tanh", LinearTile(128, 128, 64, 8, 3, PAIRED))
+    yield added(LinearTile(128, 128, 64, 8, 4, PREFETCHING))
+
+
 def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
     """What only the class token goes through: its queries, out of all tokens, and the head."""
     x = torch.empty(batch, 68, c, dtype=dtype, device="meta")[:, :1]
@@ -82,13 +104,31 @@ def patch_embedding() -> Iterator[Launch]:
     yield patch_embedding_launch(stem, weight, table, 8, True)[0]
 
 
+def attention() -> Iterator[Launch]:
+    """Every length of the models, the class token alone, other head sizes and dtypes, hidden keys, ragged batches."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    of_models = [(n, n, 64, bf16) for n in (197, 138, 97, 68, 577, 1025)] + [(1, n, 64, bf16) for n in (197, 68)]
+    other_heads = [(197, 197, d, bf16) for d in (32, 48, 60, 72, 80, 88, 96, 104, 128)] + [(577, 577, 128, bf16)]
+    other_dtypes = [(197, 197, 64, f16), (197, 197, 64, f32), (197, 197, 128, f32)]
+    for m, n, head_dim, dtype in (*of_models, *other_heads, *other_dtypes):
+        q, k, v = torch.empty(256, n, 3, 6, head_dim, dtype=dtype, device="meta").unbind(2)
+        yield attention_launch(q[:, :m], k, v, 0.125)[0]
+    qkv = torch.empty(256, 197, 3, 6, 64, dtype=bf16, device="meta")
+    yield attention_launch(*qkv.unbind(2), 0.125, torch.empty(256, 197, device="meta"))[0]
+    ends = torch.empty(257, dtype=torch.int32, device="meta")
+    yield attention_launch(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)[0]
+
+
 def launches() -> Iterator[Launch]:
-    """The launches that the models make at batch 1 and 256; in float16 and float32, of their first stage."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    """What the models launch at batch 1 and 256 in bfloat16; in float16 and float32, of DeiT-S and DeiT-B alone."""
+    for batch in (1, 256):
         for c, stages in MODELS:
-            for batch in (1, 256):
-                for n, num_keep in stages if dtype == torch.bfloat16 else stages[:1]:
-                    yield from prune_tokens(batch, n, c, num_keep, dtype)
+            for n, num_keep in stages:
+                yield from prune_tokens(batch, n, c, num_keep, torch.bfloat16)
+        n, num_keep = STAGES_224[0]
+        for dtype in (torch.float16, torch.float32):
+            for c in (384, 768):
+                yield from prune_tokens(batch, n, c, num_keep, dtype)
     yield from layer_norm()
     for batch, n, c, ratio in ((256, 197, 384, 4), (1, 197, 384, 4), (256, 197, 768, 4), (1, 68, 768, 4)):
         yield from linear(batch * n, c, ratio * c, torch.bfloat16)
@@ -96,6 +136,13 @@ def launches() -> Iterator[Launch]:
         yield from linear(256 * 197, c, ratio * c, torch.bfloat16)
     yield from linear(256 * 197, 384, 1536, torch.float16)
     yield from linear(256 * 197, 384, 1536, torch.float32)
+    yield from linear_tma(256 * 197, 384, 1536)
     yield from class_row(256, 384, torch.bfloat16)
     yield from class_row(1, 384, torch.bfloat16)
     yield from patch_embedding()
+    yield from attention()
+    with programmatic_launches(True):
+        yield from prune_tokens(1, 196, 384, 137, torch.bfloat16)
+        yield from linear(197, 384, 1536, torch.bfloat16)
+        qkv = torch.empty(1, 197, 3, 6, 64, dtype=torch.bfloat16, device="meta")
+        yield attention_launch(*qkv.unbind(2), 0.125)[0]

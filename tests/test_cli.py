@@ -127,6 +127,22 @@ def test_bench_of_a_dense_model_and_of_chosen_rows(tmp_path, capsys, monkeypatch
     assert [(row["how"], row["baseline"]) for row in rows] == [("dense", "dense"), ("engine", "dense")]
 
 
+def test_bench_against_the_compiled_reference(checkpoint, capsys, monkeypatch):
+    """torch.compile itself needs a C++ compiler and a minute: here it gives the model back."""
+    monkeypatch.setattr(bench, "SECONDS", 0.1)
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: modes.append(mode) or model)
+    assert convert.main([str(checkpoint), *TINY, "--no-verify"]) == 0
+    argv = ["tiny.dvit.safetensors", "--device", "cpu", "--batch", "2", "--compare", "compile", "--json", "c.json"]
+    assert bench.main(argv) == 0
+    assert "compile (default)" in capsys.readouterr().out
+    rows = json.loads(Path("c.json").read_text())["rows"]
+    assert [(row["how"], row["mode"]) for row in rows] == [("compile", "default"), ("engine", None)]
+    assert rows[0]["gflops"] > rows[1]["gflops"]
+    assert all(row["max_logit_error"] < 1e-4 for row in rows)
+    assert modes == ["default"]
+
+
 def test_what_a_file_says_is_printed_as_it_is(capsys, tmp_path):
     args = {"num_heads": 2, "model": "[bold]deit[/b] :smile: \x1b[31m"}
     torch.save({"model": state_dict("tiny-deit", 1), "args": args}, tmp_path / "odd.pth")

@@ -12,6 +12,7 @@ from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.graph import build_graph
 from dvit_infer.ops.choices import Choices, using
 
+pytestmark = pytest.mark.interpreter
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
 TINY = "tiny-deit-r0.7-s1"
 
@@ -24,22 +25,24 @@ def converted(case_id, dtype="float32", **more):
     return engine
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("choices", [TRITON, PYTORCH], ids=["kernels", "pytorch"])
-@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-deit-r0.7-s41-tame", "tiny-lvvit-r0.7-s1"])
+@pytest.mark.parametrize(
+    ("case_id", "choices"),
+    [(TINY, TRITON), ("tiny-lvvit-r0.7-s1", TRITON), ("tiny-deit-r0.7-s41-tame", PYTORCH)],
+    ids=["deit-kernels", "lvvit-kernels", "deit-pytorch"],
+)
 def test_agrees_with_the_golden_case(case_id, choices):
     engine, (right, right_kept, margin) = converted(case_id), answers(case_id)
+    count = 1 if choices is TRITON else len(right)  # the interpreter is slow
     with using(choices):
-        logits, kept = engine(pictures(case_id), return_kept=True)
+        logits, kept = engine(pictures(case_id)[:count], return_kept=True)
     assert logits.dtype == torch.float32
-    assert (logits - right).abs().max() < 2e-5
-    assert same_kept(kept, right_kept, margin)
+    assert (logits - right[:count]).abs().max() < 2e-5
+    assert same_kept(kept, [stage[:count] for stage in right_kept], margin[:count])
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
+@pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
 def test_float16_strays_no_further_than_plain_pytorch(case_id):
-    checkpoint, images = official_checkpoint(case_id), pictures(case_id)
+    checkpoint, images = official_checkpoint(case_id), pictures(case_id)[:1]
     reference = dvit.load_reference(checkpoint, **options(case_id))
     right, kept = reference(images, return_kept=True)
     plain = reference.half()(images.half(), kept=kept).float()
@@ -48,13 +51,12 @@ def test_float16_strays_no_further_than_plain_pytorch(case_id):
     assert (logits - right).square().mean().sqrt() <= 2 * (plain - right).square().mean().sqrt()
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
+@pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
 def test_uint8_is_normalised_inside(case_id):
     engine = converted(case_id)
     raw = (pictures(case_id)[:1] * 60 + 120).clamp(0, 255).to(torch.uint8)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (engine.config.mean, engine.config.std))
-    with using(TRITON):
+    with using(PYTORCH):  # the patch embedding is a kernel in any case
         assert torch.allclose(engine(raw), engine((raw / 255 - mean) / std), atol=1e-5)
         nhwc = raw.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         assert torch.equal(engine(nhwc), engine(raw))

@@ -29,6 +29,22 @@ class Forward(Protocol):
     def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers: ...
 
 
+class _Shared:
+    """What captured forwards of one runner share, as one at a time runs and its answers are copied out before the next.
+
+    Attributes:
+        stream, beside: where they are captured, and the second of two branches.
+        pool: memory of whatever is neither pictures nor answers.
+        free: recorded when that memory may be written again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.beside: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.free: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+
+
 class CapturedForward:
     """One CUDA graph of a runner's forward.
 
@@ -36,32 +52,29 @@ class CapturedForward:
         runner: what runs when it is captured.
         batch: pictures a replay.
         dtype: of the pictures it takes.
-        stream: where it is captured; it must be idle.
-        pool: memory that graphs share. They may: one at a time runs, and answers are copied out before the next.
+        shared: what the captured forwards of a runner share.
     """
 
-    def __init__(
-        self, runner: TorchRunner, batch: int, dtype: torch.dtype, stream: torch.cuda.Stream, pool: tuple[int, int]
-    ) -> None:
+    def __init__(self, runner: TorchRunner, batch: int, dtype: torch.dtype, shared: "_Shared") -> None:
         reserved = torch.cuda.memory_reserved(runner.device)
         self._images = torch.zeros(batch, 3, *runner.config.image_size, dtype=dtype, device=runner.device)
-        self._free = torch.cuda.Event()  # recorded once the buffers may be written again
-        self._graph = torch.cuda.CUDAGraph()
+        self._shared, self._graph, stream = shared, torch.cuda.CUDAGraph(), shared.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._run(runner, batch, stream)  # kernels are compiled and libraries set up before the capture
+            self._run(runner, batch)  # kernels are compiled and libraries set up before the capture, and it is
+            # here that a GPU with too little memory says so
         stream.synchronize()
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._logits, self._chosen = self._run(runner, batch, stream)
+        with torch.cuda.graph(self._graph, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
+            self._logits, self._chosen = self._run(runner, batch)
         self.own_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
 
-    def _run(self, runner: TorchRunner, batch: int, stream: torch.cuda.Stream) -> Answers:
+    def _run(self, runner: TorchRunner, batch: int) -> Answers:
         with _programmatic(runner.device):
             first = choices_for(runner.device).two_branches_from
             if first is None or batch < max(2, first):
                 return runner(self._images)
             # Two halves side by side: where one has too few tiles left for all multiprocessors, the other fills them.
-            beside = torch.cuda.Stream(runner.device)
+            stream, beside = self._shared.stream, self._shared.beside
             beside.wait_stream(stream)
             with torch.cuda.stream(beside):
                 logits, chosen = runner(self._images[batch // 2 :])
@@ -73,12 +86,12 @@ class CapturedForward:
     def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers:
         """Answers for the pictures, on the current stream. One thread at a time."""
         stream, count = torch.cuda.current_stream(), len(images)
-        stream.wait_event(self._free)  # an earlier call may have been on another stream
+        stream.wait_event(self._shared.free)  # an earlier call may have been on another stream
         self._images[:count].copy_(images)
         self._graph.replay()
         logits = self._logits[:count].clone()
         chosen = [stage[:count].clone() for stage in self._chosen] if return_kept else []
-        self._free.record(stream)
+        self._shared.free.record(stream)
         return logits, chosen
 
 
@@ -110,8 +123,7 @@ class CapturedRunner:
         self._capture = capture or self._captured
         self._forwards: OrderedDict[tuple[int, torch.dtype], Forward] = OrderedDict()
         self._lock = threading.Lock()
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._shared: _Shared | None = None
 
     def __reduce__(self) -> tuple[type["CapturedRunner"], tuple[TorchRunner]]:
         return CapturedRunner, (self.runner,)
@@ -149,9 +161,9 @@ class CapturedRunner:
         return self._forwards[key]
 
     def _captured(self, batch: int, dtype: torch.dtype) -> Forward:
-        if self._stream is None or self._pool is None:
-            self._stream, self._pool = torch.cuda.Stream(self.runner.device), torch.cuda.graph_pool_handle()
-        return CapturedForward(self.runner, batch, dtype, self._stream, self._pool)
+        if self._shared is None or not self._forwards:  # a pool does not outlive its last graph
+            self._shared = _Shared(self.runner.device)
+        return CapturedForward(self.runner, batch, dtype, self._shared)
 
     def _drop(self, key: tuple[int, torch.dtype]) -> None:
         if self.runner.device.type == "cuda":

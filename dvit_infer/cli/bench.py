@@ -23,7 +23,9 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
     parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
-    parser.add_argument("--compare", metavar="NAME[,NAME...]", help="default: reference,dense")
+    parser.add_argument(
+        "--compare", metavar="NAME[,NAME...]", help="of reference, dense, compile; default: reference,dense"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     return parser
 
@@ -73,7 +75,7 @@ def _table(rows: "Sequence[Row]") -> str:
     cells = [
         (
             str(row.batch),
-            row.how,
+            row.how if row.mode is None else f"{row.how} ({row.mode})",
             f"{row.images_per_s:.1f}",
             f"{row.p50_ms:.2f}",
             f"{row.p99_ms:.2f}",

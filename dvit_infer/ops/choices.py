@@ -1,4 +1,4 @@
-"""Which way an op goes on a GPU: what was measured there, in choices/<gpu>.json, or else a safe default.
+"""Which way an op goes on a GPU: what was measured there, in measured/<gpu>.json, or else a safe default.
 
 A file holds, beside where it was measured, rows such as
 
@@ -16,7 +16,6 @@ import functools
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,9 +24,11 @@ from typing import Any
 
 import torch
 
+from dvit_infer.devices import slug
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
-FOLDER = Path(__file__).with_name("choices")
+FOLDER = Path(__file__).with_name("measured")
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,6 @@ def runs_triton(device: torch.device) -> bool:
     if device.type != "cuda":
         return _given.get() is not None
     return HAS_TRITON and _is_recent(device)
-
-
-def slug(gpu: str) -> str:
-    """The name of a GPU as a file's: 'NVIDIA H200' becomes h200."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
 
 
 def read_choices(path: Path) -> Choices:

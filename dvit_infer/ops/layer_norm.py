@@ -66,15 +66,7 @@ torch.library.define(STATS_OP, "(Tensor x) -> Tensor")
 
 
 @torch.library.impl(OP, "CompositeExplicitAutograd")
-def _anywhere(
-    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
-) -> torch.Tensor:
-    _check(x, weight, bias, eps)
-    return layer_norm_ref(x, weight, bias, eps)
-
-
-@torch.library.impl(OP, "CUDA")
-def _on_cuda(
+def _run(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
     _check(x, weight, bias, eps)
@@ -94,13 +86,7 @@ def _fake(
 
 
 @torch.library.impl(STATS_OP, "CompositeExplicitAutograd")
-def _stats_anywhere(x: torch.Tensor) -> torch.Tensor:
-    _check_x("row_stats", x)
-    return row_stats_ref(x)
-
-
-@torch.library.impl(STATS_OP, "CUDA")
-def _stats_on_cuda(x: torch.Tensor) -> torch.Tensor:
+def _run_stats(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
     if how(x.device, x.shape[-1]) == "PyTorch":
         return row_stats_ref(x)

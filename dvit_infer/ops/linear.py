@@ -11,9 +11,12 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
-from dvit_infer.ops.layer_norm import layer_norm
+from dvit_infer.ops.layer_norm import layer_norm, row_stats
 
 OP = "dvit::linear"
+# Rows from which on statistics that no launch has left are found by a launch of their own. Below, a launch costs more
+# than finding them beside the product, once for every block of columns. Derived, not measured yet.
+ROW_STATS_FROM = 4096
 ACTIVATIONS = ("none", "gelu", "gelu_poly", "gelu_tanh")
 
 
@@ -89,11 +92,13 @@ def linear_ref(
     if residual is not None:
         y = y + residual
     y = y.to(out_dtype or x.dtype).contiguous()
-    if not stats_block:
-        return y, y.new_empty(0, dtype=torch.float32)
+    return y, _block_stats(y, stats_block) if stats_block else y.new_empty(0, dtype=torch.float32)
+
+
+def _block_stats(y: torch.Tensor, stats_block: int) -> torch.Tensor:
     parts = y.reshape(-1, y.shape[-1] // stats_block, stats_block).float()
     mean = parts.mean(dim=2)
-    return y, torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
+    return torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
 
 
 class _Call(NamedTuple):
@@ -147,7 +152,8 @@ def choose(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim
     """How a linear of that size goes on that device; `does` is what surrounds it, as `does_what` says."""
     if not runs_triton(device):
         return Choice("pytorch")
-    return choices_for(device).of("linear", dtype, rows, **{"in": dim_in, "out": dim_out, "does": does})
+    kind: dict[str, int | str] = {"in": dim_in, "out": dim_out, "does": does}  # "in" is no name Python takes
+    return choices_for(device).of("linear", dtype, rows, **kind)
 
 
 def free_stats_block(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int) -> int:
@@ -180,17 +186,23 @@ def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _checked(*arguments, **named)
     (dim_out, dim_in), norm = call.weight.shape, call.weight_sum is not None
     does = does_what(norm, call.residual is not None, call.activation)
-    choice = choose(call.x.device, call.x.dtype, call.x.numel() // dim_in, dim_in, dim_out, does)
+    rows = call.x.numel() // dim_in
+    choice = choose(call.x.device, call.x.dtype, rows, dim_in, dim_out, does)
     if choice.by == "pytorch":
         if norm and runs_triton(call.x.device):
             call = call._replace(x=layer_norm(call.x, eps=call.eps), weight_sum=None)
         return linear_ref(*call)
-    from dvit_kernels.linear import LinearTile, launch_linear  # here: Triton takes a while to import
+    from dvit_kernels.linear import LinearTile, launch_linear, stats_blocks  # here: Triton takes a while to import
 
+    if norm and call.stats is None and rows >= ROW_STATS_FROM:
+        call = call._replace(stats=row_stats(call.x))
     tile = LinearTile(*choice.tile) if choice.tile else None
-    if tile and call.stats_block not in (0, tile.block_n):
-        tile = None
-    return launch_linear(*call, tile=tile)
+    if call.stats_block in (0, tile and tile.block_n):
+        return launch_linear(*call, tile=tile)
+    if call.stats_block in stats_blocks(call.x.dtype):
+        return launch_linear(*call)
+    y, _ = launch_linear(*call._replace(stats_block=0), tile=tile)
+    return y, _block_stats(y, call.stats_block)
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]

@@ -134,15 +134,7 @@ torch.library.define(
 
 
 @torch.library.impl(OP, "CompositeExplicitAutograd")
-def _anywhere(
-    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
-) -> torch.Tensor:
-    _check(images, weight, table, patch_size)
-    return patch_embedding_ref(images, weight, table, patch_size, channels_last)
-
-
-@torch.library.impl(OP, "CUDA")
-def _on_cuda(
+def _run(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
     _check(images, weight, table, patch_size)

@@ -28,7 +28,7 @@ class AttentionTile:
     Attributes:
         block_m: queries taken at once.
         chunk_a, chunk_b, chunk_c: keys taken at once, powers of two from 16 up, largest first; 0: there is none. Where
-            they hold all keys there is a single pass, otherwise blocks of `chunk_a` follow each other.
+            they hold all keys there is a single pass, otherwise (and in float32) blocks of `chunk_a` follow each other.
         num_warps, num_stages: as Triton takes them.
         programs: of a single pass, how many share the queries of a head; 0: as many as fill a large GPU.
     """
@@ -41,13 +41,8 @@ class AttentionTile:
     num_stages: int = 1
     programs: int = 0
 
-    def single_pass(self, keys: int) -> bool:
+    def holds(self, keys: int) -> bool:
         return keys <= self.chunk_a + self.chunk_b + self.chunk_c
-
-    def fits(self, keys: int) -> bool:
-        """Whether it is for about so many keys: a single pass without much padding, or blocks of one size."""
-        chunks = self.chunk_a + self.chunk_b + self.chunk_c
-        return chunks < keys + 64 if self.single_pass(keys) else chunks == self.chunk_a
 
 
 def key_chunks(n: int) -> tuple[int, int, int]:
@@ -60,11 +55,12 @@ def key_chunks(n: int) -> tuple[int, int, int]:
 def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> AttentionTile:
     """Unspilled registers (AOT.md); which is best where, only a measurement can say."""
     if dtype == torch.float32:  # products on plain cores, from registers
-        return AttentionTile(16, 16)
-    few = queries <= 16
-    if keys <= SINGLE_PASS_TOKENS and head_dim <= SINGLE_PASS_HEAD and head_dim % 8 == 0:
+        return AttentionTile(16, 32, num_stages=2)
+    few, short, narrow = queries <= 16, keys <= SINGLE_PASS_TOKENS, head_dim <= SINGLE_PASS_HEAD
+    if short and narrow and head_dim % 8 == 0:
         return AttentionTile(16 if few else 64, *key_chunks(keys))
-    return AttentionTile(16 if few else 128, 64, num_warps=4 if few else 8, num_stages=3)
+    block_m, num_warps = (16, 4) if few else (64, 4) if short and narrow else (128, 8)
+    return AttentionTile(block_m, 64, num_warps=num_warps, num_stages=3 if narrow else 2)
 
 
 @triton.jit
@@ -76,7 +72,7 @@ def _program(cu_seqlens_ptr, n_queries, n_heads, programs):
         start = tl.load(cu_seqlens_ptr + at)
         n_queries = tl.load(cu_seqlens_ptr + at + 1) - start
         at = start.to(tl.int64)
-    return program % programs, program // programs % n_heads, at, n_queries
+    return program % programs, (program // programs % n_heads).to(tl.int64), at, n_queries
 
 
 @triton.jit
@@ -99,7 +95,7 @@ def _masked(s, bias_ptr, key, n_keys, factor):
 
 @triton.jit
 def _shift(top, bias_ptr, factor):
-    """What to subtract from exponents: the greatest. Only a bias leaves none but infinite ones; all weights are then 0."""
+    """The greatest exponent, to be subtracted. A bias may leave none but infinite ones: all weights are 0 then."""
     if bias_ptr is not None:
         shift = tl.where(top == float("-inf"), 0.0, top)
     else:
@@ -109,6 +105,7 @@ def _shift(top, bias_ptr, factor):
 
 @triton.jit
 def _weights(s, shift, bias_ptr, factor):
+    """Unless they are exponents already, the scale goes in with the shift: one instruction and an exponential each."""
     if bias_ptr is not None:
         p = tl.math.exp2(s - shift)
     else:
@@ -271,7 +268,7 @@ def _attention_online_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # a power of two from 16 up that holds the keys behind the last whole block
-    SLICE: tl.constexpr,  # channels of a head at a time, 0: all
+    SLICE: tl.constexpr,  # in float32, channels of a head at a time; 0: all
     PDL: tl.constexpr,
 ):
     """A tile of queries, one block of keys after another."""
@@ -308,7 +305,8 @@ def _attention_online_kernel(
         key = whole + tl.arange(0, REST)
         s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
         v = _rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
-        acc, total, top = _add(_masked(s, bias_ptr, key, n_keys, factor), v, acc, total, top, bias_ptr, factor)
+        s = _masked(s, bias_ptr, key, n_keys, factor)
+        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
     _store(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
 
 
@@ -334,7 +332,7 @@ def attention_launch(
     heads, head_dim = q.shape[-2:]
     tile = tile or default_tile(queries, keys, head_dim, q.dtype)
     out = q.new_empty(q.shape)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_addressable(x, max_tokens if ragged else x.shape[1]) for x in (q, k, v))
     strides = [stride for x in (q, k, v, out) for stride in _strides(x)]
     unit = math.gcd(16 // q.element_size(), *strides)
     tiles = triton.cdiv(queries, tile.block_m)
@@ -357,7 +355,7 @@ def attention_launch(
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }
     warps_and_stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.single_pass(keys):
+    if full_rate and tile.holds(keys):
         programs = min(tiles, tile.programs or triton.cdiv(ENOUGH_PROGRAMS, max(1, pictures * heads)))
         chunks = {"CHUNK_A": tile.chunk_a, "CHUNK_B": tile.chunk_b, "CHUNK_C": tile.chunk_c}
         grid = (programs * heads * pictures,)
@@ -374,6 +372,11 @@ def attention_launch(
         **warps_and_stages,
     )
     return launch, out
+
+
+def _addressable(x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """x, or a copy where strides are beyond the kernels: channels apart, or a picture's rows past 32 bits."""
+    return x if x.stride(-1) == 1 and tokens * _strides(x)[1] < 2**31 else x.contiguous()
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -393,7 +396,16 @@ def launch_attention(
     max_tokens: int = 0,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Run `dvit::attention`."""
+    """Run `dvit::attention` as one Triton launch on q's device and its current stream; no gradient, no waiting.
+
+    Arguments and result as `dvit_infer.ops.attention.attention`; heads of 16 to 128 channels, in steps of 4; `tile`
+    fixes the block sizes.
+
+    Raises:
+        ValueError: a head size that the kernels do not take.
+    """
+    if not supports(q.shape[-1]):
+        raise ValueError(f"launch_attention: heads of {q.shape[-1]} channels; 16 to 128 in steps of 4 are supported")
     launch, out = attention_launch(q, k, v, scale, bias, cu_seqlens, max_tokens, tile)
     run([launch], q.device)
     return out

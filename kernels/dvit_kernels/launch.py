@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Programmatic dependent launch: a kernel may start while the one before it on the stream drains (compute capability 9.0
 # and later).
@@ -44,14 +45,14 @@ class Launch:
     Attributes:
         kernel: a `triton.jit` function that begins with `wait_for_inputs(PDL)`.
         grid: programs, along up to three axes.
-        arguments: tensors and numbers by the kernel's own argument names (None where it takes none); its constexpr ones
-            are compiled in.
+        arguments: tensors, descriptors of tensors and numbers by the kernel's own argument names (None where it takes
+            none); its constexpr ones are compiled in.
         num_warps, num_stages: as Triton takes them.
     """
 
     kernel: Any  # Triton's decorator has no types
     grid: tuple[int, ...]
-    arguments: dict[str, torch.Tensor | int | float | str | None]
+    arguments: dict[str, torch.Tensor | TensorDescriptor | int | float | str | None]
     num_warps: int
     num_stages: int
 
@@ -63,7 +64,7 @@ class Launch:
         *,
         num_warps: int,
         num_stages: int,
-        **arguments: torch.Tensor | int | float | str | None,
+        **arguments: torch.Tensor | TensorDescriptor | int | float | str | None,
     ) -> Self:
         return cls(kernel, grid, arguments | {"PDL": _programmatic.get()}, num_warps, num_stages)
 

@@ -1,33 +1,40 @@
-"""A linear layer in one launch: x w^T, behind it what a transformer block wants next to it.
+"""A linear layer in one launch: x w^T, behind it what a transformer block wants next to it (linear_epilogue.py).
 
-* LayerNorm before the layer, its gain and shift folded into weight and bias, is a rank-1 correction of the product:
-  LN(x) w^T = rstd * (x w^T - mean * rowsum(w)). Exact up to rounding, provided the row sums are of w as stored. Mean
-  and variance come with x from the launch that made it, or out of the tiles that the product reads anyway.
-* Bias, GELU and residual are added in registers; what the next LayerNorm needs of the result is left with it, as mean
-  and sum of squared deviations of every block of columns, which combine without cancellation (Chan et al. 1983).
+Mean and variance of a LayerNorm before the layer come with x from the launch that made it, or out of the tiles that the
+product reads anyway. Two kernels: one program a tile for any shapes and strides, and for large products in half
+precision on Hopper and later that of linear_tma.py.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from dvit_kernels.activations import activate
 from dvit_kernels.launch import Launch, run, wait_for_inputs
+from dvit_kernels.linear_epilogue import finish
+from dvit_kernels.linear_tma import _linear_tma_kernel, can_describe, operands, programs
 
 ENOUGH_PROGRAMS = 128  # about one a multiprocessor of a large GPU
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Block sizes of a launch, which change nothing but time: rows, columns, inner; warps and pipeline stages."""
+    """How a launch goes, which changes nothing but time and the order of rounding.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and inner size of a block.
+        num_warps, num_stages: of a program, and of its pipeline.
+        tma: 0: one program a tile; else operands by TMA where they can be, in one of the ways of linear_tma.py.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    tma: int = 0
 
 
 # Largest first, each with unspilled registers (AOT.md); which is best where, only a measurement can say.
@@ -39,19 +46,6 @@ TILES = (
     LinearTile(32, 32, 64, 4, 4),
 )
 FLOAT32_TILE = LinearTile(64, 64, 16, 8, 2)  # products on plain cores, from registers
-
-
-@triton.jit
-def _given_stats(stats_ptr, row, live, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr):
-    """Mean and sum of squared deviations of whole rows, out of those of their PARTS blocks of PART columns."""
-    part = tl.arange(0, PARTS_BLOCK)
-    at = stats_ptr + (row.to(tl.int64)[:, None] * PARTS + part[None, :]) * 2
-    there = live[:, None] & (part < PARTS)[None, :]
-    means = tl.load(at, mask=there, other=0.0)
-    mean = tl.sum(means, axis=1) / PARTS
-    deviation = tl.where(there, means - mean[:, None], 0.0)
-    squares = tl.sum(tl.load(at + 1, mask=there, other=0.0) + PART * deviation * deviation, axis=1)
-    return mean, squares
 
 
 @triton.jit(do_not_specialize=["rows", "x_tokens", "residual_tokens"])
@@ -75,7 +69,6 @@ def _linear_kernel(
     DIM_IN: tl.constexpr,
     DIM_OUT: tl.constexpr,
     PARTS: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,  # a power of two, at least PARTS
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,32 +107,38 @@ def _linear_kernel(
             mean += delta * (count / (k + count))
             squares += tl.sum(deviation * deviation, axis=1) + delta * delta * (k * (count / (k + count)))
 
-    if w_sum_ptr is not None:
-        if not find_stats:
-            mean, squares = _given_stats(stats_ptr, row, live, PARTS, PARTS_BLOCK, DIM_IN // PARTS)
-        w_sum = tl.load(w_sum_ptr + col, mask=col < DIM_OUT, other=0.0)
-        acc = tl.math.rsqrt(squares / DIM_IN + eps)[:, None] * (acc - mean[:, None] * w_sum[None, :])
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + col, mask=col < DIM_OUT, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
-    mask = live[:, None] & (col < DIM_OUT)[None, :]
-    if residual_ptr is not None:
-        image, token = row // residual_tokens, row % residual_tokens
-        at = residual_ptr + image.to(tl.int64) * stride_rb + token.to(tl.int64) * stride_rn
-        acc += tl.load(at[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row.to(tl.int64)[:, None] * DIM_OUT + col[None, :], y, mask=mask)
-    if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
-        y = y.to(tl.float32)  # of what the next launch will read, rounded
-        part_mean = tl.sum(y, axis=1) / BLOCK_N
-        deviation = y - part_mean[:, None]
-        at = y_stats_ptr + (row.to(tl.int64) * blocks_n + block_n) * 2
-        tl.store(at, part_mean, mask=live)
-        tl.store(at + 1, tl.sum(deviation * deviation, axis=1), mask=live)
+    finish(
+        acc,
+        mean,
+        squares,
+        row,
+        block_n,
+        bias_ptr,
+        w_sum_ptr,
+        stats_ptr,
+        residual_ptr,
+        y_ptr,
+        y_stats_ptr,
+        stride_rb,
+        stride_rn,
+        rows,
+        residual_tokens,
+        eps,
+        DIM_IN,
+        DIM_OUT,
+        PARTS,
+        ACTIVATION,
+        BLOCK_N,
+    )
 
 
 def _tiles(dtype: torch.dtype) -> tuple[LinearTile, ...]:
     return (FLOAT32_TILE,) if dtype == torch.float32 else TILES
+
+
+def stats_blocks(dtype: torch.dtype) -> list[int]:
+    """The `stats_block`s that default tiles have, largest first."""
+    return sorted({t.block_n for t in _tiles(dtype)}, reverse=True)
 
 
 def default_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int = 0) -> LinearTile:
@@ -153,9 +152,15 @@ def default_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int =
 
 def default_stats_block(rows: int, dim_out: int, dtype: torch.dtype) -> int:
     """The `stats_block` of the tile that would be taken anyway, or the next smaller that divides the columns."""
-    widths = sorted({t.block_n for t in _tiles(dtype)}, reverse=True)
     most = default_tile(rows, dim_out, dtype).block_n
-    return next((width for width in widths if width <= most and dim_out % width == 0), 0)
+    return next((width for width in stats_blocks(dtype) if width <= most and dim_out % width == 0), 0)
+
+
+def _plain(tile: LinearTile, dtype: torch.dtype) -> LinearTile:
+    """What stands in for a tile of TMA: as many columns, which statistics may count on, rows as registers hold."""
+    most = FLOAT32_TILE if dtype == torch.float32 else TILES[0]
+    rows = min(tile.block_m, most.block_m * most.block_n // tile.block_n)
+    return LinearTile(rows, tile.block_n, most.block_k, most.num_warps, most.num_stages)
 
 
 def linear_launch(
@@ -175,43 +180,48 @@ def linear_launch(
     dim_out, dim_in = weight.shape
     rows = x.numel() // dim_in
     tile = tile or default_tile(rows, dim_out, x.dtype, stats_block)
+    if stats_block and (stats_block != tile.block_n or dim_out % stats_block):
+        raise ValueError(f"linear: stats_block {stats_block} has to be the tile's {tile.block_n} and divide {dim_out}")
     x, x_tokens, stride_xb, stride_xn = _rows_of(x)
     y = x.new_empty(*x.shape[:-1], dim_out, dtype=out_dtype or x.dtype)
     y_stats = x.new_empty((rows, dim_out // stats_block, 2) if stats_block else 0, dtype=torch.float32)
     r_tokens = stride_rb = stride_rn = 1
     if residual is not None:
         residual, r_tokens, stride_rb, stride_rn = _rows_of(residual)
+    weight = weight.contiguous()
     parts = 1 if stats is None else stats.shape[1]
-    launch = Launch.of(
-        _linear_kernel,
-        (triton.cdiv(rows, tile.block_m) * triton.cdiv(dim_out, tile.block_n),),
-        x_ptr=x,
-        w_ptr=weight.contiguous(),
-        bias_ptr=bias,
-        w_sum_ptr=weight_sum,
-        stats_ptr=stats,
-        residual_ptr=residual,
-        y_ptr=y,
-        y_stats_ptr=y_stats if stats_block else None,
-        stride_xb=stride_xb,
-        stride_xn=stride_xn,
-        stride_rb=stride_rb,
-        stride_rn=stride_rn,
-        rows=rows,
-        x_tokens=x_tokens,
-        residual_tokens=r_tokens,
-        eps=eps,
-        DIM_IN=dim_in,
-        DIM_OUT=dim_out,
-        PARTS=parts,
-        PARTS_BLOCK=triton.next_power_of_2(parts),
-        ACTIVATION=activation,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    common: dict[str, Any] = {
+        "bias_ptr": bias,
+        "w_sum_ptr": weight_sum,
+        "stats_ptr": stats,
+        "residual_ptr": residual,
+        "y_ptr": y,
+        "y_stats_ptr": y_stats if stats_block else None,
+        "stride_rb": stride_rb,
+        "stride_rn": stride_rn,
+        "rows": rows,
+        "residual_tokens": r_tokens,
+        "eps": eps,
+        "DIM_IN": dim_in,
+        "DIM_OUT": dim_out,
+        "PARTS": parts,
+        "ACTIVATION": activation,
+    }
+    in_line = x_tokens == rows or stride_xb == x_tokens * stride_xn
+    if tile.tma and not (
+        in_line and (weight_sum is None or stats is not None) and can_describe(x, weight, stride_xn, tile.block_k)
+    ):
+        tile = _plain(tile, x.dtype)
+    blocks = tile.block_m, tile.block_n, tile.block_k
+    common |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
+    common |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    count = triton.cdiv(rows, tile.block_m) * triton.cdiv(dim_out, tile.block_n)
+    if tile.tma:
+        read = operands(x, weight, rows, stride_xn, blocks, tile.tma)
+        launch = Launch.of(_linear_tma_kernel, (min(count, programs(x.device, tile.tma)),), **read, **common)
+    else:
+        read = {"x_ptr": x, "w_ptr": weight, "stride_xb": stride_xb, "stride_xn": stride_xn, "x_tokens": x_tokens}
+        launch = Launch.of(_linear_kernel, (count,), **read, **common)
     return launch, y, y_stats
 
 

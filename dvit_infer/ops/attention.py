@@ -1,0 +1,175 @@
+"""attention: softmax(scale * q k^T + bias) v of every head, for dense batches of pictures or ragged ones.
+
+On CUDA it is one Triton launch (dvit_kernels/attention.py) or PyTorch's own attention, whichever is the faster on that
+GPU for that shape (choices.py); anywhere else PyTorch's.
+"""
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
+
+OP = "dvit::attention"
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_tokens: int = 0,
+) -> torch.Tensor:
+    """softmax(scale * q k^T + bias) v, head by head; nothing of it waits for the device.
+
+    Args:
+        q: (B, M, H, D) in float32, float16 or bfloat16, any strides: a view of a packed (B, N, 3, H, D) will do.
+        k, v: (B, N, H, D), of q's dtype.
+        scale: of the scores, more than 0; None: D^-0.5.
+        bias: (B, N) float32, added to the scores of each key; minus infinity hides a key. Queries without any key left
+            get 0.
+        cu_seqlens: for a ragged batch, (B+1,) int32 on q's device: where each picture's tokens begin, from 0 up to T.
+            q, k, v are then (T, H, D) and `bias` is (T,); pictures may be empty.
+        max_tokens: of a ragged batch, at least the tokens of its largest picture. That the last two arguments are so is
+            the caller's promise, which nothing checks.
+
+    Returns:
+        q's shape and dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, a dtype or a number does not fit.
+        RuntimeError: on backward.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: torch.Tensor = torch.ops.dvit.attention(q, k, v, scale, bias, cu_seqlens, max_tokens)
+    return out
+
+
+def attention_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_tokens: int = 0,
+) -> torch.Tensor:
+    """The op in plain PyTorch; arguments as `attention`. Of a ragged batch it reads the lengths, picture by picture."""
+    if cu_seqlens is not None:
+        out = q.new_empty(q.shape)
+        ends = cu_seqlens.tolist()
+        for start, end in itertools.pairwise(ends):
+            some = None if bias is None else bias[None, start:end]
+            if start < end:
+                out[start:end] = attention_ref(q[None, start:end], k[None, start:end], v[None, start:end], scale, some)
+        return out
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    # Not by the same function: it would round the bias to q's dtype.
+    scores = q.float() @ k.float().transpose(-2, -1) * scale + bias[:, None, None]
+    weights = scores.softmax(dim=-1).masked_fill((bias == -math.inf).all(dim=1)[:, None, None, None], 0.0)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous()
+
+
+class _Call(NamedTuple):
+    """A call's arguments, as the schema has them: the dispatcher leaves out those that are the default."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    max_tokens: int = 0
+
+
+def _checked(*arguments: Any, **named: Any) -> _Call:
+    call = _Call(*arguments, **named)
+    q, k, v, scale, bias, cu_seqlens, max_tokens = call
+    ragged = cu_seqlens is not None
+    expected = "(T, H, D)" if ragged else "(B, M, H, D)"
+    if q.ndim != 4 - ragged or q.dtype not in DTYPES or q.shape[-1] < 1:
+        raise ValueError(f"attention: q is {_found(q)}; {expected} in float32, float16 or bfloat16 is expected")
+    shape = (*k.shape[:-2], *q.shape[-2:])
+    if k.ndim != q.ndim or k.dtype != q.dtype or k.shape != shape or k.shape[0] != q.shape[0]:
+        raise ValueError(f"attention: k is {_found(k)}, which does not go with q, {_found(q)}")
+    if v.dtype != k.dtype or v.shape != k.shape:
+        raise ValueError(f"attention: v is {_found(v)}, k is {_found(k)}; they have to be alike")
+    if not ragged and k.shape[1] < 1:
+        raise ValueError("attention: k has no keys")
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"attention: scale is {scale}, more than 0 is expected")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != k.shape[:-2]):
+        raise ValueError(f"attention: bias is {_found(bias)}; {tuple(k.shape[:-2])} in torch.float32 is expected")
+    if cu_seqlens is not None and (cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1):
+        raise ValueError(f"attention: cu_seqlens is {_found(cu_seqlens)}; (B+1,) in torch.int32 is expected")
+    if ragged and max_tokens < 1:
+        raise ValueError(f"attention: max_tokens is {max_tokens}; a ragged batch needs that of its largest picture")
+    for name, tensor in call._asdict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
+            raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
+    return call
+
+
+def _found(x: torch.Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+
+def choose(device: torch.device, dtype: torch.dtype, heads: int, queries: int, tokens: int, head_dim: int) -> Choice:
+    """How attention of a dense batch goes on that device; `heads` are those of all its pictures together."""
+    if not _supported(device, head_dim):
+        return Choice("pytorch")
+    return choices_for(device).of("attention", dtype, heads, queries=queries, tokens=tokens, head_dim=head_dim)
+
+
+def _supported(device: torch.device, head_dim: int) -> bool:
+    if not runs_triton(device):
+        return False
+    from dvit_kernels.attention import supports  # here: Triton takes a while to import
+
+    return supports(head_dim)
+
+
+# Defined by schema for the reason given in prune_tokens.py.
+torch.library.define(
+    OP,
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, int max_tokens=0)"
+    " -> Tensor",
+)
+
+
+@torch.library.impl(OP, "CompositeExplicitAutograd")
+def _anywhere(*arguments: Any, **named: Any) -> torch.Tensor:
+    call = _checked(*arguments, **named)
+    q, (heads, head_dim) = call.q, call.q.shape[-2:]
+    if call.cu_seqlens is None:
+        choice = choose(q.device, q.dtype, len(q) * heads, q.shape[1], call.k.shape[1], head_dim)
+    else:  # PyTorch's way would wait for the lengths
+        choice = Choice("triton" if _supported(q.device, head_dim) else "pytorch")
+    if choice.by == "pytorch":
+        return attention_ref(*call)
+    from dvit_kernels.attention import AttentionTile, launch_attention
+
+    return launch_attention(*call, tile=AttentionTile(*choice.tile) if choice.tile else None)
+
+
+@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
+def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
+    q = _checked(*arguments, **named).q
+    return q.new_empty(q.shape)
+
+
+def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "dvit::attention has no gradient: it is for inference. Train with "
+        "torch.nn.functional.scaled_dot_product_attention."
+    )
+
+
+torch.library.register_autograd(OP, _no_gradient)

@@ -1,0 +1,76 @@
+"""What a linear layer does to its product in registers: folded LayerNorm, bias, activation, residual, statistics.
+
+* LayerNorm before the layer, its gain and shift folded into weight and bias, is a rank-1 correction of the product:
+  LN(x) w^T = rstd * (x w^T - mean * rowsum(w)). Exact up to rounding, provided the row sums are of w as stored.
+* What the next LayerNorm needs of the result is left with it, as mean and sum of squared deviations of every block of
+  columns, which combine without cancellation (Chan et al. 1983).
+"""
+
+import triton
+import triton.language as tl
+
+from dvit_kernels.activations import activate
+
+
+@triton.jit
+def _given_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
+    """Mean and sum of squared deviations of whole rows, out of those of their PARTS blocks of PART columns."""
+    at = stats_ptr + row.to(tl.int64) * (2 * PARTS)
+    mean = tl.load(at, mask=live, other=0.0)
+    squares = tl.load(at + 1, mask=live, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        delta = tl.load(at + 2 * part, mask=live, other=0.0) - mean
+        mean += delta / (part + 1)
+        squares += tl.load(at + 2 * part + 1, mask=live, other=0.0) + delta * delta * (PART * part / (part + 1))
+    return mean, squares
+
+
+@triton.jit
+def finish(
+    acc,  # (rows of the block, BLOCK_N) float32, x w^T
+    mean,  # of the rows of x, and the sums of their squared deviations; read only without stats_ptr
+    squares,
+    row,  # numbers of the rows
+    block_n,  # number of the block of columns
+    bias_ptr,
+    w_sum_ptr,
+    stats_ptr,
+    residual_ptr,
+    y_ptr,
+    y_stats_ptr,
+    stride_rb,
+    stride_rn,
+    rows,
+    residual_tokens,
+    eps,
+    DIM_IN: tl.constexpr,
+    DIM_OUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Everything behind the product, and the stores; arguments as those of `_linear_kernel`."""
+    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < rows
+    if w_sum_ptr is not None:
+        if stats_ptr is not None:
+            mean, squares = _given_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS)
+        w_sum = tl.load(w_sum_ptr + col, mask=col < DIM_OUT, other=0.0)
+        acc = tl.math.rsqrt(squares / DIM_IN + eps)[:, None] * (acc - mean[:, None] * w_sum[None, :])
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + col, mask=col < DIM_OUT, other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    mask = live[:, None] & (col < DIM_OUT)[None, :]
+    if residual_ptr is not None:
+        image, token = row // residual_tokens, row % residual_tokens
+        at = residual_ptr + image.to(tl.int64) * stride_rb + token.to(tl.int64) * stride_rn
+        acc += tl.load(at[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row.to(tl.int64)[:, None] * DIM_OUT + col[None, :], y, mask=mask)
+    if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
+        y = y.to(tl.float32)  # of what the next launch will read, rounded
+        part_mean = tl.sum(y, axis=1) / BLOCK_N
+        deviation = y - part_mean[:, None]
+        at = y_stats_ptr + (row.to(tl.int64) * (DIM_OUT // BLOCK_N) + block_n) * 2
+        tl.store(at, part_mean, mask=live)
+        tl.store(at + 1, tl.sum(deviation * deviation, axis=1), mask=live)
