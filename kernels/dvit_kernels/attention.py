@@ -5,6 +5,7 @@ registers: one maximum, nothing rescaled. Beyond, and in float32, blocks of keys
 maximum (Milakov and Gimelshein 2018; Dao et al. 2022). Exponents are to base 2: one instruction takes them.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from dvit_kernels.attention_online import _attention_online_kernel
+from dvit_kernels.attention_parts import STRIDES, find_program, load_rows, mask_scores, shift_of, store_rows, weigh
 from dvit_kernels.launch import Launch, run, wait_for_inputs
 
 SINGLE_PASS_TOKENS, SINGLE_PASS_HEAD = 256, 64  # beyond, registers do not hold it all on every GPU
 MIN_HEAD, MAX_HEAD, HEAD_STEP = 16, 128, 4
 ENOUGH_PROGRAMS = 384  # about three a multiprocessor of a large GPU
-_LOG2E = tl.constexpr(math.log2(math.e))
-_STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnh")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class AttentionTile:
         return keys <= self.chunk_a + self.chunk_b + self.chunk_c
 
 
+@functools.cache
 def key_chunks(n: int) -> tuple[int, int, int]:
     """Up to three powers of two from 16 up that hold n keys: the least padding, then the fewest; 0 for none."""
     sizes = [16 << i for i in range(max(1, (max(n, 1) - 1).bit_length() - 3))]
@@ -63,66 +65,7 @@ def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> 
     return AttentionTile(block_m, 64, num_warps=num_warps, num_stages=3 if narrow else 2)
 
 
-@triton.jit
-def _program(cu_seqlens_ptr, n_queries, n_heads, programs):
-    """Which of the programs of a head this is, the head, what strides between pictures count, its number of queries."""
-    program = tl.program_id(0)
-    at = (program // programs // n_heads).to(tl.int64)
-    if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + at)
-        n_queries = tl.load(cu_seqlens_ptr + at + 1) - start
-        at = start.to(tl.int64)
-    return program % programs, (program // programs % n_heads).to(tl.int64), at, n_queries
-
-
-@triton.jit
-def _rows(x_ptr, row, n_rows, stride, dim, HEAD: tl.constexpr):
-    """Rows of a head, zeros where there are none: memory behind the last may hold anything, also NaN."""
-    at = x_ptr + row[:, None] * stride + dim[None, :]
-    return tl.load(at, mask=(row < n_rows)[:, None] & (dim < HEAD)[None, :], other=0.0)
-
-
-@triton.jit
-def _masked(s, bias_ptr, key, n_keys, factor):
-    """Scores, minus infinity behind the last key; with a bias, which is added, they are exponents already."""
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf"))
-        s = s * factor + (bias * _LOG2E)[None, :]
-    else:
-        s = tl.where((key < n_keys)[None, :], s, float("-inf"))
-    return s
-
-
-@triton.jit
-def _shift(top, bias_ptr, factor):
-    """The greatest exponent, to be subtracted. A bias may leave none but infinite ones: all weights are 0 then."""
-    if bias_ptr is not None:
-        shift = tl.where(top == float("-inf"), 0.0, top)
-    else:
-        shift = top * factor
-    return shift
-
-
-@triton.jit
-def _weights(s, shift, bias_ptr, factor):
-    """Unless they are exponents already, the scale goes in with the shift: one instruction and an exponential each."""
-    if bias_ptr is not None:
-        p = tl.math.exp2(s - shift)
-    else:
-        p = tl.math.exp2(s * factor - shift)
-    return p
-
-
-@triton.jit
-def _store(out_ptr, acc, total, row, n_queries, stride, dim, bias_ptr, HEAD: tl.constexpr):
-    if bias_ptr is not None:
-        total = tl.where(total == 0.0, 1.0, total)  # no key counts: 0, not 0/0
-    out = acc * (1.0 / total)[:, None]
-    at = out_ptr + row[:, None] * stride + dim[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=(row < n_queries)[:, None] & (dim < HEAD)[None, :])
-
-
-@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *_STRIDES])
+@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *STRIDES])
 def _attention_kernel(
     q_ptr,  # (B, M, H, HEAD), or (T, H, HEAD)
     k_ptr,  # (B, N, H, HEAD), or (T, H, HEAD)
@@ -159,7 +102,7 @@ def _attention_kernel(
 ):
     """All keys of a head in up to three chunks, one tile of its queries after another."""
     wait_for_inputs(PDL)
-    tile, head, at, n_queries = _program(cu_seqlens_ptr, n_queries, n_heads, programs)
+    tile, head, at, n_queries = find_program(cu_seqlens_ptr, n_queries, n_heads, programs)
     n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
     q_ptr += (at * stride_qb + head * stride_qh) * UNIT
     k_ptr += (at * stride_kb + head * stride_kh) * UNIT
@@ -171,143 +114,44 @@ def _attention_kernel(
     # Everything is asked for before the first product waits for any of it.
     dim = tl.arange(0, BLOCK_D)
     key_a = tl.arange(0, CHUNK_A)
-    k_a = _rows(k_ptr, key_a, n_keys, stride_kn * UNIT, dim, HEAD)
+    k_a = load_rows(k_ptr, key_a, n_keys, stride_kn * UNIT, dim, HEAD)
     if CHUNK_B:
         key_b = CHUNK_A + tl.arange(0, CHUNK_B)
-        k_b = _rows(k_ptr, key_b, n_keys, stride_kn * UNIT, dim, HEAD)
+        k_b = load_rows(k_ptr, key_b, n_keys, stride_kn * UNIT, dim, HEAD)
     if CHUNK_C:
         key_c = CHUNK_A + CHUNK_B + tl.arange(0, CHUNK_C)
-        k_c = _rows(k_ptr, key_c, n_keys, stride_kn * UNIT, dim, HEAD)
-    v_a = _rows(v_ptr, key_a, n_keys, stride_vn * UNIT, dim, HEAD)
+        k_c = load_rows(k_ptr, key_c, n_keys, stride_kn * UNIT, dim, HEAD)
+    v_a = load_rows(v_ptr, key_a, n_keys, stride_vn * UNIT, dim, HEAD)
     if CHUNK_B:
-        v_b = _rows(v_ptr, key_b, n_keys, stride_vn * UNIT, dim, HEAD)
+        v_b = load_rows(v_ptr, key_b, n_keys, stride_vn * UNIT, dim, HEAD)
     if CHUNK_C:
-        v_c = _rows(v_ptr, key_c, n_keys, stride_vn * UNIT, dim, HEAD)
+        v_c = load_rows(v_ptr, key_c, n_keys, stride_vn * UNIT, dim, HEAD)
 
     for start in range(tile * BLOCK_M, n_queries, programs * BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q = _rows(q_ptr, row, n_queries, stride_qn * UNIT, dim, HEAD)
-        s_a = _masked(tl.dot(q, tl.trans(k_a), input_precision="ieee"), bias_ptr, key_a, n_keys, factor)
+        q = load_rows(q_ptr, row, n_queries, stride_qn * UNIT, dim, HEAD)
+        s_a = mask_scores(tl.dot(q, tl.trans(k_a), input_precision="ieee"), bias_ptr, key_a, n_keys, factor)
         top = tl.max(s_a, axis=1)
         if CHUNK_B:
-            s_b = _masked(tl.dot(q, tl.trans(k_b), input_precision="ieee"), bias_ptr, key_b, n_keys, factor)
+            s_b = mask_scores(tl.dot(q, tl.trans(k_b), input_precision="ieee"), bias_ptr, key_b, n_keys, factor)
             top = tl.maximum(top, tl.max(s_b, axis=1))
         if CHUNK_C:
-            s_c = _masked(tl.dot(q, tl.trans(k_c), input_precision="ieee"), bias_ptr, key_c, n_keys, factor)
+            s_c = mask_scores(tl.dot(q, tl.trans(k_c), input_precision="ieee"), bias_ptr, key_c, n_keys, factor)
             top = tl.maximum(top, tl.max(s_c, axis=1))
-        shift = _shift(top, bias_ptr, factor)[:, None]
+        shift = shift_of(top, bias_ptr, factor)[:, None]
 
-        p = _weights(s_a, shift, bias_ptr, factor)
+        p = weigh(s_a, shift, bias_ptr, factor)
         total = tl.sum(p, axis=1)
         acc = tl.dot(p.to(v_a.dtype), v_a, input_precision="ieee")
         if CHUNK_B:
-            p = _weights(s_b, shift, bias_ptr, factor)
+            p = weigh(s_b, shift, bias_ptr, factor)
             total += tl.sum(p, axis=1)
             acc = tl.dot(p.to(v_b.dtype), v_b, acc, input_precision="ieee")
         if CHUNK_C:
-            p = _weights(s_c, shift, bias_ptr, factor)
+            p = weigh(s_c, shift, bias_ptr, factor)
             total += tl.sum(p, axis=1)
             acc = tl.dot(p.to(v_c.dtype), v_c, acc, input_precision="ieee")
-        _store(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
-
-
-@triton.jit
-def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD: tl.constexpr, SLICE):
-    if SLICE:  # operands in registers: few channels at a time, those of q anew for every block of keys
-        s = tl.zeros((row.shape[0], key.shape[0]), tl.float32)
-        for d in range(0, HEAD, SLICE):
-            some = d + tl.arange(0, SLICE)
-            q_some = _rows(q_ptr, row, n_queries, stride_qn, some, HEAD)
-            k_some = _rows(k_ptr, key, n_keys, stride_kn, some, HEAD)
-            s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
-    else:
-        s = tl.dot(q, tl.trans(_rows(k_ptr, key, n_keys, stride_kn, dim, HEAD)), input_precision="ieee")
-    return s
-
-
-@triton.jit
-def _add(s, v, acc, total, top, bias_ptr, factor):
-    """A block of keys to the sum, the total weight and the maximum so far."""
-    higher = tl.maximum(top, tl.max(s, axis=1))
-    shift = _shift(higher, bias_ptr, factor)
-    rescale = _weights(top, shift, bias_ptr, factor)
-    p = _weights(s, shift[:, None], bias_ptr, factor)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return acc, total * rescale + tl.sum(p, axis=1), higher
-
-
-@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *_STRIDES])
-def _attention_online_kernel(
-    q_ptr,  # all as in _attention_kernel
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    cu_seqlens_ptr,
-    out_ptr,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_ob,
-    stride_on,
-    stride_oh,
-    stride_bias,
-    n_queries,
-    n_heads,
-    programs,
-    factor,
-    N_KEYS: tl.constexpr,
-    HEAD: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    REST: tl.constexpr,  # a power of two from 16 up that holds the keys behind the last whole block
-    SLICE: tl.constexpr,  # in float32, channels of a head at a time; 0: all
-    PDL: tl.constexpr,
-):
-    """A tile of queries, one block of keys after another."""
-    wait_for_inputs(PDL)
-    tile, head, at, n_queries = _program(cu_seqlens_ptr, n_queries, n_heads, programs)
-    if tile * BLOCK_M >= n_queries:
-        return
-    n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
-    q_ptr += (at * stride_qb + head * stride_qh) * UNIT
-    k_ptr += (at * stride_kb + head * stride_kh) * UNIT
-    v_ptr += (at * stride_vb + head * stride_vh) * UNIT
-    out_ptr += (at * stride_ob + head * stride_oh) * UNIT
-    if bias_ptr is not None:
-        bias_ptr += at * stride_bias
-
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    stride_qn *= UNIT
-    stride_kn *= UNIT
-    stride_vn *= UNIT
-    q = None if SLICE else _rows(q_ptr, row, n_queries, stride_qn, dim, HEAD)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    whole = n_keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, dim, HEAD, SLICE)
-        if bias_ptr is not None:
-            s = _masked(s, bias_ptr, key, whole, factor)
-        v = _rows(v_ptr, key, whole, stride_vn, dim, HEAD)
-        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
-    if REST:
-        key = whole + tl.arange(0, REST)
-        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
-        v = _rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
-        s = _masked(s, bias_ptr, key, n_keys, factor)
-        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
-    _store(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
+        store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
 
 
 def supports(head_dim: int) -> bool:
@@ -343,7 +187,7 @@ def attention_launch(
         "bias_ptr": None if bias is None else bias.contiguous(),
         "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "out_ptr": out,
-        **{name: stride // unit for name, stride in zip(_STRIDES, strides, strict=True)},
+        **{name: stride // unit for name, stride in zip(STRIDES, strides, strict=True)},
         "stride_bias": 1 if ragged else keys,
         "n_queries": queries,
         "n_heads": heads,

@@ -1,0 +1,106 @@
+"""Attention, block of keys after block, under a running maximum (Milakov and Gimelshein 2018; Dao et al. 2022)."""
+
+import triton
+import triton.language as tl
+
+from dvit_kernels.attention_parts import STRIDES, find_program, load_rows, mask_scores, shift_of, store_rows, weigh
+from dvit_kernels.launch import wait_for_inputs
+
+
+@triton.jit
+def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD: tl.constexpr, SLICE):
+    if SLICE:  # operands in registers: few channels at a time, those of q anew for every block of keys
+        s = tl.zeros((row.shape[0], key.shape[0]), tl.float32)
+        for d in range(0, HEAD, SLICE):
+            some = d + tl.arange(0, SLICE)
+            q_some = load_rows(q_ptr, row, n_queries, stride_qn, some, HEAD)
+            k_some = load_rows(k_ptr, key, n_keys, stride_kn, some, HEAD)
+            s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
+    else:
+        s = tl.dot(q, tl.trans(load_rows(k_ptr, key, n_keys, stride_kn, dim, HEAD)), input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _add(s, v, acc, total, top, bias_ptr, factor):
+    """A block of keys to the sum, the total weight and the maximum so far."""
+    higher = tl.maximum(top, tl.max(s, axis=1))
+    shift = shift_of(higher, bias_ptr, factor)
+    rescale = weigh(top, shift, bias_ptr, factor)
+    p = weigh(s, shift[:, None], bias_ptr, factor)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, total * rescale + tl.sum(p, axis=1), higher
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *STRIDES])
+def _attention_online_kernel(
+    q_ptr,  # all as in _attention_kernel
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    cu_seqlens_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    stride_bias,
+    n_queries,
+    n_heads,
+    programs,
+    factor,
+    N_KEYS: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,  # a power of two from 16 up that holds the keys behind the last whole block
+    SLICE: tl.constexpr,  # in float32, channels of a head at a time; 0: all
+    PDL: tl.constexpr,
+):
+    """A tile of queries, one block of keys after another."""
+    wait_for_inputs(PDL)
+    tile, head, at, n_queries = find_program(cu_seqlens_ptr, n_queries, n_heads, programs)
+    if tile * BLOCK_M >= n_queries:
+        return
+    n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
+    q_ptr += (at * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (at * stride_kb + head * stride_kh) * UNIT
+    v_ptr += (at * stride_vb + head * stride_vh) * UNIT
+    out_ptr += (at * stride_ob + head * stride_oh) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += at * stride_bias
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, BLOCK_D)
+    stride_qn *= UNIT
+    stride_kn *= UNIT
+    stride_vn *= UNIT
+    q = None if SLICE else load_rows(q_ptr, row, n_queries, stride_qn, dim, HEAD)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    whole = n_keys // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, dim, HEAD, SLICE)
+        if bias_ptr is not None:
+            s = mask_scores(s, bias_ptr, key, whole, factor)
+        v = load_rows(v_ptr, key, whole, stride_vn, dim, HEAD)
+        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
+    if REST:
+        key = whole + tl.arange(0, REST)
+        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
+        v = load_rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
+        s = mask_scores(s, bias_ptr, key, n_keys, factor)
+        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
+    store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
