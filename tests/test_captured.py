@@ -108,6 +108,15 @@ class _Zeros:
         return torch.zeros(len(images), 10), []
 
 
+def test_a_callers_inference_mode_ends_with_its_call(captured):
+    other, made = captured
+    images = sample_images(1, (224, 224))
+    with torch.inference_mode():
+        first = other(images)
+    assert torch.equal(other(images), first)  # the buffers can still be written
+    assert made == [(1, torch.float32)]
+
+
 def test_given_sets_and_a_watch_run_uncaptured(engine, captured):
     other, made = captured
     images = sample_images(2, (224, 224))

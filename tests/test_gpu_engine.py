@@ -130,6 +130,15 @@ def test_a_picture_of_nan_spoils_no_other():
     assert torch.isfinite(engine(five)).all()  # the sixth, which pads, is still NaN
 
 
+def test_a_callers_modes_end_with_its_call():
+    engine = converted()
+    images = sample_images(2, (224, 224)).cuda()
+    with torch.inference_mode(), torch.autocast("cuda", torch.float16):
+        first = engine(images)
+    assert torch.equal(engine(images), first)
+    assert not engine(images.requires_grad_()).requires_grad
+
+
 def test_streams_and_threads():
     engine = converted()
     images = sample_images(8, (224, 224)).cuda()

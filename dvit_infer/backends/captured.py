@@ -133,6 +133,7 @@ class CapturedRunner:
         """What it holds beside the graph's weights, in bytes: the buffers of the forwards so far."""
         return self.runner.own_bytes + sum(forward.own_bytes for forward in self._forwards.values())
 
+    @torch.no_grad()
     def __call__(
         self,
         images: torch.Tensor,
@@ -156,7 +157,8 @@ class CapturedRunner:
         if key not in self._forwards:
             while len(self._forwards) >= MAX_GRAPHS:
                 self._drop(next(iter(self._forwards)))
-            self._forwards[key] = self._capture(batch, dtype)
+            with torch.inference_mode(False), torch.no_grad():  # a caller's mode must not mark what outlives it
+                self._forwards[key] = self._capture(batch, dtype)
         self._forwards.move_to_end(key)
         return self._forwards[key]
 
