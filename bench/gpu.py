@@ -62,9 +62,13 @@ def process(command: list[str], seconds: float) -> tuple[int, str, float]:
     return status, output.decode(errors="replace"), time.monotonic() - start
 
 
+def test_files() -> list[Path]:
+    return sorted(f for f in (ROOT / "tests").glob("test_*.py") if WITH_GPU_TESTS.search(f.read_text()))
+
+
 def tests(out: Path, seconds: float, log: Log) -> bool:
     """Every test file with tests marked gpu, several at a time."""
-    files = sorted(f for f in (ROOT / "tests").glob("test_*.py") if WITH_GPU_TESTS.search(f.read_text()))
+    files = test_files()
     end = time.monotonic() + seconds
 
     def run(file: Path) -> tuple[Path, int, str, float]:
@@ -92,19 +96,19 @@ def sanitizer(out: Path, seconds: float, log: Log) -> bool:
         return True
     given = ["--error-exitcode", "77", "--target-processes", "all"]
     small = "(neighbours or strides) and float16"
-    command = [tool, *given, sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", small, "tests"]
+    command = [tool, *given, sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", small, *map(str, test_files())]
     status, output, taken = process(command, seconds)
     log(output[-2000:])
     log(f"compute-sanitizer: exit status {status}, {taken:.0f} s")
-    return status not in (1, 77)  # 77: it found something; else it could not run, which the lines above say
+    return status == 0  # 77: it found something; else it could not run or was cut short, which the lines above say
 
 
 def script(name: str, out: Path, seconds: float, log: Log) -> bool:
     """A measuring script of this folder."""
     results = out / f"{name}.json"
     more = {
-        "tune": ["--choices", str(out / "choices.json"), "--budget", str(seconds - 15)],
-        "models": ["--choices", str(out / "choices.json"), "--budget", str(seconds - 60)],
+        "tune": ["--choices", str(out / "choices.json"), "--budget", str(max(10.0, seconds - 15))],
+        "models": ["--choices", str(out / "choices.json"), "--budget", str(max(10.0, seconds - 90))],
         "prune_tokens": ["--dtype", "bfloat16"],
     }
     command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(results), *more.get(name, [])]
@@ -146,7 +150,7 @@ def main() -> int:
         print("error: there is no NVIDIA GPU here; the suite needs one", file=sys.stderr)
         return 2
     usual = ROOT / "bench" / "results" / machine_name(torch.cuda.get_device_name())
-    out = given.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else usual)
+    out = (given.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else usual)).resolve()
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "gpu.txt")
     log(json.dumps(environment()))

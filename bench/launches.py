@@ -41,6 +41,6 @@ def microseconds(
         try:
             ready[name] = captured(calls, times) if device.type == "cuda" else calls[0]
         except Exception as error:  # of any kind: a tile too large, a backend that is not there
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            failed[name] = f"{type(error).__name__}: {str(error)[:100]!r}"
     timings = interleave(ready, device, seconds, warm_up=0.02) if ready else {}
     return {name: timing.rates(1)["p50_ms"] * 1e3 / times for name, timing in timings.items()}, failed

@@ -8,14 +8,16 @@ cache. On a CPU it runs tiny sizes in Triton's interpreter, which shows that it 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,10 +53,25 @@ MORE_TILES = (
     LinearTile(128, 128, 64, 8, 3, PAIRED),
 )
 MANY_ROWS = 4096  # from here on programs may stay for several tiles
-# Channels, heads, hidden channels of DeiT-S, DeiT-B, LV-ViT-S; tokens of the stages with the class token.
-MODELS = {"S": (384, 6, 1536), "B": (768, 12, 3072), "LV-S": (384, 6, 1152)}
-TOKENS = (197, 138, 97, 68)
-BATCHES = (256, 1, 32)
+
+
+class Plan(NamedTuple):
+    """What to measure, in the order of its value, should the time run out.
+
+    Attributes:
+        models: channels, heads and hidden channels.
+        tokens: of the stages, with the class token.
+        batches: of pictures; but of the first, every other number of tokens.
+    """
+
+    models: tuple[tuple[int, int, int], ...]
+    tokens: tuple[int, ...]
+    batches: tuple[int, ...]
+
+
+DEIT_S, DEIT_B, LVVIT_S = (384, 6, 1536), (768, 12, 3072), (384, 6, 1152)
+MODELS = Plan((DEIT_S, DEIT_B, LVVIT_S), (197, 138, 97, 68), (256, 1, 32))
+DRY = Plan(((64, 1, 128),), (5,), (2,))
 ACTIVATION = {torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh", torch.float32: "gelu"}
 
 
@@ -79,20 +96,14 @@ class Linear:
         return {"op": "linear", "size": self.rows, "in": self.dim_in, "out": self.dim_out, "does": does}
 
 
-def linears(dtype: torch.dtype, dry: bool) -> Iterator[Linear]:
-    models = {"tiny": (64, 1, 128)} if dry else MODELS
-    sizes = [2 * 5] if dry else [b * n for b in BATCHES for n in (TOKENS if b == 256 else (197, 97))]
-    found: dict[Linear, None] = {}
-    for rows in sizes:
-        for c, _, hidden in models.values():
-            for one in (
-                Linear(rows, c, 3 * c, True, "none", False),
-                Linear(rows, c, c, False, "none", True),
-                Linear(rows, c, hidden, True, ACTIVATION[dtype], False),
-                Linear(rows, hidden, c, False, "none", True),
-            ):
-                found[one] = None
-    yield from found
+def linears(rows: int, c: int, hidden: int, dtype: torch.dtype) -> tuple[Linear, ...]:
+    """Those of a block."""
+    return (
+        Linear(rows, c, 3 * c, True, "none", False),
+        Linear(rows, c, c, False, "none", True),
+        Linear(rows, c, hidden, True, ACTIVATION[dtype], False),
+        Linear(rows, hidden, c, False, "none", True),
+    )
 
 
 def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTile]:
@@ -262,28 +273,26 @@ def _kind_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
     return ("op", "dtype", "size", *shape)
 
 
-def compile_ahead(jobs: Sequence[tuple[str, Any]], dtype: torch.dtype) -> None:
-    """Compile every candidate in processes of their own: one after the other would take most of the time there is."""
+def compile_ahead(shapes: Sequence[Linear], lengths: Sequence[int], dtype: torch.dtype) -> None:
+    """Compile every candidate once, in processes of their own: one by one would take most of the time there is."""
+    # Neither rows nor heads are compiled in: a few of each are enough.
+    linear_jobs = {
+        (dataclasses.replace(one, rows=64), t): None for one in shapes for t in linear_tiles(one, dtype, False)
+    }
+    attention_jobs = {(n, t): None for n in lengths for t in attention_tiles(n, 64, dtype)}
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=40) as pool:
-        pool.starmap(_compile, [(*job, dtype) for job in jobs], chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(_compile, [(*job, dtype) for job in (*linear_jobs, *attention_jobs)], chunksize=1)
 
 
-def _compile(op: str, shape: Any, dtype: torch.dtype) -> None:
+def _compile(shape: Linear | int, tile: LinearTile | AttentionTile, dtype: torch.dtype) -> None:
     device = torch.device("cuda")
-    if op == "linear":
-        small, tiles = dataclasses.replace(shape, rows=64), linear_tiles(shape, dtype, False)
-        calls = [calls[0] for calls in linear_ways(small, dtype, device, 1, tiles).values()]
-    else:
-        n, heads, head_dim = shape
-        qkv = torch.randn(1, n, 3, heads, head_dim, device=device, dtype=dtype)
-        some = attention_tiles(n, head_dim, dtype)
-        calls = [functools.partial(launch_attention, *qkv.unbind(2), 1.0, tile=tile) for tile in some]
-    for call in calls:
-        try:
-            call()
-        except Exception:  # what cannot be compiled is reported where it is measured
-            continue
+    with contextlib.suppress(Exception):  # what cannot be compiled is reported where it is measured
+        if isinstance(shape, Linear):
+            linear_ways(shape, dtype, device, 1, [tile])[by(tile)][0]()
+        else:
+            qkv = torch.randn(1, shape, 3, 1, 64, device=device, dtype=dtype)
+            launch_attention(*qkv.unbind(2), 1.0, tile=tile)
 
 
 def main() -> None:
@@ -295,23 +304,28 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dry, deadline = device.type == "cpu", time.monotonic() + given.budget
+    plan = DRY if dry else MODELS
     dtype = torch.float32 if dry else getattr(torch, given.dtype)
-    shapes = list(linears(dtype, dry))
-    attentions = [(1, 5, 1, 16)] if dry else [(b, n, h, 64) for b in BATCHES for h in (6, 12) for n in TOKENS]
+    seconds = 0.0 if dry else 0.25
+    jobs: dict[Any, Callable[[], list[dict[str, Any]]]] = {}  # by shape: models share some
+    shapes = []
+    for batch, (c, heads, hidden) in itertools.product(plan.batches, plan.models):
+        for n in plan.tokens if batch == plan.batches[0] else plan.tokens[::2]:
+            one = (batch, n, heads, c // heads)
+            jobs.setdefault(one, functools.partial(measure_attention, *one, dtype, device, seconds))
+            for shape in linears(batch * n, c, hidden, dtype):
+                shapes.append(shape)
+                jobs.setdefault(shape, functools.partial(measure_linear, shape, dtype, device, seconds))
+    if given.choices:
+        given.choices.unlink(missing_ok=True)  # an earlier run's are not this one's
     if not dry:
-        jobs = {("linear", dataclasses.replace(one, rows=min(one.rows, 4096))): None for one in shapes}
-        compile_ahead([*jobs, *{("attention", (n, h, d)): None for _, n, h, d in attentions}], dtype)
+        compile_ahead(shapes, plan.tokens, dtype)
         print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     rows: list[dict[str, Any]] = []
-    seconds = 0.0 if dry else 0.25
-    jobs_in_turn: list[Callable[[], list[dict[str, Any]]]] = [
-        *(functools.partial(measure_attention, *one, dtype, device, seconds) for one in attentions),
-        *(functools.partial(measure_linear, one, dtype, device, seconds) for one in shapes),
-    ]
     where = environment()
-    for done, job in enumerate(jobs_in_turn):
+    for done, job in enumerate(jobs.values()):
         if time.monotonic() > deadline:
-            print(f"{len(jobs_in_turn) - done} of {len(jobs_in_turn)} shapes were not measured: no time left")
+            print(f"{len(jobs) - done} of {len(jobs)} shapes were not measured: no time left")
             break
         new = [{"dtype": str(dtype).removeprefix("torch."), **row} for row in job()]
         rows += new
@@ -322,9 +336,9 @@ def main() -> None:
         title = ", ".join(f"{key} {measured[0][key]}" for key in _kind_keys(measured[0])) if measured else "nothing ran"
         print(table(("how", ">us", ">TFLOP/s", ">max error"), cells[:6], title=title), flush=True)
         write_json(given.out, {"environment": where, "rows": rows})
-    if given.choices:
-        content = {"environment": where, "rows": choose(rows), "programmatic": False, "two_branches_from": None}
-        write_json(given.choices, content)
+        if given.choices:
+            content = {"environment": where, "rows": choose(rows), "programmatic": False, "two_branches_from": None}
+            write_json(given.choices, content)
 
 
 if __name__ == "__main__":

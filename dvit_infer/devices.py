@@ -13,6 +13,12 @@ CHUNK = {"cpu": 16, "cuda": 256}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had too little memory: PyTorch's allocator says so by its own kind, CUDA and cuBLAS in words."""
+    words = "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)
+
+
 def slug(name: str) -> str:
     """A processor's name as a file's: 'NVIDIA H200' becomes h200."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.removeprefix("NVIDIA ").lower())).strip("-")

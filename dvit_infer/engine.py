@@ -15,7 +15,7 @@ from torch import nn
 from dvit_infer.backends import runner_for
 from dvit_infer.checkpoint import FORMAT, HEADER_KEY, Checkpoint, read_checkpoint
 from dvit_infer.config import Config
-from dvit_infer.devices import CHUNK, resolve_device, resolve_dtype
+from dvit_infer.devices import CHUNK, is_out_of_memory, resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
@@ -87,7 +87,9 @@ class Engine:
             given = None if stages is None else [stage[part] for stage in stages]
             try:
                 out = self.runner(images[part], given, return_kept=return_kept)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 out = None  # what the failed call held is free only once its traceback is gone
             if out is None:
                 self._take_less(len(images[part]))
@@ -105,7 +107,6 @@ class Engine:
             MemoryError: there is nothing to halve.
         """
         self.runner.release()
-        torch.cuda.empty_cache()
         if images == 1:
             free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
             height, width = self.config.image_size

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import dvit_infer as dvit
-from dvit_infer.backends.captured import BUCKETS, MAX_GRAPHS, CapturedRunner
+from dvit_infer.backends.captured import BUCKETS, CapturedRunner
 from dvit_infer.images import sample_images
+
+MAX_GRAPHS = 4
 
 
 class Recorded:
@@ -81,7 +83,8 @@ def test_one_forward_serves_every_call_of_its_size(captured):
     assert made == [(2, torch.float32)]
 
 
-def test_the_cache_is_bounded_and_drops_the_longest_unused(captured):
+def test_the_cache_is_bounded_and_drops_the_longest_unused(captured, monkeypatch):
+    monkeypatch.setattr("dvit_infer.backends.captured.MAX_GRAPHS", MAX_GRAPHS)
     other, made = captured
     runner = other.runner
     runner.runner = _Zeros(other.config)
@@ -173,6 +176,30 @@ def test_too_little_memory_for_a_batch_takes_fewer_at_a_time(engine):
     assert small.released == 2
     engine(images)
     assert small.sizes[6:] == [2, 2, 2, 1]  # it remembers
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_too_little_memory_in_other_words(engine, words):
+    class Other(Small):
+        def __call__(self, images, *given, **named):
+            try:
+                return super().__call__(images, *given, **named)
+            except torch.OutOfMemoryError:
+                raise RuntimeError(words) from None
+
+    images = sample_images(3, (224, 224))
+    right = engine(images)
+    engine.runner = Other(engine.runner, 2)
+    torch.testing.assert_close(engine(images), right, atol=5e-5, rtol=0)
+
+
+def test_other_errors_are_no_lack_of_memory(engine):
+    def broken(*given, **named):
+        raise RuntimeError("something else")
+
+    engine.runner = broken
+    with pytest.raises(RuntimeError, match="something else"):
+        engine(sample_images(2, (224, 224)))
 
 
 def test_too_little_memory_for_one_picture_is_said(engine):

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from golden_cases import CASES as CASES_BY_ID
 from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
-from dvit_infer.backends.captured import BUCKETS, MAX_GRAPHS
+from dvit_infer.backends.captured import BUCKETS
 from dvit_infer.families.example import example_checkpoint
 from dvit_infer.images import normalise, sample_images
 from dvit_infer.ops.choices import Choices, using
@@ -22,6 +23,11 @@ CASES = (TINY, TINY_LVVIT)
 
 def converted(case_id=TINY, dtype="bfloat16", **more):
     return dvit.convert(official_checkpoint(case_id), device="cuda", dtype=dtype, **options(case_id) | more)
+
+
+def right_size(case_id):
+    size = CASES_BY_ID[case_id]["image_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def uncaptured(engine, images):
@@ -53,9 +59,10 @@ def test_a_replay_equals_the_uncaptured_forward(case_id, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_way_of_running_agrees(case_id, dtype, choices):
     """A pruned engine with given sets, and a dense one through captured forwards, again and again."""
-    images = sample_images(4, (224, 224)).cuda()
-    right = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).cuda().float()
+    right = dvit.load_reference(official_checkpoint(case_id), **options(case_id))  # on the CPU: no TF32 in it
+    images = sample_images(4, right_size(case_id))
     expected, kept = right(images, return_kept=True)
+    images, expected = images.cuda(), expected.cuda()
     tolerance = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}[dtype] * expected.abs().max().item()
     with using(choices):
         engine, dense = converted(case_id, dtype), converted(case_id, dtype, method="none")
@@ -93,7 +100,7 @@ def test_input_of_any_device_dtype_and_strides(dtype):
 @pytest.mark.parametrize("case_id", CASES)
 def test_uint8_pictures_are_normalised_inside(case_id, dtype):
     engine = converted(case_id, dtype)
-    pixels = (sample_images(3, (224, 224)) * 40 + 120).clamp(0, 255).byte()
+    pixels = (sample_images(3, engine.config.image_size) * 40 + 120).clamp(0, 255).byte()
     images = normalise(pixels, engine.config.mean, engine.config.std)
     right, kept = engine(images, return_kept=True)
     tolerance = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}[dtype] * right.abs().max().item()
@@ -161,22 +168,24 @@ def test_streams_and_threads():
 
 
 def test_threads_that_all_come_first():
-    """The first call captures, while others already wait."""
-    engine = converted()
+    """The first call captures, while others already wait; a second engine at the same time."""
+    engine, second = (converted(dtype="float32", method="none") for _ in range(2))
     images = sample_images(6, (224, 224)).cuda()
     right = uncaptured(engine, images)
     answers = {}
 
-    def work(size):
-        answers[size] = engine(images[:size])
+    def work(one, size):
+        answers[one, size] = one(images[:size])
 
-    threads = [threading.Thread(target=work, args=(size,)) for size in (1, 2, 3, 4, 6)]
+    sizes = (1, 2, 3, 4, 6)
+    threads = [threading.Thread(target=work, args=(one, size)) for size in sizes for one in (engine, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for size, logits in answers.items():
-        torch.testing.assert_close(logits, right[:size], atol=0.05, rtol=0)
+    assert len(answers) == 2 * len(sizes)
+    for (_, size), logits in answers.items():
+        torch.testing.assert_close(logits, right[:size], atol=1e-4, rtol=0)
 
 
 def test_inside_a_capture_of_the_callers_own():
@@ -192,38 +201,40 @@ def test_inside_a_capture_of_the_callers_own():
     assert torch.equal(logits.flip(0), right)
 
 
-def test_the_cache_of_graphs_is_bounded():
-    engine = converted()
-    images = sample_images(max(BUCKETS[: MAX_GRAPHS + 3]), (224, 224)).cuda()
+def test_the_cache_of_graphs_is_bounded(monkeypatch):
+    monkeypatch.setattr("dvit_infer.backends.captured.MAX_GRAPHS", 3)
+    engine = converted(dtype="float32", method="none")
+    images = sample_images(BUCKETS[5], (224, 224)).cuda()
     right = uncaptured(engine, images)
     for _ in range(2):
-        for size in BUCKETS[: MAX_GRAPHS + 3]:
-            torch.testing.assert_close(engine(images[:size]), right[:size], atol=0.05, rtol=0)
-    assert len(engine.runner._forwards) == MAX_GRAPHS
+        for size in BUCKETS[:6]:
+            torch.testing.assert_close(engine(images[:size]), right[:size], atol=1e-4, rtol=0)
+    assert len(engine.runner._forwards) == 3
     assert engine.runner.own_bytes > 0
 
 
 def test_a_large_batch_is_split():
-    engine = converted()
+    engine = converted(dtype="float32", method="none")
     images = sample_images(7, (224, 224)).cuda().repeat(75, 1, 1, 1)
     right = engine(images[:7])
-    torch.testing.assert_close(engine(images), right.repeat(75, 1), atol=0.05, rtol=0)
+    torch.testing.assert_close(engine(images), right.repeat(75, 1), atol=1e-4, rtol=0)
 
 
 def test_too_little_memory():
     """A cap on what PyTorch may take stands for a small GPU."""
     torch.cuda.empty_cache()
-    engine = dvit.convert(example_checkpoint("dynamicvit-deit-s"), device="cuda", dtype="bfloat16")
-    images = sample_images(2, (224, 224)).to("cuda", torch.bfloat16).repeat(128, 1, 1, 1)
+    engine = dvit.convert(example_checkpoint("deit-s"), device="cuda", dtype="float32")
+    images = sample_images(2, (224, 224)).cuda().repeat(128, 1, 1, 1)
     right = engine(images[:2])
     engine.runner.release()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 350 * 2**20) / total)
+        # Of 256 pictures the hidden channels of one MLP alone take 295 MiB, and the pictures 147.
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 320 * 2**20) / total)
         logits = engine(images)
         assert engine._chunk < 256
-        torch.testing.assert_close(logits, right.repeat(128, 1), atol=0.05, rtol=0)
+        torch.testing.assert_close(logits, right.repeat(128, 1), atol=1e-4, rtol=0)
         engine.runner.release()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**20) / total)

@@ -56,6 +56,8 @@ def test_result_dtype_and_no_statistics():
     ("what", "change"),
     [
         ("x is", {"x": torch.zeros(3, 48, dtype=torch.int64)}),
+        ("x is", {"x": torch.zeros(3, 0), "weight": torch.zeros(10, 0)}),
+        ("stats is", {"stats": torch.zeros(3, 0, 2)}),
         ("weight is", {"weight": torch.zeros(10, 47)}),
         ("weight is", {"weight": torch.zeros(10, 48, dtype=torch.float16)}),
         ("bias is", {"bias": torch.zeros(48)}),

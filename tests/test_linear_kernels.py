@@ -225,6 +225,18 @@ def test_any_strides(device, dtype):
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_any_strides_of_the_vectors(device, dtype):
+    weight, bias = (t.to(device) for t in make_linear(64, 64, dtype))
+    x, sums = make_rows(5, 64).to(device, dtype), row_sums(weight)
+    _, stats = launch_linear(x, weight, None, x, stats_block=32, tile=LinearTile(16, 32, 16, 4, 2))
+    right, _ = launch_linear(x, weight, bias, None, sums, stats)
+    apart = [torch.stack([t, -t], dim=-1)[..., 0] for t in (bias, sums, stats)]
+    assert torch.equal(launch_linear(x, weight, apart[0], None, apart[1], apart[2])[0], right)
+    one = bias[:1].expand(64)
+    assert torch.equal(launch_linear(x, weight, one)[0], launch_linear(x, weight, one.contiguous())[0])
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_a_row_does_not_feel_its_neighbours(device, dtype):
     """Neither NaN in another row of the tile, nor what stands in memory around x."""
     weight, bias = (t.to(device) for t in make_linear(40, 48, dtype))

@@ -16,7 +16,7 @@ from dvit_infer.backends.torch import TorchRunner, Watch
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding
-MAX_GRAPHS = 8  # kept at a time; the one not used for longest goes first
+MAX_GRAPHS = 2 * len(BUCKETS)  # kept at a time, enough for float and uint8; the one not used for longest goes first
 
 Answers = tuple[torch.Tensor, list[torch.Tensor]]
 
@@ -29,11 +29,17 @@ class Forward(Protocol):
     def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers: ...
 
 
+# CUDA captures one graph at a time in a process, and nothing may synchronise the device meanwhile.
+_CAPTURING = threading.Lock()
+
+
 class _Shared:
     """What captured forwards of one runner share, as one at a time runs and its answers are copied out before the next.
 
     Attributes:
         stream, beside: where they are captured, and the second of two branches.
+        warm: where they run before that. Not where they are captured: a workspace that a library keeps for a stream
+            could be given to others once the library lets go of it; made in the capture it is the graph's.
         pool: memory of whatever is neither pictures nor answers.
         free: recorded when that memory may be written again.
     """
@@ -41,6 +47,7 @@ class _Shared:
     def __init__(self, device: torch.device) -> None:
         self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.beside: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.warm: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.free: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -56,30 +63,32 @@ class CapturedForward:
     """
 
     def __init__(self, runner: TorchRunner, batch: int, dtype: torch.dtype, shared: "_Shared") -> None:
+        torch.cuda.empty_cache()  # as the capture does: what is reserved after it is then comparable
         reserved = torch.cuda.memory_reserved(runner.device)
         self._images = torch.zeros(batch, 3, *runner.config.image_size, dtype=dtype, device=runner.device)
-        self._shared, self._graph, stream = shared, torch.cuda.CUDAGraph(), shared.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run(runner, batch)  # kernels are compiled and libraries set up before the capture, and it is
-            # here that a GPU with too little memory says so
-        stream.synchronize()
-        with torch.cuda.graph(self._graph, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
-            self._logits, self._chosen = self._run(runner, batch)
+        self._shared, self._graph, warm = shared, torch.cuda.CUDAGraph(), shared.warm
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
+            # Kernels are compiled and libraries set up, and a GPU with too little memory says so.
+            self._run(runner, batch, warm, warm)
+        warm.synchronize()
+        with torch.cuda.graph(self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"):
+            self._logits, self._chosen = self._run(runner, batch, shared.stream, shared.beside)
         self.own_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
 
-    def _run(self, runner: TorchRunner, batch: int) -> Answers:
+    def _run(self, runner: TorchRunner, batch: int, stream: torch.cuda.Stream, beside: torch.cuda.Stream) -> Answers:
         with _programmatic(runner.device):
             first = choices_for(runner.device).two_branches_from
             if first is None or batch < max(2, first):
                 return runner(self._images)
             # Two halves side by side: where one has too few tiles left for all multiprocessors, the other fills them.
-            stream, beside = self._shared.stream, self._shared.beside
             beside.wait_stream(stream)
-            with torch.cuda.stream(beside):
-                logits, chosen = runner(self._images[batch // 2 :])
-            first_logits, first_chosen = runner(self._images[: batch // 2])
-            stream.wait_stream(beside)
+            try:
+                with torch.cuda.stream(beside):
+                    logits, chosen = runner(self._images[batch // 2 :])
+                first_logits, first_chosen = runner(self._images[: batch // 2])
+            finally:  # also when memory runs out: a capture has to be joined to be ended
+                stream.wait_stream(beside)
             stages = zip(first_chosen, chosen, strict=True)
             return torch.cat([first_logits, logits]), [torch.cat(stage) for stage in stages]
 
@@ -109,7 +118,8 @@ def _programmatic(device: torch.device) -> Iterator[None]:
 class CapturedRunner:
     """Runs a graph as another runner does, by captured forwards where the call is a plain one.
 
-    Safe to call from several threads and streams: replays take turns, each on its caller's stream.
+    Safe to call from several threads and streams: replays take turns, each on its caller's stream. While the first call
+    of a size captures, other threads must not synchronise the device, which CUDA forbids.
 
     Args:
         runner: what is captured; it runs calls with given sets or a watch itself, and calls that are being captured by
@@ -131,7 +141,8 @@ class CapturedRunner:
     @property
     def own_bytes(self) -> int:
         """What it holds beside the graph's weights, in bytes: the buffers of the forwards so far."""
-        return self.runner.own_bytes + sum(forward.own_bytes for forward in self._forwards.values())
+        with self._lock:
+            return self.runner.own_bytes + sum(forward.own_bytes for forward in self._forwards.values())
 
     @torch.no_grad()
     def __call__(
@@ -143,21 +154,26 @@ class CapturedRunner:
     ) -> Answers:
         """As `TorchRunner`; images are at most `BUCKETS[-1]`."""
         on_gpu = self.runner.device.type == "cuda"
-        if kept is not None or watch is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
-            return self.runner(images, kept, watch)
+        with torch.cuda.device(self.runner.device if on_gpu else -1):
+            if kept is not None or watch is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
+                return self.runner(images, kept, watch)
+            return self._by_graph(images, return_kept)
+
+    def _by_graph(self, images: torch.Tensor, return_kept: bool) -> Answers:
         if images.dtype == torch.uint8 and not self.runner.takes_uint8:
             images = self.runner.prepare(images)
         dtype = torch.uint8 if images.dtype == torch.uint8 else self.runner.dtype  # copying in converts the others
         bucket = next(size for size in BUCKETS if size >= len(images))
-        with self._lock, torch.cuda.device(self.runner.device if on_gpu else -1):
+        with self._lock:
             return self._forward(bucket, dtype)(images, return_kept)
 
     def _forward(self, batch: int, dtype: torch.dtype) -> Forward:
         key = batch, dtype
         if key not in self._forwards:
-            while len(self._forwards) >= MAX_GRAPHS:
-                self._drop(next(iter(self._forwards)))
-            with torch.inference_mode(False), torch.no_grad():  # a caller's mode must not mark what outlives it
+            # A caller's inference mode must not mark what outlives its call.
+            with _CAPTURING, torch.inference_mode(False), torch.no_grad():
+                while len(self._forwards) >= MAX_GRAPHS:
+                    self._drop(next(iter(self._forwards)))
                 self._forwards[key] = self._capture(batch, dtype)
         self._forwards.move_to_end(key)
         return self._forwards[key]
@@ -174,6 +190,8 @@ class CapturedRunner:
 
     def release(self) -> None:
         """Give back the memory of all captured forwards; the next call captures anew."""
-        with self._lock:
+        with self._lock, _CAPTURING:
             for key in list(self._forwards):
                 self._drop(key)
+            if self.runner.device.type == "cuda":
+                torch.cuda.empty_cache()

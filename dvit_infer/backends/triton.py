@@ -37,6 +37,7 @@ class TritonRunner(TorchRunner):
         for node in graph.nodes:
             if "norm.weight" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
+        self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
         self._activation = ACTIVATION[self.dtype]
         self._sums = {node.name: _sums(node) for node in graph.nodes}
         self._stem = isinstance(graph.nodes[0], Convolution)
@@ -153,6 +154,10 @@ class TritonRunner(TorchRunner):
             block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out)
         out, left = linear(y, w, b, x, stats_block=block)
         return out, left if block else None
+
+
+def _channels_last(node: Convolution) -> Convolution:
+    return node.with_weights(lambda w: w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w)
 
 
 def _sums(node: Node) -> dict[str, torch.Tensor]:

@@ -119,7 +119,7 @@ class _Call(NamedTuple):
 def _checked(*arguments: Any, **named: Any) -> _Call:
     call = _Call(*arguments, **named)
     x, weight, bias, residual, weight_sum, stats, _, activation, stats_block, _ = call
-    if x.ndim < 1 or x.dtype not in DTYPES:
+    if x.ndim < 1 or x.shape[-1] < 1 or x.dtype not in DTYPES:
         found = f"{x.dtype} of shape {tuple(x.shape)}"
         raise ValueError(f"linear: x is {found}; (..., C) in float32, float16 or bfloat16 is expected")
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
@@ -134,9 +134,10 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
     if residual is not None and tuple(residual.shape) != (*x.shape[:-1], dim_out):
         expected = (*x.shape[:-1], dim_out)
         raise ValueError(f"linear: residual has shape {tuple(residual.shape)}; {expected} is expected")
-    if stats is not None and (stats.ndim != 3 or stats.shape[2] != 2 or stats.dtype != torch.float32):
+    if stats is not None and (stats.ndim != 3 or 0 in stats.shape[1:] or stats.dtype != torch.float32):
         raise ValueError(f"linear: stats is {stats.dtype} of shape {tuple(stats.shape)}; (rows, parts, 2) float32")
-    if stats is not None and (stats.shape[0] * x.shape[-1] != x.numel() or x.shape[-1] % stats.shape[1]):
+    rows = x.numel() // x.shape[-1]
+    if stats is not None and (stats.shape[0] != rows or stats.shape[2] != 2 or x.shape[-1] % stats.shape[1]):
         raise ValueError(f"linear: stats has shape {tuple(stats.shape)}, which is not that of x's rows")
     for name, tensor in call._asdict().items():
         if isinstance(tensor, torch.Tensor) and tensor.device != x.device:

@@ -189,6 +189,7 @@ def linear_launch(
     if residual is not None:
         residual, r_tokens, stride_rb, stride_rn = _rows_of(residual)
     weight = weight.contiguous()
+    bias, weight_sum, stats = (None if t is None else t.contiguous() for t in (bias, weight_sum, stats))
     parts = 1 if stats is None else stats.shape[1]
     common: dict[str, Any] = {
         "bias_ptr": bias,
