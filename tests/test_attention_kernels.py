@@ -2,12 +2,10 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
-import triton
 from dvit_kernels.attention import AttentionTile, attention_launch, key_chunks, launch_attention
-from kernel_helpers import WHERE, rms, run_guarded
+from kernel_helpers import WHERE, needs_loops, rms, run_guarded
 from test_attention import INF, exact, make_bias, make_qkv, make_ragged
 
 from dvit_infer.ops import attention as op
@@ -15,10 +13,7 @@ from dvit_infer.ops.attention import attention, attention_ref
 from dvit_infer.ops.choices import Choices, using
 
 BETWEEN = 4096  # elements of NaN around inputs
-OLD = triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-pytestmark = pytest.mark.skipif(
-    OLD and not torch.cuda.is_available(), reason="Triton 3.6's interpreter cannot loop up to a tensor under NumPy 2.4"
-)
+pytestmark = needs_loops
 
 # B, M, N, H, D: one token; a tile and a row; two chunks and three; blocks of keys; heads that fill no power of two.
 SHAPES = [

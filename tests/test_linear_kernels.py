@@ -15,7 +15,7 @@ from dvit_kernels.linear import (
     linear_launch,
 )
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
-from kernel_helpers import WHERE, rms, run_guarded
+from kernel_helpers import WHERE, needs_loops, rms, run_guarded
 from test_linear import exact_linear, exact_stats, make_linear, make_rows
 
 from dvit_infer.ops.choices import Choices, using
@@ -94,7 +94,7 @@ TMA_TILES = {
 }
 
 
-needs_tma = pytest.mark.skipif(
+skip_before_hopper = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="no TMA before Hopper"
 )
 
@@ -103,7 +103,8 @@ def of_tma(launch):
     return launch.kernel.__name__ == "_linear_tma_kernel"
 
 
-@needs_tma
+@needs_loops
+@skip_before_hopper
 @pytest.mark.parametrize("way", [PREFETCHING, PAIRED])
 @pytest.mark.parametrize(("device", "dtype"), HALF)
 def test_tma_does_as_the_plain_kernel(device, dtype, way):
@@ -141,7 +142,8 @@ def torch_stats(x, parts):
     return split.mean(dim=2), split.var(dim=2, correction=0) * split.shape[2]
 
 
-@needs_tma
+@needs_loops
+@skip_before_hopper
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
     tile = TMA_TILES[device][0]
@@ -182,7 +184,8 @@ def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
     check(launch_linear(x, weight, bias, tile=tile)[0], exact_linear(x, weight, bias), linear_ref(x, weight, bias)[0])
 
 
-@needs_tma
+@needs_loops
+@skip_before_hopper
 @pytest.mark.parametrize(("device", "dtype"), HALF)
 def test_tma_rows_do_not_feel_their_neighbours(device, dtype):
     """Neither NaN in another row of the tile, nor what stands in memory behind x and the weight."""

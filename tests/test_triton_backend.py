@@ -6,13 +6,14 @@ import pickle
 import pytest
 import torch
 from golden_cases import answers, official_checkpoint, options, pictures, same_kept
+from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.graph import build_graph
 from dvit_infer.ops.choices import Choices, using
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, needs_loops]
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
 TINY = "tiny-deit-r0.7-s1"
 
