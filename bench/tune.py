@@ -24,6 +24,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
+from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import AttentionTile, launch_attention
 from dvit_kernels.attention import default_tile as default_attention_tile
 from dvit_kernels.linear import TILES, LinearTile, default_stats_block, default_tile, launch_linear
@@ -72,7 +73,6 @@ class Plan(NamedTuple):
 DEIT_S, DEIT_B, LVVIT_S = (384, 6, 1536), (768, 12, 3072), (384, 6, 1152)
 MODELS = Plan((DEIT_S, DEIT_B, LVVIT_S), (197, 138, 97, 68), (256, 1, 32))
 DRY = Plan(((64, 1, 128),), (5,), (2,))
-ACTIVATION = {torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh", torch.float32: "gelu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def linears(rows: int, c: int, hidden: int, dtype: torch.dtype) -> tuple[Linear,
     return (
         Linear(rows, c, 3 * c, True, "none", False),
         Linear(rows, c, c, False, "none", True),
-        Linear(rows, c, hidden, True, ACTIVATION[dtype], False),
+        Linear(rows, c, hidden, True, CHEAPEST_GELU[dtype], False),
         Linear(rows, hidden, c, False, "none", True),
     )
 

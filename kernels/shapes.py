@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import attention_launch
 from dvit_kernels.launch import Launch, programmatic_launches
 from dvit_kernels.layer_norm import layer_norm_launch, row_stats_launch
@@ -39,9 +40,6 @@ def layer_norm() -> Iterator[Launch]:
         yield row_stats_launch(x)[0]
 
 
-ACTIVATION = {torch.float32: "gelu", torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh"}
-
-
 def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launch]:
     """The linears of a block: qkv with statistics and without, proj, fc1, fc2."""
 
@@ -58,7 +56,7 @@ def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launc
 
     block = default_stats_block(rows, c, dtype)
     yield from (normalised(3 * c, True), normalised(3 * c, False), added(c))
-    yield from (normalised(hidden, True, ACTIVATION[dtype]), added(hidden))
+    yield from (normalised(hidden, True, CHEAPEST_GELU[dtype]), added(hidden))
 
 
 def linear_tma(rows: int, c: int, hidden: int) -> Iterator[Launch]:

@@ -61,5 +61,10 @@ def rms(error: torch.Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
+def check(got: torch.Tensor, right: torch.Tensor, plain: torch.Tensor) -> None:
+    """Arithmetic is right when it strays from float64 at most twice as far as plain PyTorch in the same dtype."""
+    assert rms(got.cpu() - right) <= 2 * rms(plain.cpu() - right) + 1e-6
+
+
 def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from dvit_kernels.activations import CHEAPEST_GELU
 
 from dvit_infer.backends.torch import TorchRunner, Watch
 from dvit_infer.graph.graph import Graph
@@ -13,8 +14,6 @@ from dvit_infer.ops.choices import choices_for
 from dvit_infer.ops.linear import free_stats_block, linear, row_sums
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 
-# GELU by dtype: the cheapest whose error vanishes in the rounding of what it is stored in.
-ACTIVATION = {torch.float32: "gelu", torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh"}
 _NORMALISED = {Attention: ("qkv", "q", "kv"), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}
 
 
@@ -38,7 +37,7 @@ class TritonRunner(TorchRunner):
             if "norm.weight" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
         self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
-        self._activation = ACTIVATION[self.dtype]
+        self._activation = CHEAPEST_GELU[self.dtype]
         self._sums = {node.name: _sums(node) for node in graph.nodes}
         self._stem = isinstance(graph.nodes[0], Convolution)
         self._embed = {

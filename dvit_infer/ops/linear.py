@@ -43,7 +43,7 @@ def linear(
         stats: (rows, parts, 2) float32, mean and sum of squared deviations of x's rows by blocks of C/parts columns, as
             an earlier call or `row_stats` left them; None: found here where needed.
         eps: LayerNorm's.
-        activation: one of `ACTIVATIONS`: gelu by erf, gelu_poly the same to 1.5e-7 in fewer instructions, gelu_tanh its
+        activation: one of `ACTIVATIONS`: gelu by erf, gelu_poly the same to 2.1e-7 in fewer instructions, gelu_tanh its
             tanh form, 4.8e-4 off at most.
         stats_block: columns a part of the statistics to return of the result, as stored; it divides K; 0: none.
         out_dtype: of the result; None: x's.
