@@ -35,9 +35,8 @@ from dvit_infer.tables import table
 from dvit_infer.timing import environment, write_json
 
 MARGIN = 1.03  # how much faster than the default another way must be to replace it
-TOLERANCE = (
-    2**-5
-)  # of the largest value: what bfloat16 rounds is well below, a wrong answer is not; its time is no time
+# Of the largest value: what bfloat16 rounds is well below, and the time of a wrong answer is no time.
+TOLERANCE = 2**-5
 
 
 def measure_linear(shape: Linear, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict[str, Any]]:
