@@ -43,7 +43,8 @@ def compared(arch: str, batches: tuple[int, ...], names: tuple[str, ...], second
     comparison = Comparison(example_checkpoint(arch), names)
     for batch in batches:
         outcome = comparison.measure(batch, seconds)
-        print(f"{arch}, batch {batch}: {outcome}", flush=True)
+        for line in filter(None, (*map(str, outcome.gains), outcome.verdict, outcome.noise)):
+            print(f"{arch}, batch {batch}: {line}", flush=True)
         yield from (asdict(row) for row in outcome.rows)
 
 

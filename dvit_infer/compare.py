@@ -1,59 +1,80 @@
-"""One model run in several ways, side by side: the reference, our engine dense, our engine pruned."""
+"""One model run in several ways, side by side, on the same pictures; that all compute the same function is checked."""
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer import peers, ways
 from dvit_infer.config import Config
-from dvit_infer.devices import resolve_device, resolve_dtype
 from dvit_infer.engine import Engine, Source
 from dvit_infer.errors import InputError
-from dvit_infer.families import build_reference, recognise
-from dvit_infer.families.example import example_checkpoint
-from dvit_infer.families.reading import Note
-from dvit_infer.graph import build_graph
+from dvit_infer.families import build_reference
 from dvit_infer.images import sample_images
-from dvit_infer.parity import evaluate
-from dvit_infer.timing import Row, Timing, interleave
+from dvit_infer.node_times import Limits, NodeTime, time_nodes
+from dvit_infer.parity import MARGIN, RMS_FACTOR, evaluate
+from dvit_infer.reference.vit import EvalOutput, VisionTransformer
+from dvit_infer.timing import Row, Timing, interleave, noise
+from dvit_infer.ways import Call, Subject, Way
 
-WAYS = ("reference", "dense", "compile")  # what the engine can be compared with
-USUAL = WAYS[:2]
+WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared with
+    "reference": ways.reference_way,
+    "dense": ways.dense_way,
+    "compile": ways.compiled_way,
+    "sdpa": ways.sdpa_way,
+    "onnxruntime": peers.onnxruntime_way,
+    "openvino": peers.openvino_way,
+    "timm": peers.timm_way,
+}
+USUAL = ("reference", "dense")
 DISTINCT_IMAGES = 64
+# Of the logits' rms. float32: the largest error where kept sets are clear; rounding is far below, another function
+# far above. Reduced dtypes, in which near ties fall either way: the rms error, beyond what plain PyTorch's own is.
+SAME_MAX, SAME_RMS = 1e-3, 0.05
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way to run the model, with its config and what its weights take."""
+class Gain:
+    """What pruning made of what it could: at one keep rate, over the dense engine in the same run."""
 
-    call: Callable[[torch.Tensor], torch.Tensor]
-    config: Config
+    keep_rate: float
+    num_keep: tuple[int, ...]
     gflops: float
-    held_mib: Callable[[], float]  # between calls: weights, and buffers once it has run
-    mode: str | None = None
+    images_per_s: float
+    speedup: float
+    ceiling: float  # the ratio of the multiply-adds of the two graphs as run
 
-    @property
-    def dense(self) -> bool:
-        return self.config.method == "none"
+    def __str__(self) -> str:
+        return (
+            f"pruned over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the multiply-adds of "
+            f"the two graphs as run allow: {self.speedup / self.ceiling:.1%} realised"
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows of one batch size, and the engine's part of the speed-up that its multiply-adds allow (None: no pair)."""
+    """What was measured at one batch size.
+
+    Attributes:
+        rows: one a way.
+        gains: one for every keep rate of the engine, if the dense engine ran too.
+        strays: the ways that compute another function, each with its error; a check that failed.
+        noise: a line that says so if the machine was noisy.
+    """
 
     rows: list[Row]
-    ceiling: float | None
-    speedup_over_dense: float | None
+    gains: list[Gain]
+    strays: list[str]
+    noise: str | None
 
-    def __str__(self) -> str:
-        if self.ceiling is None or self.speedup_over_dense is None:
-            return ""
-        share = self.speedup_over_dense / self.ceiling
-        return (
-            f"pruned over dense engine: {self.speedup_over_dense:.3f} x of the {self.ceiling:.3f} x that the "
-            f"multiply-adds of the two graphs as run allow: {share:.1%} realised"
-        )
+    @property
+    def verdict(self) -> str:
+        if self.strays:
+            return f"NOT the same function as the reference: {'; '.join(self.strays)}"
+        largest = max(row.max_logit_error for row in self.rows)
+        reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
+        return f"all ways compute the same function: largest error of a logit {largest:.1e}{reduced}"
 
 
 class Comparison:
@@ -63,50 +84,51 @@ class Comparison:
         model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
         names: which of `WAYS` to run beside the engine; the first is the baseline of every speed-up. 'compile' is the
             reference under torch.compile, by mode max-autotune on CUDA and default on a CPU.
+        keep_rates: run the engine at each of these, and dense; empty: at the model's own.
+
+    Raises:
+        InputError: the model, a name, a rate, or a package that is not installed.
     """
 
     def __init__(
-        self, model: Source | None, names: Sequence[str] = USUAL, device: str | None = None, dtype: str | None = None
+        self,
+        model: Source | None,
+        names: Sequence[str] = USUAL,
+        device: str | None = None,
+        dtype: str | None = None,
+        keep_rates: Sequence[float] = (),
     ) -> None:
         if unknown := [name for name in names if name not in WAYS]:
             raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(WAYS)}")
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
-        checkpoint = read_checkpoint(example_checkpoint("dynamicvit-deit-s") if model is None else model)
-        config, notes = recognise(checkpoint, None, {}, {})
-        self.config, self._name = config, checkpoint.name
-        dense_config, _ = recognise(checkpoint, None, {}, {"method": "none"})
-        is_dense = config.method == "none"
-        self._ways: dict[str, _Way] = {}
-        if "reference" in names or "compile" in names:
-            plain = build_reference(config, checkpoint)
-            gflops = build_graph(plain, config).gflops
-            plain = plain.to(self.device, self.dtype)
-        if "reference" in names:
-            self._ways["reference"] = _Way(
-                lambda images: plain.evaluate(images).logits, config, gflops, lambda: _mib(plain.parameters())
-            )
-        if "compile" in names:
-            mode = "max-autotune" if self.device.type == "cuda" else "default"
-            compiled = torch.compile(plain, mode=mode, dynamic=False)
-            self._ways["compile"] = _Way(compiled, config, gflops, lambda: _mib(plain.parameters()), mode)
-        if "dense" in names or is_dense:
-            self._ways["dense"] = self._engine(dense_config, checkpoint, notes)
-        if not is_dense:
-            self._ways["engine"] = self._engine(config, checkpoint, notes)
-        self.baseline = next((name for name in names if name in self._ways), next(iter(self._ways)))
-        needed = {way.dense: way.config for way in self._ways.values()}
-        self._right = {dense: build_reference(c, checkpoint).to(self.device) for dense, c in needed.items()}
-        weights = {key: value.numel() for key, value in checkpoint.state.items() if not _is_buffer(key)}
-        self._params = {  # of what runs, by whether it is dense
-            False: sum(weights.values()),
-            True: sum(count for key, count in weights.items() if not key.startswith("score_predictor.")),
-        }
+        self.subject = subject = Subject(model, device, dtype)
+        self.config, self.device = subject.config, subject.device
+        is_dense = self.config.method == "none"
+        wanted = dict.fromkeys([*names, *(["dense"] if is_dense or keep_rates else [])])
+        self._ways = {name: WAYS[name](subject) for name in WAYS if name in wanted}
+        configs = [subject.config_at(rate) for rate in keep_rates] or ([] if is_dense else [self.config])
+        for config in configs:
+            name = f"engine at {config.keep_rate:g}" if keep_rates else "engine"
+            self._ways[name] = ways.engine_way(subject, config)
+        self.baseline = next(iter(names), next(iter(self._ways)))
+        self._right = {_function(c): build_reference(c, subject.checkpoint).to(self.device) for c in self._configs()}
+        self._plain = dict(self._right)
+        if subject.dtype != torch.float32:
+            for key, config in zip(self._right, self._configs(), strict=True):
+                self._plain[key] = build_reference(config, subject.checkpoint).to(self.device, subject.dtype)
 
-    def _engine(self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note]) -> _Way:
-        engine = Engine(config, checkpoint, notes, self.device, self.dtype)
-        weights = _mib(w for node in engine.graph.nodes for w in node.weights.values())
-        return _Way(engine, config, engine.graph.gflops, lambda: weights + engine.runner.own_bytes / 2**20)
+    @property
+    def engine(self) -> Engine:
+        """The one at the model's own keep rate, else the first of the sweep; dense if the model is."""
+        engines = [way.engine for way in self._ways.values() if way.engine is not None]
+        return next((e for e in engines if e.config == self.config), next(e for e in engines if e.config.num_keep))
+
+    def _configs(self) -> list[Config]:
+        """One for every function that the ways compute."""
+        return list({_function(way.config): way.config for way in self._ways.values()}.values())
+
+    def images(self, batch: int) -> torch.Tensor:
+        """What a batch of that size is measured on, (B, 3, H, W) float32."""
+        return _images(batch, self.config.image_size)
 
     def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
         """Time every way on the same pictures, interleaved.
@@ -115,72 +137,110 @@ class Comparison:
             InputError: the batch does not fit in memory.
         """
         try:
-            images = _images(batch, self.config.image_size)
-            right = {dense: evaluate(model, images).logits for dense, model in self._right.items()}
-            if not all(torch.isfinite(logits).all() for logits in right.values()):
-                raise InputError(
-                    f"{self._name}: the reference model itself gives NaN or Inf; its weights are too large"
-                )
-            images = images.to(self.device, self.dtype)
+            images = self.images(batch)
+            right = {key: evaluate(model, images) for key, model in self._right.items()}
+            if not all(torch.isfinite(out.logits).all() for out in right.values()):
+                name = self.subject.checkpoint.name
+                raise InputError(f"{name}: the reference model itself gives NaN or Inf; its weights are too large")
+            plain = {key: evaluate(self._plain[key], images).logits for key in right}
+            images = images.to(self.device, self.subject.dtype)
             with torch.no_grad():
                 calls = {name: _bound(way.call, images) for name, way in self._ways.items()}
-                if "compile" in calls:
-                    _compiles(calls["compile"])
+                logits = {name: call().float().to(self.device) for name, call in calls.items()}
                 timings = interleave(calls, self.device, seconds, progress)
-                rows = [self._row(name, batch, timings, call().float(), right) for name, call in calls.items()]
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
-        if "dense" not in timings or "engine" not in timings:
-            return Outcome(rows, None, None)
-        ceiling = self._ways["dense"].gflops / self._ways["engine"].gflops
-        return Outcome(rows, ceiling, timings["engine"].speedup_over(timings["dense"]))
+        rows, strays = [], []
+        for name, way in self._ways.items():
+            key = _function(way.config)
+            rows.append(self._row(name, batch, timings, logits[name], right[key].logits))
+            if stray := _stray(logits[name], right[key], plain[key], self.subject.dtype):
+                strays.append(f"{name}: {stray}")
+        return Outcome(rows, self._gains(timings, batch), strays, noise(timings.values()))
+
+    @property
+    def reference(self) -> VisionTransformer:
+        """That of `engine`, in float32."""
+        return self._right[_function(self.engine.config)]
+
+    def time_nodes(
+        self, batch: int, limits: Limits, seconds: float, progress: Callable[[float], None] = lambda share: None
+    ) -> list[NodeTime]:
+        """Where the time of `engine` goes (node_times.py)."""
+        return time_nodes(self.engine, self.reference, self.images(batch), limits, seconds, progress)
+
+    def _gains(self, timings: Mapping[str, Timing], batch: int) -> list[Gain]:
+        dense = self._ways.get("dense")
+        if dense is None:
+            return []
+        return [
+            Gain(
+                keep_rate=way.keep_rate,
+                num_keep=way.config.num_keep,
+                gflops=way.gflops,
+                images_per_s=timings[name].rates(batch)["images_per_s"],
+                speedup=timings[name].speedup_over(timings["dense"]),
+                ceiling=dense.gflops / way.gflops,
+            )
+            for name, way in self._ways.items()
+            if way.how == "engine"
+        ]
 
     def _row(
-        self, name: str, batch: int, timings: dict[str, Timing], logits: torch.Tensor, right: dict[bool, torch.Tensor]
+        self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, right: torch.Tensor
     ) -> Row:
         way, timing = self._ways[name], timings[name]
-        expected = right[way.dense]
+        held = way.held_mib()
         return Row(
             model=self.config.arch,
-            keep_rate=1.0 if way.dense else way.config.keep_rate,
-            how=name,
+            keep_rate=way.keep_rate,
+            how=way.how,
             mode=way.mode,
             device=self.device.type,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.subject.dtype_name,
             batch=batch,
             **timing.rates(batch),
             gflops=way.gflops,
-            params=self._params[way.dense],
-            peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.held_mib(),
-            max_logit_error=(logits - expected).abs().max().item(),
-            top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
+            params=self.subject.params(way.is_dense),
+            peak_mib=None if timing.peak_mib is None or held is None else timing.peak_mib + held,
+            max_logit_error=(logits - right).abs().max().item(),
+            top1_agreement=(logits.argmax(dim=1) == right.argmax(dim=1)).float().mean().item(),
             baseline=self.baseline,
             speedup=timing.speedup_over(timings[self.baseline]),
         )
 
 
-def _compiles(call: Callable[[], torch.Tensor]) -> None:
-    """The first call, which compiles. Raises InputError where torch.compile cannot."""
+def _function(config: Config) -> tuple[int, ...]:
+    """What tells apart the functions that ways of one model compute: the tokens they keep."""
+    return config.num_keep
+
+
+def _stray(logits: torch.Tensor, right: EvalOutput, plain: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """How far the logits are from the reference's, if too far for the same function; None where they are not."""
+    scale = right.logits.square().mean().sqrt()
+    if dtype == torch.float32:
+        clear = (right.margin > MARGIN).all(dim=1)
+        error = (logits - right.logits)[clear].abs().max() / scale if clear.any() else torch.zeros(())
+        return None if error <= SAME_MAX else f"error {error:.1e} of the logits' rms"
+    error, rounding = ((x - right.logits).square().mean().sqrt() / scale for x in (logits, plain))
+    return None if error <= max(SAME_RMS, RMS_FACTOR * float(rounding)) else f"rms error {error:.1e} of the logits' rms"
+
+
+def fvcore_gflops(model: torch.nn.Module, images: torch.Tensor) -> float | None:
+    """Multiply-adds in 10^9 a picture as fvcore counts them in the reference; None where it is not installed."""
     try:
-        call()
-    except Exception as error:  # of whatever kind its compilers raise
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"compare: torch.compile cannot run the reference here: {why[0]}") from None
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it uses of torch
+        counted = FlopCountAnalysis(model, images).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return float(counted.total()) / len(images) / 1e9
 
 
-def _mib(tensors: Iterable[torch.Tensor]) -> float:
-    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
-
-
-def _is_buffer(key: str) -> bool:
-    return key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-
-
-def _bound(call: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: call(images)
 
 

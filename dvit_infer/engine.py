@@ -35,6 +35,7 @@ class Engine:
         runner: what runs the graph, for one batch that fits.
         notes: what was read, assumed or given when the checkpoint was recognised.
         device, dtype: where and in what the graph runs.
+        chunk: pictures that go through the graph together; larger batches are cut.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Engine:
         self.runner = runner_for(graph)
         self.graph = replace(graph, how=self.runner.how)
         self._checkpoint = checkpoint
-        self._chunk = CHUNK[device.type]  # pictures a call of the runner
+        self.chunk = CHUNK[device.type]
 
     @overload
     def __call__(
@@ -83,7 +84,7 @@ class Engine:
         logits, chosen = [], []
         start = 0
         while start < len(images):
-            part = slice(start, start + self._chunk)
+            part = slice(start, start + self.chunk)
             given = None if stages is None else [stage[part] for stage in stages]
             try:
                 out = self.runner(images[part], given, return_kept=return_kept)
@@ -114,7 +115,7 @@ class Engine:
                 f"images: not one picture of {height}x{width} fits in what is free on {self.device}, "
                 f"{free / 2**20:.0f} MiB; other programs may hold the rest"
             )
-        self._chunk = (images + 1) // 2
+        self.chunk = (images + 1) // 2
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.

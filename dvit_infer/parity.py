@@ -229,20 +229,33 @@ def _first_difference(
     kept: Sequence[torch.Tensor],
 ) -> str | None:
     """Name of the first node whose output strays from the reference by more than plain PyTorch's rounding explains."""
-    right, rounded = (_record(model, images, kept) for model in (reference, plain))
-    found: list[tuple[Node, torch.Tensor]] = []
-    engine.runner(images, kept or None, lambda node, out: found.append((node, out.clone())))
-    for node, out in found:
-        if node.equals not in right:
-            continue
-        want, plain_out = (record[node.equals] for record in (right, rounded))
-        if out.shape != want.shape:  # only the first rows go on in the engine
-            want, plain_out = (x[:, : out.shape[1]] for x in (want, plain_out))
+    ours, rounded = (node_outputs(engine, model, images, kept) for model in (reference, plain))
+    for (node, out, want), (_, _, plain_out) in zip(ours, rounded, strict=True):
         scale = max(want.double().square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
         strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, plain_out))
         if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
             return f"{node.name} (relative rms {strays:.1e})"
     return None
+
+
+def node_outputs(
+    engine: Engine, model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]
+) -> list[tuple[Node, torch.Tensor, torch.Tensor]]:
+    """Every node of the engine that has a counterpart in the model: its output, and what the model has there.
+
+    Args:
+        images: (B, 3, H, W), as many as fit at once.
+        kept: the kept sets of both, a stage each; empty for a dense engine.
+    """
+    right = _record(model, images, kept)
+    found: list[tuple[Node, torch.Tensor]] = []
+    engine.runner(images, kept or None, lambda node, out: found.append((node, out.clone())))
+    # Where only the first rows go on in the engine, only they are compared.
+    return [
+        (node, out, right[node.equals] if out.ndim < 3 else right[node.equals][:, : out.shape[1]])
+        for node, out in found
+        if node.equals in right
+    ]
 
 
 def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,10 @@ import torch
 from dvit_infer.devices import slug
 from dvit_infer.files import whole_file
 
-WARM_UP_S = 0.5  # for every call, at least twice
+WARM_UP_S, WARM_UP_LIMIT_S = 0.5, 4.0  # for every call: at least, and until it is steady at most; at least twice
+STEADY, STEADY_CALLS = 0.05, 3
+SETTLE_S, SETTLE_LIMIT_S = 0.005, 0.2
+NOISY = 0.15  # of the median: a spread from which on single figures say little
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
@@ -72,6 +75,23 @@ class Timing:
         """Median of the ratios round by round: a machine that slows down slows both."""
         return float(np.median(other.seconds / self.seconds))
 
+    @property
+    def spread(self) -> float:
+        """From the 20th to the 80th percentile, as a share of the median."""
+        p20, p50, p80 = np.percentile(self.seconds, [20, 50, 80])
+        return float((p80 - p20) / p50)
+
+
+def noise(timings: Iterable[Timing]) -> str | None:
+    """A line that says so if the machine was noisy: half of what was timed spreads by more than `NOISY`."""
+    spread = float(np.median([timing.spread for timing in timings]))
+    if spread <= NOISY:
+        return None
+    return (
+        f"this machine is noisy: p20 and p80 of the time of a call are {spread:.0%} of its median apart; "
+        "speed-ups, taken round by round, say more than the single figures"
+    )
+
 
 def interleave(
     calls: Mapping[str, Callable[[], object]],
@@ -82,7 +102,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time every call once a round, round after round, for about `seconds` after `warm_up` seconds of each.
 
-    The order within a round turns from one round to the next, so that no call always follows the same one.
+    The order within a round turns from one round to the next, so that no call always follows the same one; on a CPU
+    each begins when this process is idle.
     """
     for call in calls.values():
         _warm_up(call, device, warm_up)
@@ -92,7 +113,10 @@ def interleave(
     start = time.perf_counter()
     while len(rounds) < MIN_ROUNDS or (time.perf_counter() - start < seconds and len(rounds) < MAX_ROUNDS):
         turn = len(rounds) % len(names)
-        taken = {name: _seconds(calls[name], device) for name in names[turn:] + names[:turn]}
+        taken = {}
+        for name in names[turn:] + names[:turn]:
+            _settle(device)
+            taken[name] = _seconds(calls[name], device)
         rounds.append([taken[name] for name in names])
         progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
     columns = np.array(rounds).T
@@ -100,10 +124,33 @@ def interleave(
 
 
 def _warm_up(call: Callable[[], object], device: torch.device, seconds: float) -> None:
-    start, done = time.perf_counter(), 0
-    while done < 2 or time.perf_counter() - start < seconds:
-        _seconds(call, device)
-        done += 1
+    """Call for `seconds`, and on until it gets no faster."""
+    start, taken = time.perf_counter(), []
+    while True:
+        taken.append(_seconds(call, device))
+        spent = time.perf_counter() - start
+        if len(taken) >= 2 and spent >= seconds and (_steady(taken) or spent >= WARM_UP_LIMIT_S):
+            return
+
+
+def _steady(taken: Sequence[float]) -> bool:
+    """Whether the last calls were no faster than those before them."""
+    before, last = taken[-2 * STEADY_CALLS : -STEADY_CALLS], taken[-STEADY_CALLS:]
+    return len(before) == STEADY_CALLS and bool(np.median(last) >= (1 - STEADY) * np.median(before))
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until this process is idle, at most `SETTLE_LIMIT_S`.
+
+    Thread pools spin after their work, which takes the cores from whatever comes next: seen with ONNX Runtime, 40 ms
+    after a call, in which the engine ran at half its speed.
+    """
+    end = time.perf_counter() + SETTLE_LIMIT_S
+    while device.type == "cpu" and time.perf_counter() < end:
+        busy, start = time.process_time(), time.perf_counter()
+        time.sleep(SETTLE_S)
+        if time.process_time() - busy < 0.2 * (time.perf_counter() - start):
+            return
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

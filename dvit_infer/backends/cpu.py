@@ -81,7 +81,17 @@ def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
 
 
 def _fastest(dtype: torch.dtype) -> Linear:
-    rows, fan_in, fan_out = PROBE_SHAPE
+    seconds = time_linears(dtype, PROBE_SHAPE, PROBE_ROUNDS)
+    best = Linear(dtype, prepacked=False)
+    for way in seconds:
+        if seconds[way] < CLEARLY * seconds.get(best, math.inf):
+            best = way
+    return best
+
+
+def time_linears(dtype: torch.dtype, shape: tuple[int, int, int], rounds: int) -> dict[Linear, float]:
+    """Seconds at best of a linear with GELU, (rows, in) -> (rows, out), by every way that gives the right answer."""
+    rows, fan_in, fan_out = shape
     generator = torch.Generator("cpu").manual_seed(0)
     shapes: tuple[tuple[int, ...], ...] = (rows, fan_in), (fan_out, fan_in), (fan_out,)
     x, weight, bias = (torch.randn(s, generator=generator, device="cpu").to(dtype) for s in shapes)
@@ -96,16 +106,12 @@ def _fastest(dtype: torch.dtype) -> Linear:
         if error < max(torch.finfo(way.dtype).eps, 2e-6):  # not NaN either
             calls[way] = call
     seconds = dict.fromkeys(calls, math.inf)
-    for _ in range(PROBE_ROUNDS):
+    for _ in range(rounds):
         for way, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[way] = min(seconds[way], time.perf_counter() - start)
-    best = Linear(dtype, prepacked=False)
-    for way in calls:
-        if seconds[way] < CLEARLY * seconds.get(best, math.inf):
-            best = way
-    return best
+    return seconds
 
 
 def _probe(way: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[], torch.Tensor]:

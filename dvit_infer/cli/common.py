@@ -14,7 +14,10 @@ from typing import Any, NoReturn, TextIO
 from dvit_infer.errors import InputError
 
 # Arguments of the library that a command has as options: in messages they are called as the user wrote them.
-_OPTIONS = re.compile(r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|json|out)(?=:)")
+_OPTIONS = re.compile(
+    r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|sweep|seconds|"
+    r"classes|crop_pct|workers|json|report|out)(?=:)"
+)
 _ASSUMED = re.compile(r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|mean|std|weights):)")
 
 

@@ -20,10 +20,15 @@ def softmax_with_policy(scores: torch.Tensor, policy: torch.Tensor, eps: float =
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by plain matrix products, which FLOP counters see."""
+    """Multi-head self-attention by plain matrix products, which FLOP counters see.
+
+    Attributes:
+        fused: evaluate by PyTorch's scaled_dot_product_attention instead, for comparison.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
+        self.fused = False
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -32,9 +37,12 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = (q * self.scale) @ k.transpose(-2, -1)
-        weights = scores.softmax(dim=-1) if policy is None else softmax_with_policy(scores, policy)
-        out: torch.Tensor = self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+        if self.fused and policy is None:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            mixed = (scores.softmax(dim=-1) if policy is None else softmax_with_policy(scores, policy)) @ v
+        out: torch.Tensor = self.proj(mixed.transpose(1, 2).reshape(b, n, c))
         return out
 
 

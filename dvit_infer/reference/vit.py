@@ -94,7 +94,7 @@ class VisionTransformer(nn.Module, ABC):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, P+N, C)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
         return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
     def forward(
@@ -109,7 +109,7 @@ class VisionTransformer(nn.Module, ABC):
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
         """Run with tokens really dropped; `kept` gives the positions to keep instead of the predictors' choice."""
         x = self.embed(images)
-        b, p = len(x), self.num_prefix
+        b, p = x.shape[0], self.num_prefix  # not len(): an exporter would take it for a constant
         positions = torch.arange(x.shape[1] - p, device=x.device).expand(b, -1)
         all_kept, margins = [], []
         for i, block in enumerate(self.blocks):

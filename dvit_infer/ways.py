@@ -1,0 +1,160 @@
+"""The ways to run one model that need nothing but this project and PyTorch; `peers.py` has the others."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.config import Config
+from dvit_infer.devices import resolve_device, resolve_dtype
+from dvit_infer.engine import Engine, Source
+from dvit_infer.errors import InputError
+from dvit_infer.families import build_reference, recognise
+from dvit_infer.families.example import example_checkpoint
+from dvit_infer.families.reading import Note
+from dvit_infer.graph import build_graph
+from dvit_infer.reference.layers import Attention
+from dvit_infer.reference.vit import VisionTransformer
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the model.
+
+    Attributes:
+        how, mode: its name in result files.
+        config: of the model it runs; method 'none' where that is the dense twin.
+        call: (B, 3, H, W) on the device in the dtype -> logits (B, K).
+        gflops: multiply-adds in 10^9 of the graph it runs.
+        held_mib: what it holds between calls, weights and buffers; None: a runtime that does not tell.
+        engine: where it is our engine.
+    """
+
+    how: str
+    mode: str | None
+    config: Config
+    call: Call
+    gflops: float
+    held_mib: Callable[[], float | None]
+    engine: Engine | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config.method == "none"
+
+    @property
+    def keep_rate(self) -> float:
+        return 1.0 if self.is_dense else self.config.keep_rate
+
+
+class Subject:
+    """A model that is run in several ways, read once.
+
+    Args:
+        model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
+
+    Raises:
+        InputError: it cannot be read; there is no such device or dtype.
+    """
+
+    def __init__(self, model: Source | None, device: str | None, dtype: str | None) -> None:
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.checkpoint: Checkpoint = read_checkpoint(
+            example_checkpoint("dynamicvit-deit-s") if model is None else model
+        )
+        self.config, self.notes = recognise(self.checkpoint, None, {}, {})
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @functools.cached_property
+    def dense_config(self) -> Config:
+        return recognise(self.checkpoint, None, {}, {"method": "none"})[0]
+
+    def config_at(self, keep_rate: float) -> Config:
+        """Raises InputError: the model holds no predictors, or the rate leaves no token."""
+        return recognise(self.checkpoint, None, {"keep_rate": keep_rate}, {})[0]
+
+    @functools.cached_property
+    def plain(self) -> VisionTransformer:
+        """The reference on the device in the dtype."""
+        return build_reference(self.config, self.checkpoint).to(self.device, self.dtype)
+
+    @functools.cached_property
+    def plain_gflops(self) -> float:
+        return build_graph(self.plain, self.config).gflops
+
+    def params(self, dense: bool) -> int:
+        """Weights of what runs; the predictors are none of a dense model's."""
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        weights = {key: w.numel() for key, w in self.checkpoint.state.items() if not key.endswith(buffers)}
+        return sum(n for key, n in weights.items() if not (dense and key.startswith("score_predictor.")))
+
+
+def engine_way(subject: Subject, config: Config, how: str = "engine") -> Way:
+    """Our engine, by the given config."""
+    notes: Sequence[Note] = subject.notes
+    engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
+    weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
+    held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
+    return Way(how, None, config, engine, engine.graph.gflops, held, engine)
+
+
+def dense_way(subject: Subject) -> Way:
+    return engine_way(subject, subject.dense_config, "dense")
+
+
+def reference_way(subject: Subject) -> Way:
+    plain = subject.plain
+    return _of_plain(subject, "reference", None, lambda images: plain.evaluate(images).logits)
+
+
+def compiled_way(subject: Subject) -> Way:
+    mode = "max-autotune" if subject.device.type == "cuda" else "default"
+    compiled = torch.compile(subject.plain, mode=mode, dynamic=False)
+    return _of_plain(subject, "compile", mode, _Compiled(compiled))
+
+
+def sdpa_way(subject: Subject) -> Way:
+    fused = build_reference(subject.config, subject.checkpoint).to(subject.device, subject.dtype)
+    for module in fused.modules():
+        if isinstance(module, Attention):
+            module.fused = True
+    return _of_plain(subject, "sdpa", None, lambda images: fused.evaluate(images).logits)
+
+
+def _of_plain(subject: Subject, how: str, mode: str | None, call: Call) -> Way:
+    weights = mib(subject.plain.parameters())
+    return Way(how, mode, subject.config, call, subject.plain_gflops, lambda: weights)
+
+
+class _Compiled:
+    """A compiled model whose compilers' errors, of whatever kind, become one line at the first call."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled, self._ran = compiled, False
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        try:
+            logits: torch.Tensor = self._compiled(images)
+        except Exception as error:
+            if self._ran or isinstance(error, MemoryError | torch.OutOfMemoryError):
+                raise
+            raise InputError(f"compare: torch.compile cannot run the reference here: {first_line(error)}") from None
+        self._ran = True
+        return logits
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def mib(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20

@@ -1,0 +1,213 @@
+"""dvit-bench: the peers, a sweep, the nodes; and that another function is found out."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails
+from golden_cases import official_checkpoint, state_dict
+
+import dvit_infer as dvit
+from dvit_infer import compare, peers
+from dvit_infer.cli import bench
+from dvit_infer.ways import Way
+
+pytestmark = pytest.mark.usefixtures("_empty_folder")
+NODE = "op kind how model keep_rate dtype batch shape us max_error gflops mib floor_us bound share"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bench") / "tiny.pth"
+    torch.save(official_checkpoint("tiny-deit-r0.7-s1") | {"args": {"num_heads": 2, "base_rate": 0.7}}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny_lvvit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bench") / "tiny-lvvit.pth"
+    args = {"num_heads": 2, "skip_lam": 2.0, "base_rate": 0.7}
+    torch.save({"model": state_dict("tiny-lvvit", 1), "args": args}, path)
+    return str(path)
+
+
+def run(model: str, *argv: str) -> list[dict]:
+    assert bench.main([model, "--device", "cpu", "--seconds", "0.1", "--json", "rows.json", *argv]) == 0
+    return json.loads(Path("rows.json").read_text())["rows"]
+
+
+def test_peers_compute_the_same_function(tiny_lvvit, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    rows = run(tiny_lvvit, "--batch", "3,1", "--compare", "sdpa,onnxruntime,openvino")
+    names = ["sdpa", "onnxruntime", "openvino", "engine"]
+    assert [(row["batch"], row["how"]) for row in rows] == [(b, name) for b in (3, 1) for name in names]
+    for row in rows:
+        assert 0 < row["max_logit_error"] < 2e-4
+        assert row["baseline"] == "sdpa"
+        assert (row["peak_mib"] is None) == (row["how"] in ("onnxruntime", "openvino"))
+    out = capsys.readouterr()
+    assert out.out.count("all ways compute the same function") == 2
+    assert "by fvcore's count" in out.out
+    assert out.err == ""
+
+
+def test_openvino_in_bfloat16(tiny, capsys):
+    pytest.importorskip("openvino")
+    rows = run(tiny, "--batch", "2", "--compare", "reference,openvino", "--dtype", "bfloat16")
+    assert [(row["how"], row["dtype"]) for row in rows] == [
+        (n, "bfloat16") for n in ("reference", "openvino", "engine")
+    ]
+    assert all(row["max_logit_error"] > 0 for row in rows)
+
+
+def test_the_dense_twin_of_timm(tiny, capsys, monkeypatch):
+    """timm itself wants torchvision, which cannot be presumed: here a stand-in with timm's names takes its place."""
+    given: dict = {}
+
+    def twin(**arguments):
+        given.update(arguments)
+        dense = {k: v for k, v in official_checkpoint("tiny-deit-r0.7-s1")["model"].items() if "predictor" not in k}
+        model = dvit.load_reference({"model": dense}, assume={"num_heads": 2})
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        return model
+
+    names = "timm", "timm.models", "timm.models.deit", "timm.models.vision_transformer"
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["timm.models.deit"].VisionTransformerDistilled = None
+    modules["timm.models.vision_transformer"].VisionTransformer = twin
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(peers, "_need", lambda *packages: None)
+    rows = run(tiny, "--batch", "2", "--compare", "timm,dense")
+    assert [(row["how"], row["keep_rate"]) for row in rows] == [("dense", 1.0), ("timm", 1.0), ("engine", 0.7)]
+    assert all(row["max_logit_error"] < 1e-4 for row in rows)
+    assert rows[1]["params"] == rows[0]["params"] < rows[2]["params"]
+    assert given.pop("norm_layer")(64).eps == 1e-6
+    assert given == {
+        **{"img_size": (224, 224), "patch_size": 16, "num_classes": 10, "embed_dim": 64},
+        **{"depth": 4, "num_heads": 2, "mlp_ratio": 4.0},
+    }
+
+
+def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
+    """1% more in one weight of the engine: exit 1, which way is named."""
+    usual = compare.ways.engine_way
+
+    def spoiled(subject, config, how="engine") -> Way:
+        way = usual(subject, config, how)
+        if how == "engine":
+            way.engine.graph.nodes[-1].weights["head.weight"].mul_(1.01)
+        return way
+
+    monkeypatch.setattr(compare.ways, "engine_way", spoiled)
+    assert bench.main([tiny, "--device", "cpu", "--batch", "2", "--seconds", "0.1"]) == 1
+    out = capsys.readouterr()
+    assert "NOT the same function" in out.out
+    assert out.err.startswith("error: not all ways compute the same function: batch 2: engine: error ")
+
+
+def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
+    rows = run(tiny, "--batch", "2", "--sweep", "0.5:0.9:0.2", "--compare", "reference")
+    assert [(row["how"], row["keep_rate"]) for row in rows] == [
+        ("reference", 0.7),
+        ("dense", 1.0),
+        *(("engine", rate) for rate in (0.5, 0.7, 0.9)),
+    ]
+    gflops = [row["gflops"] for row in rows if row["how"] == "engine"]
+    assert gflops == sorted(gflops)
+    assert gflops[-1] < rows[1]["gflops"]
+    assert all(row["max_logit_error"] < 1e-4 for row in rows)
+    assert "98,49,24" in (out := capsys.readouterr().out)
+    assert "realised" in out
+
+
+def test_nodes_are_held_against_measured_limits(tiny, capsys):
+    rows = run(tiny, "--batch", "20", "--nodes")
+    models = [row for row in rows if "op" not in row]
+    nodes = [row for row in rows if "share" in row]
+    limits = {row["op"]: row for row in rows if "op" in row and "share" not in row}
+    engine = next(row for row in models if row["how"] == "engine")
+    assert all(list(row) == NODE.split() for row in nodes)
+    assert [row["kind"] for row in nodes].count("prune") == 3
+    assert sum(row["gflops"] for row in nodes) == pytest.approx(20 * engine["gflops"])
+    assert sum(row["share"] for row in nodes) == pytest.approx(1.0)
+    assert all(row["us"] > 0 for row in nodes)
+    # The embedding and all but the predictors' scores stand in the reference too.
+    assert sum(row["max_error"] is not None and row["max_error"] < 1e-4 for row in nodes) == len(nodes)
+    flops, moved = limits["matrix product"]["tflops"] * 1e12, limits["copy"]["gb_per_s"] * 1e9
+    for row in nodes:
+        least = {"compute": 2 * row["gflops"] * 1e9 / flops, "memory": row["mib"] * 2**20 / moved}
+        assert row["floor_us"] == pytest.approx(max(least.values()) * 1e6)
+        assert least[row["bound"]] == max(least.values())
+    # Weights are read once for each of the two parts that 20 pictures are cut into.
+    attention = next(row for row in nodes if row["op"] == "blocks.0.attn")
+    weights = 4 * (64 * 192 + 192 + 64 * 64 + 64)
+    assert attention["mib"] * 2**20 == pytest.approx(20 * 2 * 197 * 64 * 4 + 2 * weights)
+    out = capsys.readouterr().out
+    assert "measured limits:" in out
+    assert "of its floor" in out
+
+
+def test_nodes_of_a_dense_model(tiny):
+    state = {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}
+    torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
+    rows = run("dense.pth", "--batch", "1", "--nodes", "--compare", "reference")
+    assert {row["kind"] for row in rows if "share" in row} == {"embed", "attention", "mlp", "head"}
+    assert [row["how"] for row in rows if "op" not in row] == ["reference", "dense"]
+
+
+def test_a_report_is_written(tiny, capsys):
+    rows = run(tiny, "--batch", "1", "--report", "page.html", "--nodes")
+    page = Path("page.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    assert all(row["op"] in page for row in rows if "op" in row)
+    assert "wrote page.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--sweep", "0.9:0.5:0.1"], "--sweep"),
+        (["--sweep", "0.5:0.9"], "--sweep"),
+        (["--sweep", "0.5:0.9:0"], "--sweep"),
+        (["--sweep", "0.5:1.5:0.1"], "--sweep"),
+        (["--sweep", "0:0.5:0.1"], "--sweep"),
+        (["--sweep", "nan:0.5:0.1"], "--sweep"),
+        (["--sweep", "0.5:0.9:1e-12"], "--sweep"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--seconds", "nan"], "--seconds"),
+        (["--report", "."], "--report"),
+        (["--report", "nowhere/x.html"], "--report"),
+        (["--report", "same", "--json", "same"], "--report"),
+        (["--compare", "onnxruntime", "--dtype", "bfloat16"], "onnxruntime"),
+        (["--compare", "openvino", "--dtype", "float16"], "openvino"),
+    ],
+)
+def test_bad_options(argv, named, tiny, capsys):
+    assert named in fails(bench, [tiny, "--device", "cpu", *argv], capsys)
+
+
+def test_a_dense_model_has_no_keep_rates(capsys):
+    state = {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}
+    torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
+    assert "--keep-rate" in fails(bench, ["dense.pth", "--device", "cpu", "--sweep", "0.5:0.9:0.1"], capsys)
+
+
+@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime", "openvino", "timm"])
+def test_a_package_that_is_not_there_is_named(package, tiny, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    way = {"onnxscript": "onnxruntime"}.get(package, package)
+    line = fails(bench, [tiny, "--device", "cpu", "--compare", way], capsys)
+    assert package in line
+    assert "pip install" in line
+
+
+def test_timm_has_no_lvvit(tiny_lvvit, capsys):
+    assert "timm has no lvvit" in fails(bench, [tiny_lvvit, "--device", "cpu", "--compare", "timm"], capsys)
