@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
+# `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
 # (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test gpu aot clean
+.PHONY: demo test bench gpu aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -27,6 +28,10 @@ test: aot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	mkdir -p build
+	$(BIN)/python -m pytest bench/suite --benchmark-json=build/benchmark.json --benchmark-columns=median,iqr,rounds
 
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dvit_infer.families import list_archs
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
     from dvit_infer.parity import Report, verify
+    from dvit_infer.viz import draw_heat_map, draw_kept
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,8 @@ _HOME = {
     "InputError": "errors",
     "Report": "parity",
     "convert": "engine",
+    "draw_heat_map": "viz",
+    "draw_kept": "viz",
     "list_archs": "families",
     "load": "engine",
     "load_reference": "engine",
@@ -34,6 +37,8 @@ __all__ = [
     "InputError",
     "Report",
     "convert",
+    "draw_heat_map",
+    "draw_kept",
     "list_archs",
     "load",
     "load_reference",

@@ -1,5 +1,6 @@
 """One model run in several ways, side by side, on the same pictures; that all compute the same function is checked."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 
 from dvit_infer import peers, ways
 from dvit_infer.config import Config
+from dvit_infer.devices import free_memory
 from dvit_infer.engine import Engine, Source
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
@@ -136,6 +138,13 @@ class Comparison:
         Raises:
             InputError: the batch does not fit in memory.
         """
+        free, needed = free_memory(self.device), batch * _bytes_a_picture(self.config)
+        if self.device.type == "cpu" and free is not None and needed > free:
+            # Linux would grant it, and end some process once it is used.
+            raise InputError(
+                f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
+                f"{free / 2**30:.1f} GiB are free; a smaller batch would"
+            )
         try:
             images = self.images(batch)
             right = {key: evaluate(model, images) for key, model in self._right.items()}
@@ -210,6 +219,14 @@ class Comparison:
             baseline=self.baseline,
             speedup=timing.speedup_over(timings[self.baseline]),
         )
+
+
+def _bytes_a_picture(config: Config) -> int:
+    """Roughly what one picture needs of memory in the reference: itself, copied, and a block's largest tensors."""
+    tokens = config.num_prefix + config.num_patches
+    attention = 2 * config.num_heads * tokens + 5 * config.embed_dim
+    mlp = 2 * (config.mlp_dim + config.embed_dim)
+    return 4 * (4 * 3 * math.prod(config.image_size) + tokens * max(attention, mlp))
 
 
 def _function(config: Config) -> tuple[int, ...]:

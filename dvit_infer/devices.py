@@ -1,6 +1,7 @@
 """Where and in what an engine runs."""
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU had too little memory: PyTorch's allocator says so by its own kind, CUDA and cuBLAS in words."""
     words = "CUDA error: out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
     return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken without others giving theirs back; None where this system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def slug(name: str) -> str:

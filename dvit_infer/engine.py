@@ -15,7 +15,7 @@ from torch import nn
 from dvit_infer.backends import runner_for
 from dvit_infer.checkpoint import FORMAT, HEADER_KEY, Checkpoint, read_checkpoint
 from dvit_infer.config import Config
-from dvit_infer.devices import CHUNK, is_out_of_memory, resolve_device, resolve_dtype
+from dvit_infer.devices import CHUNK, free_memory, is_out_of_memory, resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
@@ -109,7 +109,7 @@ class Engine:
         """
         self.runner.release()
         if images == 1:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+            free = free_memory(self.device) or 0
             height, width = self.config.image_size
             raise MemoryError(
                 f"images: not one picture of {height}x{width} fits in what is free on {self.device}, "
@@ -217,6 +217,13 @@ def load_reference(
     """
     checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, None, image_size, assume)
     return build_reference(config, checkpoint)
+
+
+def checkpoint_of(engine: Engine, source: Source) -> Checkpoint:
+    """The checkpoint that an engine was made from, with the set of weights that it took, if there are several."""
+    checkpoint = read_checkpoint(source)
+    wanted = engine.config.weights
+    return checkpoint if None in (checkpoint.weights, wanted) else read_checkpoint(source, wanted)
 
 
 def folded_graph(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Graph:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from dvit_infer.backends.torch import as_asked
-from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.checkpoint import Checkpoint
 from dvit_infer.devices import CHUNK
-from dvit_infer.engine import Engine, Source, folded_graph
+from dvit_infer.engine import Engine, Source, checkpoint_of, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.graph.nodes import Node
@@ -94,7 +94,7 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
     """
     if num_images < 1:
         raise InputError(f"num_images: {num_images}; at least one picture is needed")
-    checkpoint = _read_same_set(source, engine)
+    checkpoint = checkpoint_of(engine, source)
     images = sample_images(num_images, engine.config.image_size, seed=1)
     reference = build_reference(engine.config, checkpoint).to(engine.device)
     expected = evaluate(reference, images)
@@ -149,15 +149,6 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
         first_difference=_first_difference(engine, reference, plain, images[:2], [k[:2] for k in expected.kept]),
         failures=tuple(failures),
     )
-
-
-def _read_same_set(source: Source, engine: Engine) -> Checkpoint:
-    """The checkpoint, with the set of weights that the engine's config names, if the file has several."""
-    checkpoint = read_checkpoint(source)
-    wanted = engine.config.weights
-    if checkpoint.weights is None or wanted is None or wanted == checkpoint.weights:
-        return checkpoint
-    return read_checkpoint(source, wanted)
 
 
 @torch.no_grad()

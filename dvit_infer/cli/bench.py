@@ -90,6 +90,7 @@ def _bench(options: argparse.Namespace) -> int:
     _print_rows(comparison, outcomes, where)
     for batch, times in nodes.items():
         print(_node_table(times, batch))
+        print(f"batch {batch}: {_by_kind(times)}")
     if limits is not None:
         print(limits)
     content = {"environment": where, "rows": rows}
@@ -197,6 +198,21 @@ def _node_table(times: "Sequence[NodeTime]", batch: int) -> str:
 
 
 _SUMS = ("gflops", "bytes_moved")
+
+
+def _by_kind(times: "Sequence[NodeTime]") -> str:
+    """The kinds of nodes, the one that takes longest first: its share of the time, and of that its floor."""
+    spent: dict[str, float] = {}
+    floor: dict[str, float] = {}
+    for t in times:
+        spent[t.node.kind] = spent.get(t.node.kind, 0.0) + t.seconds
+        floor[t.node.kind] = floor.get(t.node.kind, 0.0) + t.floor_s
+    total = sum(spent.values())
+    kinds = sorted(spent, key=lambda kind: -spent[kind])
+    return "; ".join(
+        f"{kind} {spent[kind] / total:.1%} of the time, {floor[kind] / spent[kind]:.0%} of it its floor"
+        for kind in kinds
+    )
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -1,0 +1,35 @@
+"""Progress over many pictures: how many of how many, how fast, until when."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def counting(what: str, count: Callable[[], int], *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the block calls what it is given with how many more are done.
+
+    Silent when stderr is no terminal or it is not to be shown; `count`, which says how many there are, is not called
+    then.
+    """
+    if not shown or not sys.stderr.isatty():
+        yield lambda more: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} images/s" if task.speed else "")
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    # What is printed meanwhile goes where it was going: rich would send it to stderr.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(what, total=None)
+        bar.update(task, total=count())
+
+        def advance(more: int) -> None:
+            bar.advance(task, more)
+
+        yield advance

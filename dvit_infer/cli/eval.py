@@ -1,0 +1,103 @@
+"""dvit-eval: top-1, top-5 and images/s on a folder of class folders."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dvit_infer.cli.common import Parser, run
+from dvit_infer.cli.counting import counting
+from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, shown
+
+if TYPE_CHECKING:
+    from dvit_infer.accuracy import Accuracy
+    from dvit_infer.engine import Engine
+
+NAMED = 10  # unreadable pictures; the JSON names all
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dvit-eval", description="Classify the pictures of a folder of class folders, and count.")
+    parser.add_argument("model", metavar="MODEL", help="saved file or checkpoint")
+    parser.add_argument("folder", metavar="FOLDER", help="holds a folder for each class, as ImageNet's")
+    add_options(parser)
+    parser.add_argument("--against-reference", action="store_true", help="run the reference on the same pictures")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_parser(), _eval, argv)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from dvit_infer.accuracy import measure_accuracy, reference_of
+    from dvit_infer.files import check_output
+    from dvit_infer.pictures.classes import labelled_folder
+    from dvit_infer.timing import environment, write_json
+
+    json_out = None if options.json is None else check_output(options.json, "json", not_this=options.model)
+    engine, preprocess, classes = model_of(options)
+    folder = labelled_folder(options.folder, engine.config.num_classes, classes)
+    reference = reference_of(engine, options.model) if options.against_reference else None
+    with counting("evaluating", lambda: sum(1 for _ in folder.entries(ordered=False))) as progress:
+        found = measure_accuracy(
+            engine,
+            folder,
+            batch=options.batch,
+            preprocess=preprocess,
+            workers=options.workers,
+            reference=reference,
+            progress=progress,
+        )
+    where = environment()
+    stages = ",".join(map(str, engine.config.num_keep)) or "all"
+    print(f"{engine.config.arch}, keeping {stages} of {engine.config.num_patches} patches; ", end="")
+    print(f"{_name(engine.dtype)} on {where['machine']}, torch {where['torch']}; pictures {preprocess}")
+    print(folder)
+    print(found)
+    for path, why in found.unreadable[:NAMED]:
+        print(shown(f"cannot be read: {path}: {why}"))
+    if len(found.unreadable) > NAMED:
+        print(f"cannot be read: {len(found.unreadable) - NAMED} more")
+    if json_out is not None:
+        write_json(json_out, {"environment": where, "rows": [_row(engine, found)]})
+        print(f"wrote {options.json}")
+    if found.unreadable_share > MOST_UNREADABLE:
+        total = found.images + len(found.unreadable)
+        line = f"{options.folder}: {len(found.unreadable)} of {total} pictures cannot be read"
+        print(shown(f"error: {line}, more than {MOST_UNREADABLE:.0%}"), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _row(engine: "Engine", found: "Accuracy") -> dict[str, Any]:
+    dense = engine.config.method == "none"
+    row = {
+        "model": engine.config.arch,
+        "keep_rate": 1.0 if dense else engine.config.keep_rate,
+        "how": "dense" if dense else "engine",
+        "device": engine.device.type,
+        "dtype": _name(engine.dtype),
+        "batch": found.batch,
+        "images": found.images,
+        "top1": found.top1,
+        "top5": found.top5,
+        "images_per_s": found.images_per_s,
+        "decode_images_per_s": found.decode_images_per_s,
+        "model_images_per_s": found.model_images_per_s,
+        "unreadable": [{"image": path, "error": why} for path, why in found.unreadable],
+    }
+    if found.confusion is not None:
+        row["reference_top1"] = found.reference_top1
+        row["top1_agreement"] = found.agreement
+        row["confusion"] = found.confusion
+    return row
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

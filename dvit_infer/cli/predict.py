@@ -1,0 +1,109 @@
+"""dvit-predict: pictures in, one JSON line each out; it streams, and goes on where an interrupted run stopped."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dvit_infer.cli.common import Parser, run
+from dvit_infer.cli.counting import counting
+from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, shown
+
+if TYPE_CHECKING:
+    from dvit_infer.pictures.names import Names
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dvit-predict", description="Classify pictures: one JSON line each, the five likeliest classes."
+    )
+    parser.add_argument("model", metavar="MODEL", help="saved file or checkpoint")
+    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, or patterns in quotes")
+    parser.add_argument("-o", "--out", metavar="FILE", help="append to it, but for pictures that are in it already")
+    parser.add_argument("--kept", action="store_true", help="add the positions of the patches kept at every stage")
+    add_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_parser(), _predict, argv)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from dvit_infer.errors import InputError
+    from dvit_infer.files import check_output
+    from dvit_infer.pictures.find import find_pictures
+    from dvit_infer.predictions import model_id, predict
+    from dvit_infer.resuming import results
+
+    out = None if options.out is None else check_output(options.out, "out", not_this=options.model)
+    found = find_pictures(options.images)
+    engine, preprocess, classes = model_of(options)
+    model = model_id(engine, options.model, preprocess)
+    labels = None if classes is None else classes.labels
+    tally, told = _Tally(), 0
+    with contextlib.ExitStack() as stack:
+        write: Callable[[list[str]], None] = _print
+        if out is not None:
+            file = stack.enter_context(results(out, model, kept=options.kept, labelled=labels is not None))
+            write, found = file.append, tally.new(found, file.done)
+        # Where the lines themselves come to the terminal there is no place for a bar.
+        shows = out is not None or not sys.stdout.isatty()
+        progress = stack.enter_context(
+            counting("predicting", lambda: sum(1 for _ in find_pictures(options.images)), shown=shows)
+        )
+        groups = predict(
+            engine,
+            found,
+            kept=options.kept,
+            batch=options.batch,
+            preprocess=preprocess,
+            workers=options.workers,
+        )
+        for group in groups:
+            write([prediction.line(model, labels) for prediction in group])
+            for prediction in group:
+                tally.count(prediction.image, prediction.error)
+            progress(tally.pictures - told)
+            told = tally.pictures
+    if tally.unreadable == tally.pictures:
+        others = f"; none of the {tally.pictures} pictures can be read" if tally.pictures > 1 else ""
+        raise InputError(f"{tally.first}: {tally.why}{others}")
+    if tally.unreadable > MOST_UNREADABLE * tally.pictures:
+        line = f"{tally.unreadable} of {tally.pictures} pictures cannot be read, more than {MOST_UNREADABLE:.0%}"
+        print(shown(f"error: {line}; the first is {tally.first}: {tally.why}"), file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Tally:
+    """Pictures asked for, done now or before, and how many of them cannot be read."""
+
+    def __init__(self) -> None:
+        self.pictures = self.unreadable = 0
+        self.first = self.why = ""
+
+    def count(self, image: str, why: str | None) -> None:
+        self.pictures += 1
+        if why is not None:
+            self.unreadable += 1
+            self.first, self.why = (self.first, self.why) if self.first else (image, why)
+
+    def new(self, found: Iterator[str], done: "Names") -> Iterator[str]:
+        """Pictures that are not in the file yet, each once; the others count as the file says."""
+        for path in found:
+            failed = done.get(path)
+            if failed is None:
+                done.add([(path, False)])
+                yield path
+            else:
+                self.count(path, "could not be read, says the results file" if failed else None)
+
+
+def _print(lines: list[str]) -> None:
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""dvit-viz: which patches a model kept, as a picture."""
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dvit_infer.cli.common import Parser, run
+from dvit_infer.cli.counting import counting
+from dvit_infer.cli.pictures import add_options, model_of, shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from dvit_infer.pictures.stream import Decoded
+
+MOST = 64  # rows of a grid
+NAMED = 100  # pictures of a heat map that cannot be read; more are only counted
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dvit-viz", description="Draw which patches of pictures a dynamic model keeps at each stage.")
+    parser.add_argument("model", metavar="MODEL", help="saved file or checkpoint")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, or patterns in quotes")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE.png", help="default: <first picture>.kept.png, or .heat.png, in this folder"
+    )
+    parser.add_argument("--heat-map", action="store_true", help="draw the share of all pictures that kept each patch")
+    add_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_parser(), _viz, argv)
+
+
+def _viz(options: argparse.Namespace) -> int:
+    from dvit_infer.errors import InputError
+    from dvit_infer.files import check_output, whole_file
+    from dvit_infer.pictures.find import find_pictures
+    from dvit_infer.pictures.stream import Entry, batch_size, batches, decode, running
+    from dvit_infer.viz import check_drops, draw_seen, draw_shares, keep_shares, look
+
+    found = find_pictures(options.images)
+    some = list(itertools.islice(found, MOST + 1))
+    if len(some) > MOST and not options.heat_map:
+        raise InputError(f"more than {MOST} pictures make no grid; --heat-map takes any number")
+    name = _default_out(options, some[0]) if options.out is None else options.out
+    if not name.lower().endswith(".png"):
+        raise InputError(f"out: {name}: a name that ends in .png is expected")
+    for source in (options.model, *([] if options.classes is None else [options.classes]), *some):
+        out = check_output(name, "out", not_this=source)
+    engine, preprocess, classes = model_of(options)
+    config = engine.config
+    check_drops(config)
+    batch = batch_size(options.batch, engine.device)
+    paths = itertools.chain(some, _not_replaced(found, out))
+    kept = f"kept {', '.join(map(str, config.num_keep))} of {config.num_patches}"
+    tally = _Tally()
+
+    def total() -> int:
+        return sum(1 for _ in find_pictures(options.images))
+
+    with counting("looking at pictures", total) as progress, running(batch):
+        decoded = batches(decode((Entry(path) for path in paths), preprocess, options.workers), batch)
+        if options.heat_map:
+            shares, count = keep_shares(engine, tally.readable(decoded, progress))
+            sheet = draw_shares(shares, count, config)
+            lines = [*tally.lines(), f"{count} pictures, {tally.unreadable} that cannot be read; {kept}"]
+        else:
+            labels = None if classes is None else classes.labels
+            seen = look(engine, tally.readable(decoded, progress, all_of_them=True), labels)
+            sheet = draw_seen(seen, config)
+            pairs = zip(some, seen, strict=True)
+            lines = [f"{path}: {one.label} {one.probability:.1%}, {kept}" for path, one in pairs]
+    with whole_file(out, "out") as part:
+        sheet.save(part, format="PNG")
+    for line in (*lines, f"wrote {name} ({sheet.width}x{sheet.height})"):
+        print(shown(line))
+    return 0
+
+
+class _Tally:
+    """Pictures that could not be read."""
+
+    def __init__(self) -> None:
+        self.unreadable = 0
+        self._named: list[str] = []
+
+    def readable(
+        self, parts: "Iterable[list[Decoded]]", progress: Callable[[int], None], *, all_of_them: bool = False
+    ) -> "Iterator[torch.Tensor]":
+        """The pictures, (B, 3, H, W) uint8, without those that cannot be read.
+
+        Raises:
+            InputError: none can be read, or one cannot and all of them are wanted.
+        """
+        from dvit_infer.errors import InputError
+        from dvit_infer.pictures.stream import pixels
+
+        some = False
+        for part in parts:
+            failed = [f"{picture.path}: {picture.error}" for picture in part if picture.error is not None]
+            if failed and all_of_them:
+                raise InputError(failed[0])
+            self.unreadable += len(failed)
+            self._named += failed[: NAMED - len(self._named)]
+            images = pixels(part)
+            if images is not None:
+                some = True
+                yield images
+            progress(len(part))
+        if not some:
+            others = f"; none of the {self.unreadable} pictures can be read" if self.unreadable > 1 else ""
+            raise InputError(self._named[0] + others)
+
+    def lines(self) -> list[str]:
+        more = self.unreadable - len(self._named)
+        named = [f"cannot be read: {line}" for line in self._named]
+        return [*named, f"cannot be read: {more} more"] if more else named
+
+
+def _not_replaced(paths: Iterable[str], out: Path) -> Iterator[str]:
+    """The paths, of which none may be the file that is to be replaced."""
+    from dvit_infer.files import check_output
+
+    there = out.exists()
+    for path in paths:
+        if there:
+            check_output(out, "out", not_this=path)
+        yield path
+
+
+def _default_out(options: argparse.Namespace, first: str) -> str:
+    stem, kind = Path(first).stem, "kept"
+    if options.heat_map:
+        folder = options.images[0] if os.path.isdir(options.images[0]) else None
+        stem, kind = stem if folder is None else os.path.basename(os.path.realpath(folder)) or "pictures", "heat"
+    # The picture's name need not be UTF-8; what is written has to be.
+    return f"{''.join(c if c.isprintable() else '_' for c in stem)}.{kind}.png"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""bench/compare.py: what is a regression, and what is noise, drift, or no result file."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from commands import ROOT, fails
+
+pytestmark = pytest.mark.usefixtures("_empty_folder")
+_spec = importlib.util.spec_from_file_location("bench_compare", ROOT / "bench" / "compare.py")
+compare = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(compare)
+
+
+def op(how: str, us: float, spread: float = 0.02, error: float = 1e-6) -> dict:
+    ends = {"p20_us": us * (1 - spread / 2), "p80_us": us * (1 + spread / 2)}
+    same = {"op": "attention", "how": how, "dtype": "float32", "batch": 8, "shape": [197, 6, 64]}
+    return same | {"us": us, **ends, "max_error": error}
+
+
+def model(how: str, rate: float, spread: float = 0.02, error: float = 1e-6) -> dict:
+    ends = {"p20_images_per_s": rate * (1 - spread / 2), "p80_images_per_s": rate * (1 + spread / 2)}
+    same = {"model": "dynamicvit-deit-s", "keep_rate": 0.7, "how": how, "mode": None, "device": "cpu"}
+    same |= {"dtype": "float32", "batch": 8}
+    return same | {"images_per_s": rate, **ends, "max_logit_error": error}
+
+
+def write(name: str, rows: list[dict], machine: str = "here") -> str:
+    where = {"machine": machine, "commit": name}
+    Path(name).write_text(json.dumps({"environment": where, "rows": rows}))
+    return name
+
+
+def status(old: list[dict], new: list[dict], capsys) -> SimpleNamespace:
+    code = compare.main([write("old.json", old), write("new.json", new)])
+    out = capsys.readouterr()
+    return SimpleNamespace(code=code, out=out.out, err=out.err)
+
+
+@pytest.mark.parametrize("row", [op, lambda how, us, *rest: model(how, 1e4 / us, *rest)])
+def test_slower_beyond_the_noise_is_a_regression(row, capsys):
+    old = [row("op", 100.0), row("eager", 200.0)]
+    assert status(old, [row("op", 102.0), row("eager", 200.0)], capsys).code == 0
+    found = status(old, [row("op", 120.0), row("eager", 200.0)], capsys)
+    assert found.code == 1
+    assert found.err.startswith("error: 1 regressions: ")
+    assert " op " in found.err
+    assert ": slower" in found.err
+    assert status(old, [row("op", 80.0), row("eager", 200.0)], capsys).out.count("faster") >= 1
+    noisy = [row("op", 120.0, 0.5), row("eager", 200.0)]
+    assert status(old, noisy, capsys).code == 0
+
+
+def test_a_slower_machine_is_taken_out(capsys):
+    old = [op("op", 100.0), op("eager", 200.0), op("sdpa", 150.0)]
+    assert status(old, [op("op", 150.0), op("eager", 300.0), op("sdpa", 225.0)], capsys).code == 0
+    found = status(old, [op("op", 100.0), op("eager", 140.0), op("sdpa", 105.0)], capsys)
+    assert found.code == 1
+    assert "0.700 x" in found.out
+
+
+def test_an_answer_further_off_is_a_regression(capsys):
+    old = [model("engine", 30.0)]
+    assert status(old, [model("engine", 30.0, error=9e-5)], capsys).code == 0
+    found = status(old, [model("engine", 30.0, error=1e-2)], capsys)
+    assert found.code == 1
+    assert "further off" in found.err
+
+
+def test_rows_of_one_file_alone_are_counted(capsys):
+    found = status([op("op", 1.0), op("gone", 1.0)], [op("op", 1.0), op("new", 1.0)], capsys)
+    assert found.code == 0
+    assert "1 rows only in the old file" in found.out
+    assert "1 rows only in the new file" in found.out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"environment": {"machine": "here"}, "rows": [{"op": "x"}]}',
+        '{"environment": {"machine": "here"}, "rows": [{"images_per_s": 1.0}]}',
+        '{"environment": {"machine": "here"}, "rows": [{"images_per_s": 0}]}',
+        '{"environment": {"machine": "here"}, "rows": [{"us": "fast"}]}',
+        '{"environment": {}, "rows": []}',
+        '{"version": 2, "results": []}',
+    ],
+)
+def test_what_is_no_result_file_of_this_version(content, capsys):
+    good = write("good.json", [op("op", 1.0)])
+    Path("bad.json").write_text(content)
+    for files in (["bad.json", good], [good, "bad.json"]):
+        assert "bad.json" in fails(compare, files, capsys)
+
+
+def test_files_that_cannot_be_compared(capsys):
+    here = write("here.json", [op("op", 1.0)])
+    there = write("there.json", [op("op", 1.0)], machine="there")
+    other = write("other.json", [model("engine", 1.0)])
+    assert "there" in fails(compare, [here, there], capsys)
+    assert "no row in common" in fails(compare, [here, other], capsys)
+    assert "none.json" in fails(compare, [here, "none.json"], capsys)
+
+
+def test_committed_results_can_be_compared(capsys):
+    """What `make bench` and bench/cpu.py have written is of this version."""
+    results = ROOT / "bench" / "results"
+    files = [*results.glob("*/cpu.json"), *results.glob("*/bench-*.json")]
+    assert files
+    for file in files:
+        assert compare.main([str(file), str(file)]) == 0
