@@ -120,9 +120,9 @@ class Comparison:
 
     @property
     def engine(self) -> Engine:
-        """The one at the model's own keep rate, else the first of the sweep; dense if the model is."""
+        """The one at the model's own keep rate, else the last of the sweep; dense if the model is."""
         engines = [way.engine for way in self._ways.values() if way.engine is not None]
-        return next((e for e in engines if e.config == self.config), next(e for e in engines if e.config.num_keep))
+        return next((engine for engine in engines if engine.config == self.config), engines[-1])
 
     def _configs(self) -> list[Config]:
         """One for every function that the ways compute."""

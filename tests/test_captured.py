@@ -76,7 +76,8 @@ def test_one_forward_serves_every_call_of_its_size(captured):
     first = other(images)
     assert torch.equal(other(images), first)
     assert torch.equal(other(images.double()), first)  # copying in converts
-    assert torch.equal(other(images.flip(0)), first.flip(0))
+    # Another place in the batch may be summed in another order, by some processors' matrix products.
+    torch.testing.assert_close(other(images.flip(0)), first.flip(0), atol=5e-5, rtol=0)
     assert torch.equal(other(images[:, :, ::1].transpose(2, 3).contiguous().transpose(2, 3)), first)
     assert made == [(2, torch.float32)]
     other((images * 50 + 120).clamp(0, 255).byte())  # normalised before it is copied in
