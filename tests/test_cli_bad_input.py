@@ -189,6 +189,25 @@ def test_a_library_that_turns_the_interrupt_into_its_own_error_does_not_blame_th
     assert signal.getsignal(stop) == before
 
 
+def test_an_interrupt_that_a_library_swallows_still_stops_the_command(checkpoint, capsys, monkeypatch):
+    load = torch.load
+
+    def swallows(*args: object, **given: object) -> object:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)  # until the handler has run
+        except KeyboardInterrupt:
+            pass
+        return load(*args, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvit_infer.checkpoint.torch.load", swallows)
+        assert convert.main([str(checkpoint), *TINY]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
+    assert os.listdir() == []
+    assert convert.main([str(checkpoint), *TINY, "--no-verify"]) == 0  # the next command knows nothing of it
+
+
 def test_a_full_disk_leaves_nothing_behind(checkpoint, capsys, monkeypatch):
     def full(tensors, path, header):
         Path(path).write_bytes(b"half of it")

@@ -72,18 +72,27 @@ def _writable(stream: TextIO | None) -> TextIO:
     return stream
 
 
+_STOPPED = threading.Event()
+
+
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt if a signal has come to end the command."""
+    if _STOPPED.is_set():
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
     """SIGTERM and SIGHUP clean up as Ctrl-C does: a batch system's time limit leaves no half-written file.
 
     A library may turn the KeyboardInterrupt into an error of its own, which would then blame the file it was reading;
-    whatever ends the block after a signal is the signal's doing.
+    whatever ends the block after a signal is the signal's doing. Or it may swallow it, as imports of compiled modules
+    do; the next word of progress stops the command then (`check_interrupt`).
     """
-    stopped = False
+    _STOPPED.clear()
 
     def interrupt(signum: int, frame: object) -> NoReturn:
-        nonlocal stopped
-        stopped = True
+        _STOPPED.set()
         raise KeyboardInterrupt
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -94,8 +103,7 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if stopped:
-            raise KeyboardInterrupt from None
+        check_interrupt()
         raise
     finally:
         for number, handler in before.items():
@@ -155,7 +163,7 @@ def _number(text: str) -> int | float | str:
 def progress(what: str) -> Iterator[Callable[[float], None]]:
     """A bar on stderr; the block calls what it is given with the share done. Silent when stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda share: None
+        yield lambda share: check_interrupt()
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -164,6 +172,7 @@ def progress(what: str) -> Iterator[Callable[[float], None]]:
         task = bar.add_task(what, total=None)
 
         def show(share: float) -> None:
+            check_interrupt()
             bar.update(task, total=1.0, completed=share)
 
         yield show

@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+from dvit_infer.cli.common import check_interrupt
+
 
 @contextlib.contextmanager
 def counting(what: str, count: Callable[[], int], *, shown: bool = True) -> Iterator[Callable[[int], None]]:
@@ -13,7 +15,7 @@ def counting(what: str, count: Callable[[], int], *, shown: bool = True) -> Iter
     then.
     """
     if not shown or not sys.stderr.isatty():
-        yield lambda more: None
+        yield lambda more: check_interrupt()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
@@ -30,6 +32,7 @@ def counting(what: str, count: Callable[[], int], *, shown: bool = True) -> Iter
         bar.update(task, total=count())
 
         def advance(more: int) -> None:
+            check_interrupt()
             bar.advance(task, more)
 
         yield advance
