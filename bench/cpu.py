@@ -16,8 +16,9 @@ import dvit_infer as dvit
 from dvit_infer.families.example import example_checkpoint
 from dvit_infer.graph import build_graph
 from dvit_infer.images import sample_images
+from dvit_infer.results import environment, write_results
 from dvit_infer.tables import table
-from dvit_infer.timing import Row, environment, interleave, write_results
+from dvit_infer.timing import Row, interleave
 
 ARCH = "dynamicvit-deit-s"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from dvit_infer.timing import environment, machine_name, write_json
+from dvit_infer.results import environment, machine_name, write_json
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 PARTS = ("tests", "tune", "models", "machine", "prune_tokens", "sanitizer")

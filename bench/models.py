@@ -25,8 +25,9 @@ from dvit_infer.compare import Comparison
 from dvit_infer.families.example import example_checkpoint
 from dvit_infer.images import sample_images
 from dvit_infer.ops.choices import Choices, choices_for, read_choices, using
+from dvit_infer.results import environment, write_json
 from dvit_infer.tables import table
-from dvit_infer.timing import environment, interleave, write_json
+from dvit_infer.timing import interleave
 
 # In the order of their value, should the time run out; what has to be compiled for minutes, late.
 TABLE = (

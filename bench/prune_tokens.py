@@ -17,8 +17,9 @@ import torch
 import dvit_infer as dvit
 from dvit_infer.families.example import example_checkpoint
 from dvit_infer.ops.prune_tokens import how, prune_tokens_ref, score_tokens_ref
+from dvit_infer.results import environment, write_json
 from dvit_infer.tables import table
-from dvit_infer.timing import environment, interleave, write_json
+from dvit_infer.timing import interleave
 
 STAGES = ((196, 137), (137, 96), (96, 67))  # patch tokens in, kept
 DIM, CACHE_BYTES = 384, 120e6  # twice an H200's L2

@@ -109,7 +109,7 @@ class Comparison:
         self._ways = {name: WAYS[name](subject) for name in WAYS if name in wanted}
         configs = [subject.config_at(rate) for rate in keep_rates] or ([] if is_dense else [self.config])
         for config in configs:
-            name = f"engine at {config.keep_rate:g}" if keep_rates else "engine"
+            name = f"engine at {config.keep_rate}" if keep_rates else "engine"
             self._ways[name] = ways.engine_way(subject, config)
         self.baseline = next(iter(names), next(iter(self._ways)))
         self._right = {_function(c): build_reference(c, subject.checkpoint).to(self.device) for c in self._configs()}

@@ -1,14 +1,15 @@
-"""Measuring: every call once a round, ratios round by round, an environment, a file whole or not at all."""
+"""Measuring: every call once a round, ratios round by round, steady before and settled between."""
 
-import json
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from dvit_infer.files import whole_file
-from dvit_infer.timing import MIN_ROUNDS, Timing, _peak_mib, environment, interleave, machine_name, write_json
+from dvit_infer import timing
+from dvit_infer.timing import MIN_ROUNDS, Timing, _peak_mib, interleave, noise
 
 
 def test_calls_take_turns():
@@ -33,22 +34,6 @@ def test_rates_and_ratios_follow_from_times():
     assert rates["p20_images_per_s"] <= rates["images_per_s"] <= rates["p80_images_per_s"]
 
 
-def test_environment_is_complete():
-    found = environment()
-    assert found.keys() == {"machine", "gpu", "driver", "torch", "triton", "commit", "date"}
-    assert found["torch"] == torch.__version__
-    assert machine_name("NVIDIA H200") == "h200"
-
-
-def test_files_are_whole_or_not_there(tmp_path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    write_json(tmp_path / "a.json", {"a": [1, float("nan")]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b", "out") as part:
-        part.write_text(f"{1 / 0}")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_is_that_of_a_call_after_others_too():
     weights = torch.randn(1536, 384)
@@ -62,3 +47,47 @@ def test_peak_memory_is_that_of_a_call_after_others_too():
         mib = rows * 1536 * 4 / 2**20
         peak = _peak_mib(lambda rows=rows: call(rows), torch.device("cpu"))
         assert peak is None or mib < peak < 4 * mib
+
+
+def test_warming_up_goes_on_until_it_gets_no_faster(monkeypatch):
+    falling = iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, *[0.3] * 100])
+    taken: list[float] = []
+    monkeypatch.setattr(timing, "_seconds", lambda call, device: taken.append(next(falling)) or taken[-1])
+    timing._warm_up(lambda: None, torch.device("cpu"), 0.0)
+    assert timing._steady(taken)
+    assert not any(timing._steady(taken[:n]) for n in range(len(taken)))
+    assert taken[-1] == 0.3
+
+
+def test_a_call_begins_when_this_process_is_idle(monkeypatch):
+    """A thread that spins on after its call, as thread pools do, is waited for."""
+    monkeypatch.setattr(timing, "SETTLE_LIMIT_S", 30.0)
+    spinning = threading.Event()
+
+    def spin() -> None:
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        spinning.clear()
+
+    def starts_spinning() -> None:
+        assert not spinning.is_set()
+        spinning.set()
+        threading.Thread(target=spin).start()
+
+    def is_quiet() -> None:
+        assert not spinning.is_set()
+
+    calls = {"spins": starts_spinning, "quiet": is_quiet}
+    for _ in range(2):
+        for call in calls.values():
+            timing._settle(torch.device("cpu"))
+            call()
+    timing._settle(torch.device("cpu"))
+    assert not spinning.is_set()
+
+
+def test_noise_is_said():
+    quiet, noisy = Timing(np.array([1.0, 1.01, 1.02] * 9), None), Timing(np.array([1.0, 1.3, 1.6] * 9), None)
+    assert noise([quiet, quiet, noisy]) is None
+    assert "noisy" in noise([quiet, noisy, noisy])

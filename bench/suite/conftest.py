@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dvit_infer.timing import Timing, environment, write_json
+from dvit_infer.results import environment, write_json
+from dvit_infer.timing import Timing
 
 Call = Callable[[], Any]
 Timed = Callable[..., None]

@@ -53,7 +53,7 @@ def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.files import check_output
     from dvit_infer.node_times import limit_rows, measure_limits
     from dvit_infer.node_times import rows as node_rows
-    from dvit_infer.timing import environment, write_json
+    from dvit_infer.results import environment, write_json
 
     outs = {
         what: check_output(name, what, not_this=options.model)

@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
     from dvit_infer.files import check_output, whole_file
+    from dvit_infer.results import environment, write_json
     from dvit_infer.tables import table
-    from dvit_infer.timing import environment, write_json
 
     name = _default_out(options.checkpoint) if options.out is None else options.out
     out = check_output(name, "out", not_this=options.checkpoint)

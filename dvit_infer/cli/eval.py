@@ -34,7 +34,7 @@ def _eval(options: argparse.Namespace) -> int:
     from dvit_infer.accuracy import measure_accuracy, reference_of
     from dvit_infer.files import check_output
     from dvit_infer.pictures.classes import labelled_folder
-    from dvit_infer.timing import environment, write_json
+    from dvit_infer.results import environment, write_json
 
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.model)
     engine, preprocess, classes = model_of(options)
