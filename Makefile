@@ -21,7 +21,9 @@ demo: $(READY)
 	mkdir -p build/demo
 	$(BIN)/python examples/write_checkpoint.py dynamicvit-deit-s build/demo/dynamicvit-deit-s.pth
 	$(BIN)/dvit-convert build/demo/dynamicvit-deit-s.pth -o build/demo/dynamicvit-deit-s.dvit.safetensors
-	$(BIN)/dvit-bench build/demo/dynamicvit-deit-s.dvit.safetensors --json build/demo/bench.json
+	$(BIN)/dvit-bench build/demo/dynamicvit-deit-s.dvit.safetensors --json build/demo/bench.json --report build/demo/bench.html
+	$(BIN)/python examples/draw_pictures.py build/demo/pictures
+	$(BIN)/dvit-viz build/demo/dynamicvit-deit-s.dvit.safetensors build/demo/pictures/*/000.jpg -o build/demo/kept.png
 
 test: aot
 	$(BIN)/ruff check .
