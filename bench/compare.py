@@ -24,15 +24,24 @@ NAMES = ("op", "model", "keep_rate", "how", "mode", "device", "dtype", "batch", 
 OF_PYTORCH = ("reference", "eager")
 LEAST = 0.03  # the least noise believed: what medians of quiet runs differ by
 FURTHER_OFF, ROUNDING = 3.0, 1e-4  # an answer is further off by this factor, where it is no longer rounding
+LESS_OFTEN = 0.1  # the first class is the right one for so many fewer of the pictures
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Microseconds of one row: the median, and how far apart its 20th and 80th percentiles are as a share of it."""
+    """One row.
+
+    Attributes:
+        us: the median, microseconds.
+        spread: how far apart its 20th and 80th percentiles are, as a share of it; None: the file does not say.
+        error: of its answer; None where the file has null, which is NaN or Inf or what was not measured.
+        agreement: share of pictures with the right first class; None for single ops.
+    """
 
     us: float
-    spread: float
-    error: float
+    spread: float | None
+    error: float | None
+    agreement: float | None
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], Measured]]:
@@ -45,13 +54,13 @@ def read(path: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], Measured]]:
         content = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no JSON ({error})") from None
     try:
         where, rows = content["environment"], content["rows"]
-        where["machine"]
-        found = {_name(row): _measured(row) for row in rows if "us" in row or "images_per_s" in row}
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        where["machine"], where.get("commit")
+        found = {_name(row): _measured(row) for row in rows if _is_timed(row)}
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{path}: is no result file of this version ({type(error).__name__}: {error})") from None
     if not found:
         raise InputError(f"{path}: is no result file of this version (no row in it has a time)")
@@ -62,16 +71,40 @@ def _name(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(json.dumps(row.get(name)) for name in NAMES)
 
 
+def _is_timed(row: Mapping[str, Any]) -> bool:
+    """What the machine was measured to do at best is none of this project's doing."""
+    return ("us" in row or "images_per_s" in row) and not str(row.get("how")).startswith("measured limit")
+
+
 def _measured(row: Mapping[str, Any]) -> Measured:
     if "us" in row:
-        us, low, high = row["us"], row.get("p20_us", row["us"]), row.get("p80_us", row["us"])
-        error = row.get("max_error")
+        us, low, high = row["us"], row.get("p20_us"), row.get("p80_us")
+        error, agreement = row.get("max_error"), None
     else:
         us, low, high = (1e6 / row[f"{p}images_per_s"] for p in ("", "p80_", "p20_"))
-        error = row["max_logit_error"]
-    if not all(math.isfinite(value) and value > 0 for value in (us, low, high)):
+        error, agreement = row["max_logit_error"], row.get("top1_agreement")
+    times = [value for value in (us, low, high) if value is not None]
+    if not all(math.isfinite(value) and value > 0 for value in times):
         raise ValueError(f"a time of {us}")
-    return Measured(us, (high - low) / us, math.inf if error is None else error)
+    for value in (error, agreement):
+        if value is not None and not isinstance(value, int | float):
+            raise TypeError(f"{value!r} is no number")
+    return Measured(us, None if None in (low, high) else (high - low) / us, error, agreement)
+
+
+def _noise(old: Measured, new: Measured) -> float | None:
+    """By how much medians of the two may differ by chance; None: not known, as a file has no percentiles."""
+    if old.spread is None or new.spread is None:
+        return None
+    return max(LEAST, (old.spread + new.spread) / 2)
+
+
+def _is_further_off(old: Measured, new: Measured) -> bool:
+    if old.agreement is not None and (new.agreement is None or new.agreement < old.agreement - LESS_OFTEN):
+        return True
+    if old.error is None:
+        return False
+    return new.error is None or not new.error <= max(ROUNDING, FURTHER_OFF * old.error)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -86,19 +119,21 @@ def _compare(options: argparse.Namespace) -> int:
     drift = statistics.median(steady) if steady else 1.0
     rows, regressions = [], []
     for name in common:
-        ratio = new[name].us / old[name].us / drift
-        noise = max(LEAST, (old[name].spread + new[name].spread) / 2)
-        slower = ratio > 1 + noise and json.loads(name[how]) not in OF_PYTORCH
-        worse = max(ROUNDING, FURTHER_OFF * old[name].error) < new[name].error < math.inf
-        verdict = " and ".join(["slower"] * slower + ["further off"] * worse)
+        before, after = old[name], new[name]
+        ratio = after.us / before.us / drift
+        noise = _noise(before, after)
+        is_ours = json.loads(name[how]) not in OF_PYTORCH
+        slower = is_ours and noise is not None and ratio > 1 + noise
+        verdict = " and ".join(["slower"] * slower + ["further off"] * _is_further_off(before, after))
         label = " ".join(str(json.loads(part)) for part in name if part != "null")
         if verdict:
             regressions.append(f"{label}: {verdict}")
-        faster = "faster" if ratio < 1 / (1 + noise) else ""
-        cells = (f"{old[name].us:.1f}", f"{new[name].us:.1f}", f"{ratio:.3f} x", f"{noise:.0%}")
-        rows.append((label, *cells, f"{old[name].error:.1e}", f"{new[name].error:.1e}", verdict or faster))
+        faster = "faster" if noise is not None and ratio < 1 / (1 + noise) else ""
+        times = f"{before.us:.1f}", f"{after.us:.1f}", f"{ratio:.3f} x", "?" if noise is None else f"{noise:.0%}"
+        errors = ("-" if one.error is None else f"{one.error:.1e}" for one in (before, after))
+        rows.append((label, *times, *errors, verdict or faster))
     columns = ("row", ">old us", ">new us", ">time", ">noise", ">old error", ">new error", "verdict")
-    print(table(columns, rows, title=f"{old_where['machine']}: {old_where['commit']} to {new_where['commit']}"))
+    print(table(columns, rows, title=f"{old_where['machine']}: {old_where.get('commit')} to {new_where.get('commit')}"))
     print(f"machine: PyTorch alone took {drift:.3f} x its time of before; taken out" if steady else "drift: unknown")
     for what, names in (("only in the old", old.keys() - new.keys()), ("only in the new", new.keys() - old.keys())):
         if names:

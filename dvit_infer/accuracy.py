@@ -28,9 +28,9 @@ class Accuracy:
     Attributes:
         images: how many could be read and were classified.
         top1, top5: percent of them with the right class first, or among the first five (or all, of fewer classes).
-        images_per_s: overall, without the reference's time and the engine's first call, which is made once more.
-        decode_images_per_s: what the workers can decode together while nothing waits.
-        model_images_per_s: of the engine alone, from pixels in main memory to logits.
+        images_per_s: overall; None where the reference ran too, for the workers decode ahead meanwhile.
+        decode_images_per_s: what the workers decode together, by the time that they spent on it while the model ran.
+        model_images_per_s: of the engine, from pixels in main memory to logits, while the workers ran.
         batch: pictures at a time.
         workers: worker processes; 0: decoding and model took turns.
         unreadable: path and reason of every picture that was left out.
@@ -42,7 +42,7 @@ class Accuracy:
     images: int
     top1: float
     top5: float
-    images_per_s: float
+    images_per_s: float | None
     decode_images_per_s: float
     model_images_per_s: float
     batch: int
@@ -67,9 +67,9 @@ class Accuracy:
             ("pictures", str(self.images)),
             ("top-1", f"{self.top1:.2f}%"),
             ("top-5", f"{self.top5:.2f}%"),
-            ("images/s", f"{self.images_per_s:.1f}"),
-            (f"images/s, decoding alone, {decoders}", f"{self.decode_images_per_s:.1f}"),
-            ("images/s, model alone", f"{self.model_images_per_s:.1f}"),
+            ("images/s", "-" if self.images_per_s is None else f"{self.images_per_s:.1f}"),
+            (f"images/s of decoding, {decoders}", f"{self.decode_images_per_s:.1f}"),
+            ("images/s of the model", f"{self.model_images_per_s:.1f}"),
         ]
         if self.unreadable:
             rows.append(("could not be read", str(len(self.unreadable))))
@@ -115,19 +115,21 @@ def measure_accuracy(
     entries = (Entry(path, label) for path, label in folder.entries())
     stream = decode(entries, preprocess or preprocess_for(engine.config), workers)
     counts = _Counts()
-    start = time.perf_counter()
     with running(batch):
+        # The first call looks for the fastest linear, or captures: that is not the model's speed.
+        engine(torch.zeros(min(batch, engine.chunk), 3, *engine.config.image_size, dtype=torch.uint8))
+        start = time.perf_counter()
         for group in batches(stream, batch):
             counts.take(group, engine, reference)
             progress(len(group))
-    seconds = time.perf_counter() - start - counts.aside_seconds
+    seconds = time.perf_counter() - start
     images = counts.images
     both, engine_only, reference_only, neither = counts.sides.tolist()
     return Accuracy(
         images=images,
         top1=_percent(counts.top1, images),
         top5=_percent(counts.top5, images),
-        images_per_s=images / seconds,
+        images_per_s=images / seconds if reference is None else None,
         decode_images_per_s=_rate((images + len(counts.unreadable)) * max(1, workers), counts.decode_seconds),
         model_images_per_s=_rate(images, counts.model_seconds),
         batch=batch,
@@ -145,7 +147,7 @@ class _Counts:
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.not_finite = self.agree = 0
         self.sides = torch.zeros(4, dtype=torch.int64)  # both right, engine only, reference only, neither
-        self.decode_seconds = self.model_seconds = self.aside_seconds = 0.0
+        self.decode_seconds = self.model_seconds = 0.0
         self.unreadable: list[tuple[str, str]] = []
 
     def take(self, group: Sequence[Decoded], engine: Engine, reference: VisionTransformer | None) -> None:
@@ -154,9 +156,6 @@ class _Counts:
         images = pixels(group)
         if images is None:
             return
-        if not self.images:
-            # The first call looks for the fastest linear, or captures: that is not the model's speed.
-            self.aside_seconds += _timed(lambda: engine(images), engine.device)[1]
         logits, seconds = _timed(lambda: engine(images), engine.device)
         self.model_seconds += seconds
         labels = torch.tensor([picture.label for picture in group if picture.error is None])
@@ -168,9 +167,7 @@ class _Counts:
         self.not_finite += int((~finite).sum())
         if reference is not None:
             mean, std = engine.config.mean, engine.config.std
-            out, seconds = _timed(lambda: evaluate(reference, normalise(images, mean, std)), engine.device)
-            self.aside_seconds += seconds
-            expected, sound = _top(out.logits)
+            expected, sound = _top(evaluate(reference, normalise(images, mean, std)).logits)
             self.agree += int(((top[:, 0] == expected[:, 0]) & finite & sound).sum())
             sides = 2 * ~right + ~((expected[:, 0] == labels) & sound)
             self.sides += torch.bincount(sides, minlength=4)

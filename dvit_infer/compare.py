@@ -1,5 +1,6 @@
 """One model run in several ways, side by side, on the same pictures; that all compute the same function is checked."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dvit_infer import peers, ways
+from dvit_infer.agreement import Expected, stray, unchecked
 from dvit_infer.config import Config
 from dvit_infer.devices import free_memory
 from dvit_infer.engine import Engine, Source
@@ -15,8 +17,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.images import sample_images
 from dvit_infer.node_times import Limits, NodeTime, time_nodes
-from dvit_infer.parity import MARGIN, RMS_FACTOR, evaluate
-from dvit_infer.reference.vit import EvalOutput, VisionTransformer
+from dvit_infer.parity import evaluate
+from dvit_infer.reference.vit import VisionTransformer
 from dvit_infer.timing import Row, Timing, interleave, noise
 from dvit_infer.ways import Call, Subject, Way
 
@@ -31,9 +33,7 @@ WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared
 }
 USUAL = ("reference", "dense")
 DISTINCT_IMAGES = 64
-# Of the logits' rms. float32: the largest error where kept sets are clear; rounding is far below, another function
-# far above. Reduced dtypes, in which near ties fall either way: the rms error, beyond what plain PyTorch's own is.
-SAME_MAX, SAME_RMS = 1e-3, 0.05
+OURS = ("reference", "dense", "sdpa")  # ways that nothing but this project can make fail
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,25 @@ class Outcome:
         rows: one a way.
         gains: one for every keep rate of the engine, if the dense engine ran too.
         strays: the ways that compute another function, each with its error; a check that failed.
+        unchecked: ways of which these pictures do not say whether they compute the same one.
         noise: a line that says so if the machine was noisy.
     """
 
     rows: list[Row]
     gains: list[Gain]
     strays: list[str]
+    unchecked: list[str]
     noise: str | None
 
     @property
     def verdict(self) -> str:
         if self.strays:
             return f"NOT the same function as the reference: {'; '.join(self.strays)}"
+        if self.unchecked:
+            names = ", ".join(self.unchecked)
+            return (
+                f"not checked whether {names} computes the same function: in no picture is the choice of tokens clear"
+            )
         largest = max(row.max_logit_error for row in self.rows)
         reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
         return f"all ways compute the same function: largest error of a logit {largest:.1e}{reduced}"
@@ -106,27 +113,31 @@ class Comparison:
         self.config, self.device = subject.config, subject.device
         is_dense = self.config.method == "none"
         wanted = dict.fromkeys([*names, *(["dense"] if is_dense or keep_rates else [])])
-        self._ways = {name: WAYS[name](subject) for name in WAYS if name in wanted}
+        self._ways: dict[str, Way] = {}
+        for name in WAYS:
+            if name in wanted:
+                with _blaming(name):
+                    self._ways[name] = WAYS[name](subject)
         configs = [subject.config_at(rate) for rate in keep_rates] or ([] if is_dense else [self.config])
         for config in configs:
             name = f"engine at {config.keep_rate}" if keep_rates else "engine"
             self._ways[name] = ways.engine_way(subject, config)
         self.baseline = next(iter(names), next(iter(self._ways)))
-        self._right = {_function(c): build_reference(c, subject.checkpoint).to(self.device) for c in self._configs()}
-        self._plain = dict(self._right)
+        # One model for every function, told apart by the tokens it keeps.
+        functions = {way.config.num_keep: way.config for way in self._ways.values()}
+        self._right = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
+        self._plain = self._right
         if subject.dtype != torch.float32:
-            for key, config in zip(self._right, self._configs(), strict=True):
-                self._plain[key] = build_reference(config, subject.checkpoint).to(self.device, subject.dtype)
+            self._plain = {
+                key: build_reference(config, subject.checkpoint).to(self.device, subject.dtype)
+                for key, config in functions.items()
+            }
 
     @property
     def engine(self) -> Engine:
         """The one at the model's own keep rate, else the last of the sweep; dense if the model is."""
         engines = [way.engine for way in self._ways.values() if way.engine is not None]
         return next((engine for engine in engines if engine.config == self.config), engines[-1])
-
-    def _configs(self) -> list[Config]:
-        """One for every function that the ways compute."""
-        return list({_function(way.config): way.config for way in self._ways.values()}.values())
 
     def images(self, batch: int) -> torch.Tensor:
         """What a batch of that size is measured on, (B, 3, H, W) float32."""
@@ -138,41 +149,66 @@ class Comparison:
         Raises:
             InputError: the batch does not fit in memory.
         """
-        free, needed = free_memory(self.device), batch * _bytes_a_picture(self.config)
-        if self.device.type == "cpu" and free is not None and needed > free:
-            # Linux would grant it, and end some process once it is used.
-            raise InputError(
-                f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
-                f"{free / 2**30:.1f} GiB are free; a smaller batch would"
-            )
+        self.check_memory(batch)
         try:
             images = self.images(batch)
-            right = {key: evaluate(model, images) for key, model in self._right.items()}
-            if not all(torch.isfinite(out.logits).all() for out in right.values()):
-                name = self.subject.checkpoint.name
-                raise InputError(f"{name}: the reference model itself gives NaN or Inf; its weights are too large")
-            plain = {key: evaluate(self._plain[key], images).logits for key in right}
+            expected = {key: self._expected(key, images) for key in self._right}
             images = images.to(self.device, self.subject.dtype)
             with torch.no_grad():
-                calls = {name: _bound(way.call, images) for name, way in self._ways.items()}
-                logits = {name: call().float().to(self.device) for name, call in calls.items()}
+                calls = {name: _bound(way.call, way.prepare(images)) for name, way in self._ways.items()}
+                logits = {name: self._first_call(name, call) for name, call in calls.items()}
+                given = {
+                    name: None
+                    if way.given is None or not way.config.num_keep
+                    else way.given(images, expected[way.config.num_keep].right.kept).float()
+                    for name, way in self._ways.items()
+                }
                 timings = interleave(calls, self.device, seconds, progress)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
             raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
-        rows, strays = [], []
+        rows, strays, unsure = [], [], []
         for name, way in self._ways.items():
-            key = _function(way.config)
-            rows.append(self._row(name, batch, timings, logits[name], right[key].logits))
-            if stray := _stray(logits[name], right[key], plain[key], self.subject.dtype):
-                strays.append(f"{name}: {stray}")
-        return Outcome(rows, self._gains(timings, batch), strays, noise(timings.values()))
+            right = expected[way.config.num_keep]
+            rows.append(self._row(name, batch, timings, logits[name], right.right.logits))
+            if found := stray(logits[name], given[name], right, self.subject.dtype):
+                strays.append(f"{name}: {found}")
+            elif given[name] is None and unchecked(right, self.subject.dtype):
+                unsure.append(name)
+        return Outcome(rows, self._gains(timings, batch), strays, unsure, noise(timings.values()))
+
+    def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
+        right = evaluate(self._right[key], images)
+        if not torch.isfinite(right.logits).all():
+            name = self.subject.checkpoint.name
+            raise InputError(f"{name}: the reference model itself gives NaN or Inf; its weights are too large")
+        if self.subject.dtype == torch.float32:
+            return Expected(right, right.logits, right.logits)
+        plain, given = (evaluate(self._plain[key], images, kept).logits for kept in ((), right.kept))
+        return Expected(right, plain, given)
+
+    def _first_call(self, name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compiles what compiles. A copy: a captured graph writes its answers over those before."""
+        with _blaming(name):
+            return call().to(self.device, torch.float32, copy=True)
+
+    def check_memory(self, batch: int) -> None:
+        """Raise InputError if the reference's part of a batch would not fit in main memory.
+
+        Linux would grant it, and end some process once it is used; a GPU says so itself.
+        """
+        free, needed = free_memory(self.device), batch * _bytes_a_picture(self.config)
+        if self.device.type == "cpu" and free is not None and needed > free:
+            raise InputError(
+                f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
+                f"{free / 2**30:.1f} GiB are free; a smaller batch would"
+            )
 
     @property
     def reference(self) -> VisionTransformer:
         """That of `engine`, in float32."""
-        return self._right[_function(self.engine.config)]
+        return self._right[self.engine.config.num_keep]
 
     def time_nodes(
         self, batch: int, limits: Limits, seconds: float, progress: Callable[[float], None] = lambda share: None
@@ -229,20 +265,8 @@ def _bytes_a_picture(config: Config) -> int:
     return 4 * (4 * 3 * math.prod(config.image_size) + tokens * max(attention, mlp))
 
 
-def _function(config: Config) -> tuple[int, ...]:
-    """What tells apart the functions that ways of one model compute: the tokens they keep."""
-    return config.num_keep
-
-
-def _stray(logits: torch.Tensor, right: EvalOutput, plain: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """How far the logits are from the reference's, if too far for the same function; None where they are not."""
-    scale = right.logits.square().mean().sqrt()
-    if dtype == torch.float32:
-        clear = (right.margin > MARGIN).all(dim=1)
-        error = (logits - right.logits)[clear].abs().max() / scale if clear.any() else torch.zeros(())
-        return None if error <= SAME_MAX else f"error {error:.1e} of the logits' rms"
-    error, rounding = ((x - right.logits).square().mean().sqrt() / scale for x in (logits, plain))
-    return None if error <= max(SAME_RMS, RMS_FACTOR * float(rounding)) else f"rms error {error:.1e} of the logits' rms"
+def _blaming(name: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if name in OURS or name.startswith("engine") else ways.blaming(name)
 
 
 def fvcore_gflops(model: torch.nn.Module, images: torch.Tensor) -> float | None:

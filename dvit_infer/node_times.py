@@ -55,6 +55,8 @@ class NodeTime:
 
     node: Node
     seconds: float
+    p20_s: float
+    p80_s: float
     gflops: float  # multiply-adds in 10^9
     bytes_moved: int
     floor_s: float
@@ -108,22 +110,23 @@ def time_nodes(
     while len(rounds) < MIN_ROUNDS or time.perf_counter() - start < seconds:
         rounds.append(np.sum([_node_seconds(engine, part) for part in parts], axis=0))
         progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
-    medians = np.median(rounds, axis=0)
+    percentiles = np.percentile(rounds, [50, 20, 80], axis=0).T
     errors = _errors(engine, reference, images[: engine.chunk])
     return [
-        _node_time(node, float(taken), [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
-        for node, taken in zip(engine.graph.nodes, medians, strict=True)
+        _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
+        for node, taken in zip(engine.graph.nodes, percentiles.tolist(), strict=True)
     ]
 
 
 def _node_time(
-    node: Node, seconds: float, parts: Sequence[int], dtype: torch.dtype, limits: Limits, error: float | None
+    node: Node, taken: Sequence[float], parts: Sequence[int], dtype: torch.dtype, limits: Limits, error: float | None
 ) -> NodeTime:
     macs = node.macs * sum(parts)
     moved = sum(node.bytes_moved(count, dtype.itemsize) for count in parts)
     compute, memory = 2 * macs / limits.flops_per_s, moved / limits.bytes_per_s
     bound = "compute" if compute >= memory else "memory"
-    return NodeTime(node, seconds, macs / 1e9, moved, max(compute, memory), bound, error)
+    median, p20, p80 = taken
+    return NodeTime(node, median, p20, p80, macs / 1e9, moved, max(compute, memory), bound, error)
 
 
 def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
@@ -178,6 +181,8 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
             "batch": batch,
             "shape": [list(t.node.in_shape), list(t.node.out_shape)],
             "us": t.seconds * 1e6,
+            "p20_us": t.p20_s * 1e6,
+            "p80_us": t.p80_s * 1e6,
             "max_error": t.max_error,
             "gflops": t.gflops,
             "mib": t.bytes_moved / 2**20,

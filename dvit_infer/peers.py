@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,9 +103,9 @@ def openvino_way(subject: Subject) -> Way:
     compiled = core.compile_model(core.read_model(_exported(subject, torch.float32)), "CPU", settings)
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(compiled([images.float().numpy()])[0])
+        return torch.from_numpy(compiled([images.numpy()])[0])
 
-    return _of_runtime(subject, "openvino", run)
+    return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
 
 
 def _of_runtime(subject: Subject, how: str, call: Call) -> Way:

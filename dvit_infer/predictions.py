@@ -12,6 +12,7 @@ from dvit_infer.pictures.decode import Preprocess, preprocess_for
 from dvit_infer.pictures.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 
 TOP = 5
+VERSION = 1  # of answers: another one where the same model may say something else of the same picture
 _IN_NAME_ONLY = ("arch", "weights")  # facts of a config that no answer depends on
 
 
@@ -49,12 +50,14 @@ class Prediction:
 
 
 def model_id(engine: Engine, source: Source, preprocess: Preprocess) -> str:
-    """`<arch>@<8 hexadecimal digits>`, a digest of all that answers depend on: weights, config, dtype, preprocessing.
+    """`<arch>@<8 hexadecimal digits>`, a digest of all that answers depend on: weights, config, dtype, preprocessing,
+    and this project's `VERSION`.
+
 
     A checkpoint and the file that was saved from it have the same. The device is not in it: it changes only rounding.
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
-    said = [facts, str(engine.dtype), asdict(preprocess)]
+    said = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(checkpoint_of(engine, source).state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -7,6 +7,11 @@ from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # no POSIX
+    fcntl = None  # type: ignore[assignment]
+
 from dvit_infer.errors import InputError
 from dvit_infer.pictures.names import Names
 
@@ -67,12 +72,25 @@ def results(path: Path, model: str, *, kept: bool, labelled: bool) -> Iterator[R
     except OSError as error:
         raise InputError(f"out: {path}: {error.strerror or error}") from None
     with file:
+        _claim(file, path)
         appending = Results(path, file, _read(path, model, kept, labelled, done), done)
         try:
             yield appending
         finally:
             if is_new and appending.is_empty:
                 path.unlink(missing_ok=True)
+
+
+def _claim(file: FileIO, path: Path) -> None:
+    """Two runs that append to one file would cut each other's lines."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"out: {path}: another run writes to it; choose another file") from None
+    except OSError:  # a file system that has no locks
+        return
 
 
 def _read(path: Path, model: str, kept: bool, labelled: bool, done: Names) -> int:

@@ -1,6 +1,7 @@
 """The one way to measure: calls interleaved in one run, medians and percentiles, one row type."""
 
 import ctypes
+import random
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,19 +92,18 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time every call once a round, round after round, for about `seconds` after `warm_up` seconds of each.
 
-    The order within a round turns from one round to the next, so that no call always follows the same one; on a CPU
-    each begins when this process is idle.
+    The order within a round is another in each, so that no call always follows the same one; on a CPU each begins when
+    this process is idle.
     """
     for call in calls.values():
         _warm_up(call, device, warm_up)
     peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
-    names = list(calls)
+    names, chance = list(calls), random.Random(0)
     rounds: list[list[float]] = []
     start = time.perf_counter()
     while len(rounds) < MIN_ROUNDS or (time.perf_counter() - start < seconds and len(rounds) < MAX_ROUNDS):
-        turn = len(rounds) % len(names)
         taken = {}
-        for name in names[turn:] + names[:turn]:
+        for name in chance.sample(names, len(names)):
             _settle(device)
             taken[name] = _seconds(calls[name], device)
         rounds.append([taken[name] for name in names])

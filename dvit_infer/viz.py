@@ -1,6 +1,7 @@
 """Pictures of what a model kept: stage by stage for some pictures, as a heat map for many."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ def look(engine: Engine, batches: Iterable[torch.Tensor], labels: Mapping[int, s
         stages = [_mask(stage, config) for stage in kept]
         for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
             label = (labels or {}).get(classes[place], f"class {classes[place]}")
+            if math.isnan(probabilities[place]):
+                raise InputError(f"dtype: in {str(engine.dtype).removeprefix('torch.')} the model answers NaN or Inf")
             masks = tuple(stage[place] for stage in stages)
             seen.append(Seen(Image.fromarray(pixels), label, probabilities[place], masks))
     if not seen:

@@ -1,9 +1,9 @@
 """The ways to run one model that need nothing but this project and PyTorch; `peers.py` has the others."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -32,6 +32,8 @@ class Way:
         call: (B, 3, H, W) on the device in the dtype -> logits (B, K).
         gflops: multiply-adds in 10^9 of the graph it runs.
         held_mib: what it holds between calls, weights and buffers; None: a runtime that does not tell.
+        given: as call, with kept sets, a stage each; None: it chooses by itself alone.
+        prepare: makes of the pictures, once, what call takes.
         engine: where it is our engine.
     """
 
@@ -41,6 +43,8 @@ class Way:
     call: Call
     gflops: float
     held_mib: Callable[[], float | None]
+    given: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
+    prepare: Call = lambda images: images
     engine: Engine | None = None
 
     @property
@@ -104,7 +108,8 @@ def engine_way(subject: Subject, config: Config, how: str = "engine") -> Way:
     engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
     weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
     held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
-    return Way(how, None, config, engine, engine.graph.gflops, held, engine)
+    given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
+    return Way(how, None, config, engine, engine.graph.gflops, held, given, engine=engine)
 
 
 def dense_way(subject: Subject) -> Way:
@@ -112,14 +117,7 @@ def dense_way(subject: Subject) -> Way:
 
 
 def reference_way(subject: Subject) -> Way:
-    plain = subject.plain
-    return _of_plain(subject, "reference", None, lambda images: plain.evaluate(images).logits)
-
-
-def compiled_way(subject: Subject) -> Way:
-    mode = "max-autotune" if subject.device.type == "cuda" else "default"
-    compiled = torch.compile(subject.plain, mode=mode, dynamic=False)
-    return _of_plain(subject, "compile", mode, _Compiled(compiled))
+    return _of_plain(subject, "reference", subject.plain)
 
 
 def sdpa_way(subject: Subject) -> Way:
@@ -127,29 +125,51 @@ def sdpa_way(subject: Subject) -> Way:
     for module in fused.modules():
         if isinstance(module, Attention):
             module.fused = True
-    return _of_plain(subject, "sdpa", None, lambda images: fused.evaluate(images).logits)
+    return _of_plain(subject, "sdpa", fused)
 
 
-def _of_plain(subject: Subject, how: str, mode: str | None, call: Call) -> Way:
-    weights = mib(subject.plain.parameters())
-    return Way(how, mode, subject.config, call, subject.plain_gflops, lambda: weights)
+def _of_plain(subject: Subject, how: str, model: VisionTransformer) -> Way:
+    weights = mib(model.parameters())
+
+    def given(images: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return model.evaluate(images, kept).logits
+
+    call = lambda images: model.evaluate(images).logits  # noqa: E731
+    return Way(how, None, subject.config, call, subject.plain_gflops, lambda: weights, given)
 
 
-class _Compiled:
-    """A compiled model whose compilers' errors, of whatever kind, become one line at the first call."""
+def compiled_way(subject: Subject) -> Way:
+    mode = "max-autotune" if subject.device.type == "cuda" else "default"
+    compiled = torch.compile(subject.plain, mode=mode, dynamic=False)
+    sizes: set[int] = set()
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled, self._ran = compiled, False
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        try:
-            logits: torch.Tensor = self._compiled(images)
-        except Exception as error:
-            if self._ran or isinstance(error, MemoryError | torch.OutOfMemoryError):
-                raise
-            raise InputError(f"compare: torch.compile cannot run the reference here: {first_line(error)}") from None
-        self._ran = True
+    def call(images: torch.Tensor) -> torch.Tensor:
+        if len(images) not in sizes:
+            torch.compiler.reset()  # after eight sizes it would run them eagerly and not say so
+            sizes.clear()
+            sizes.add(len(images))
+        logits: torch.Tensor = compiled(images)
         return logits
+
+    weights = mib(subject.plain.parameters())
+    return Way("compile", mode, subject.config, call, subject.plain_gflops, lambda: weights)
+
+
+@contextlib.contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """What goes wrong in the block, of whatever kind compilers and other projects raise, is one line about the way.
+
+    Raises:
+        InputError: naming the way. Want of memory is not its fault and passes.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
+        raise InputError(f"compare: {name} cannot run the reference here: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -14,10 +14,11 @@ from golden_cases import official_checkpoint, state_dict
 import dvit_infer as dvit
 from dvit_infer import compare, peers
 from dvit_infer.cli import bench
+from dvit_infer.compare import Comparison
 from dvit_infer.ways import Way
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
-NODE = "op kind how model keep_rate dtype batch shape us max_error gflops mib floor_us bound share"
+NODE = "op kind how model keep_rate dtype batch shape us p20_us p80_us max_error gflops mib floor_us bound share"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,12 @@ def test_the_dense_twin_of_timm(tiny, capsys, monkeypatch):
     }
 
 
+def test_timm_itself(tiny):
+    pytest.importorskip("timm")
+    rows = run(tiny, "--batch", "2", "--compare", "timm,dense")
+    assert rows[1]["max_logit_error"] < 1e-4
+
+
 def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
     """1% more in one weight of the engine: exit 1, which way is named."""
     usual = compare.ways.engine_way
@@ -110,6 +117,77 @@ def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
     out = capsys.readouterr()
     assert "NOT the same function" in out.out
     assert out.err.startswith("error: not all ways compute the same function: batch 2: engine: error ")
+
+
+def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch):
+    """A near tie that falls the other way costs plain PyTorch as much as a head that is 20% off."""
+    usual = compare.ways.engine_way
+
+    def spoiled(subject, config, how="engine") -> Way:
+        way = usual(subject, config, how)
+        way.engine.graph.nodes[-1].weights["head.weight"].mul_(1.2)
+        return way
+
+    argv = [tiny_lvvit, "--device", "cpu", "--batch", "2", "--seconds", "0.1", "--dtype", "bfloat16"]
+    assert bench.main([*argv, "--compare", "reference"]) == 0
+    monkeypatch.setattr(compare.ways, "engine_way", spoiled)
+    assert bench.main([*argv, "--compare", "reference"]) == 1
+    assert "engine: rms error" in capsys.readouterr().err
+
+
+def test_every_size_of_batch_is_compiled(monkeypatch):
+    """After eight, torch.compile would run the others eagerly and not say so."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs)
+        return graph.forward
+
+    model = dvit.load_reference(official_checkpoint("tiny-deit-r0.7-s1"), assume={"num_heads": 2})
+    subject = types.SimpleNamespace(plain=model, plain_gflops=0.0, config=None, device=torch.device("cpu"))
+    usual = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: usual(model, backend=backend, dynamic=dynamic))
+    way = compare.ways.compiled_way(subject)
+    counts = []
+    with torch.no_grad():
+        for batch in range(1, 11):
+            images = torch.zeros(batch, 3, 224, 224)
+            assert way.call(images).shape == way.call(images).shape == (batch, 10)
+            counts.append(len(compiled))
+    assert counts == sorted(set(counts))
+
+
+def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monkeypatch):
+    usual = Comparison.measure
+
+    def measure(self, batch, *rest):
+        if batch == 3:
+            raise dvit.InputError("batch: 3 pictures do not fit in memory; a smaller batch would")
+        return usual(self, batch, *rest)
+
+    monkeypatch.setattr(Comparison, "measure", measure)
+    argv = [tiny, "--device", "cpu", "--batch", "2,3", "--seconds", "0.1", "--json", "x.json"]
+    assert bench.main(argv) == 2
+    out = capsys.readouterr()
+    assert out.out.count(" engine ") == 1
+    assert out.err == "error: --batch: 3 pictures do not fit in memory; a smaller batch would\n"
+    assert not Path("x.json").exists()
+
+
+def test_memory_is_asked_for_before_anything_is_measured(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(Comparison, "measure", None)
+    line = fails(bench, [tiny, "--device", "cpu", "--batch", "1,100000"], capsys)
+    assert "--batch: 100000 pictures do not fit in memory" in line
+
+
+def test_a_peer_that_fails_is_named_in_one_line(tiny, capsys, monkeypatch):
+    def broken(subject):
+        raise ValueError("[ONNXRuntimeError] : 9\nmore of it")
+
+    monkeypatch.setitem(compare.WAYS, "onnxruntime", broken)
+    line = fails(bench, [tiny, "--device", "cpu", "--compare", "onnxruntime"], capsys)
+    assert "onnxruntime cannot run the reference here: [ONNXRuntimeError] : 9" in line
 
 
 def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):

@@ -69,6 +69,25 @@ def test_an_answer_further_off_is_a_regression(capsys):
     assert "further off" in found.err
 
 
+@pytest.mark.parametrize("spoiled", [{"max_logit_error": None}, {"top1_agreement": 0.5}, {"top1_agreement": None}])
+def test_an_answer_that_is_no_longer_one_is_a_regression(spoiled, capsys):
+    good = model("engine", 30.0) | {"top1_agreement": 1.0}
+    assert status([good], [good], capsys).code == 0
+    found = status([good], [good | spoiled], capsys)
+    assert found.code == 1
+    assert "further off" in found.err
+
+
+def test_where_the_noise_is_not_known_nothing_is_slower(capsys):
+    bare = {key: value for key, value in op("op", 100.0).items() if not key.startswith("p")}
+    assert status([bare], [bare | {"us": 200.0}], capsys).code == 0
+
+
+def test_what_the_machine_can_do_at_best_is_not_judged(capsys):
+    limit = op("measured limit: copy", 100.0) | {"op": "copy"}
+    assert status([op("op", 1.0), limit], [op("op", 1.0), limit | {"us": 500.0}], capsys).code == 0
+
+
 def test_rows_of_one_file_alone_are_counted(capsys):
     found = status([op("op", 1.0), op("gone", 1.0)], [op("op", 1.0), op("new", 1.0)], capsys)
     assert found.code == 0
@@ -88,6 +107,10 @@ def test_rows_of_one_file_alone_are_counted(capsys):
         '{"environment": {"machine": "here"}, "rows": [{"us": "fast"}]}',
         '{"environment": {}, "rows": []}',
         '{"version": 2, "results": []}',
+        '{"environment": "here", "rows": []}',
+        '{"environment": {"machine": "here"}, "rows": [{"us": 1, "max_error": "x"}]}',
+        '{"environment": {"machine": "here"}, "rows": [{"us": 1' + "0" * 400 + "}]}",
+        "[" * 200000,
     ],
 )
 def test_what_is_no_result_file_of_this_version(content, capsys):
@@ -95,6 +118,14 @@ def test_what_is_no_result_file_of_this_version(content, capsys):
     Path("bad.json").write_text(content)
     for files in (["bad.json", good], [good, "bad.json"]):
         assert "bad.json" in fails(compare, files, capsys)
+
+
+def test_a_commit_need_not_be_known(capsys):
+    write("a.json", [op("op", 1.0)])
+    content = json.loads(Path("a.json").read_text())
+    del content["environment"]["commit"]
+    Path("a.json").write_text(json.dumps(content))
+    assert compare.main(["a.json", "a.json"]) == 0
 
 
 def test_files_that_cannot_be_compared(capsys):

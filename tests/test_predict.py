@@ -332,3 +332,19 @@ def test_help_loads_no_torch(module):
     code = f"import sys, {module} as m\ntry: m.main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
     done = run("-c", code)
     assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "False", "")
+
+
+def test_two_runs_do_not_write_to_one_file(checkpoint, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    draw_all(Path("photos"), 1)
+    with open("p.jsonl", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        line = fails(command, [checkpoint, "photos", *OPTIONS, "-o", "p.jsonl"], capsys)
+    assert "another run writes to it" in line
+
+
+def test_a_batch_that_is_larger_than_memory(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("dvit_infer.pictures.stream.free_memory", lambda device: 1 << 20)
+    draw_all(Path("photos"), 1)
+    line = fails(command, [checkpoint, "photos", *OPTIONS, "--batch", "100000"], capsys)
+    assert "--batch: 100000 pictures do not fit in memory" in line

@@ -3,16 +3,15 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, integers, progress, run
 
 if TYPE_CHECKING:
-    from dvit_infer.compare import Comparison, Gain, Outcome
+    from dvit_infer.compare import Outcome
     from dvit_infer.node_times import NodeTime
-    from dvit_infer.timing import Row
 
 SECONDS = 12.0  # of measuring at every batch size
 
@@ -48,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from dvit_infer.compare import USUAL, Comparison
+    from dvit_infer.cli.bench_tables import heading, report_of
+    from dvit_infer.compare import USUAL, Comparison, fvcore_gflops
     from dvit_infer.errors import InputError
     from dvit_infer.files import check_output
     from dvit_infer.node_times import limit_rows, measure_limits
@@ -66,32 +66,35 @@ def _bench(options: argparse.Namespace) -> int:
         raise InputError(f"batch: {wrong[0]} pictures cannot be measured; 1 or more can")
     if not 0 <= options.seconds <= 86400:
         raise InputError(f"seconds: {options.seconds:g}; 0 to 86400 can be measured")
+    batches = list(dict.fromkeys(options.batch or ()))
     with progress("loading"):
         names = options.compare.split(",") if options.compare is not None else USUAL
         comparison = Comparison(options.model, names, options.device, options.dtype, options.sweep or ())
+        batches = batches or [256 if comparison.device.type == "cuda" else 8]
+        comparison.check_memory(max(batches))
+        counted = fvcore_gflops(comparison.reference, comparison.images(1).to(comparison.device))
+        limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
     where = environment()
-    limits = None
-    if options.nodes:
-        with progress("measuring this machine"):
-            limits = measure_limits(comparison.device, comparison.subject.dtype)
+    print(heading(comparison, where))
+    if counted is not None:
+        print(f"the reference has {counted:.3f} x 10^9 multiply-adds by fvcore's count")
     outcomes: dict[int, Outcome] = {}
     nodes: dict[int, list[NodeTime]] = {}
-    for batch in dict.fromkeys(options.batch or (256 if comparison.device.type == "cuda" else 8,)):
-        with progress(f"batch {batch}") as show:
-            outcomes[batch] = comparison.measure(batch, options.seconds, show)
-        if limits is not None:
-            with progress(f"nodes, batch {batch}") as show:
-                nodes[batch] = comparison.time_nodes(batch, limits, options.seconds, show)
+    try:
+        for batch in batches:
+            with progress(f"batch {batch}") as show:
+                outcomes[batch] = comparison.measure(batch, options.seconds, show)
+            if limits is not None:
+                with progress(f"nodes, batch {batch}") as show:
+                    nodes[batch] = comparison.time_nodes(batch, limits, options.seconds, show)
+    finally:  # also when it is interrupted, or a later batch does not fit: what was measured is worth having
+        if outcomes:
+            print(report_of(outcomes, nodes))
     rows: list[dict[str, Any]] = [asdict(row) for outcome in outcomes.values() for row in outcome.rows]
     for batch, times in nodes.items():
         rows += node_rows(times, comparison.engine, batch)
-    rows += [] if limits is None else limit_rows(limits, comparison.subject.dtype)
-
-    _print_rows(comparison, outcomes, where)
-    for batch, times in nodes.items():
-        print(_node_table(times, batch))
-        print(f"batch {batch}: {_by_kind(times)}")
     if limits is not None:
+        rows += limit_rows(limits, comparison.subject.dtype)
         print(limits)
     content = {"environment": where, "rows": rows}
     if "json" in outs:
@@ -106,113 +109,6 @@ def _bench(options: argparse.Namespace) -> int:
         print(f"error: not all ways compute the same function: {'; '.join(strays)}", file=sys.stderr)
         return 1
     return 0
-
-
-def _print_rows(comparison: "Comparison", outcomes: "Mapping[int, Outcome]", where: "Mapping[str, str | None]") -> None:
-    from dvit_infer.compare import fvcore_gflops
-
-    config = comparison.config
-    stages = ",".join(map(str, config.num_keep)) or "all"
-    print(f"{config.arch}, keeping {stages} of {config.num_patches} patches; {comparison.subject.dtype_name} ", end="")
-    print(f"on {where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}")
-    print(_table([row for outcome in outcomes.values() for row in outcome.rows]))
-    counted = fvcore_gflops(comparison.reference, comparison.images(1).to(comparison.device))
-    if counted is not None:
-        print(f"the reference has {counted:.3f} x 10^9 multiply-adds by fvcore's count")
-    sweeps = any(len(outcome.gains) > 1 for outcome in outcomes.values())
-    for batch, outcome in outcomes.items():
-        if sweeps:
-            print(_sweep_table(outcome.gains, batch))
-        lines = [str(gain) for gain in outcome.gains if not sweeps]
-        for line in filter(None, (*lines, outcome.verdict, outcome.noise)):
-            print(f"batch {batch}: {line}")
-
-
-def _table(rows: "Sequence[Row]") -> str:
-    from dvit_infer.tables import table
-
-    columns = (
-        *(">batch", "how", ">keep rate", ">images/s", ">p20", ">p80", ">p50 ms", ">p99 ms", ">10^9 madds"),
-        *(">speed-up", ">peak MiB", ">max error", ">top-1"),
-    )
-    cells = [
-        (
-            str(row.batch),
-            row.how if row.mode is None else f"{row.how} ({row.mode})",
-            f"{row.keep_rate:g}",
-            f"{row.images_per_s:.1f}",
-            f"{row.p20_images_per_s:.1f}",
-            f"{row.p80_images_per_s:.1f}",
-            f"{row.p50_ms:.2f}",
-            f"{row.p99_ms:.2f}",
-            f"{row.gflops:.3f}",
-            f"{row.speedup:.2f} x",
-            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-            f"{row.max_logit_error:.1e}",
-            f"{row.top1_agreement:.1%}",
-        )
-        for row in rows
-    ]
-    return table(columns, cells)
-
-
-def _sweep_table(gains: "Sequence[Gain]", batch: int) -> str:
-    from dvit_infer.tables import table
-
-    columns = ("keep rate", "patches kept", ">10^9 madds", ">images/s", ">over dense", ">allowed", ">realised")
-    cells = [
-        (
-            f"{gain.keep_rate:g}",
-            ",".join(map(str, gain.num_keep)),
-            f"{gain.gflops:.3f}",
-            f"{gain.images_per_s:.1f}",
-            f"{gain.speedup:.3f} x",
-            f"{gain.ceiling:.3f} x",
-            f"{gain.speedup / gain.ceiling:.1%}",
-        )
-        for gain in gains
-    ]
-    return table(columns, cells, title=f"batch {batch}: pruned over dense engine, and what the multiply-adds allow")
-
-
-def _node_table(times: "Sequence[NodeTime]", batch: int) -> str:
-    from dvit_infer.tables import table
-
-    total, floor = sum(t.seconds for t in times), sum(t.floor_s for t in times)
-
-    def cells(name: str, kind: str, t: "NodeTime | None", seconds: float, floor_s: float) -> tuple[str, ...]:
-        gflops, moved = (sum(getattr(each, what) for each in ([t] if t else times)) for what in _SUMS)
-        return (
-            *(name, kind, f"{gflops:.3f}", f"{moved / 2**20:.1f}", f"{floor_s * 1e6:.0f}", t.bound if t else ""),
-            *(f"{seconds * 1e6:.0f}", f"{floor_s / seconds:.0%}", f"{seconds / total:.1%}"),
-            "-" if t is None or t.max_error is None else f"{t.max_error:.1e}",
-        )
-
-    columns = (
-        *("node", "kind", ">10^9 madds", ">MiB", ">floor us", "bound by", ">us", ">of its floor", ">share"),
-        ">max error",
-    )
-    rows = [cells(t.node.name, t.node.kind, t, t.seconds, t.floor_s) for t in times]
-    title = f"batch {batch}: time of every node, and the least that this machine could take"
-    return table(columns, rows, title=title, total=cells("total", "", None, total, floor))
-
-
-_SUMS = ("gflops", "bytes_moved")
-
-
-def _by_kind(times: "Sequence[NodeTime]") -> str:
-    """The kinds of nodes, the one that takes longest first: its share of the time, and of that its floor."""
-    spent: dict[str, float] = {}
-    floor: dict[str, float] = {}
-    for t in times:
-        spent[t.node.kind] = spent.get(t.node.kind, 0.0) + t.seconds
-        floor[t.node.kind] = floor.get(t.node.kind, 0.0) + t.floor_s
-    total = sum(spent.values())
-    kinds = sorted(spent, key=lambda kind: -spent[kind])
-    return "; ".join(
-        f"{kind} {spent[kind] / total:.1%} of the time, {floor[kind] / spent[kind]:.0%} of it its floor"
-        for kind in kinds
-    )
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -36,9 +36,9 @@ def model_of(options: argparse.Namespace) -> "tuple[Engine, Preprocess, ClassMap
     from dvit_infer.devices import resolve_device
     from dvit_infer.pictures.classes import read_classes
     from dvit_infer.pictures.decode import Preprocess, preprocess_for
-    from dvit_infer.pictures.stream import batch_size, worker_count
+    from dvit_infer.pictures.stream import batch_size, check_fits, worker_count
 
-    batch_size(options.batch, resolve_device(options.device))
+    batch = batch_size(options.batch, resolve_device(options.device))
     worker_count(options.workers)
     with progress("loading"):
         engine = dvit.convert(
@@ -50,6 +50,7 @@ def model_of(options: argparse.Namespace) -> "tuple[Engine, Preprocess, ClassMap
             device=options.device,
             dtype=options.dtype,
         )
+    check_fits(batch, engine.config.image_size)
     preprocess = preprocess_for(engine.config)
     if options.crop_pct is not None:
         preprocess = Preprocess(engine.config.image_size, options.crop_pct)

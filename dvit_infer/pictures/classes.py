@@ -144,7 +144,7 @@ def _entries(path: str | Path, content: Any) -> list[tuple[object, int, list[str
     entries: list[tuple[object, int, list[str]]] = []
     for key, value in content.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise _wrong(path, key, "is no class; whole numbers are expected as keys or as values")
+            raise _wrong(path, key, f"is {str(value)[:40]!a}; a whole number is expected there, or as the entry")
         entries.append((key, int(key), _names(path, key, value)))
     return entries
 

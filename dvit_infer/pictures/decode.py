@@ -1,6 +1,7 @@
 """One picture: a file becomes 8-bit RGB the right way up, and that becomes what a model of its family was tested on."""
 
 import os
+import re
 import stat
 import struct
 import warnings
@@ -65,8 +66,9 @@ def open_picture(path: str | Path) -> Image.Image:
             return _read(path)
     except UnidentifiedImageError:
         raise PictureError(path, f"is no picture that can be read ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError:  # over twice its limit Pillow refuses by itself, and does not say the size
-        raise PictureError(path, _too_large("it")) from None
+    except Image.DecompressionBombError as error:  # over twice its limit Pillow refuses by itself
+        count = re.search(r"\d+ pixels", str(error))
+        raise PictureError(path, _too_large(count[0] if count else "it")) from None
     except _DAMAGE as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else f"damaged: {error or type(error)}"
         raise PictureError(path, said) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dvit_infer.devices import free_memory
 from dvit_infer.errors import InputError
 from dvit_infer.pictures.decode import PictureError, Preprocess, open_picture
 
@@ -143,6 +145,19 @@ def batch_size(batch: int | None, device: torch.device) -> int:
     if not 1 <= batch <= 1 << 24:
         raise InputError(f"batch: {batch} pictures at a time cannot be run; 1 or more can")
     return batch
+
+
+def check_fits(batch: int, image_size: tuple[int, int]) -> None:
+    """Raise InputError if so many pictures, as bytes and normalised, would not fit in main memory.
+
+    Linux would grant it, and end some process once it is used.
+    """
+    free, needed = free_memory(torch.device("cpu")), batch * 3 * math.prod(image_size) * (2 + 2 * 4)
+    if free is not None and needed > free:
+        raise InputError(
+            f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+            "free; a smaller batch would"
+        )
 
 
 @contextlib.contextmanager

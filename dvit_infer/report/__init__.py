@@ -70,8 +70,8 @@ def page(content: Mapping[str, Any]) -> str:
             parts.append(_section("Keep-rate sweep", note, _drawn(swept, figures)))
     for title, chart, rows in nodes(graph):
         note = (
-            "Bars: time of each node, in the order of the graph. Ticks: its floor, the least time that the measured "
-            "peak and bandwidth of this machine allow it."
+            "Bars: time of each node, in the order of the graph. Ticks: its floor, its multiply-adds or its bytes "
+            "at the measured limits of this machine, as if caches kept nothing: a floor by memory can be gone below."
         )
         body = _drawn([chart], figures) + table(title, NODE_COLUMNS, rows)
         parts.append(_section(title, note, body))

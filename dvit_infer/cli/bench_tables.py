@@ -1,0 +1,120 @@
+"""What dvit-bench prints: tables of ways, keep rates and nodes, and a line for what they come to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from dvit_infer.compare import Comparison, Gain, Outcome
+from dvit_infer.node_times import NodeTime
+from dvit_infer.tables import table
+from dvit_infer.timing import Row
+
+
+def heading(comparison: Comparison, where: Mapping[str, str | None]) -> str:
+    """What is measured, where, against what."""
+    config = comparison.config
+    stages = ",".join(map(str, config.num_keep)) or "all"
+    return (
+        f"{config.arch}, keeping {stages} of {config.num_patches} patches; {comparison.subject.dtype_name} on "
+        f"{where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
+    )
+
+
+def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> str:
+    """All tables, by batch size."""
+    return "\n".join(_parts(outcomes, nodes))
+
+
+def _parts(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> Iterator[str]:
+    yield _ways([row for outcome in outcomes.values() for row in outcome.rows])
+    for batch, outcome in outcomes.items():
+        if len(outcome.gains) > 1:
+            yield _gains(outcome.gains, batch)
+        lines = [str(gain) for gain in outcome.gains if len(outcome.gains) == 1]
+        yield from (f"batch {batch}: {line}" for line in (*lines, outcome.verdict, outcome.noise) if line)
+    for batch, times in nodes.items():
+        yield _nodes(times, batch)
+        yield f"batch {batch}: {_by_kind(times)}"
+
+
+def _ways(rows: Sequence[Row]) -> str:
+    columns = (
+        *(">batch", "how", ">keep rate", ">images/s", ">p20", ">p80", ">p50 ms", ">p99 ms", ">10^9 madds"),
+        *(">speed-up", ">peak MiB", ">max error", ">top-1"),
+    )
+    cells = [
+        (
+            str(row.batch),
+            row.how if row.mode is None else f"{row.how} ({row.mode})",
+            f"{row.keep_rate:g}",
+            f"{row.images_per_s:.1f}",
+            f"{row.p20_images_per_s:.1f}",
+            f"{row.p80_images_per_s:.1f}",
+            f"{row.p50_ms:.2f}",
+            f"{row.p99_ms:.2f}",
+            f"{row.gflops:.3f}",
+            f"{row.speedup:.2f} x",
+            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            f"{row.max_logit_error:.1e}",
+            f"{row.top1_agreement:.1%}",
+        )
+        for row in rows
+    ]
+    return table(columns, cells)
+
+
+def _gains(gains: Sequence[Gain], batch: int) -> str:
+    columns = ("keep rate", "patches kept", ">10^9 madds", ">images/s", ">over dense", ">allowed", ">realised")
+    cells = [
+        (
+            f"{gain.keep_rate:g}",
+            ",".join(map(str, gain.num_keep)),
+            f"{gain.gflops:.3f}",
+            f"{gain.images_per_s:.1f}",
+            f"{gain.speedup:.3f} x",
+            f"{gain.ceiling:.3f} x",
+            f"{gain.speedup / gain.ceiling:.1%}",
+        )
+        for gain in gains
+    ]
+    return table(columns, cells, title=f"batch {batch}: pruned over dense engine, and what the multiply-adds allow")
+
+
+def _nodes(times: Sequence[NodeTime], batch: int) -> str:
+    spent, floor = sum(t.seconds for t in times), sum(t.floor_s for t in times)
+    columns = (
+        *("node", "kind", ">10^9 madds", ">MiB", ">floor us", "bound by", ">us", ">of its floor", ">share"),
+        ">max error",
+    )
+    rows = [
+        (
+            t.node.name,
+            t.node.kind,
+            f"{t.gflops:.3f}",
+            f"{t.bytes_moved / 2**20:.1f}",
+            f"{t.floor_s * 1e6:.0f}",
+            t.bound,
+            f"{t.seconds * 1e6:.0f}",
+            f"{t.floor_s / t.seconds:.0%}",
+            f"{t.seconds / spent:.1%}",
+            "-" if t.max_error is None else f"{t.max_error:.1e}",
+        )
+        for t in times
+    ]
+    total = (
+        *("total", "", f"{sum(t.gflops for t in times):.3f}", f"{sum(t.bytes_moved for t in times) / 2**20:.1f}"),
+        *(f"{floor * 1e6:.0f}", "", f"{spent * 1e6:.0f}", f"{floor / spent:.0%}", "100.0%", ""),
+    )
+    title = f"batch {batch}: time of every node; its floor at the measured limits, as if caches kept nothing"
+    return table(columns, rows, title=title, total=total)
+
+
+def _by_kind(times: Sequence[NodeTime]) -> str:
+    """The kinds of nodes, the one that takes longest first: its share of the time, and of that its floor."""
+    spent: dict[str, float] = {}
+    floor: dict[str, float] = {}
+    for t in times:
+        spent[t.node.kind] = spent.get(t.node.kind, 0.0) + t.seconds
+        floor[t.node.kind] = floor.get(t.node.kind, 0.0) + t.floor_s
+    total = sum(spent.values())
+    kinds = sorted(spent, key=lambda kind: -spent[kind])
+    shares = [(kind, spent[kind] / total, floor[kind] / spent[kind]) for kind in kinds]
+    return "; ".join(f"{kind} {share:.1%} of the time, {least:.0%} of it its floor" for kind, share, least in shares)
