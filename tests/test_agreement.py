@@ -54,9 +54,7 @@ def test_reduced_dtypes_may_be_as_far_off_as_plain_pytorch():
     flipped = right.right.logits + 0.3 * torch.ones(4, 10)
     assert stray(flipped, right.plain_given, right, torch.bfloat16) is None
     assert "rms error" in stray(flipped, right.right.logits * 1.2, right, torch.bfloat16)  # 20% off in arithmetic
-    assert "rms error" in stray(
-        -right.right.logits, None, right, torch.bfloat16
-    )  # no choice of tokens explains that
+    assert "rms error" in stray(-right.right.logits, None, right, torch.bfloat16)  # no choice of tokens explains that
 
 
 def test_however_far_off_plain_pytorch_is_nonsense_is_found_out():
