@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
+# `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
 # `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
 # (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench gpu aot clean
+.PHONY: demo test bench proof gpu aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -17,13 +18,18 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+DIGITS := bench/proof/digits-0.7.pth
+
 demo: $(READY)
 	mkdir -p build/demo
-	$(BIN)/python examples/write_checkpoint.py dynamicvit-deit-s build/demo/dynamicvit-deit-s.pth
-	$(BIN)/dvit-convert build/demo/dynamicvit-deit-s.pth -o build/demo/dynamicvit-deit-s.dvit.safetensors
-	$(BIN)/dvit-bench build/demo/dynamicvit-deit-s.dvit.safetensors --json build/demo/bench.json --report build/demo/bench.html
-	$(BIN)/python examples/draw_pictures.py build/demo/pictures
-	$(BIN)/dvit-viz build/demo/dynamicvit-deit-s.dvit.safetensors build/demo/pictures/*/000.jpg -o build/demo/kept.png
+	$(BIN)/python bench/proof/pictures.py build/demo/pictures 1000
+	$(BIN)/dvit-convert $(DIGITS) -o build/demo/digits.dvit.safetensors
+	$(BIN)/dvit-eval build/demo/digits.dvit.safetensors build/demo/pictures
+	$(BIN)/dvit-bench build/demo/digits.dvit.safetensors --batch 64 --json build/demo/bench.json --report build/demo/bench.html
+	$(BIN)/dvit-viz build/demo/digits.dvit.safetensors build/demo/pictures/[147]/0000*.png -o build/demo/kept.png
+
+proof: $(READY)
+	$(BIN)/python bench/proof/proof.py $(if $(UPDATE),--update)
 
 test: aot
 	$(BIN)/ruff check .

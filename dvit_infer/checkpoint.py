@@ -25,6 +25,7 @@ WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_stat
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
 FORMAT = 1
+_OPTIONAL = ("crop_pct", "weights")  # facts that a saved config may leave out, or say are None
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which nothing here reads
@@ -79,7 +80,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
         checkpoint.said, checkpoint.is_saved_engine = said or {}, said is not None
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
-        return _take_weights(name, _load_torch(path, head.startswith(_ZIP)), weights)
+        return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
     raise InputError(f"{name}: is no checkpoint (neither a torch file nor safetensors)")
 
 
@@ -96,7 +97,12 @@ def _harmless() -> list[Any]:
     ]
 
 
-def _load_torch(path: Path, is_zip: bool) -> Any:
+def load_torch(path: Path, is_zip: bool) -> Any:
+    """What a file of torch.save holds, on the CPU, read without running anything in it.
+
+    Raises:
+        InputError: it is damaged, or names what is not harmless.
+    """
     harmless = _harmless()
     mmap = is_zip and _check_zip(path)
     try:
@@ -160,10 +166,12 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     if version is True or version != FORMAT:
         raise InputError(f"{path}: its format is {str(version)[:20]}, this version reads format {FORMAT}")
     names = {f.name for f in fields(Config)}
+    if isinstance(config, dict):
+        config = dict.fromkeys(_OPTIONAL) | config
     if not isinstance(config, dict) or config.keys() != names:
         wrong = sorted(names ^ config.keys())[0] if isinstance(config, dict) else "config"
         raise InputError(f"{path}: its {HEADER_KEY} header is damaged at {str(wrong)[:40]!r}")
-    if empty := [key for key, value in config.items() if value is None and key != "weights"]:
+    if empty := [key for key, value in config.items() if value is None and key not in _OPTIONAL]:
         raise InputError(f"{path}: its {HEADER_KEY} header does not say {empty[0]}")
     return tensors, config
 

@@ -13,7 +13,7 @@ from dvit_infer.pictures.stream import Decoded, Entry, batch_size, batches, deco
 
 TOP = 5
 VERSION = 1  # of answers: another one where the same model may say something else of the same picture
-_IN_NAME_ONLY = ("arch", "weights")  # facts of a config that no answer depends on
+_IN_NAME_ONLY = ("arch", "weights", "crop_pct")  # facts of a config that no answer depends on, given the preprocessing
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch.nn import functional as F
 
+import dvit_infer as dvit
 from dvit_infer.fill import fill, image
+from dvit_infer.reference.vit import TrainOutput
 
 HERE = Path(__file__).parent / "golden"
 OFFICIAL: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())
@@ -74,3 +78,32 @@ def same_kept(ours: list[torch.Tensor], theirs: list[torch.Tensor], margin: torc
     """The margin rule: compared only where the gap at this cut and at every earlier one is over 1e-5."""
     clear = torch.cumprod(margin > 1e-5, dim=1).bool()
     return all(torch.equal(a[clear[:, s]], b[clear[:, s]]) for s, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+
+
+def training_case(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[TrainOutput, TrainOutput, dict[str, torch.Tensor]]:
+    """Student and teacher outputs of a training case, its Gumbel samples replaced by the plain argmax."""
+
+    def argmax(logits: torch.Tensor, hard: bool) -> torch.Tensor:
+        assert hard
+        return F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
+
+    monkeypatch.setattr(F, "gumbel_softmax", argmax)
+    variant, digits = name.removeprefix("train-").rsplit("-s", 1)
+    seed = int(digits)
+    assume = {"num_heads": 2} | ({"skip_lam": 2.0} if "lvvit" in variant else {})
+    student = dvit.load_reference({"model": state_dict(variant, seed)}, assume=assume)
+    dense = {k: v for k, v in state_dict(variant, seed + 100).items() if not k.startswith("score_predictor")}
+    teacher = dvit.load_reference({"model": dense}, assume=assume)
+    for model in (student, teacher):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    images = torch.from_numpy(image(3, 64 if "lvvit" in variant else 224, seed))
+    golden = {key: torch.from_numpy(value) for key, value in np.load(HERE / f"{name}.npz").items()}
+    out, right = student(images), teacher(images)
+    assert isinstance(out, TrainOutput)
+    assert isinstance(right, TrainOutput)
+    return out, right, golden

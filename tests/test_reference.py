@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import dvit_infer as dvit
 from dvit_infer.fill import image
+from dvit_infer.reference.deit import DeiT
 from dvit_infer.reference.layers import softmax_with_policy
 from dvit_infer.reference.vit import TrainOutput
 
@@ -101,3 +102,77 @@ def test_softmax_with_policy_masks_keys_but_not_the_token_itself():
     assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 5), atol=1e-5)
     everyone = softmax_with_policy(scores, torch.ones(2, 5, 1))
     assert torch.allclose(everyone, scores.softmax(-1), atol=2e-6)
+
+
+CASE = "tiny-deit-r0.7-s1"
+
+
+def _student(fused: bool = False) -> torch.nn.Module:
+    model = dvit.load_reference(official_checkpoint(CASE), **options(CASE)).train()
+    for module in model.modules():
+        if hasattr(module, "fused"):
+            module.fused = fused
+    return model
+
+
+def _noise(images: torch.Tensor) -> torch.Tensor:
+    """(3, B, 196, 2) standard Gumbel samples."""
+    generator = torch.Generator().manual_seed(1)
+    return -torch.empty(3, len(images), 196, 2).exponential_(generator=generator).log()
+
+
+def test_given_noise_is_used_as_gumbel_softmax_uses_its_own(monkeypatch):
+    model, images = _student(), pictures(CASE)
+    noise = _noise(images)
+    given = model(images, noise=noise)
+    (given.tokens.square().mean() + given.decisions[-1].mean()).backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    draws = iter((-noise).exp())
+    # gumbel_softmax takes minus the logarithm of what this gives
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_(next(draws)))
+    drawn = model(images)
+    (drawn.tokens.square().mean() + drawn.decisions[-1].mean()).backward()
+    for a, b in zip(given.decisions, drawn.decisions, strict=True):
+        assert torch.equal(a, b.round())
+    assert torch.allclose(given.tokens, drawn.tokens, atol=1e-5)
+    for a, p in zip(grads, (p for p in model.parameters() if p.grad is not None), strict=True):
+        assert (a - p.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-8
+
+
+@torch.no_grad()
+def test_decisions_follow_from_each_pictures_own_noise():
+    model, images = _student(), pictures(CASE)
+    noise, swapped = _noise(images), torch.arange(len(images)).flip(0)
+    right = model(images, noise=noise).decisions
+    found = model(images[swapped], noise=noise[:, swapped]).decisions
+    assert len(images) > 1
+    assert all(torch.equal(a[swapped], b) for a, b in zip(right, found, strict=True))
+    assert not torch.equal(right[0], model(images, noise=noise.flip(2)).decisions[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        short = model(images, noise=noise).decisions
+    assert all(d.dtype == torch.float32 for d in short)
+
+
+def test_gradients_reach_the_predictors_fused_or_not_and_agree():
+    images = pictures(CASE)
+    found = []
+    for fused in (False, True):
+        model = _student(fused)
+        model(images, noise=_noise(images)).tokens.square().mean().backward()  # through the attention mask alone
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, fused = found
+    assert plain.keys() == fused.keys()
+    predictors = [name for name in plain if name.startswith("score_predictor")]
+    assert {name.split(".")[1] for name in predictors} == {"0", "1", "2"}
+    assert all(plain[name].abs().max() > 0 for name in predictors)
+    largest = max(grad.abs().max() for grad in plain.values())
+    for name, grad in plain.items():
+        assert (fused[name] - grad).abs().max() <= 1e-3 * grad.abs().max() + 1e-6 * largest, name
+
+
+def test_training_answers_with_both_heads_where_there_are_two():
+    sizes = {"embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8, "num_patches": 4, "eps": 1e-6}
+    model = DeiT(patch_size=4, num_classes=3, num_prefix=2, **sizes)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(model.train()(images).pred, model.eval()(images), atol=1e-6)

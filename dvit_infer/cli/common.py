@@ -16,7 +16,8 @@ from dvit_infer.errors import InputError
 # Arguments of the library that a command has as options: in messages they are called as the user wrote them.
 _OPTIONS = re.compile(
     r"^(arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|sweep|seconds|"
-    r"classes|crop_pct|workers|json|report|out)(?=:)"
+    r"classes|crop_pct|workers|json|report|out|epochs|accumulate|lr|min_lr|backbone_lr|freeze_epochs|warmup_epochs|"
+    r"optimizer|weight_decay|clip|ema|smoothing|mixup|cutmix|scale|flip|randaugment|erase|seed|resume|val|logdir)(?=:)"
 )
 _ASSUMED = re.compile(r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|mean|std|weights):)")
 
@@ -81,6 +82,13 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
+def _signals() -> list[signal.Signals]:
+    """Those that end a command; none outside the main thread, which alone may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
     """SIGTERM and SIGHUP clean up as Ctrl-C does: a batch system's time limit leaves no half-written file.
@@ -95,16 +103,36 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
         _STOPPED.set()
         raise KeyboardInterrupt
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        names = []  # only the main thread may set handlers
-    numbers = [getattr(signal, name) for name in names]
-    before = {n: signal.signal(n, interrupt) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as by nohup
+    before = {
+        n: signal.signal(n, interrupt) for n in _signals() if signal.getsignal(n) != signal.SIG_IGN
+    }  # as by nohup
     try:
         yield
     except Exception:
         check_interrupt()
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stopping_gently() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C, or signal like it, only makes the block's function true; the second interrupts."""
+    asked, owner = threading.Event(), os.getpid()
+    before = {n: signal.getsignal(n) for n in _signals()}
+
+    def ask(signum: int, frame: object) -> None:
+        if asked.is_set() or os.getpid() != owner:  # a worker process that is told to end does
+            _STOPPED.set()
+            raise KeyboardInterrupt
+        asked.set()
+
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, ask)
+    try:
+        yield asked.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
     from dvit_infer.pictures.stream import Decoded
 
+TRAINED = Path(__file__).resolve().parent.parent / "digits-0.7.pth"  # what `make proof` trained
 MOST = 64  # rows of a grid
+NAMES = "saved file or checkpoint (else a small trained model of digits); files, folders, or patterns in quotes"
 NAMED = 100  # pictures of a heat map that cannot be read; more are only counted
 
 
 def _parser() -> Parser:
     parser = Parser(prog="dvit-viz", description="Draw which patches of pictures a dynamic model keeps at each stage.")
-    parser.add_argument("model", metavar="MODEL", help="saved file or checkpoint")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, or patterns in quotes")
+    parser.add_argument("names", metavar="[MODEL] IMAGE", nargs="+", help=NAMES)
     parser.add_argument(
         "-o", "--out", metavar="FILE.png", help="default: <first picture>.kept.png, or .heat.png, in this folder"
     )
@@ -44,6 +45,7 @@ def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.pictures.stream import Entry, batch_size, batches, decode, running
     from dvit_infer.viz import check_drops, draw_seen, draw_shares, keep_shares, look
 
+    options.model, options.images = _model_and_images(options.names)
     found = find_pictures(options.images)
     some = list(itertools.islice(found, MOST + 1))
     if len(some) > MOST and not options.heat_map:
@@ -78,9 +80,24 @@ def _viz(options: argparse.Namespace) -> int:
             lines = [f"{path}: {one.label} {one.probability:.1%}, {kept}" for path, one in pairs]
     with whole_file(out, "out") as part:
         sheet.save(part, format="PNG")
+    if options.model == str(TRAINED):
+        lines.insert(0, "no MODEL was given: this is a small model that was trained on digits among clutter")
     for line in (*lines, f"wrote {name} ({sheet.width}x{sheet.height})"):
         print(shown(line))
     return 0
+
+
+def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The first name is the model's, unless it is a picture's, a folder, or a pattern."""
+    from dvit_infer.errors import InputError
+    from dvit_infer.pictures.find import SUFFIXES
+
+    first = Path(names[0])
+    if first.suffix.lower() in SUFFIXES or first.is_dir() or (set("*?[") & set(names[0]) and not first.exists()):
+        return str(TRAINED), names
+    if len(names) == 1:
+        raise InputError(f"{names[0]}: the model is there, but no picture; IMAGE is missing")
+    return names[0], names[1:]
 
 
 class _Tally:

@@ -21,6 +21,7 @@ ASSUMABLE = (
     "trained_size",
     "mean",
     "std",
+    "crop_pct",
     "weights",
 )
 MAX_PATCHES = 1 << 14  # one head's attention weights of one picture are then 1 GiB
@@ -97,6 +98,13 @@ class Reading:
             self.note("assumed", what, value, why)
         return value
 
+    def settle_if_known(self, what: str) -> Any:
+        """Given, else said by the file, else None, of which there is no note."""
+        if self.given.get(what) is None and self._said(what, None) is None:
+            self._used.add(what)
+            return None
+        return self.settle(what, None, "")
+
     def finish(self, arch: str) -> None:
         """Raise InputError for what was given and means nothing for this model."""
         if unused := [name for name in self.given if name not in self._used]:
@@ -120,6 +128,12 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
     """
     said = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
     three = {name: args.get(name) for name in ("mean", "std")}
+    crop = args.get("crop_pct")
+    if crop is not None and _is_number(crop) and 0.1 <= crop <= 1:
+        said["crop_pct"] = crop
+    ours = args.get("dvit_infer")  # what dvit-train says beside the official names
+    if isinstance(ours, dict):
+        said |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
     return said | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}
 
 
@@ -181,6 +195,12 @@ def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
     if (height // patch) * (width // patch) > MAX_PATCHES:
         raise InputError(f"{what}: {height}x{width} is too large: over {MAX_PATCHES} patches, each attending to all")
     return height, width
+
+
+def crop_pct(what: str, value: Any) -> float | None:
+    if value is not None and (not _is_number(value) or not 0.1 <= value <= 1):
+        raise InputError(f"{what}: {value!r} is not between 0.1 and 1")
+    return None if value is None else float(value)
 
 
 def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:

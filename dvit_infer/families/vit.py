@@ -89,6 +89,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         skip_lam=skip_lam,
         mean=check.three_floats(read.origin("mean"), mean, positive=False),
         std=check.three_floats(read.origin("std"), std, positive=True),
+        crop_pct=check.crop_pct(read.origin("crop_pct"), read.settle_if_known("crop_pct")),
     )
     read.finish(name)
     for stage, count in enumerate(config.num_keep):

@@ -167,11 +167,13 @@ def _shortened(picture: Image.Image, rows: int, columns: int) -> Image.Image:
 
 
 def preprocess_for(config: Config) -> Preprocess:
-    """What the model's family was evaluated with.
+    """What the model says of itself, else what its family was evaluated with.
 
     DynamicViT (Rao et al. 2021, `datasets.py`) takes crops of 0.875 for all its models, and at 384 pixels and more
     warps without cropping; DeiT 0.875; LV-ViT (token labeling, `models/lvvit.py`) 0.9 for T and S, 1.0 for M and L.
     """
+    if config.crop_pct is not None:
+        return Preprocess(config.image_size, config.crop_pct)
     if config.prune_at:
         return Preprocess(config.image_size, warp=min(config.image_size) >= 384)
     if config.family == "lvvit":

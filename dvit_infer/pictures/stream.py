@@ -88,7 +88,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
     workers = worker_count(workers)
     chunks = _chunks(entries)
     first = list(itertools.islice(chunks, 1))  # finding it may take a while, in which Ctrl-C is to work
-    with _interrupts_held(), warnings.catch_warnings():
+    with interrupts_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
         loader = DataLoader(
             _Decoder(preprocess),
@@ -112,7 +112,7 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Ctrl-C reaches a terminal's every process. Workers started in this block never see it: this process ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:

@@ -26,8 +26,9 @@ class EvalOutput(NamedTuple):
 class TrainOutput(NamedTuple):
     """What training gives, as the official models do.
 
-    pred: (B, K) logits of the class token. tokens: (B, N, C) patch features after the last norm (DeiT) or (B, N, K)
-    their auxiliary logits (LV-ViT). mask: (B, N), 1 for the patches the last stage kept. decisions: (B, N) a stage.
+    pred: (B, K) logits (`VisionTransformer.train_logits`). tokens: (B, N, C) patch features after the last norm (DeiT)
+    or (B, N, K) their auxiliary logits (LV-ViT). mask: (B, N), 1 for the patches the last stage kept. decisions: (B, N)
+    a stage.
     """
 
     pred: torch.Tensor
@@ -87,6 +88,11 @@ class VisionTransformer(nn.Module, ABC):
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
         """(B, P+N, C) tokens after the last norm -> what training distils of every patch."""
 
+    def train_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+N, C) tokens after the last norm -> (B, K) logits of the class token, in training."""
+        out: torch.Tensor = self.head(x[:, 0])
+        return out
+
     def prefix_tokens(self) -> list[torch.Tensor]:
         """The class token and, where there is one, the distillation token, (1, 1, C) each."""
         return [self.cls_token, self.dist_token] if self.num_prefix == 2 else [self.cls_token]
@@ -98,11 +104,18 @@ class VisionTransformer(nn.Module, ABC):
         return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
     def forward(
-        self, images: torch.Tensor, return_kept: bool = False, kept: Sequence[torch.Tensor] | None = None
+        self,
+        images: torch.Tensor,
+        return_kept: bool = False,
+        kept: Sequence[torch.Tensor] | None = None,
+        noise: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | TrainOutput:
-        """Logits (B, K) in evaluation, with the kept positions if asked for; a TrainOutput in training."""
+        """Logits (B, K) in evaluation, with the kept positions if asked for; a TrainOutput in training.
+
+        `return_kept` and `kept` are for evaluation (see `evaluate`), `noise` for training (see `forward_train`).
+        """
         if self.training:
-            return self.forward_train(images)
+            return self.forward_train(images, noise)
         out = self.evaluate(images, kept)
         return (out.logits, out.kept) if return_kept else out.logits
 
@@ -138,22 +151,39 @@ class VisionTransformer(nn.Module, ABC):
         gap = score[:, k - 1] - score[:, k] if k < score.shape[1] else torch.full_like(score[:, 0], torch.inf)
         return order[:, :k].sort(dim=1).values, gap
 
-    def forward_train(self, images: torch.Tensor) -> TrainOutput:
+    def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
         """Run with dropped tokens masked out of attention, decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
 
         A model without predictors is a teacher: nothing is masked. Dropout and the like are the trainer's concern.
+
+        Args:
+            images: (B, 3, H, W).
+            noise: (stages, B, N, 2) float32 Gumbel samples to decide by; None: PyTorch draws them.
         """
         x = self.embed(images)
         p = self.num_prefix
         keep = x.new_ones(len(x), x.shape[1] - p, 1)
-        policy = x.new_ones(len(x), x.shape[1], 1) if self.num_keep else None
+        policy = None  # before the first predictor nothing is masked
         decisions = []
         for i, block in enumerate(self.blocks):
             if self.num_keep and i in self.prune_at:
-                scores = self.score_predictor[self.prune_at.index(i)](x[:, p:], keep).log_softmax(dim=-1)
-                keep = F.gumbel_softmax(scores, hard=True)[..., :1] * keep
+                stage = self.prune_at.index(i)
+                scores = self.score_predictor[stage](x[:, p:], keep).log_softmax(dim=-1)
+                keep = _decide(scores, None if noise is None else noise[stage])[..., :1] * keep
                 policy = torch.cat([keep.new_ones(len(x), p, 1), keep], dim=1)
                 decisions.append(keep.squeeze(-1))
             x = block(x, policy)
         x = self.norm(x)
-        return TrainOutput(self.head(x[:, 0]), self.patch_outputs(x), keep.detach().squeeze(-1), decisions)
+        return TrainOutput(self.train_logits(x), self.patch_outputs(x), keep.detach().squeeze(-1), decisions)
+
+
+def _decide(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """(B, N, 2) log-probabilities -> one-hot decisions whose gradient is the softmax's (Jang et al. 2017, section 2.2).
+
+    With `noise`, (B, N, 2), in float32, under autocast too.
+    """
+    if noise is None:
+        return F.gumbel_softmax(scores, hard=True)
+    soft = (scores.float() + noise).softmax(dim=-1)
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
+    return hard + (soft - soft.detach())

@@ -1,0 +1,214 @@
+"""dvit-train: a dense model becomes a dynamic one."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvit_infer.cli.common import Parser, assumptions, integers, run, size, stopping_gently
+from dvit_infer.cli.pictures import shown
+from dvit_infer.cli.train_progress import Show, showing
+
+if TYPE_CHECKING:
+    import torch
+
+    from dvit_infer.training.distributed import World
+    from dvit_infer.training.loop import Run
+    from dvit_infer.training.settings import Settings
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dvit-train", description="Fine-tune a dense DeiT or LV-ViT into a DynamicViT.")
+    add = parser.add_argument
+    add("dense", metavar="DENSE", help="checkpoint of a dense model, recognised as dvit-convert does")
+    add("folder", metavar="FOLDER", help="a folder for each class; or train/ and val/, with such folders in each")
+    add("--keep-rate", type=float, metavar="R", required=True, help="share of the patches kept; then its powers")
+    add("-o", "--out", metavar="OUT.pth", required=True, help="written after every epoch")
+    add("--resume", nargs="?", const=True, metavar="FILE", help="go on with FILE, by default OUT")
+    add("--val", metavar="FOLDER", help="class folders to count top-1 on after every epoch; default: FOLDER/val")
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", metavar="A", help="default: recognised from keys and shapes")
+    model.add_argument("--prune-at", type=integers, metavar="3,6,9", help="default: the depth in four equal parts")
+    model.add_argument("--image-size", type=size, metavar="S|HxW", help="default: as trained")
+    model.add_argument("--assume", type=assumptions, metavar="num_heads=6,...", help="what the file cannot say")
+    _add_settings(parser)
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
+    machine.add_argument("--dtype", metavar="T", help="float32, or bfloat16 by autocast; default: bfloat16 on CUDA")
+    machine.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
+    machine.add_argument("--logdir", metavar="FOLDER", help="write losses for TensorBoard there")
+    return parser
+
+
+def _add_settings(parser: Parser) -> None:
+    """Options that are called as the `Settings` they set; what is not given keeps its default there."""
+    numbers: list[tuple[str, Callable[[str], Any], str]] = [
+        ("epochs", int, "default: 30"),
+        ("batch", int, "pictures a step, over all processes; default: 128"),
+        ("accumulate", int, "parts in which a process takes its share of a step; default: 1"),
+        ("lr", float, "of the predictors; default: 0.001 for a batch of 1024, in proportion for others"),
+        ("min-lr", float, "where the cosine ends; default: 1e-6"),
+        ("backbone-lr", float, "of all else, as a share of that; default: 0.01"),
+        ("freeze-epochs", int, "for so long only the predictors learn; default: 5"),
+        ("warmup-epochs", float, "default: 1"),
+        ("weight-decay", float, "default: 0.05"),
+        ("clip", float, "largest norm of the gradient; default: 1"),
+        ("ema", float, "decay of averaged weights, which are written then; default: 0, none"),
+        ("smoothing", float, "of the labels; default: 0.1"),
+        ("mixup", float, "parameter of its beta distribution, 0: off; default: 0.8"),
+        ("cutmix", float, "parameter of its beta distribution, 0: off; default: 1"),
+        ("scale", float, "least share of a picture's area that a crop keeps, 1: no crop; default: 0.08"),
+        ("flip", float, "probability; default: 0.5"),
+        ("randaugment", int, "magnitude, 0: off; default: 9 (needs torchvision)"),
+        ("erase", float, "probability of erasing a rectangle; default: 0.25 (needs torchvision)"),
+        ("seed", int, "default: 0"),
+    ]
+    group = parser.add_argument_group("training")
+    for name, kind, text in numbers:
+        group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+    group.add_argument("--optimizer", metavar="NAME", help="adamw")
+    group.add_argument("--per-image", choices=["on", "off"], help="off: only the batch keeps the rate on average")
+    group.add_argument("--token-loss", choices=["mse", "kl"], help="default: mse for DeiT, kl for LV-ViT")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_parser(), _train, argv)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dvit_infer.devices import resolve_device
+    from dvit_infer.errors import InputError
+    from dvit_infer.training.distributed import joined, world_of_environment
+    from dvit_infer.training.reports import NotFiniteError
+
+    world = world_of_environment()
+    name = options.device
+    if world.size > 1 and name in (None, "cuda"):
+        import torch
+
+        name = f"cuda:{world.local_rank}" if torch.cuda.is_available() or name else "cpu"
+    device = resolve_device(name)
+    say: Callable[[str], None] = print if world.is_first else lambda line: None
+    training, settings = _prepared(options, device, world, say)
+    with joined(world, device), stopping_gently() as stop:
+        if options.resume is not None:
+            source = options.out if options.resume is True else options.resume
+            if not training.resume(source):
+                raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to go on with")
+            say(f"going on from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
+        try:
+            with showing(settings.epochs, options.logdir) if world.is_first else _silence() as (on_step, on_epoch):
+                finished = training.go(on_step, on_epoch, stop)
+        except NotFiniteError as error:
+            there = f"{options.out} holds the last good state" if Path(options.out).exists() else "nothing was written"
+            print(shown(f"error: {error}; {there}; a lower --lr may do"), file=sys.stderr)
+            return 1
+    if not finished:
+        say(f"stopped after step {training.step} of epoch {training.epoch + 1}; --resume goes on from {options.out}")
+        raise KeyboardInterrupt
+    say(f"wrote {options.out}")
+    return 0
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[Show]:
+    """For all processes but the first."""
+    yield (lambda step: None), (lambda epoch: None)
+
+
+def _prepared(
+    options: argparse.Namespace, device: "torch.device", world: "World", say: Callable[[str], None]
+) -> "tuple[Run, Settings]":
+    """Everything checked before the first step. InputError: any of it cannot be used."""
+    from dataclasses import fields
+
+    from dvit_infer.errors import InputError
+    from dvit_infer.files import check_output
+    from dvit_infer.pictures.classes import labelled_folder
+    from dvit_infer.pictures.stream import worker_count
+    from dvit_infer.training.augment import Augmentation, has_torchvision
+    from dvit_infer.training.data import Pictures
+    from dvit_infer.training.loop import Run
+    from dvit_infer.training.settings import Settings
+    from dvit_infer.training.student import make_pair
+
+    given = {f.name: getattr(options, f.name, None) for f in fields(Settings)}
+    given["per_image"] = {"on": True, "off": False, None: None}[options.per_image]
+    given["dtype"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    workers = worker_count(options.workers)
+    out = check_output(options.out, "out", not_this=options.dense)
+    pair = make_pair(
+        options.dense,
+        settings.keep_rate,
+        prune_at=options.prune_at,
+        arch=options.arch,
+        image_size=options.image_size,
+        assume=options.assume,
+        seed=settings.seed,
+    )
+    config = pair.config
+    folder, held_out = _folders(options)
+    found = labelled_folder(folder, config.num_classes)
+    if len(found.labels) < 2:
+        raise InputError(f"{folder}: has one class folder; there is nothing to tell apart")
+    if len(found.labels) != config.num_classes:
+        count = f"{len(found.labels)} class folders"
+        raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
+    pictures = Pictures(found.entries())
+    tests = [] if held_out is None else list(labelled_folder(held_out, config.num_classes).entries())
+    fill = tuple(round(255 * mean) for mean in config.mean)
+    augmentation = Augmentation(
+        config.image_size,
+        settings.scale,
+        settings.flip,
+        settings.randaugment,
+        settings.erase,
+        (fill[0], fill[1], fill[2]),
+        has_torchvision(),
+    )
+    training = Run(
+        pair,
+        pictures,
+        settings,
+        out=out,
+        augmentation=augmentation,
+        device=device,
+        workers=workers,
+        world=world,
+        held_out=tests,
+    )
+    if options.resume is None and out.exists() and out.stat().st_size and _is_unfinished(out):
+        raise InputError(f"out: {options.out} holds an unfinished training; --resume goes on with it; or another name")
+    for note in pair.notes:
+        if note.how == "assumed":
+            say(shown(f"assumed {note.what} {note.value}: {note.why}"))
+    kept = ",".join(map(str, config.num_keep))
+    blocks = ",".join(map(str, config.prune_at))
+    say(f"{config.arch}, keeping {kept} of {config.num_patches} patches before blocks {blocks}")
+    say(shown(f"{len(pictures)} pictures of {len(found.labels)} classes; {augmentation}"))
+    return training, settings
+
+
+def _is_unfinished(path: Path) -> bool:
+    from dvit_infer.errors import InputError
+    from dvit_infer.training import saving
+
+    try:
+        return saving.unfinished(path) is not None
+    except InputError:
+        return False
+
+
+def _folders(options: argparse.Namespace) -> tuple[str, str | None]:
+    """Where the pictures to learn from are, and those to count on, if there are any."""
+    inside = {name: Path(options.folder) / name for name in ("train", "val")}
+    if all(path.is_dir() for path in inside.values()):
+        return str(inside["train"]), options.val or str(inside["val"])
+    return options.folder, options.val
+
+
+if __name__ == "__main__":
+    sys.exit(main())

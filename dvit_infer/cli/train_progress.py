@@ -1,0 +1,109 @@
+"""What dvit-train says while it runs: a bar with losses, a line an epoch, logs for TensorBoard."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dvit_infer.cli.pictures import shown
+from dvit_infer.errors import InputError
+
+if TYPE_CHECKING:
+    from dvit_infer.training.reports import Epoch, Step
+
+_NAMES = ("loss", "cross-entropy", "ratio", "logits", "tokens")
+_NAMED = 3  # unreadable pictures of an epoch; the rest are only counted
+
+Show = tuple[Callable[["Step"], None], Callable[["Epoch"], None]]
+
+
+@contextlib.contextmanager
+def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
+    """What to call after every step and every epoch. The bar is on stderr, where that is a terminal.
+
+    Raises:
+        InputError: TensorBoard is not installed, or its folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_bar(epochs))
+        log = stack.enter_context(_log(logdir))
+
+        def on_step(step: "Step") -> None:
+            bar(step)
+            log(_at(step), _values(step.losses, step.kept) | {"lr": step.lr, "images/s": step.images_per_s})
+
+        def on_epoch(epoch: "Epoch") -> None:
+            for path, why in epoch.unreadable[:_NAMED]:
+                print(shown(f"cannot be read, skipped: {path}: {why}"))
+            print(_line(epoch, epochs), flush=True)
+            if epoch.top1 is not None:
+                log(_at(epoch.last), {"val/top-1": epoch.top1})
+
+        yield on_step, on_epoch
+
+
+def _at(step: "Step") -> int:
+    return step.epoch * step.steps + step.step
+
+
+def _values(losses: Sequence[float], kept: Sequence[float]) -> dict[str, float]:
+    values = {f"loss/{name}": value for name, value in zip(_NAMES, losses, strict=True)}
+    return values | {f"kept/{stage}": share for stage, share in enumerate(kept)}
+
+
+def _line(epoch: "Epoch", epochs: int) -> str:
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in zip(_NAMES[1:], epoch.losses[1:], strict=True))
+    kept = ", ".join(f"{share:.3f}" for share in epoch.kept)
+    line = f"epoch {epoch.last.epoch + 1} of {epochs}: loss {epoch.losses[0]:.4f} ({losses}), kept {kept}"
+    line += f", {epoch.last.images_per_s:.1f} images/s"
+    if epoch.unreadable_count:
+        line += f", {epoch.unreadable_count} pictures skipped"
+    return line if epoch.top1 is None else f"{line}, top-1 {epoch.top1:.2f}%"
+
+
+@contextlib.contextmanager
+def _bar(epochs: int) -> Iterator[Callable[["Step"], None]]:
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from datetime import timedelta
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[said]}")
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("training", total=None, said="")
+
+        def show(step: "Step") -> None:
+            kept = " ".join(f"{share:.2f}" for share in step.kept)
+            left = timedelta(seconds=round(step.seconds_left))
+            said = f"loss {step.losses[0]:.3f}, kept {kept}, {step.images_per_s:.1f} images/s, {left} left"
+            name = f"epoch {step.epoch + 1} of {epochs}"
+            bar.update(task, description=name, total=step.steps, completed=step.step + 1, said=said)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _log(folder: str | None) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    if folder is None:
+        yield lambda step, values: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("logdir: TensorBoard is not installed; pip install 'dvit-infer[train]' would do") from None
+    try:
+        writer: Any = SummaryWriter(folder)
+    except OSError as error:
+        raise InputError(f"logdir: {folder}: {error.strerror or error}") from None
+
+    def write(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    try:
+        yield write
+    finally:
+        writer.close()

@@ -1,0 +1,1 @@
+"""Fine-tuning: a dense model becomes a dynamic one."""

@@ -1,0 +1,253 @@
+"""Training pictures: which, in what order, and with what random numbers.
+
+All of it follows from the run's seed, the epoch and a picture's index in the set, never from the process, the worker or
+the place in a batch: several processes see together what one would have seen.
+"""
+
+import hashlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from dvit_infer.errors import InputError
+from dvit_infer.pictures.decode import PictureError, open_picture
+from dvit_infer.pictures.stream import interrupts_held
+from dvit_infer.training.augment import Augmentation
+
+# What a picture's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.
+_AUGMENT, _NOISE, _MIX = 1, 2, 3
+
+
+class Pictures:
+    """Paths and classes of a training set, as bytes in one piece: a worker process would copy a list of strings."""
+
+    def __init__(self, entries: Iterable[tuple[str, int]]) -> None:
+        names, labels = [], []
+        for path, label in entries:
+            names.append(os.fsencode(path))
+            labels.append(label)
+        self._names = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._labels = np.array(labels, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._names[start : int(self._ends[index])]), int(self._labels[index])
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the names and classes."""
+        return hashlib.sha256(self._names + self._ends.tobytes() + self._labels.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a run shares out its pictures.
+
+    Attributes:
+        batch: pictures in a step of the optimiser, over all processes and accumulation steps.
+        accumulate: parts in which a process takes its share of a step.
+        workers: processes that decode; 0: this one does.
+        rank, world: which of how many training processes this is.
+        mixup, cutmix: parameters of their beta distributions (Zhang et al. 2018; Yun et al. 2019); 0: off.
+        noise: (stages, patches) of the Gumbel noise that is drawn for every picture.
+
+    Raises:
+        InputError: naming it, a number is out of its range, or the batch cannot be shared out.
+    """
+
+    batch: int
+    accumulate: int = 1
+    seed: int = 0
+    workers: int = 0
+    rank: int = 0
+    world: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    noise: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate"):
+            if not 1 <= getattr(self, name) <= 1 << 24:
+                raise InputError(f"{name}: {getattr(self, name)} is not possible; 1 or more is")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"seed: {self.seed} is not from 0 to 2**63 - 1")
+        if self.batch % self.world:
+            count = f"{self.batch} pictures a step cannot be shared by {self.world} processes"
+            raise InputError(f"batch: {count}; a multiple of {self.world} can")
+        if self.batch % (self.world * self.accumulate):
+            count = f"the {self.batch // self.world} pictures of a process cannot be taken in {self.accumulate} parts"
+            raise InputError(f"accumulate: {count}; a divisor of them would do")
+        if self.part % 2 and (self.mixup or self.cutmix):
+            count = f"{self.batch} pictures a step are {self.part} at a time, which cannot be mixed in pairs"
+            raise InputError(f"batch: {count}; an even number can, or --mixup 0 --cutmix 0")
+
+    @property
+    def part(self) -> int:
+        """Pictures that a process takes at a time."""
+        return self.batch // (self.world * self.accumulate)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a process takes at a time, b pictures.
+
+    Attributes:
+        images: (b, 3, H, W) uint8, not mixed yet.
+        labels: (b,) int64.
+        weights: (b,) float32, 1, or 0 for a picture that could not be read.
+        noise: (stages, b, N, 2) float32, Gumbel noise.
+        share: (b,) float32, how much of a mixture is the picture itself; 1: it is not mixed.
+        boxes: (b, 4) int64, top, left, bottom, right of what is pasted from the partner; all 0: nothing is.
+        unreadable: path and reason of each picture that could not be read.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    noise: torch.Tensor
+    share: torch.Tensor
+    boxes: torch.Tensor
+    unreadable: list[tuple[str, str]]
+
+
+def steps_an_epoch(pictures: Pictures, loading: Loading) -> int:
+    """Whole batches only.
+
+    Raises:
+        InputError: there is not even one.
+    """
+    if len(pictures) < loading.batch:
+        raise InputError(f"batch: {len(pictures)} pictures are fewer than a batch of {loading.batch}")
+    return len(pictures) // loading.batch
+
+
+def batches(
+    pictures: Pictures, augmentation: Augmentation, loading: Loading, epoch: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """This process's part of an epoch, `loading.accumulate` batches a step, from `first_step` on.
+
+    Raises:
+        InputError: there are fewer pictures than a batch.
+        RuntimeError: a worker process was killed.
+    """
+    with interrupts_held(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
+        loader = DataLoader(
+            _Maker(pictures, augmentation, loading, epoch),
+            batch_size=None,
+            sampler=_places(len(pictures), loading, epoch, range(first_step, steps_an_epoch(pictures, loading))),
+            num_workers=loading.workers,
+            generator=torch.Generator(),
+            multiprocessing_context="fork" if loading.workers and sys.platform == "linux" else None,
+            collate_fn=_as_it_is,
+        )
+        made = iter(loader)
+    for arrays, unreadable in made:
+        images, labels, weights, noise, share, boxes = map(torch.from_numpy, arrays)
+        yield Batch(images, labels, weights, noise, share, boxes, unreadable)
+
+
+def _places(count: int, loading: Loading, epoch: int, steps: range) -> Iterator[list[int]]:
+    """Which pictures each batch of this process has."""
+    order = np.random.Generator(np.random.PCG64([loading.seed, epoch])).permutation(count)
+    for step in steps:
+        for turn in range(loading.accumulate):
+            start = step * loading.batch + (turn * loading.world + loading.rank) * loading.part
+            yield order[start : start + loading.part].tolist()
+
+
+_Made = tuple[tuple[np.ndarray, ...], list[tuple[str, str]]]
+
+
+def _as_it_is(made: Any) -> Any:
+    """NumPy arrays stay such: tensors of a worker would go through scarce shared memory."""
+    return made
+
+
+class _Maker(Dataset[_Made]):
+    """What the workers run: indices of pictures become the arrays of a `Batch`."""
+
+    def __init__(self, pictures: Pictures, augmentation: Augmentation, loading: Loading, epoch: int) -> None:
+        self.pictures, self.augmentation, self.loading, self.epoch = pictures, augmentation, loading, epoch
+
+    def __getitem__(self, indices: list[int]) -> _Made:
+        height, width = self.augmentation.image_size
+        count, (stages, patches) = len(indices), self.loading.noise
+        images = np.zeros((count, 3, height, width), np.uint8)
+        labels, weights = np.zeros(count, np.int64), np.ones(count, np.float32)
+        noise = np.zeros((stages, count, patches, 2), np.float32)
+        unreadable = []
+        for i, index in enumerate(indices):
+            path, labels[i] = self.pictures[index]
+            try:
+                images[i] = self.augmentation(open_picture(path), self._generator(index, _AUGMENT))
+            except PictureError as error:
+                weights[i] = 0
+                unreadable.append((path, error.why))
+            if stages:
+                noise[:, i] = self._generator(index, _NOISE).gumbel(size=(stages, patches, 2))
+        share, boxes = np.ones(count, np.float32), np.zeros((count, 4), np.int64)
+        if self.loading.mixup or self.loading.cutmix:
+            for i in range(0, count, 2):
+                if weights[i] and weights[i + 1]:
+                    share[i : i + 2], boxes[i : i + 2] = self._mixture(self._generator(indices[i], _MIX), height, width)
+        return (images, labels, weights, noise, share, boxes), unreadable
+
+    def _generator(self, index: int, what_for: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.loading.seed, self.epoch, index, what_for]))
+
+    def _mixture(self, rng: np.random.Generator, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
+        """The share of the picture itself, and the box of its partner that is pasted, if the mixture is by cutmix."""
+        mixup, cutmix = self.loading.mixup, self.loading.cutmix
+        by_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+        share = float(rng.beta(cutmix, cutmix) if by_cutmix else rng.beta(mixup, mixup))
+        if not by_cutmix:
+            return share, (0, 0, 0, 0)
+        rows, columns = (round(side * math.sqrt(1 - share)) for side in (height, width))
+        y, x = int(rng.integers(height)), int(rng.integers(width))  # the middle; what sticks out is cut off
+        top, bottom = max(0, y - rows // 2), min(height, y - rows // 2 + rows)
+        left, right = max(0, x - columns // 2), min(width, x - columns // 2 + columns)
+        area = max(0, bottom - top) * max(0, right - left)
+        return 1 - area / (height * width), (top, left, bottom, right) if area else (0, 0, 0, 0)
+
+
+def mixed(images: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(b, 3, H, W) floating-point pictures, each mixed with its partner, the one at place i ^ 1; of the same type."""
+    if bool((batch.share == 1).all()):
+        return images
+    partner = torch.arange(len(images), device=images.device) ^ 1
+    others = images[partner]
+    boxes = batch.boxes.to(images.device)
+    has_box = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    share = batch.share.to(images)  # in float32 it would make float32 of half-precision pictures
+    share = torch.where(has_box, 1, share)
+    out = images * share.view(-1, 1, 1, 1) + others * (1 - share.view(-1, 1, 1, 1))
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    inside = (rows >= boxes[:, :1]) & (rows < boxes[:, 2:3])
+    across = (columns >= boxes[:, 1:2]) & (columns < boxes[:, 3:])
+    return torch.where(inside[:, None, :, None] & across[:, None, None, :], others, out)
+
+
+def targets(batch: Batch, num_classes: int, smoothing: float) -> torch.Tensor:
+    """(b, K) float32, how much of each class is in the mixture, smoothed (Szegedy et al. 2015b, section 7)."""
+    own = F.one_hot(batch.labels, num_classes).float()
+    if bool((batch.share < 1).any()):
+        partner = own[torch.arange(len(own)) ^ 1]
+        own = own * batch.share[:, None] + partner * (1 - batch.share[:, None])
+    return own * (1 - smoothing) + smoothing / num_classes

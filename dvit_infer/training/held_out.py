@@ -1,0 +1,49 @@
+"""How often the pruned model is right about pictures that it does not learn from."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dvit_infer.config import Config
+from dvit_infer.images import normalise
+from dvit_infer.pictures.decode import preprocess_for
+from dvit_infer.pictures.stream import Entry, batches, decode, pixels
+from dvit_infer.reference.vit import VisionTransformer
+from dvit_infer.training.distributed import World
+from dvit_infer.training.student import set_training
+
+AT_ONCE = 64
+
+
+@torch.no_grad()
+def top1(
+    student: VisionTransformer,
+    weights: Mapping[str, torch.Tensor],
+    config: Config,
+    pictures: Sequence[tuple[str, int]],
+    *,
+    workers: int,
+    world: World,
+    device: torch.device,
+) -> float:
+    """Percent of the pictures that the student with these weights is right about; patches are really dropped.
+
+    Every process takes its share of them. Those that cannot be read do not count. The student is in training mode
+    afterwards, with the weights that it had.
+    """
+    own = {name: value.clone() for name, value in student.state_dict().items()}
+    student.load_state_dict(weights)
+    student.eval()
+    mine = [Entry(path, label) for path, label in pictures[world.rank :: world.size]]
+    right = total = 0
+    for group in batches(decode(mine, preprocess_for(config), workers), AT_ONCE):
+        images = pixels(group)
+        if images is not None:
+            logits = student.evaluate(normalise(images.to(device), config.mean, config.std)).logits
+            labels = torch.tensor([picture.label for picture in group if picture.error is None])
+            right += int((logits.argmax(dim=1).cpu() == labels).sum())
+            total += len(labels)
+    student.load_state_dict(own)
+    set_training(student)
+    counts = world.add_up(torch.tensor([float(right), float(total)], device=device))
+    return 100 * float(counts[0]) / max(1.0, float(counts[1]))

@@ -1,0 +1,274 @@
+"""The training loop: steps, epochs, averaged weights, and a file that a run can go on from at every moment."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dvit_infer.checkpoint import load_torch
+from dvit_infer.errors import InputError
+from dvit_infer.images import normalise
+from dvit_infer.training import saving
+from dvit_infer.training.augment import Augmentation
+from dvit_infer.training.data import Batch, Loading, Pictures, batches, mixed, steps_an_epoch, targets
+from dvit_infer.training.distributed import World
+from dvit_infer.training.held_out import top1
+from dvit_infer.training.losses import Losses, Objective, losses
+from dvit_infer.training.reports import Epoch, NotFiniteError, Step
+from dvit_infer.training.settings import Settings, is_predictor, make_optimizer
+from dvit_infer.training.student import Pair, official_content, set_training
+
+
+class Run:
+    """A model being trained.
+
+    Args:
+        pair: student and teacher.
+        out: where the file goes.
+        held_out: pictures and classes to count on after every epoch.
+        world: the processes that train together, which have joined.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        pictures: Pictures,
+        settings: Settings,
+        *,
+        out: Path,
+        augmentation: Augmentation,
+        device: torch.device,
+        workers: int = 0,
+        world: World | None = None,
+        held_out: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        self.world = world or World()
+        self.pair, self.pictures, self.settings, self.out = pair, pictures, settings, out
+        self.augmentation, self.device, self.held_out, self.workers = augmentation, device, held_out, workers
+        config = pair.config
+        stages = len(config.prune_at)
+        self.loading = Loading(
+            settings.batch,
+            settings.accumulate,
+            settings.seed,
+            workers,
+            self.world.rank,
+            self.world.size,
+            settings.mixup,
+            settings.cutmix,
+            noise=(stages, config.num_patches),
+        )
+        self.steps = steps_an_epoch(pictures, self.loading)
+        self.objective = Objective(
+            tuple(config.keep_rate ** (stage + 1) for stage in range(stages)),
+            settings.token_loss or ("kl" if config.family == "lvvit" else "mse"),
+            settings.per_image,
+        )
+        self.identity = saving.identity(settings, pair.args, pair.teacher, pictures.digest)
+        self.student = pair.student.to(device)
+        self.teacher = pair.teacher.to(device).requires_grad_(False)
+        for model in (self.student, self.teacher):
+            set_training(model)
+        self.optimizer = make_optimizer(self.student, settings)
+        self.averaged = {k: v.clone() for k, v in self.student.state_dict().items()} if settings.ema else None
+        self.epoch = self.step = 0  # the next to be done; the step within the epoch
+
+    # -- the file ---------------------------------------------------------------------------------
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """What the file holds under `model`: the averaged weights, if there are any."""
+        return self.student.state_dict() if self.averaged is None else self.averaged
+
+    def save(self) -> None:
+        """Write the file, of the first process. InputError: it cannot be written; the one before is still there."""
+        if not self.world.is_first:
+            return
+        content = official_content(self.weights(), self.pair.args, self.epoch)
+        if self.epoch < self.settings.epochs:
+            content[saving.KEY] = {
+                "identity": self.identity,
+                "epoch": self.epoch,
+                "step": self.step,
+                "student": None if self.averaged is None else self.student.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+        saving.write(self.out, content)
+
+    def resume(self, path: str | Path) -> bool:
+        """Go on where the file's run stopped; False: it is finished.
+
+        Raises:
+            InputError: the file is of another run, naming in what, or is damaged.
+        """
+        state = saving.unfinished(path)
+        if state is None:
+            return False
+        saving.check_same(path, state, self.identity)
+        try:
+            content = load_torch(Path(path), True)
+            self.student.load_state_dict(content["model"] if state["student"] is None else state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.averaged is not None:
+                self.averaged = {k: content["model"][k].to(self.device) for k in self.averaged}
+            self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"resume: {path}: does not fit this run: {first}") from None
+        return True
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def go(self, on_step: Callable[[Step], None], on_epoch: Callable[[Epoch], None], stop: Callable[[], bool]) -> bool:
+        """Train to the end, writing the file after every epoch; False: `stop` said to stop, and the file is written.
+
+        Raises:
+            NotFiniteError: the loss or its gradient is NaN or infinite; the last file is still there.
+            InputError: the file cannot be written, or no picture can be read.
+        """
+        frozen: bool | None = None
+        model: nn.Module = self.student
+        while self.epoch < self.settings.epochs:
+            if frozen != (now := self.epoch < self.settings.freeze_epochs):
+                frozen, model = now, self._wrapped(frozen=now)
+            if not self._epoch(model, on_step, on_epoch, stop):
+                return False
+        return True
+
+    def _wrapped(self, frozen: bool) -> nn.Module:
+        """The student, ready to be trained by all processes; wrapped anew whenever other parameters learn."""
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(is_predictor(name) or not frozen)
+            parameter.grad = None
+        if self.world.size == 1:
+            return self.student
+        return DistributedDataParallel(self.student, broadcast_buffers=False)
+
+    def _epoch(
+        self,
+        model: nn.Module,
+        on_step: Callable[[Step], None],
+        on_epoch: Callable[[Epoch], None],
+        stop: Callable[[], bool],
+    ) -> bool:
+        start, first = time.perf_counter(), self.step
+        sums, count = torch.zeros(0), 0
+        unreadable: list[tuple[str, str]] = []
+        for parts in _steps(batches(self.pictures, self.augmentation, self.loading, self.epoch, first), self.loading):
+            found = self._step(model, parts)
+            sums = found if not len(sums) else sums + found
+            mine = [one for part in parts for one in part.unreadable]
+            unreadable += mine[: 10 - len(unreadable)]
+            count += len(mine)
+            self.step += 1
+            last = self._known(found, start, first)
+            on_step(last)
+            if self._agreed(stop()):
+                self._finish_epoch(self.step == self.steps)
+                self.save()
+                return self.epoch == self.settings.epochs
+        means = (sums / (self.steps - first)).tolist()
+        count = int(self.world.add_up(torch.tensor(float(count), device=self.device)))
+        if count == (self.steps - first) * self.settings.batch:
+            raise InputError(f"{unreadable[0][0] if unreadable else 'pictures'}: like all others, cannot be read")
+        self._finish_epoch(True)
+        self.save()
+        right = self._top1() if self.held_out else None
+        on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, right))
+        return True
+
+    def _top1(self) -> float:
+        return top1(
+            self.student,
+            self.weights(),
+            self.pair.config,
+            self.held_out,
+            workers=self.workers,
+            world=self.world,
+            device=self.device,
+        )
+
+    def _finish_epoch(self, finished: bool) -> None:
+        if finished:
+            self.epoch, self.step = self.epoch + 1, 0
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process is to stop: all do, after the same step."""
+        return bool(self.world.add_up(torch.tensor(float(stop), device=self.device))) if self.world.size > 1 else stop
+
+    def _known(self, found: torch.Tensor, start: float, first: int) -> Step:
+        done, seconds = self.step - first, time.perf_counter() - start
+        left = (self.settings.epochs - self.epoch) * self.steps - self.step
+        values = tuple(found.tolist())
+        return Step(
+            self.epoch,
+            self.step - 1,
+            self.steps,
+            values[:5],
+            values[5:],
+            self.optimizer.param_groups[0]["lr"],
+            done * self.settings.batch / seconds,
+            left * seconds / done,
+        )
+
+    def _step(self, model: nn.Module, parts: Sequence[Batch]) -> torch.Tensor:
+        """One step of the optimiser; returns the mean of `Losses.parts` over its accumulation."""
+        self._set_rates()
+        found = []
+        for i, part in enumerate(parts):
+            is_last = i + 1 == len(parts)
+            waits = isinstance(model, DistributedDataParallel) and not is_last
+            with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+                out = self._losses(model, part)
+                # DistributedDataParallel takes the mean over processes; what is wanted is the sum of their parts.
+                (out.total * (self.world.size / len(parts))).backward()  # type: ignore[no-untyped-call]
+            found.append(out.parts())
+        values = torch.stack(found).mean(dim=0).cpu()
+        learning = [p for p in self.student.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(learning, self.settings.clip)
+        if not (torch.isfinite(values).all() and torch.isfinite(norm)):
+            what = "the loss" if not torch.isfinite(values).all() else "the gradient"
+            raise NotFiniteError(f"{what} is not finite at step {self.step + 1} of epoch {self.epoch + 1}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._average()
+        return values
+
+    def _losses(self, model: nn.Module, part: Batch) -> Losses:
+        config = self.pair.config
+        images = mixed(normalise(part.images.to(self.device, non_blocking=True), config.mean, config.std), part)
+        wanted = targets(part, config.num_classes, self.settings.smoothing).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            with torch.no_grad():
+                right = self.teacher(images)
+            out = model(images, noise=part.noise.to(self.device))
+        return losses(self.objective, out, right, wanted, part.weights.to(self.device), self.world.add_up)
+
+    def _set_rates(self) -> None:
+        rate = self.settings.peak * self.settings.factor(self.epoch * self.steps + self.step, self.steps)
+        for group in self.optimizer.param_groups:  # what is frozen has no gradient, which the optimiser leaves alone
+            group["lr"] = rate * group["scale"]
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The averaged weights follow; faster in the beginning, when there is little to average."""
+        if self.averaged is None:
+            return
+        done = self.epoch * self.steps + self.step
+        decay = min(self.settings.ema, (1 + done) / (10 + done))
+        for name, value in self.student.state_dict().items():
+            if value.is_floating_point():
+                self.averaged[name].lerp_(value, 1 - decay)
+
+
+def _steps(parts: Iterator[Batch], loading: Loading) -> Iterator[list[Batch]]:
+    """The parts of a process's share, a step each."""
+    group = []
+    for part in parts:
+        group.append(part)
+        if len(group) == loading.accumulate:
+            yield group
+            group = []

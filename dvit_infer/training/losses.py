@@ -1,0 +1,109 @@
+"""What training minimises (Rao et al. 2021, section 3.4, and the official `losses.py`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from dvit_infer.reference.vit import TrainOutput
+
+TokenLoss = Literal["mse", "kl"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weighted sum of four losses.
+
+    Attributes:
+        ratios: share of the patches that every stage is to keep, r, r**2, r**3; empty: there are no predictors.
+        token_loss: 'mse' of features (DeiT) or 'kl' of auxiliary logits (LV-ViT), on the patches the last stage kept.
+        per_image: every picture is to keep that share; else only the batch is, on average, and pictures may differ (the
+            official `dynamic` loss).
+    """
+
+    ratios: tuple[float, ...]
+    token_loss: TokenLoss = "mse"
+    per_image: bool = True
+    cross_entropy: float = 1.0
+    ratio: float = 2.0
+    logits: float = 0.5
+    tokens: float = 0.5
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The outcome for the pictures of all processes; scalars.
+
+    Attributes:
+        total: the weighted sum. In one process its gradient is this process's part of the whole gradient: the parts of
+            all processes add up to it.
+        ratio: summed over the stages; the total takes their mean.
+        kept: (stages,) share of the patches that every stage kept.
+        pictures: how many count.
+    """
+
+    total: torch.Tensor
+    cross_entropy: torch.Tensor
+    ratio: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    kept: torch.Tensor
+    pictures: torch.Tensor
+
+    def parts(self) -> torch.Tensor:
+        """(5 + stages,) total, cross-entropy, ratio, logits, tokens and the kept shares, without gradient."""
+        scalars = torch.stack([self.total, self.cross_entropy, self.ratio, self.logits, self.tokens])
+        return torch.cat([scalars, self.kept]).detach()
+
+
+def losses(
+    objective: Objective,
+    out: TrainOutput,
+    teacher: TrainOutput,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+) -> Losses:
+    """Cross-entropy, the keep ratios, and the dense twin's logits and patch outputs.
+
+    Args:
+        out, teacher: of the student in training and of its dense twin.
+        targets: (B,) classes or (B, K) soft targets.
+        weights: (B,) 1, or 0 for a picture that is not to count; None: all count.
+        add_up: sums a vector over all processes. Means are taken of sums and counts of all of them, so that the losses
+            do not depend on how the pictures are shared out.
+    """
+    pred, right = out.pred.float(), teacher.pred.float()
+    counts = pred.new_ones(len(pred)) if weights is None else weights
+    log_pred = pred.log_softmax(dim=-1)
+    entropy = F.cross_entropy(pred, targets, reduction="none")
+    logits = F.kl_div(log_pred, right.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
+    mask = out.mask.float() * counts[:, None]
+    tokens = _token_distances(objective.token_loss, out.tokens.float(), teacher.tokens.float())
+    kept = [decision.float().mean(dim=1) for decision in out.decisions]
+    off = [(share - ratio) ** 2 for share, ratio in zip(kept, objective.ratios, strict=True)]
+    rows = torch.stack([torch.ones_like(counts), entropy, logits, *kept, *off])
+    rows = torch.where(counts > 0, rows, 0.0)  # not a product: a NaN of what does not count is not to count either
+    local = torch.cat([rows.sum(dim=1), torch.stack([mask.sum(), torch.where(mask > 0, tokens, 0.0).sum()])])
+    # The value is that of all processes, the gradient goes to this one's part.
+    sums = local + (add_up(local.detach()) - local.detach())
+    pictures = sums[0].detach().clamp(min=1)
+    stages = len(kept)
+    shares = sums[3 : 3 + stages] / pictures
+    if objective.per_image:
+        ratio = sums[3 + stages : 3 + 2 * stages].sum() / pictures
+    else:
+        ratio = ((shares - shares.new_tensor(objective.ratios)) ** 2).sum()
+    parts = sums[1] / pictures, ratio, sums[2] / pictures, sums[-1] / sums[-2].detach().clamp(min=1)
+    scales = objective.cross_entropy, objective.ratio / max(1, stages), objective.logits, objective.tokens
+    total = torch.stack([scale * part for scale, part in zip(scales, parts, strict=True)]).sum()
+    return Losses(total, parts[0], parts[1], parts[2], parts[3], shares.detach(), sums[0].detach())
+
+
+def _token_distances(kind: TokenLoss, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """(B, N, C) twice -> (B, N)."""
+    if kind == "mse":
+        return (ours - theirs).square().mean(dim=-1)
+    return F.kl_div(ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)

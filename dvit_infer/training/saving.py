@@ -1,0 +1,87 @@
+"""The file of a run: what it will leave in the end, and, while it is not finished, what it needs to go on."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvit_infer.checkpoint import load_torch
+from dvit_infer.errors import InputError
+from dvit_infer.files import whole_file
+from dvit_infer.training.settings import Settings
+
+KEY = "training"  # what a finished file does not have
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """16 hexadecimal digits of weights."""
+    found = hashlib.sha256()
+    for name, tensor in state.items():
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def identity(settings: Settings, args: Mapping[str, Any], teacher: nn.Module, pictures: str) -> dict[str, Any]:
+    """What has to be the same for a run to go on as if it had not stopped."""
+    model = {name: value for name, value in args.items() if name in ("prune_at", "num_heads", "skip_lam")}
+    return asdict(settings) | model | {"dense": digest(teacher.state_dict()), "data": pictures}
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the file whole, or leave the one that is there.
+
+    Raises:
+        InputError: the disk is full, say.
+    """
+    with whole_file(path, "out") as part:
+        try:
+            torch.save(dict(content), part)
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            raise OSError(f"cannot be written ({str(error).splitlines()[0]})") from None
+
+
+def unfinished(path: str | Path) -> dict[str, Any] | None:
+    """What a file says of a run that it is to go on with; None: the run is finished, or the file is another's.
+
+    Raises:
+        InputError: it cannot be read, or is no torch file.
+    """
+    file = Path(path)
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(4)
+    except OSError as error:
+        raise InputError(f"resume: {path}: {error.strerror or error}") from None
+    if head != b"PK\x03\x04":
+        raise InputError(f"resume: {path}: is no file of dvit-train")
+    try:
+        content = load_torch(file, True)
+    except InputError as error:
+        raise InputError(f"resume: {error}") from None
+    state = content.get(KEY) if isinstance(content, dict) else None
+    return state if isinstance(state, dict) else None
+
+
+def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise InputError, naming the first that differs, unless the file's run is this run."""
+    said = state.get("identity")
+    if not isinstance(said, dict):
+        raise InputError(f"resume: {path}: is no file of dvit-train")
+    for name, value in expected.items():
+        if said.get(name, _Missing) == value:
+            continue
+        if name == "dense":
+            raise InputError(f"resume: {path}: was trained from another dense model")
+        if name == "data":
+            raise InputError(f"resume: {path}: was trained on other pictures than these")
+        found = str(said.get(name, "unknown"))[:40]
+        raise InputError(f"resume: {path}: was trained with {name} {found}, this run has {value}")
+
+
+class _Missing:
+    pass

@@ -1,0 +1,124 @@
+"""How a model is trained: the numbers, the optimiser they make, and the learning rate at every step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dvit_infer.errors import InputError
+from dvit_infer.training.losses import TokenLoss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the outcome of a run depends on, beside model and pictures. Defaults: Rao et al. 2021, section 4.1.
+
+    Attributes:
+        keep_rate: share of the patches that the first stage keeps.
+        batch: pictures a step of the optimiser, over all processes and accumulation steps.
+        accumulate: parts in which a process takes its share of a step, to save memory.
+        lr: of the predictors; None: 0.001 for a batch of 1024, in proportion for others.
+        backbone_lr: what everything else learns with, as a share of that.
+        freeze_epochs: for so long only the predictors learn.
+        clip: largest norm of the gradient.
+        ema: decay of the averaged weights, which are then what is written; 0: none are kept.
+        per_image, token_loss: `Objective`.
+        mixup, cutmix: parameters of their beta distributions; 0: off.
+        scale, flip, randaugment, erase: `Augmentation`.
+        dtype: 'float32', or 'bfloat16' by autocast.
+
+    Raises:
+        InputError: naming it, a number is out of its range.
+    """
+
+    keep_rate: float
+    epochs: int = 30
+    batch: int = 128
+    accumulate: int = 1
+    lr: float | None = None
+    min_lr: float = 1e-6
+    backbone_lr: float = 0.01
+    freeze_epochs: int = 5
+    warmup_epochs: float = 1.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema: float = 0.0
+    per_image: bool = True
+    token_loss: TokenLoss | None = None
+    smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    scale: float = 0.08
+    flip: float = 0.5
+    randaugment: int = 9
+    erase: float = 0.25
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {"epochs": 1, "freeze_epochs": 0}
+        for name, least in whole.items():
+            if not least <= getattr(self, name) <= 1_000_000:
+                raise InputError(f"{name}: {getattr(self, name)} is not a number of epochs from {least} on")
+        above = {"lr": self.lr, "clip": self.clip}
+        for name, value in above.items():
+            if value is not None and not 0 < value < 1e6:
+                raise InputError(f"{name}: {value:g} is no positive number")
+        shares = ("backbone_lr", "smoothing")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: {getattr(self, name):g} is not between 0 and 1")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema: {self.ema:g} is not from 0 to below 1")
+        for name in ("weight_decay", "warmup_epochs", "min_lr"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype: {self.dtype} is not one of float32, bfloat16")
+        if self.optimizer != "adamw":
+            raise InputError(f"optimizer: {self.optimizer} is not adamw")
+
+    @property
+    def peak(self) -> float:
+        """The predictors' highest learning rate."""
+        return 1e-3 * self.batch / 1024 if self.lr is None else self.lr
+
+    def factor(self, step: int, steps_an_epoch: int) -> float:
+        """Share of the peak that a step learns with: up in a line, down in half a cosine (Loshchilov & Hutter 2017)."""
+        total, warm_up = self.epochs * steps_an_epoch, self.warmup_epochs * steps_an_epoch
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        least = min(1.0, self.min_lr / self.peak)
+        done = (step - warm_up) / max(1.0, total - warm_up)
+        return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def is_predictor(name: str) -> bool:
+    return name.startswith("score_predictor.")
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> list[dict[str, object]]:
+    """Predictors and the rest, of each the matrices, which decay, and the others, which do not.
+
+    Every group has a `scale`, its share of the learning rate.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "dist_token"))
+        groups.setdefault((is_predictor(name), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "scale": 1.0 if predictor else settings.backbone_lr,
+        }
+        for (predictor, decays), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    groups = parameter_groups(model.named_parameters(), settings)
+    return torch.optim.AdamW(groups, lr=settings.peak, fused=True)

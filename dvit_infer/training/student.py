@@ -1,0 +1,124 @@
+"""A dense model and its dynamic student: recognised, built, and written as the official trainer writes it."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.config import Config
+from dvit_infer.errors import InputError
+from dvit_infer.families import build_reference, recognise
+from dvit_infer.families import reading as check
+from dvit_infer.families.reading import Note
+from dvit_infer.reference.layers import Attention, Predictor
+from dvit_infer.reference.vit import VisionTransformer
+
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The student, in training mode, and its dense twin, the teacher; and what each is.
+
+    Attributes:
+        args: what the student's file says of it beside the weights.
+        notes: what was read, assumed or given when the dense model was recognised.
+    """
+
+    student: VisionTransformer
+    teacher: VisionTransformer
+    config: Config
+    args: dict[str, Any]
+    notes: list[Note]
+
+
+def make_pair(
+    dense: str | Path,
+    keep_rate: float,
+    *,
+    prune_at: Sequence[int] | None = None,
+    arch: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    assume: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Pair:
+    """Read a dense checkpoint and give its twin score predictors with random weights.
+
+    Args:
+        keep_rate: share r of the patches that the first stage keeps, above 0, below 1; r**2 and r**3 the next two.
+        prune_at: 0-based indices of the blocks before which patches are dropped; None: the depth in equal parts.
+        seed: of the predictors' weights: normal, cut at two deviations of 0.02, as the official trainer's.
+
+    Raises:
+        InputError: naming the file, the key or the argument; the file holds predictors already.
+    """
+    rate = check.keep_rate("keep_rate", keep_rate)
+    if rate == 1:
+        raise InputError("keep_rate: 1 keeps every patch, so there is nothing to learn; a number below 1 is expected")
+    given = dict(assume or {})
+    checkpoint = read_checkpoint(dense, given.get("weights"))
+    if any(key.startswith("score_predictor.") for key in checkpoint.state):
+        raise InputError(f"{dense}: holds score predictors already; a dense model is expected")
+    config, notes = recognise(checkpoint, arch, given, {"image_size": image_size})
+    evenly = tuple(config.depth * stage // (STAGES + 1) for stage in range(1, STAGES + 1))
+    asked = evenly if prune_at is None else tuple(prune_at)
+    stages = check.block_indices("prune_at", asked, config.depth, len(asked))
+    teacher = build_reference(config, checkpoint)
+    args = {
+        "model": config.arch,
+        "base_rate": rate,
+        "num_heads": config.num_heads,
+        "prune_at": list(stages),
+        "skip_lam": config.skip_lam,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "crop_pct": config.crop_pct,
+        "dvit_infer": {"eps": config.eps, "predictor_eps": config.predictor_eps, "trained_size": config.image_size},
+    }
+    state = {key: value.clone() for key, value in teacher.state_dict().items()}
+    state |= _predictors(len(stages), config, seed)
+    # The way a reader of the student's file takes: what it recognises is what is trained. (The two that are given are
+    # in the file as well; messages call them by their options so.)
+    content = Checkpoint(str(dense), state, "model", said=args)
+    student_config, _ = recognise(content, None, {"keep_rate": rate, "prune_at": stages}, {})
+    if student_config.num_keep[-1] == student_config.num_patches:
+        raise InputError(f"keep_rate: {rate:g} drops none of the {student_config.num_patches} patches")
+    student = build_reference(replace(student_config, weights=None), content)
+    for model in (student, teacher):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.fused = True
+    return Pair(student, teacher, student_config, args, notes)
+
+
+def _predictors(count: int, config: Config, seed: int) -> dict[str, torch.Tensor]:
+    modules = nn.ModuleList(Predictor(config.embed_dim, config.predictor_eps) for _ in range(count))
+    generator = torch.Generator().manual_seed(seed)
+    for module in modules.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            nn.init.zeros_(module.bias)
+    return {f"score_predictor.{key}": value for key, value in modules.state_dict().items()}
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode, but BatchNorm (LV-ViT's stem) goes on with its running statistics.
+
+    Fine-tuning hardly moves the stem, and a picture's answer does not depend on the pictures beside it then, so the
+    losses do not depend on how a batch is shared out.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def official_content(weights: Mapping[str, torch.Tensor], args: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+    """What the official trainer saves of a model: `model`, `args` (a Namespace), `epoch`."""
+    state = {key: value.detach().cpu() for key, value in weights.items()}
+    return {"model": state, "args": argparse.Namespace(**args), "epoch": epoch}

@@ -1,0 +1,92 @@
+"""The small trained model that the project carries: what its result file says holds, and training it again learns."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT
+
+import dvit_infer as dvit
+from dvit_infer.cli import train
+
+sys.path.append(str(ROOT / "bench" / "proof"))
+import cluttered_digits
+from pictures import write
+
+FOLDER = ROOT / "bench" / "proof"
+TRAINED, DENSE = FOLDER / "digits-0.7.pth", FOLDER / "dense.pth"
+PROOF = json.loads((ROOT / "bench" / "results" / "proof.json").read_text())
+SOME = 600
+
+
+@pytest.fixture(scope="module")
+def test_pictures():
+    pictures, labels = cluttered_digits.draw(SOME, "test", 5)
+    return torch.from_numpy(pictures), torch.from_numpy(labels)
+
+
+def _top1(engine: dvit.Engine, pictures: torch.Tensor, labels: torch.Tensor) -> float:
+    return 100 * (engine(pictures).argmax(dim=1) == labels).float().mean().item()
+
+
+def test_the_result_is_what_the_project_claims():
+    assert PROOF["dense_top1"] >= 94
+    assert abs(PROOF["pruned_top1"] - PROOF["dense_top1"]) <= 0.5 or PROOF["pruned_top1"] > PROOF["dense_top1"]
+    assert PROOF["random_top1"] <= PROOF["pruned_top1"] - 15
+    assert PROOF["tokens_dropped"] >= 0.65
+    assert len(PROOF["seeds"]["top1"]) == 3
+    assert PROOF["pruned_gflops"] < 0.75 * PROOF["dense_gflops"]
+
+
+@pytest.mark.parametrize(("path", "claimed"), [(TRAINED, "pruned_top1"), (DENSE, "dense_top1")])
+def test_the_committed_files_are_as_right_as_claimed(path, claimed, test_pictures):
+    assert path.stat().st_size < 4 << 20
+    engine = dvit.convert(path, device="cpu")
+    share = PROOF[claimed] / 100
+    assert _top1(engine, *test_pictures) == pytest.approx(100 * share, abs=400 * (share * (1 - share) / SOME) ** 0.5)
+
+
+def test_the_trained_model_passes_verification_in_both_dtypes():
+    for dtype in ("float32", "bfloat16"):
+        report = dvit.verify(dvit.convert(TRAINED, device="cpu", dtype=dtype), TRAINED)
+        assert report.passed, str(report)
+
+
+def test_random_patches_would_not_do(test_pictures):
+    pictures, labels = test_pictures
+    engine = dvit.convert(TRAINED, device="cpu")
+    order = np.random.default_rng(0).random((SOME, 64)).argsort(axis=1)
+    kept = [torch.from_numpy(np.sort(order[:, :count], axis=1)) for count in engine.config.num_keep]
+    right = 100 * (engine(pictures, kept=kept).argmax(dim=1) == labels).float().mean().item()
+    assert right < _top1(engine, pictures, labels) - 10
+
+
+def test_keeps_the_patches_that_show_the_digit(monkeypatch):
+    monkeypatch.setattr(cluttered_digits, "PIECES", 0)
+    pictures, _ = cluttered_digits.draw(100, "test", 6)
+    _, kept = dvit.convert(TRAINED, device="cpu")(torch.from_numpy(pictures), return_kept=True)
+    light = np.clip(pictures.astype(float) - 64, 0, None).mean(axis=1).reshape(100, 8, 8, 8, 8).sum(axis=(2, 4))
+    seen = torch.from_numpy(light.reshape(100, 64)).gather(1, kept[-1]).sum()
+    assert seen / light.sum() > 0.9
+
+
+def test_a_short_training_learns(tmp_path, capsys, test_pictures):
+    """Predictors with random weights on the dense model, against the same after a few dozen steps."""
+    pictures, labels = cluttered_digits.draw(2560, "train", 1)
+    write(tmp_path / "train", pictures, labels)
+    options = ["--keep-rate", "0.7", "--prune-at", "2,3,4", "--batch", "64", "--lr", "1e-3", "--backbone-lr", "0.1"]
+    options += ["--scale", "1", "--flip", "0", "--mixup", "0", "--cutmix", "0", "--randaugment", "0", "--erase", "0"]
+    options += ["--freeze-epochs", "0", "--smoothing", "0", "--device", "cpu", "--workers", "0"]
+    made = {}
+    for epochs, warm_up in ((1, "1000000"), (2, "0.2")):  # the first learns at next to nothing
+        out = tmp_path / f"{epochs}.pth"
+        more = ["--epochs", str(epochs), "--warmup-epochs", warm_up, "-o", str(out)]
+        if epochs == 1:
+            more += ["--batch", "2560", "--accumulate", "40"]
+        assert train.main([str(DENSE), str(tmp_path / "train"), *options, *more]) == 0
+        made[epochs] = _top1(dvit.convert(out, device="cpu"), *test_pictures)
+    assert made[2] > made[1] + 10
+    shares = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("epoch 2 of 2") for line in shares)

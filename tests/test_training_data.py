@@ -1,0 +1,365 @@
+"""Training pictures: what is drawn at random follows from seed, epoch and picture, however the work is shared out."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn import draw, draw_all, write_text
+from PIL import Image
+
+import dvit_infer as dvit
+from dvit_infer.pictures.decode import open_picture
+from dvit_infer.training import augment, data
+from dvit_infer.training.augment import Augmentation, has_torchvision
+from dvit_infer.training.data import Batch, Loading, Pictures, batches, mixed, steps_an_epoch, targets
+
+COUNT = 19
+AUGMENT = Augmentation((16, 24))
+MIXING = Loading(8, seed=5, mixup=0.8, cutmix=1.0, noise=(2, 6))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return draw_all(tmp_path_factory.mktemp("pictures"), COUNT)
+
+
+@pytest.fixture(scope="module")
+def pictures(paths):
+    """The label of each is its index."""
+    return Pictures((path, index) for index, path in enumerate(paths))
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def by_picture(parts: list[Batch]) -> dict[int, tuple[np.ndarray, ...]]:
+    """Everything that a batch says of each picture, what it becomes and what is to be learned from it included."""
+    found = {}
+    for part in parts:
+        images = mixed(part.images.float(), part)
+        wanted = targets(part, COUNT, 0.1)
+        for i, label in enumerate(part.labels.tolist()):
+            of_picture = (part.images[i], part.weights[i], part.noise[:, i], part.share[i], part.boxes[i])
+            assert label not in found
+            found[label] = tuple(x.numpy() for x in (*of_picture, images[i], wanted[i]))
+    return found
+
+
+def assert_same(a: dict[int, tuple[np.ndarray, ...]], b: dict[int, tuple[np.ndarray, ...]]) -> None:
+    assert a.keys() == b.keys()
+    for label, values in a.items():
+        for ours, theirs in zip(values, b[label], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def order(pictures: Pictures, loading: Loading, epoch: int = 0) -> list[int]:
+    return [label for part in batches(pictures, AUGMENT, loading, epoch) for label in part.labels.tolist()]
+
+
+def test_the_order_is_another_permutation_every_epoch(pictures):
+    every = Loading(COUNT, seed=3)
+    first = order(pictures, every)
+    assert sorted(first) == list(range(COUNT)) != first
+    assert first == order(pictures, every)
+    assert len({tuple(first), tuple(order(pictures, every, 1)), tuple(order(pictures, Loading(COUNT, seed=4)))}) == 3
+    assert order(pictures, Loading(8, seed=3)) == first[:16]  # what is left over is dropped
+    assert steps_an_epoch(pictures, Loading(8)) == 2
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_what_a_picture_draws_differs_between_epochs_and_seeds(pictures, seed):
+    loading = dataclasses.replace(MIXING, seed=seed)
+    one = by_picture(list(batches(pictures, AUGMENT, loading, 0)))
+    others = [by_picture(list(batches(pictures, AUGMENT, loading, 1)))]
+    others.append(by_picture(list(batches(pictures, AUGMENT, dataclasses.replace(loading, seed=seed // 2 + 1), 0))))
+    for other in others:
+        for label in one.keys() & other.keys():
+            assert not np.array_equal(one[label][0], other[label][0])
+            assert not np.array_equal(one[label][2], other[label][2])
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulate", "workers"), [(1, 2, 0), (1, 4, 2), (2, 1, 0), (2, 2, 2), (4, 1, 0), (1, 1, 2)]
+)
+def test_however_the_work_is_shared_out(pictures, world, accumulate, workers):
+    whole = list(batches(pictures, AUGMENT, MIXING, 2))
+    expected = by_picture(whole)
+    assert any(0 < values[3] < 1 for values in expected.values())
+    shared = dataclasses.replace(MIXING, world=world, accumulate=accumulate, workers=workers)
+    assert shared.part == 8 // (world * accumulate)
+    ranks = [list(batches(pictures, AUGMENT, dataclasses.replace(shared, rank=rank), 2)) for rank in range(world)]
+    assert_same(by_picture([part for parts in ranks for part in parts]), expected)
+    for step in range(2):  # a step has the same pictures, in the same order if its parts are laid side by side
+        turns = range(step * accumulate, (step + 1) * accumulate)
+        labels = [label for turn in turns for parts in ranks for label in parts[turn].labels.tolist()]
+        assert labels == whole[step].labels.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_be_entered_in_its_middle(pictures, workers):
+    loading = dataclasses.replace(MIXING, batch=4, accumulate=2, workers=workers)
+    whole = list(batches(pictures, AUGMENT, loading, 1))
+    assert len(whole) == 8
+    for step in (1, 3, 4):
+        rest = list(batches(pictures, AUGMENT, loading, 1, step))
+        assert [part.labels.tolist() for part in rest] == [part.labels.tolist() for part in whole[2 * step :]]
+        assert_same(by_picture(rest), by_picture(whole[2 * step :]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_cannot_be_read(paths, pictures, tmp_path, workers):
+    loading = dataclasses.replace(MIXING, workers=workers)
+    before = list(batches(pictures, AUGMENT, loading, 0))
+    bad, partner = before[0].labels.tolist()[3], before[0].labels.tolist()[2]
+    text = str(write_text(tmp_path / "bad.jpg"))
+    broken = Pictures((text if index == bad else path, index) for index, path in enumerate(paths))
+    after = list(batches(broken, AUGMENT, loading, 0))
+    assert [path for path, _ in after[0].unreadable] == [text]
+    assert "is no picture" in after[0].unreadable[0][1]
+    assert before[0].unreadable == after[1].unreadable == []
+    was, now = by_picture(before), by_picture(after)
+    assert now[bad][1] == 0
+    assert not now[bad][0].any()
+    for label in (bad, partner):
+        assert now[label][3] == 1
+        assert not now[label][4].any()
+    np.testing.assert_array_equal(now[partner][5], was[partner][0])
+    for label in (bad, partner):
+        np.testing.assert_array_equal(now.pop(label)[2], was.pop(label)[2])
+    assert_same(now, was)
+
+
+def test_no_two_generators_are_the_same(pictures):
+    maker = data._Maker(pictures, AUGMENT, Loading(8, seed=5), 2)
+    purposes = (data._AUGMENT, data._NOISE, data._MIX)
+    drawn = {maker._generator(index, purpose).random() for index in range(COUNT) for purpose in purposes}
+    drawn.add(np.random.Generator(np.random.PCG64([5, 2])).random())  # the order's
+    assert len(drawn) == 3 * COUNT + 1
+
+
+def test_batches_leave_the_process_as_it_was(pictures):
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for workers in (0, 2):
+        part = next(batches(pictures, AUGMENT, dataclasses.replace(MIXING, workers=workers), 0))
+    assert torch.equal(states[0], torch.get_rng_state())
+    np.testing.assert_array_equal(states[1], np.random.get_state()[1])
+    assert (part.images.shape, part.images.dtype) == ((8, 3, 16, 24), torch.uint8)
+    assert (part.labels.dtype, part.boxes.dtype) == (torch.int64, torch.int64)
+    assert (part.weights.dtype, part.share.dtype, part.noise.dtype) == (torch.float32,) * 3
+    assert (part.noise.shape, part.boxes.shape) == ((2, 8, 6, 2), (8, 4))
+
+
+def test_noise_is_gumbel(pictures):
+    part = next(batches(pictures, AUGMENT, Loading(16, noise=(3, 2000)), 0))
+    assert part.noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert part.noise.var().item() == pytest.approx(np.pi**2 / 6, abs=0.03)
+    flat = part.noise.flatten()
+    assert torch.corrcoef(torch.stack([flat[:-1], flat[1:]]))[0, 1].abs() < 0.01
+    assert next(batches(pictures, AUGMENT, Loading(16), 0)).noise.numel() == 0
+
+
+def parts_of(pictures: Pictures, **mixing: float) -> list[Batch]:
+    loading = Loading(18, seed=1, **mixing)  # type: ignore[arg-type]
+    return [part for epoch in range(6) for part in batches(pictures, Augmentation((20, 30)), loading, epoch)]
+
+
+def test_mixup(pictures):
+    for part in parts_of(pictures, mixup=0.8):
+        assert not part.boxes.any()
+        assert torch.equal(part.share[::2], part.share[1::2])
+        assert ((part.share >= 0) & (part.share <= 1)).all()
+        images = part.images.double()
+        swapped = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        share = part.share.double().view(-1, 1, 1, 1)
+        torch.testing.assert_close(mixed(images, part), share * images + (1 - share) * swapped)
+        assert mixed(part.images.bfloat16(), part).dtype == torch.bfloat16
+
+
+def test_cutmix(pictures):
+    areas = []
+    for part in parts_of(pictures, cutmix=1.0):
+        assert torch.equal(part.boxes[::2], part.boxes[1::2])
+        images = part.images.float()
+        out = mixed(images, part)
+        for i, (top, left, bottom, right) in enumerate(part.boxes.tolist()):
+            assert 0 <= top <= bottom <= 20
+            assert 0 <= left <= right <= 30
+            area = (bottom - top) * (right - left)
+            assert part.share[i].item() == pytest.approx(1 - area / 600)
+            assert area or not part.boxes[i].any()
+            expected = images[i].clone()
+            expected[:, top:bottom, left:right] = images[i ^ 1][:, top:bottom, left:right]
+            assert torch.equal(out[i], expected)
+            areas.append(area)
+    for part in parts_of(pictures, cutmix=0.02):  # the share is close to 0 or 1: whole pictures are pasted, or nothing
+        boxes = part.boxes[part.share == 1]
+        assert len(boxes)
+        assert not boxes.any()
+    assert min(areas) < 60
+    assert max(areas) > 300
+
+
+def test_mixup_and_cutmix_take_turns(pictures):
+    parts = parts_of(pictures, mixup=1.0, cutmix=1.0)
+    by_cutmix = torch.cat([part.boxes for part in parts])[::2].any(1).float().mean().item()
+    assert 0.25 < by_cutmix < 0.75  # of 54 pairs
+    plain = parts_of(pictures)
+    assert all(torch.equal(part.share, torch.ones(18)) and not part.boxes.any() for part in plain)
+    assert torch.equal(mixed(plain[0].images.float(), plain[0]), plain[0].images.float())
+
+
+def test_targets(pictures):
+    part = parts_of(pictures, mixup=0.8, cutmix=1.0)[0]
+    wanted = targets(part, COUNT, 0.1)
+    assert wanted.dtype == torch.float32
+    torch.testing.assert_close(wanted.sum(1), torch.ones(18))
+    off, on = 0.1 / COUNT, 0.9 + 0.1 / COUNT
+    for i, label in enumerate(part.labels.tolist()):
+        share, expected = part.share[i].item(), torch.full((COUNT,), off)
+        expected[label] = on * share + off * (1 - share)
+        expected[int(part.labels[i ^ 1])] = on * (1 - share) + off * share
+        torch.testing.assert_close(wanted[i], expected)
+    plain = parts_of(pictures)[0]
+    assert torch.equal(targets(plain, COUNT, 0.0), torch.eye(COUNT)[plain.labels])
+
+
+@pytest.mark.parametrize("size", [(60, 45), (500, 20), (20, 500), (1, 1), (3, 2)])
+def test_crops_are_inside(size):
+    width, height = size
+    shares = []
+    for seed in range(200):
+        left, top, right, bottom = augment._crop(width, height, 0.3, rng(seed))
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        shares.append((right - left) * (bottom - top) / (width * height))
+        if min(size) > 15:
+            assert 0.7 < (right - left) / (bottom - top) < 1.4
+    if size == (60, 45):
+        assert 0.27 < min(shares) < 0.35
+        assert max(shares) > 0.9
+
+
+def test_crops_are_seeded():
+    picture = draw(4)
+    plain = Augmentation((16, 24), randaugment=0, erase=0)
+    one = plain(picture, rng(1))
+    assert (one.shape, one.dtype, one.flags.c_contiguous) == ((3, 16, 24), np.uint8, True)
+    np.testing.assert_array_equal(one, plain(picture, rng(1)))
+    assert not np.array_equal(one, plain(picture, rng(2)))
+
+
+def test_flips_mirror():
+    picture = draw(4)
+    for scale in (0.08, 1.0):
+        there = Augmentation((16, 24), scale, flip=1.0)(picture, rng(1))
+        np.testing.assert_array_equal(there, Augmentation((16, 24), scale, flip=0.0)(picture, rng(1))[:, :, ::-1])
+
+
+def test_without_crop_and_flip_a_picture_is_resized(paths):
+    picture = open_picture(paths[1])
+    expected = np.asarray(picture.resize((24, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(Augmentation((16, 24), scale=1, flip=0)(picture, rng()), expected)
+
+
+def test_an_augmentation_says_what_is_done():
+    assert str(Augmentation((8, 8), torchvision=True)) == (
+        "random resized crop from 8%, flip, RandAugment 9, erasing 0.25 (torchvision)"
+    )
+    assert str(Augmentation((8, 8))).startswith("random resized crop from 8%, flip (torchvision ")
+    assert "no RandAugment 9" in str(Augmentation((8, 8)))
+    for torchvision in (False, True):
+        nothing = Augmentation((8, 8), 1, 0, randaugment=0, erase=0, torchvision=torchvision)
+        assert str(nothing) == "the whole picture"
+    assert str(Augmentation((8, 8), 0.005, randaugment=0, erase=0)) == "random resized crop from 0.5%, flip"
+
+
+@pytest.mark.skipif(not has_torchvision(), reason="torchvision that fits this torch is not there")
+@pytest.mark.parametrize("scale", [0.08, 1.0])
+def test_torchvision_draws_from_the_generator_it_is_given(scale):
+    picture, wanted = draw(4, 90, 70), Augmentation((64, 48), scale, torchvision=True)
+    state = torch.get_rng_state()
+    made = [wanted(picture, rng(seed)) for seed in range(20)]
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    for seed, one in enumerate(made):
+        assert (one.shape, one.dtype, one.flags.c_contiguous) == ((3, 64, 48), np.uint8, True)
+        np.testing.assert_array_equal(one, wanted(picture, rng(seed)))
+    assert len({one.tobytes() for one in made}) == 20
+    erased = Augmentation((64, 48), 1, 0, randaugment=0, erase=1, fill=(1, 2, 3), torchvision=True)(picture, rng(3))
+    hidden = (erased == np.array([1, 2, 3], np.uint8)[:, None, None]).all(0)
+    assert 0.02 < hidden.mean() < 0.34
+    kept = Augmentation((64, 48), 1, 0, randaugment=0, erase=0)(picture, rng())
+    np.testing.assert_array_equal(erased[:, ~hidden], kept[:, ~hidden])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("scale", value) for value in (0, -1, 1.01, float("nan"))),
+        *(("flip", value) for value in (-0.1, 1.1, float("nan"))),
+        *(("erase", value) for value in (-0.1, 2, float("inf"), float("nan"))),
+        *(("randaugment", value) for value in (-1, 31, float("nan"))),
+    ],
+)
+def test_augmentations_out_of_range(name, value):
+    with pytest.raises(dvit.InputError, match=f"^{name}: [^\n]*$"):
+        Augmentation((8, 8), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 0}, "batch: 0 "),
+        ({"batch": -4}, "batch: -4 "),
+        ({"accumulate": 0}, "accumulate: 0 "),
+        ({"batch": 10, "world": 4}, "batch: 10 pictures a step cannot be shared by 4 processes; a multiple of 4 can$"),
+        ({"batch": 8, "world": 2, "accumulate": 3}, "accumulate: the 4 pictures of a process .* 3 parts"),
+        ({"batch": 12, "world": 2, "accumulate": 2, "mixup": 0.8}, "batch: .* cannot be mixed in pairs; "),
+        ({"batch": 9, "cutmix": 1.0}, "batch: .* cannot be mixed in pairs; "),
+        *(({"mixup": value}, "mixup: ") for value in (-0.1, float("nan"), float("inf"))),
+        *(({"cutmix": value}, "cutmix: ") for value in (-1, float("nan"), float("inf"))),
+        *(({"seed": value}, "seed: ") for value in (-1, 2**63)),
+    ],
+)
+def test_loadings_that_are_not_possible(wrong, message):
+    with pytest.raises(dvit.InputError, match=f"^{message}") as caught:
+        Loading(**{"batch": 8, **wrong})
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_pictures(pictures):
+    for wrong in (
+        lambda: steps_an_epoch(pictures, Loading(20)),
+        lambda: next(batches(pictures, AUGMENT, Loading(20), 0)),
+    ):
+        with pytest.raises(dvit.InputError, match=r"^batch: 19 pictures are fewer than a batch of 20$"):
+            wrong()
+    assert Loading(9).part == 9  # an odd number, where nothing is mixed
+
+
+def test_pictures_keep_what_they_are_given():
+    entries = [("a/ü.jpg", 3), (os.fsdecode(b"\xff\xe4.png"), 0), ("日本/x.webp", 999), ("a", 3)]
+    kept = Pictures(iter(entries))
+    assert [kept[index] for index in range(len(kept))] == entries
+    assert len(Pictures([])) == 0
+    digest = kept.digest
+    assert len(digest) == 16
+    assert int(digest, 16) >= 0
+    assert Pictures(entries).digest == digest
+    others = [entries[::-1], entries[:3], [*entries[:3], ("a", 4)], [*entries[:3], ("b", 3)], [("a", 0), ("bc", 0)]]
+    others.append([("ab", 0), ("c", 0)])
+    assert len({digest, *(Pictures(other).digest for other in others)}) == 7
+
+
+def test_a_folder_of_pictures_that_vanish(tmp_path: Path):
+    paths = draw_all(tmp_path, 4)
+    pictures = Pictures((path, index) for index, path in enumerate(paths))
+    for path in paths:
+        os.remove(path)
+    part = next(batches(pictures, AUGMENT, Loading(4, mixup=0.8), 0))
+    assert not part.weights.any()
+    assert sorted(path for path, _ in part.unreadable) == paths
