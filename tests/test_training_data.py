@@ -363,3 +363,10 @@ def test_a_folder_of_pictures_that_vanish(tmp_path: Path):
     part = next(batches(pictures, AUGMENT, Loading(4, mixup=0.8), 0))
     assert not part.weights.any()
     assert sorted(path for path, _ in part.unreadable) == paths
+
+
+def test_the_digest_does_not_depend_on_where_the_folder_is():
+    here, there = (Pictures([(f"{folder}/a/1.png", 0)], folder) for folder in ("/data", "elsewhere/data"))
+    assert here.digest == there.digest
+    assert (here[0], there[0]) == (("/data/a/1.png", 0), ("elsewhere/data/a/1.png", 0))
+    assert here.digest != Pictures([("/data/b/1.png", 0)], "/data").digest

@@ -157,7 +157,7 @@ def _prepared(
     if len(found.labels) != config.num_classes:
         count = f"{len(found.labels)} class folders"
         raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
-    pictures = Pictures(found.entries())
+    pictures = Pictures(found.entries(), found.path)
     tests = [] if held_out is None else list(labelled_folder(held_out, config.num_classes).entries())
     fill = tuple(round(255 * mean) for mean in config.mean)
     augmentation = Augmentation(

@@ -28,12 +28,16 @@ _AUGMENT, _NOISE, _MIX = 1, 2, 3
 
 
 class Pictures:
-    """Paths and classes of a training set, as bytes in one piece: a worker process would copy a list of strings."""
+    """Paths and classes of a training set, as bytes in one piece: a worker process would copy a list of strings.
 
-    def __init__(self, entries: Iterable[tuple[str, int]]) -> None:
+    `folder` is where all of them are; it does not count in the `digest`, so that it may be called or put elsewhere.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, int]], folder: str = "") -> None:
         names, labels = [], []
+        self._folder = folder
         for path, label in entries:
-            names.append(os.fsencode(path))
+            names.append(os.fsencode(path.removeprefix(folder)))
             labels.append(label)
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -44,7 +48,7 @@ class Pictures:
 
     def __getitem__(self, index: int) -> tuple[str, int]:
         start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._names[start : int(self._ends[index])]), int(self._labels[index])
+        return self._folder + os.fsdecode(self._names[start : int(self._ends[index])]), int(self._labels[index])
 
     @property
     def digest(self) -> str:
