@@ -1,16 +1,13 @@
 """The reference models give the official models' answers, in evaluation and in training."""
 
-import numpy as np
 import pytest
 import torch
-from golden_cases import CASES, HERE, answers, official_checkpoint, options, pictures, same_kept, state_dict
+from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept, training_case
 from torch.nn import functional as F
 
 import dvit_infer as dvit
-from dvit_infer.fill import image
 from dvit_infer.reference.deit import DeiT
 from dvit_infer.reference.layers import softmax_with_policy
-from dvit_infer.reference.vit import TrainOutput
 
 
 @pytest.mark.parametrize("case_id", CASES)
@@ -37,37 +34,9 @@ def test_given_kept_sets_are_used():
     assert all(torch.equal(a, b) for a, b in zip(chosen, others, strict=True))
 
 
-def _training_case(name: str, variant: str, monkeypatch: pytest.MonkeyPatch):
-    """Student and teacher outputs of a training case, its Gumbel samples replaced by the plain argmax."""
-
-    def argmax(logits: torch.Tensor, hard: bool) -> torch.Tensor:
-        assert hard
-        return F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
-
-    monkeypatch.setattr(F, "gumbel_softmax", argmax)
-    seed = int(name.rsplit("-s", 1)[1])
-    assume = {"num_heads": 2} | ({"skip_lam": 2.0} if "lvvit" in variant else {})
-    student = dvit.load_reference({"model": state_dict(variant, seed)}, assume=assume)
-    dense = {k: v for k, v in state_dict(variant, seed + 100).items() if not k.startswith("score_predictor")}
-    teacher = dvit.load_reference({"model": dense}, assume=assume)
-    for model in (student, teacher):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
-    images = torch.from_numpy(image(3, 64 if "lvvit" in variant else 224, seed))
-    golden = {key: torch.from_numpy(value) for key, value in np.load(HERE / f"{name}.npz").items()}
-    out, right = student(images), teacher(images)
-    assert isinstance(out, TrainOutput)
-    assert isinstance(right, TrainOutput)
-    return out, right, golden
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"), [("train-tiny-deit-s21", "tiny-deit"), ("train-tiny-lvvit-s22", "tiny-lvvit")]
-)
-def test_training_forward_agrees_with_the_golden_case(name, variant, monkeypatch):
-    out, teacher, golden = _training_case(name, variant, monkeypatch)
+@pytest.mark.parametrize("name", ["train-tiny-deit-s21", "train-tiny-lvvit-s22"])
+def test_training_forward_agrees_with_the_golden_case(name, monkeypatch):
+    out, teacher, golden = training_case(name, monkeypatch)
     assert torch.equal(torch.stack(out.decisions).to(torch.int8), golden["decisions"])
     assert torch.equal(out.mask.to(torch.int8), golden["mask"])
     assert torch.allclose(out.pred, golden["pred"], rtol=0, atol=2e-5)
