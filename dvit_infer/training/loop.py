@@ -1,8 +1,8 @@
 """The training loop: steps, epochs, averaged weights, and a file that a run can go on from at every moment."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -220,11 +220,14 @@ class Run:
         found = []
         for i, part in enumerate(parts):
             is_last = i + 1 == len(parts)
-            waits = isinstance(model, DistributedDataParallel) and not is_last
-            with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            # Gradients are exchanged once a step, with the last part's.
+            apart: AbstractContextManager[None] = nullcontext()
+            if isinstance(model, DistributedDataParallel) and not is_last:
+                apart = model.no_sync()
+            with apart:
                 out = self._losses(model, part)
                 # DistributedDataParallel takes the mean over processes; what is wanted is the sum of their parts.
-                (out.total * (self.world.size / len(parts))).backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(out.total * (self.world.size / len(parts)))
             found.append(out.parts())
         values = torch.stack(found).mean(dim=0).cpu()
         learning = [p for p in self.student.parameters() if p.grad is not None]
