@@ -33,7 +33,7 @@ from dvit_infer.results import environment, write_json
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "proof"
 SEEDS = (0, 1, 2)
-TRAINING_PICTURES, TRAINING_SEED = 20_000, 7
+TRAINING_PICTURES, TRAINING_SEED = 16_000, 7
 FINE_TUNING = (
     *("--keep-rate", "0.7", "--prune-at", "2,3,4", "--epochs", "4", "--freeze-epochs", "0", "--warmup-epochs", "0.5"),
     *("--lr", "1e-3", "--backbone-lr", "0.1", "--batch", "128", "--smoothing", "0", "--dtype", "bfloat16"),
