@@ -10,11 +10,8 @@ import dvit_infer as dvit
 from dvit_infer.pictures.decode import open_picture
 from dvit_infer.training import augment
 from dvit_infer.training.augment import Augmentation, has_torchvision
-from dvit_infer.training.data import Loading
 
 COUNT = 19
-AUGMENT = Augmentation((16, 24))
-MIXING = Loading(8, seed=5, mixup=0.8, cutmix=1.0, noise=(2, 6))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""dvit-train from end to end: what it writes, how it goes on, what it refuses."""
+"""dvit-train from end to end: what it writes, how it stops and goes on, alone and with others."""
 
-import argparse
+import os
 import re
 import signal
 import socket
@@ -12,57 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENV, fails, run
-from drawn import draw_all, write_text
+from commands import ENV, run
+from drawn import write_text
+from small_training import PLAIN, arguments, trained, write_dense, write_folder
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
-from dvit_infer.fill import fill
-from dvit_infer.reference.deit import DeiT
 from dvit_infer.training import loop
-
-KEEP = ["--keep-rate", "0.7"]
-QUICK = ["--epochs", "2", "--batch", "4", "--workers", "0", "--lr", "1e-3", "--freeze-epochs", "1", "--device", "cpu"]
-PLAIN = ["--mixup", "0", "--cutmix", "0"]
-
-
-def dense_checkpoint(path: Path, classes: int = 3) -> Path:
-    """A DeiT of four blocks for pictures of 32 x 32; says how many heads it has, and how it was evaluated."""
-    with torch.device("meta"):
-        model = DeiT(
-            patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_dim=64, num_classes=classes, num_patches=16, eps=1e-6
-        )
-    state = {k: torch.from_numpy(fill(k, tuple(v.shape), 3)) for k, v in model.state_dict().items()}
-    torch.save({"model": state, "args": argparse.Namespace(num_heads=2, mean=[0.4] * 3, std=[0.3] * 3)}, path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return dense_checkpoint(tmp_path_factory.mktemp("dense") / "dense.pth")
+    return write_dense(tmp_path_factory.mktemp("dense") / "dense.pth")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of eight pictures, some of formats and sizes of their own."""
-    where = tmp_path_factory.mktemp("pictures")
-    for label in range(3):
-        draw_all(where / "abc"[label], 8, 100 * label)
-    return where
-
-
-def trained(path: Path) -> dict[str, torch.Tensor]:
-    content = torch.load(path, weights_only=False)
-    return content["model"]
+    return write_folder(tmp_path_factory.mktemp("pictures"))
 
 
 def same(a: Path, b: Path) -> bool:
     ours, theirs = trained(a), trained(b)
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
-
-
-def arguments(dense, folder, out, *more) -> list[str]:
-    return [str(a) for a in (dense, folder, *KEEP, "-o", out, *QUICK, *more)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +69,9 @@ def test_says_how_it_goes(dense, folder, capsys, tmp_path):
     number = r"\d+(\.\d+)?(e-\d+)?"
     for epoch in (1, 2):
         parts = rf"cross-entropy {number}, ratio {number}, logits {number}, tokens {number}"
-        pattern = rf"epoch {epoch} of 2: loss {number} \({parts}\), kept {number}, .* images/s, top-1 {number}%"
+        pattern = (
+            rf"epoch {epoch} of 2: loss {number} \({parts}\), kept {number}, .* images/s, 0:00:0. left, top-1 {number}%"
+        )
         assert re.search(pattern, out.out), out.out
     assert "24 pictures of 3 classes; " in out.out
     assert out.err == ""
@@ -115,9 +88,10 @@ def test_the_backbone_is_frozen_at_first(dense, folder, tmp_path):
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def _started(*argv: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dvit_infer.cli.train", *argv]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _started(*command: str) -> subprocess.Popen[str]:
+    """In a process group of its own, as a shell or torchrun starts it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], env=ENV, text=True, start_new_session=True, **pipes)
 
 
 def _wait_for(condition, process: subprocess.Popen[str]) -> None:
@@ -126,15 +100,23 @@ def _wait_for(condition, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+LONG = ["--epochs", "6", "--ema", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def long_run(dense, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("long") / "out.pth"
+    assert train.main(arguments(dense, folder, out, *LONG)) == 0
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_goes_on_to_the_bit_after_it_was_stopped(how, dense, folder, tmp_path):
-    out = tmp_path / "out.pth"
-    long = ["--epochs", "6", "--ema", "0.9"]
-    plain = tmp_path / "plain.pth"
-    assert run("-m", "dvit_infer.cli.train", *arguments(dense, folder, plain, *long)).returncode == 0
-    process = _started(*arguments(dense, folder, out, *long))
+def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, long_run, tmp_path):
+    out, long = tmp_path / "out.pth", [*LONG, "--workers", str(workers)]
+    process = _started("-m", "dvit_infer.cli.train", *arguments(dense, folder, out, *long))
     _wait_for(out.exists, process)
-    process.send_signal(how)
+    os.killpg(process.pid, how)
     said, errors = process.communicate()
     if how != signal.SIGKILL:
         assert process.returncode == 130
@@ -144,7 +126,7 @@ def test_goes_on_to_the_bit_after_it_was_stopped(how, dense, folder, tmp_path):
     again = run("-m", "dvit_infer.cli.train", *arguments(dense, folder, out, *long, "--resume"))
     assert again.returncode == 0, again.stderr
     assert "going on from" in again.stdout
-    assert same(out, plain)
+    assert same(out, long_run)
 
 
 def _free_port() -> str:
@@ -158,21 +140,40 @@ def _losses(said: str) -> list[float]:
     return [float(n) for line in lines for n in re.findall(r"\d+\.\d+(?:e-\d+)?", line)]
 
 
-@pytest.mark.parametrize("per_image", ["on", "off"])
-def test_two_processes_lose_what_one_does(per_image, dense, folder, tmp_path):
-    more = ["--batch", "8", "--per-image", per_image]
+def _two_processes() -> list[str]:
+    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _free_port()]
+
+
+@pytest.mark.parametrize(("per_image", "accumulate"), [("on", "1"), ("off", "2")])
+def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, tmp_path):
+    more = ["--batch", "8", "--per-image", per_image, "--accumulate", accumulate, "--val", folder]
     one = run("-m", "dvit_infer.cli.train", *arguments(dense, folder, tmp_path / "one.pth", *more))
     assert one.returncode == 0, one.stderr
-    two = run(
-        *("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _free_port()),
-        *("-m", "dvit_infer.cli.train", *arguments(dense, folder, tmp_path / "two.pth", *more)),
-    )
+    both = arguments(dense, folder, tmp_path / "two.pth", *more)
+    two = run(*_two_processes(), "-m", "dvit_infer.cli.train", *both)
     assert two.returncode == 0, two.stderr
     expected, found = _losses(one.stdout), _losses(two.stdout)
     assert len(expected) == len(found) == 2 * 8
     assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
+    top1 = [re.findall(r"top-1 (.*)%", out) for out in (one.stdout, two.stdout)]
+    assert len(top1[0]) == 2
+    assert top1[0] == top1[1]
     ours, theirs = trained(tmp_path / "two.pth"), trained(tmp_path / "one.pth")
     assert all(torch.allclose(ours[key], value, atol=1e-4) for key, value in theirs.items())
+
+
+def test_two_processes_stop_after_the_same_step(dense, folder, tmp_path):
+    out = tmp_path / "out.pth"
+    long = arguments(dense, folder, out, "--epochs", "400")
+    process = _started(*_two_processes(), "-m", "dvit_infer.cli.train", *long)
+    _wait_for(out.exists, process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    said, errors = process.communicate()
+    assert re.search(r"stopped after step \d+ of epoch \d+; --resume goes on", said), errors
+    assert errors.count("error: interrupted") == 2
+    other = arguments(dense, folder, out, "--resume", "--epochs", "400", "--batch", "8")
+    again = run("-m", "dvit_infer.cli.train", *other)
+    assert "was trained with batch 4, this run has 8" in again.stderr
 
 
 @pytest.mark.parametrize(("step", "there"), [(2, "nothing was written"), (9, "holds the last good state")])
@@ -196,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(step, there, dense, 
 
 
 def test_a_step_too_long_ends_in_a_loss_that_is_not_finite(dense, folder, tmp_path, capsys):
-    more = ["--lr", "9e5", "--clip", "9e5", "--epochs", "9", "--backbone-lr", "1", "--freeze-epochs", "0"]
+    more = ["--lr", "9e5", "--clip", "9e5", "--epochs", "9", "--backbone-lr-scale", "1", "--freeze-epochs", "0"]
     assert train.main(arguments(dense, folder, tmp_path / "out.pth", *more)) == 1
     assert re.search(r"error: the (loss|gradient) is not finite at step \d+ of epoch \d", capsys.readouterr().err)
 
@@ -214,107 +215,33 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_counted(dense, folder, tmp
     assert re.search(r"epoch 1 of 2: .* [12] pictures skipped", said)
 
 
-def test_a_full_disk_leaves_the_last_file_whole(dense, folder, tmp_path, capsys, monkeypatch):
-    import errno
+def test_a_stop_at_the_end_of_an_epoch_still_reports_it(dense, folder, tmp_path, capsys, monkeypatch):
+    asked = []
+    found = loop.Run._step
 
-    out, saved, calls = tmp_path / "out.pth", torch.save, []
+    def step(self, *given):
+        asked.append(self.step == 5)
+        return found(self, *given)
 
-    def save(content, path) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        saved(content, path)
-
-    monkeypatch.setattr(torch, "save", save)
-    assert train.main(arguments(dense, folder, out)) == 2
-    assert re.fullmatch(r"error: --out: .*out.pth: No space left on device\n", capsys.readouterr().err)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.pth"]
-    monkeypatch.undo()
-    assert train.main(arguments(dense, folder, out, "--resume")) == 0
+    monkeypatch.setattr(loop.Run, "_step", step)
+    go = loop.Run.go
+    monkeypatch.setattr(loop.Run, "go", lambda self, *said: go(self, *said[:3], lambda: asked[-1]))
+    assert train.main(arguments(dense, folder, tmp_path / "out.pth")) == 130
+    assert "epoch 1 of 2: loss" in capsys.readouterr().out
+    assert torch.load(tmp_path / "out.pth", weights_only=False)["epoch"] == 1
 
 
-@pytest.mark.usefixtures("_empty_folder")
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["--keep-rate", "1"], "--keep-rate: 1 keeps every patch"),
-        (["--keep-rate", "0"], "--keep-rate: 0.0 is no share"),
-        (["--keep-rate", "nan"], "--keep-rate: nan is no share"),
-        (["--keep-rate", "0.1"], "--keep-rate: a keep rate of 0.1 leaves no patch"),
-        (["--prune-at", "1,9"], "--prune-at: there is no block 9"),
-        (["--epochs", "0"], "--epochs: 0 is not"),
-        (["--batch", "0"], "--batch: 0"),
-        (["--batch", "25", *PLAIN], "--batch: 24 pictures are fewer"),
-        (["--batch", "5"], "--batch: 5"),
-        (["--batch", "4", "--accumulate", "3"], "--accumulate"),
-        (["--lr", "0"], "--lr: 0 is no positive number"),
-        (["--ema", "1"], "--ema: 1 is not"),
-        (["--optimizer", "sgd"], "--optimizer: sgd is not"),
-        (["--dtype", "float16"], "--dtype: float16 is not"),
-        (["--flip", "2"], "--flip"),
-        (["--image-size", "30"], "--image-size: 30x30 is no multiple"),
-        (["--resume", "nothing.pth"], "--resume: nothing.pth: No such file"),
-        (["-o", "nowhere/out.pth"], "--out: nowhere/out.pth: there is no folder"),
-        (["--device", "tpu"], "--device: 'tpu' is no device"),
-    ],
-)
-def test_bad_options_are_named(more, expected, dense, folder, capsys):
-    assert expected in fails(train, [*arguments(dense, folder, "out.pth"), *more], capsys)
-
-
-@pytest.mark.usefixtures("_empty_folder")
-def test_bad_files_and_folders_are_named(dense, folder, whole, tmp_path, capsys):
-    other = dense_checkpoint(tmp_path / "five.pth", classes=5)
-    assert "3 class folders, but" in fails(train, arguments(other, folder, "out.pth"), capsys)
-    assert "holds score predictors already" in fails(train, arguments(whole, folder, "out.pth"), capsys)
-    assert "is the input itself" in fails(train, arguments(dense, folder, dense), capsys)
-    (tmp_path / "empty").mkdir()
-    assert "has no class folders" in fails(train, arguments(dense, tmp_path / "empty", "out.pth"), capsys)
-    draw_all(tmp_path / "one" / "a", 8)
-    assert "has one class folder" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
-    assert "there is no such folder" in fails(train, arguments(dense, tmp_path / "none", "out.pth"), capsys)
-
-
-@pytest.mark.usefixtures("_empty_folder")
-def test_only_the_same_run_goes_on(dense, folder, whole, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_last_file_whole(dense, folder, tmp_path):
     out = tmp_path / "out.pth"
-    with monkeypatch.context() as patched:
-        patched.setattr("dvit_infer.training.loop.Run._finish_epoch", _stop_after_one)
-        with pytest.raises(_StoppedError):
-            train.main(arguments(dense, folder, out))
-    resume = ["--resume", out]
-    assert "holds an unfinished training" in fails(train, arguments(dense, folder, out), capsys)
-    half = arguments(dense, folder, out, *resume, "--keep-rate", "0.5")
-    assert "keep_rate 0.7, this run has 0.5" in fails(train, half, capsys)
-    assert "lr 0.001, this run has 0.01" in fails(train, arguments(dense, folder, out, *resume, "--lr", "0.01"), capsys)
-    other = dense_checkpoint(tmp_path / "other.pth")
-    content = torch.load(other, weights_only=False)
-    content["model"]["head.bias"] += 1
-    torch.save(content, other)
-    assert "another dense model" in fails(train, arguments(other, folder, out, *resume), capsys)
-    draw_all(tmp_path / "data" / "a", 9)
-    draw_all(tmp_path / "data" / "b", 9)
-    draw_all(tmp_path / "data" / "c", 9)
-    assert "other pictures" in fails(train, arguments(dense, tmp_path / "data", out, *resume), capsys)
-    assert "no unfinished training" in fails(train, arguments(dense, folder, out, "--resume", whole), capsys)
-    no_file = arguments(dense, folder, out, "--resume", folder / "a" / "000.png")
-    assert "is no file of dvit-train" in fails(train, no_file, capsys)
-
-
-class _StoppedError(Exception):
-    pass
-
-
-def _stop_after_one(self, finished: bool) -> None:
-    self.epoch, self.step = 1, 0
-    self.save()
-    raise _StoppedError
-
-
-@pytest.mark.usefixtures("_empty_folder")
-def test_a_batch_that_the_processes_cannot_share_is_refused(dense, folder, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "--batch: 4 pictures" in fails(train, arguments(dense, folder, "out.pth"), capsys)
-    monkeypatch.setenv("RANK", "7")
-    assert "RANK: 7" in fails(train, arguments(dense, folder, "out.pth"), capsys)
+    assert train.main(arguments(dense, folder, out, "--epochs", "1")) == 0
+    # Twice a finished file has room for the first epoch's, in which the optimiser knows only the predictors.
+    room = 2 * out.stat().st_size
+    out.unlink()
+    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}));"
+    limited += "from dvit_infer.cli.train import main; sys.exit(main(sys.argv[1:]))"
+    three = arguments(dense, folder, out, "--epochs", "3")
+    stopped = run("-c", limited, *three)
+    assert stopped.returncode == 2
+    assert re.fullmatch(r"error: --out: .*out.pth.*\n", stopped.stderr), stopped.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.pth"]
+    assert train.main([*three, "--resume"]) == 0

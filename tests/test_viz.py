@@ -173,6 +173,15 @@ def test_saved_files_are_read_too(checkpoint, folder, capsys):
     assert "wrote p1.kept.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["p1.png", "p[1].png", ""])
+def test_without_a_model_it_takes_the_one_that_comes_along(name, folder, capsys):
+    assert command.main([str(folder / name), "-o", "kept.png", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no MODEL was given: this is a small model that was trained on digits among clutter\n")
+    assert "kept 44, 31, 21 of 64" in out
+    assert "--device" not in fails(command, ["model.pth", "--device", "cpu"], capsys)
+
+
 def test_a_heat_map_of_a_folder_counts_and_names_what_it_cannot_read(checkpoint, folder, capsys, monkeypatch):
     (folder / "deeper").mkdir()
     (folder / "deeper" / "text.jpg").write_text("hello")

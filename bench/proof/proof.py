@@ -2,8 +2,8 @@
 
 A dense ViT learns cluttered digits (dense.py), dvit-train makes it dynamic at 0.7 three times with other random
 numbers, dvit-convert verifies, and all are counted on the 10,000 test pictures; so is one that keeps as many patches at
-random. What is done is kept in build/proof, so that a run goes on where it stopped. With --update the two checkpoints,
-proof.json and the picture go where the project keeps them.
+random. What is done is kept in build/proof, so that a run goes on where it stopped; of another recipe, it starts anew.
+With --update the two checkpoints, proof.json and the picture go where the project keeps them.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from dvit_infer.pictures.classes import LabelledFolder, labelled_folder
 from dvit_infer.pictures.decode import preprocess_for
 from dvit_infer.pictures.stream import Entry, batches, decode, pixels
 from dvit_infer.results import environment, write_json
+from dvit_infer.training import saving
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "proof"
@@ -36,7 +37,7 @@ SEEDS = (0, 1, 2)
 TRAINING_PICTURES, TRAINING_SEED = 16_000, 7
 FINE_TUNING = (
     *("--keep-rate", "0.7", "--prune-at", "2,3,4", "--epochs", "4", "--freeze-epochs", "0", "--warmup-epochs", "0.5"),
-    *("--lr", "1e-3", "--backbone-lr", "0.1", "--batch", "128", "--smoothing", "0", "--dtype", "bfloat16"),
+    *("--lr", "1e-3", "--backbone-lr-scale", "0.1", "--batch", "128", "--smoothing", "0", "--dtype", "bfloat16"),
     *("--scale", "1", "--flip", "0", "--mixup", "0", "--cutmix", "0", "--randaugment", "0", "--erase", "0"),
 )
 SHOWN = (0, 3, 4)  # of the test pictures, not chosen for what the model makes of them
@@ -46,7 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="put what came out where the project keeps it")
     update = parser.parse_args().update
-    BUILD.mkdir(parents=True, exist_ok=True)
+    recipe = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+    if _text(BUILD / "recipe") != recipe:
+        shutil.rmtree(BUILD, ignore_errors=True)
+        BUILD.mkdir(parents=True)
+        (BUILD / "recipe").write_text(recipe)
     seconds: dict[str, float] = json.loads(_text(BUILD / "seconds.json") or "{}")
 
     def stage(name: str, result: Path, work: Callable[[], object]) -> None:
@@ -98,7 +103,7 @@ def _write_training(folder: Path) -> None:
 
 def _fine_tune(dense: Path, train: Path, out: Path, seed: int) -> None:
     part = out.with_suffix(".part.pth")
-    going_on = ["--resume"] if part.exists() else []
+    going_on = ["--resume"] if part.exists() and saving.unfinished(part) else []
     arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *going_on)
     _run("-m", "dvit_infer.cli.train", dense, train, *arguments)
     part.rename(out)

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,14 @@ from dvit_infer.cli.train_progress import Show, showing
 if TYPE_CHECKING:
     import torch
 
+    from dvit_infer.pictures.classes import LabelledFolder
     from dvit_infer.training.distributed import World
     from dvit_infer.training.loop import Run
     from dvit_infer.training.settings import Settings
+
+
+# Of all processes but the first.
+_SILENT: Show = (lambda step: None), (lambda epoch: None), (lambda done, total: None)
 
 
 def _parser() -> Parser:
@@ -25,7 +30,13 @@ def _parser() -> Parser:
     add("dense", metavar="DENSE", help="checkpoint of a dense model, recognised as dvit-convert does")
     add("folder", metavar="FOLDER", help="a folder for each class; or train/ and val/, with such folders in each")
     add("--keep-rate", type=float, metavar="R", required=True, help="share of the patches kept; then its powers")
-    add("-o", "--out", metavar="OUT.pth", required=True, help="written after every epoch")
+    add(
+        "-o",
+        "--out",
+        metavar="OUT.pth",
+        required=True,
+        help="written after every epoch; on a disk that all machines share",
+    )
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on with FILE, by default OUT")
     add("--val", metavar="FOLDER", help="class folders to count top-1 on after every epoch; default: FOLDER/val")
     model = parser.add_argument_group("model")
@@ -47,10 +58,10 @@ def _add_settings(parser: Parser) -> None:
     numbers: list[tuple[str, Callable[[str], Any], str]] = [
         ("epochs", int, "default: 30"),
         ("batch", int, "pictures a step, over all processes; default: 128"),
-        ("accumulate", int, "parts in which a process takes its share of a step; default: 1"),
+        ("accumulate", int, "parts a process takes its share of a step in, with the mean of their losses; default: 1"),
         ("lr", float, "of the predictors; default: 0.001 for a batch of 1024, in proportion for others"),
         ("min-lr", float, "where the cosine ends; default: 1e-6"),
-        ("backbone-lr", float, "of all else, as a share of that; default: 0.01"),
+        ("backbone-lr-scale", float, "of all else, as a share of that; default: 0.01"),
         ("freeze-epochs", int, "for so long only the predictors learn; default: 5"),
         ("warmup-epochs", float, "default: 1"),
         ("weight-decay", float, "default: 0.05"),
@@ -80,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     from dvit_infer.devices import resolve_device
     from dvit_infer.errors import InputError
+    from dvit_infer.pictures.stream import running
     from dvit_infer.training.distributed import joined, world_of_environment
     from dvit_infer.training.reports import NotFiniteError
 
@@ -92,30 +104,27 @@ def _train(options: argparse.Namespace) -> int:
     device = resolve_device(name)
     say: Callable[[str], None] = print if world.is_first else lambda line: None
     training, settings = _prepared(options, device, world, say)
-    with joined(world, device), stopping_gently() as stop:
+    quiet: contextlib.AbstractContextManager[Show] = contextlib.nullcontext(_SILENT)
+    show = showing(settings.epochs, options.logdir) if world.is_first else quiet
+    with show as said, joined(world, device), stopping_gently() as stop:
         if options.resume is not None:
             source = options.out if options.resume is True else options.resume
             if not training.resume(source):
                 raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to go on with")
             say(f"going on from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
         try:
-            with showing(settings.epochs, options.logdir) if world.is_first else _silence() as (on_step, on_epoch):
-                finished = training.go(on_step, on_epoch, stop)
+            with running(settings.batch):
+                finished = training.go(*said, stop)
         except NotFiniteError as error:
-            there = f"{options.out} holds the last good state" if Path(options.out).exists() else "nothing was written"
-            print(shown(f"error: {error}; {there}; a lower --lr may do"), file=sys.stderr)
+            there = f"{options.out} holds the last good state" if training.has_saved else "nothing was written"
+            if world.is_first:
+                print(shown(f"error: {error}; {there}; a new run with a lower --lr may do"), file=sys.stderr)
             return 1
     if not finished:
         say(f"stopped after step {training.step} of epoch {training.epoch + 1}; --resume goes on from {options.out}")
         raise KeyboardInterrupt
     say(f"wrote {options.out}")
     return 0
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[Show]:
-    """For all processes but the first."""
-    yield (lambda step: None), (lambda epoch: None)
 
 
 def _prepared(
@@ -139,6 +148,12 @@ def _prepared(
     given["dtype"] = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     workers = worker_count(options.workers)
+    if options.workers is None:
+        workers //= world.local_size
+    if options.out.endswith(".safetensors"):
+        raise InputError(
+            f"out: {options.out}: what is written is no safetensors file; a name that ends in .pth would do"
+        )
     out = check_output(options.out, "out", not_this=options.dense)
     pair = make_pair(
         options.dense,
@@ -158,7 +173,10 @@ def _prepared(
         count = f"{len(found.labels)} class folders"
         raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
     pictures = Pictures(found.entries(), found.path)
-    tests = [] if held_out is None else list(labelled_folder(held_out, config.num_classes).entries())
+    filled = pictures.classes()
+    if empty := [name for name, label in found.labels.items() if label not in filled]:
+        raise InputError(f"{folder}: no picture in the class folder {empty[0]!a}")
+    tests = [] if held_out is None else _same_classes(labelled_folder(held_out, config.num_classes), found)
     fill = tuple(round(255 * mean) for mean in config.mean)
     augmentation = Augmentation(
         config.image_size,
@@ -180,7 +198,8 @@ def _prepared(
         world=world,
         held_out=tests,
     )
-    if options.resume is None and out.exists() and out.stat().st_size and _is_unfinished(out):
+    goes_on = options.resume is True or (options.resume is not None and Path(options.resume).resolve() == out)
+    if not goes_on and out.exists() and out.stat().st_size and _is_unfinished(out):
         raise InputError(f"out: {options.out} holds an unfinished training; --resume goes on with it; or another name")
     for note in pair.notes:
         if note.how == "assumed":
@@ -190,6 +209,18 @@ def _prepared(
     say(f"{config.arch}, keeping {kept} of {config.num_patches} patches before blocks {blocks}")
     say(shown(f"{len(pictures)} pictures of {len(found.labels)} classes; {augmentation}"))
     return training, settings
+
+
+def _same_classes(tests: "LabelledFolder", learned: "LabelledFolder") -> list[tuple[str, int]]:
+    """Held-out pictures with the classes that their folders' names have in training."""
+    from dataclasses import replace
+
+    from dvit_infer.errors import InputError
+
+    for name in tests.labels:
+        if name not in learned.labels:
+            raise InputError(f"{tests.path}: has a class folder {name!a}, which {learned.path} has not")
+    return list(replace(tests, labels={name: learned.labels[name] for name in tests.labels}).entries())
 
 
 def _is_unfinished(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.pictures import shown
@@ -14,18 +15,20 @@ if TYPE_CHECKING:
 _NAMES = ("loss", "cross-entropy", "ratio", "logits", "tokens")
 _NAMED = 3  # unreadable pictures of an epoch; the rest are only counted
 
-Show = tuple[Callable[["Step"], None], Callable[["Epoch"], None]]
+Show = tuple[Callable[["Step"], None], Callable[["Epoch"], None], Callable[[int, int], None]]
 
 
 @contextlib.contextmanager
 def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
-    """What to call after every step and every epoch. The bar is on stderr, where that is a terminal.
+    """What to call after every step, every epoch, and every few held-out pictures.
+
+    The bar is on stderr, where that is a terminal.
 
     Raises:
         InputError: TensorBoard is not installed, or its folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_bar(epochs))
+        bar, counted = stack.enter_context(_bar(epochs))
         log = stack.enter_context(_log(logdir))
 
         def on_step(step: "Step") -> None:
@@ -39,7 +42,7 @@ def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
             if epoch.top1 is not None:
                 log(_at(epoch.last), {"val/top-1": epoch.top1})
 
-        yield on_step, on_epoch
+        yield on_step, on_epoch, counted
 
 
 def _at(step: "Step") -> int:
@@ -55,19 +58,21 @@ def _line(epoch: "Epoch", epochs: int) -> str:
     losses = ", ".join(f"{name} {value:.4g}" for name, value in zip(_NAMES[1:], epoch.losses[1:], strict=True))
     kept = ", ".join(f"{share:.3f}" for share in epoch.kept)
     line = f"epoch {epoch.last.epoch + 1} of {epochs}: loss {epoch.losses[0]:.4f} ({losses}), kept {kept}"
-    line += f", {epoch.last.images_per_s:.1f} images/s"
+    line += f", {epoch.last.images_per_s:.1f} images/s, {_left(epoch.last)} left"
     if epoch.unreadable_count:
         line += f", {epoch.unreadable_count} pictures skipped"
     return line if epoch.top1 is None else f"{line}, top-1 {epoch.top1:.2f}%"
 
 
-@contextlib.contextmanager
-def _bar(epochs: int) -> Iterator[Callable[["Step"], None]]:
-    if not sys.stderr.isatty():
-        yield lambda step: None
-        return
-    from datetime import timedelta
+def _left(step: "Step") -> timedelta:
+    return timedelta(seconds=round(step.seconds_left))
 
+
+@contextlib.contextmanager
+def _bar(epochs: int) -> Iterator[tuple[Callable[["Step"], None], Callable[[int, int], None]]]:
+    if not sys.stderr.isatty():
+        yield (lambda step: None), (lambda done, total: None)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
@@ -77,12 +82,14 @@ def _bar(epochs: int) -> Iterator[Callable[["Step"], None]]:
 
         def show(step: "Step") -> None:
             kept = " ".join(f"{share:.2f}" for share in step.kept)
-            left = timedelta(seconds=round(step.seconds_left))
-            said = f"loss {step.losses[0]:.3f}, kept {kept}, {step.images_per_s:.1f} images/s, {left} left"
+            said = f"loss {step.losses[0]:.3f}, kept {kept}, {step.images_per_s:.1f} images/s, {_left(step)} left"
             name = f"epoch {step.epoch + 1} of {epochs}"
             bar.update(task, description=name, total=step.steps, completed=step.step + 1, said=said)
 
-        yield show
+        def show_counted(done: int, total: int) -> None:
+            bar.update(task, description="held-out pictures", total=total, completed=done, said="")
+
+        yield show, show_counted
 
 
 @contextlib.contextmanager

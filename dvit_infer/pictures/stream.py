@@ -95,6 +95,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
             batch_sampler=itertools.chain(first, chunks),
             num_workers=workers,
             collate_fn=list,
+            worker_init_fn=apart,
             prefetch_factor=AHEAD if workers else None,
             generator=torch.Generator(),  # or it would draw from the process's
             # Forked workers start at once and need no main module that can be imported again.
@@ -119,6 +120,11 @@ def interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def apart(worker: int) -> None:
+    """What a worker does first: a signal for a whole process group, as launchers send it, is not for the workers."""
+    os.setsid()
 
 
 def batches(pictures: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:

@@ -41,7 +41,7 @@ class Attention(nn.Module):
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         # On a CPU, scaled_dot_product_attention's bfloat16 gradient takes 2 to 5 times as long as plain products'.
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        slow = self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16
         if self.fused and policy is None and not slow:
             mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
         elif self.fused and policy is not None:

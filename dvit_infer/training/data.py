@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
 from dvit_infer.pictures.decode import PictureError, open_picture
-from dvit_infer.pictures.stream import interrupts_held
+from dvit_infer.pictures.stream import apart, interrupts_held
 from dvit_infer.training.augment import Augmentation
 
 # What a picture's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.
@@ -35,9 +35,9 @@ class Pictures:
 
     def __init__(self, entries: Iterable[tuple[str, int]], folder: str = "") -> None:
         names, labels = [], []
-        self._folder = folder
+        self._folder = os.path.join(folder, "") if folder else ""  # with a slash at its end, be there one or not
         for path, label in entries:
-            names.append(os.fsencode(path.removeprefix(folder)))
+            names.append(os.fsencode(path.removeprefix(self._folder)))
             labels.append(label)
         self._names = b"".join(names)
         self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -49,6 +49,10 @@ class Pictures:
     def __getitem__(self, index: int) -> tuple[str, int]:
         start = int(self._ends[index - 1]) if index else 0
         return self._folder + os.fsdecode(self._names[start : int(self._ends[index])]), int(self._labels[index])
+
+    def classes(self) -> set[int]:
+        """Those that have pictures."""
+        return set(np.unique(self._labels).tolist())
 
     @property
     def digest(self) -> str:
@@ -89,8 +93,6 @@ class Loading:
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"seed: {self.seed} is not from 0 to 2**63 - 1")
         if self.batch % self.world:
             count = f"{self.batch} pictures a step cannot be shared by {self.world} processes"
             raise InputError(f"batch: {count}; a multiple of {self.world} can")
@@ -160,6 +162,7 @@ def batches(
             generator=torch.Generator(),
             multiprocessing_context="fork" if loading.workers and sys.platform == "linux" else None,
             collate_fn=_as_it_is,
+            worker_init_fn=apart,
         )
         made = iter(loader)
     for arrays, unreadable in made:

@@ -16,18 +16,19 @@ PATIENCE = datetime.timedelta(hours=2)  # a process may write a file, or wait fo
 
 @dataclass(frozen=True)
 class World:
-    """Attributes: rank, 0 to size - 1, over all machines; local_rank, on this machine, which is the GPU it takes."""
+    """Attributes: rank, 0 to size - 1, over all machines; local_rank, of local_size on this one, which is its GPU."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes."""
         if self.size == 1:
             return values
@@ -43,15 +44,15 @@ def world_of_environment() -> World:
         InputError: they make no sense.
     """
     try:
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+        rank, size, local_rank, local_size = (int(os.environ.get(*variable)) for variable in _VARIABLES.items())
     except ValueError:
-        raise InputError("RANK, WORLD_SIZE, LOCAL_RANK: whole numbers are expected, as torchrun sets them") from None
+        raise InputError(f"{', '.join(_VARIABLES)}: whole numbers are expected, as torchrun sets them") from None
     if size < 1 or not 0 <= rank < size:
         raise InputError(f"RANK: {rank} is no process of WORLD_SIZE {size}")
-    return World(rank, size, local)
+    return World(rank, size, local_rank, max(1, local_size))
 
 
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """How often the pruned model is right about pictures that it does not learn from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -25,17 +25,21 @@ def top1(
     workers: int,
     world: World,
     device: torch.device,
+    on_counted: Callable[[int, int], None],
 ) -> float:
     """Percent of the pictures that the student with these weights is right about; patches are really dropped.
 
     Every process takes its share of them. Those that cannot be read do not count. The student is in training mode
     afterwards, with the weights that it had.
+
+    Args:
+        on_counted: called with how many of this process's pictures were counted, and how many it has.
     """
     own = {name: value.clone() for name, value in student.state_dict().items()}
     student.load_state_dict(weights)
     student.eval()
     mine = [Entry(path, label) for path, label in pictures[world.rank :: world.size]]
-    right = total = 0
+    right = total = done = 0
     for group in batches(decode(mine, preprocess_for(config), workers), AT_ONCE):
         images = pixels(group)
         if images is not None:
@@ -43,7 +47,9 @@ def top1(
             labels = torch.tensor([picture.label for picture in group if picture.error is None])
             right += int((logits.argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
+        done += len(group)
+        on_counted(done, len(mine))
     student.load_state_dict(own)
     set_training(student)
-    counts = world.add_up(torch.tensor([float(right), float(total)], device=device))
+    counts = world.all_reduce(torch.tensor([float(right), float(total)], device=device))
     return 100 * float(counts[0]) / max(1.0, float(counts[1]))

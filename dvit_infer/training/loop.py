@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dvit_infer.checkpoint import load_torch
 from dvit_infer.errors import InputError
 from dvit_infer.images import normalise
 from dvit_infer.training import saving
@@ -68,7 +67,7 @@ class Run:
             settings.token_loss or ("kl" if config.family == "lvvit" else "mse"),
             settings.per_image,
         )
-        self.identity = saving.identity(settings, pair.args, pair.teacher, pictures.digest)
+        self.identity = saving.identity(settings, pair.args, pair.teacher, pictures.digest, augmentation.torchvision)
         self.student = pair.student.to(device)
         self.teacher = pair.teacher.to(device).requires_grad_(False)
         for model in (self.student, self.teacher):
@@ -76,6 +75,7 @@ class Run:
         self.optimizer = make_optimizer(self.student, settings)
         self.averaged = {k: v.clone() for k, v in self.student.state_dict().items()} if settings.ema else None
         self.epoch = self.step = 0  # the next to be done; the step within the epoch
+        self.has_saved = False  # whether the file is of this run
 
     # -- the file ---------------------------------------------------------------------------------
 
@@ -84,9 +84,18 @@ class Run:
         return self.student.state_dict() if self.averaged is None else self.averaged
 
     def save(self) -> None:
-        """Write the file, of the first process. InputError: it cannot be written; the one before is still there."""
-        if not self.world.is_first:
-            return
+        """Write the file, the first process for all. InputError, in all: it cannot be; the old one is still there."""
+        failed: InputError | None = None
+        if self.world.is_first:
+            try:
+                saving.write(self.out, self._content())
+            except InputError as error:
+                failed = error
+        if self._any(failed is not None):
+            raise failed or InputError(f"out: {self.out}: the first process cannot write it")
+        self.has_saved = True
+
+    def _content(self) -> dict[str, object]:
         content = official_content(self.weights(), self.pair.args, self.epoch)
         if self.epoch < self.settings.epochs:
             content[saving.KEY] = {
@@ -96,7 +105,7 @@ class Run:
                 "student": None if self.averaged is None else self.student.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-        saving.write(self.out, content)
+        return content
 
     def resume(self, path: str | Path) -> bool:
         """Go on where the file's run stopped; False: it is finished.
@@ -104,26 +113,38 @@ class Run:
         Raises:
             InputError: the file is of another run, naming in what, or is damaged.
         """
-        state = saving.unfinished(path)
-        if state is None:
+        content = saving.unfinished(path)
+        if content is None:
             return False
+        state = content[saving.KEY]
         saving.check_same(path, state, self.identity)
         try:
-            content = load_torch(Path(path), True)
             self.student.load_state_dict(content["model"] if state["student"] is None else state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.averaged is not None:
                 self.averaged = {k: content["model"][k].to(self.device) for k in self.averaged}
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
+            if not (0 <= self.epoch < self.settings.epochs and 0 <= self.step < self.steps):
+                raise ValueError(f"step {self.step} of epoch {self.epoch} is none of it")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"resume: {path}: does not fit this run: {first}") from None
+        self.has_saved = Path(path).resolve() == self.out
         return True
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    def go(self, on_step: Callable[[Step], None], on_epoch: Callable[[Epoch], None], stop: Callable[[], bool]) -> bool:
+    def go(
+        self,
+        on_step: Callable[[Step], None],
+        on_epoch: Callable[[Epoch], None],
+        on_counted: Callable[[int, int], None],
+        stop: Callable[[], bool],
+    ) -> bool:
         """Train to the end, writing the file after every epoch; False: `stop` said to stop, and the file is written.
+
+        Args:
+            on_counted: called with how many held-out pictures were counted, and how many there are.
 
         Raises:
             NotFiniteError: the loss or its gradient is NaN or infinite; the last file is still there.
@@ -134,7 +155,7 @@ class Run:
         while self.epoch < self.settings.epochs:
             if frozen != (now := self.epoch < self.settings.freeze_epochs):
                 frozen, model = now, self._wrapped(frozen=now)
-            if not self._epoch(model, on_step, on_epoch, stop):
+            if not self._epoch(model, on_step, on_epoch, on_counted, stop):
                 return False
         return True
 
@@ -152,6 +173,7 @@ class Run:
         model: nn.Module,
         on_step: Callable[[Step], None],
         on_epoch: Callable[[Epoch], None],
+        on_counted: Callable[[int, int], None],
         stop: Callable[[], bool],
     ) -> bool:
         start, first = time.perf_counter(), self.step
@@ -166,21 +188,21 @@ class Run:
             self.step += 1
             last = self._known(found, start, first)
             on_step(last)
-            if self._agreed(stop()):
-                self._finish_epoch(self.step == self.steps)
+            stopped = self._any(stop())
+            if stopped and self.step < self.steps:
                 self.save()
-                return self.epoch == self.settings.epochs
+                return False
         means = (sums / (self.steps - first)).tolist()
-        count = int(self.world.add_up(torch.tensor(float(count), device=self.device)))
+        count = int(self.world.all_reduce(torch.tensor(float(count), device=self.device)))
         if count == (self.steps - first) * self.settings.batch:
             raise InputError(f"{unreadable[0][0] if unreadable else 'pictures'}: like all others, cannot be read")
-        self._finish_epoch(True)
+        self.epoch, self.step = self.epoch + 1, 0
         self.save()
-        right = self._top1() if self.held_out else None
+        right = self._top1(on_counted) if self.held_out and not stopped else None
         on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, right))
-        return True
+        return self.epoch == self.settings.epochs or not self._any(stop())
 
-    def _top1(self) -> float:
+    def _top1(self, on_counted: Callable[[int, int], None]) -> float:
         return top1(
             self.student,
             self.weights(),
@@ -189,15 +211,14 @@ class Run:
             workers=self.workers,
             world=self.world,
             device=self.device,
+            on_counted=on_counted,
         )
 
-    def _finish_epoch(self, finished: bool) -> None:
-        if finished:
-            self.epoch, self.step = self.epoch + 1, 0
-
-    def _agreed(self, stop: bool) -> bool:
-        """Whether any process is to stop: all do, after the same step."""
-        return bool(self.world.add_up(torch.tensor(float(stop), device=self.device))) if self.world.size > 1 else stop
+    def _any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        if self.world.size == 1:
+            return here
+        return bool(self.world.all_reduce(torch.tensor(float(here), device=self.device)))
 
     def _known(self, found: torch.Tensor, start: float, first: int) -> Step:
         done, seconds = self.step - first, time.perf_counter() - start
@@ -242,16 +263,16 @@ class Run:
 
     def _losses(self, model: nn.Module, part: Batch) -> Losses:
         config = self.pair.config
-        images = mixed(normalise(part.images.to(self.device, non_blocking=True), config.mean, config.std), part)
+        images = mixed(normalise(part.images.to(self.device), config.mean, config.std), part)
         wanted = targets(part, config.num_classes, self.settings.smoothing).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
             with torch.no_grad():
-                right = self.teacher(images)
+                teacher_out = self.teacher(images)
             out = model(images, noise=part.noise.to(self.device))
-        return losses(self.objective, out, right, wanted, part.weights.to(self.device), self.world.add_up)
+        return losses(self.objective, out, teacher_out, wanted, part.weights.to(self.device), self.world.all_reduce)
 
     def _set_rates(self) -> None:
-        rate = self.settings.peak * self.settings.factor(self.epoch * self.steps + self.step, self.steps)
+        rate = self.settings.peak_lr * self.settings.lr_factor(self.epoch * self.steps + self.step, self.steps)
         for group in self.optimizer.param_groups:  # what is frozen has no gradient, which the optimiser leaves alone
             group["lr"] = rate * group["scale"]
 

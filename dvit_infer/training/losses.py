@@ -41,7 +41,6 @@ class Losses:
             all processes add up to it.
         ratio: summed over the stages; the total takes their mean.
         kept: (stages,) share of the patches that every stage kept.
-        pictures: how many count.
     """
 
     total: torch.Tensor
@@ -50,7 +49,6 @@ class Losses:
     logits: torch.Tensor
     tokens: torch.Tensor
     kept: torch.Tensor
-    pictures: torch.Tensor
 
     def parts(self) -> torch.Tensor:
         """(5 + stages,) total, cross-entropy, ratio, logits, tokens and the kept shares, without gradient."""
@@ -64,7 +62,7 @@ def losses(
     teacher: TrainOutput,
     targets: torch.Tensor,
     weights: torch.Tensor | None = None,
-    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> Losses:
     """Cross-entropy, the keep ratios, and the dense twin's logits and patch outputs.
 
@@ -72,14 +70,14 @@ def losses(
         out, teacher: of the student in training and of its dense twin.
         targets: (B,) classes or (B, K) soft targets.
         weights: (B,) 1, or 0 for a picture that is not to count; None: all count.
-        add_up: sums a vector over all processes. Means are taken of sums and counts of all of them, so that the losses
-            do not depend on how the pictures are shared out.
+        all_reduce: sums a vector over all processes. Means are taken of sums and counts of all of them, so that the
+            losses do not depend on how the pictures are shared out.
     """
-    pred, right = out.pred.float(), teacher.pred.float()
+    pred, wanted = out.pred.float(), teacher.pred.float()
     counts = pred.new_ones(len(pred)) if weights is None else weights
     log_pred = pred.log_softmax(dim=-1)
     entropy = F.cross_entropy(pred, targets, reduction="none")
-    logits = F.kl_div(log_pred, right.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
+    logits = F.kl_div(log_pred, wanted.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
     mask = out.mask.float() * counts[:, None]
     tokens = _token_distances(objective.token_loss, out.tokens.float(), teacher.tokens.float())
     kept = [decision.float().mean(dim=1) for decision in out.decisions]
@@ -88,7 +86,7 @@ def losses(
     rows = torch.where(counts > 0, rows, 0.0)  # not a product: a NaN of what does not count is not to count either
     local = torch.cat([rows.sum(dim=1), torch.stack([mask.sum(), torch.where(mask > 0, tokens, 0.0).sum()])])
     # The value is that of all processes, the gradient goes to this one's part.
-    sums = local + (add_up(local.detach()) - local.detach())
+    sums = local + (all_reduce(local.detach()) - local.detach())
     pictures = sums[0].detach().clamp(min=1)
     stages = len(kept)
     shares = sums[3 : 3 + stages] / pictures
@@ -99,7 +97,7 @@ def losses(
     parts = sums[1] / pictures, ratio, sums[2] / pictures, sums[-1] / sums[-2].detach().clamp(min=1)
     scales = objective.cross_entropy, objective.ratio / max(1, stages), objective.logits, objective.tokens
     total = torch.stack([scale * part for scale, part in zip(scales, parts, strict=True)]).sum()
-    return Losses(total, parts[0], parts[1], parts[2], parts[3], shares.detach(), sums[0].detach())
+    return Losses(total, parts[0], parts[1], parts[2], parts[3], shares.detach())
 
 
 def _token_distances(kind: TokenLoss, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

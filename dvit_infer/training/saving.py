@@ -26,10 +26,13 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def identity(settings: Settings, args: Mapping[str, Any], teacher: nn.Module, pictures: str) -> dict[str, Any]:
+def identity(
+    settings: Settings, args: Mapping[str, Any], teacher: nn.Module, pictures: str, torchvision: bool
+) -> dict[str, Any]:
     """What has to be the same for a run to go on as if it had not stopped."""
-    model = {name: value for name, value in args.items() if name in ("prune_at", "num_heads", "skip_lam")}
-    return asdict(settings) | model | {"dense": digest(teacher.state_dict()), "data": pictures}
+    model: dict[str, Any] = {name: value for name, value in args.items() if name != "dvit_infer"} | args["dvit_infer"]
+    data = {"torchvision": torchvision, "data": pictures}
+    return asdict(settings) | model | {"dense": digest(teacher.state_dict())} | data
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -46,7 +49,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def unfinished(path: str | Path) -> dict[str, Any] | None:
-    """What a file says of a run that it is to go on with; None: the run is finished, or the file is another's.
+    """The content of a file that a run is to go on with; None: the run is finished, or the file is another's.
 
     Raises:
         InputError: it cannot be read, or is no torch file.
@@ -63,8 +66,7 @@ def unfinished(path: str | Path) -> dict[str, Any] | None:
         content = load_torch(file, True)
     except InputError as error:
         raise InputError(f"resume: {error}") from None
-    state = content.get(KEY) if isinstance(content, dict) else None
-    return state if isinstance(state, dict) else None
+    return content if isinstance(content, dict) and isinstance(content.get(KEY), dict) else None
 
 
 def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -73,7 +75,7 @@ def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str
     if not isinstance(said, dict):
         raise InputError(f"resume: {path}: is no file of dvit-train")
     for name, value in expected.items():
-        if said.get(name, _Missing) == value:
+        if name in said and said[name] == value:
             continue
         if name == "dense":
             raise InputError(f"resume: {path}: was trained from another dense model")
@@ -81,7 +83,3 @@ def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str
             raise InputError(f"resume: {path}: was trained on other pictures than these")
         found = str(said.get(name, "unknown"))[:40]
         raise InputError(f"resume: {path}: was trained with {name} {found}, this run has {value}")
-
-
-class _Missing:
-    pass

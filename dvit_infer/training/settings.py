@@ -18,9 +18,10 @@ class Settings:
     Attributes:
         keep_rate: share of the patches that the first stage keeps.
         batch: pictures a step of the optimiser, over all processes and accumulation steps.
-        accumulate: parts in which a process takes its share of a step, to save memory.
+        accumulate: parts in which a process takes its share of a step, to save memory; the losses are the means of
+            theirs, so that a mean over the batch (the ratio's without `per_image`, the tokens') is one over a part.
         lr: of the predictors; None: 0.001 for a batch of 1024, in proportion for others.
-        backbone_lr: what everything else learns with, as a share of that.
+        backbone_lr_scale: what everything else learns with, as a share of that.
         freeze_epochs: for so long only the predictors learn.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, which are then what is written; 0: none are kept.
@@ -39,7 +40,7 @@ class Settings:
     accumulate: int = 1
     lr: float | None = None
     min_lr: float = 1e-6
-    backbone_lr: float = 0.01
+    backbone_lr_scale: float = 0.01
     freeze_epochs: int = 5
     warmup_epochs: float = 1.0
     optimizer: str = "adamw"
@@ -67,7 +68,7 @@ class Settings:
         for name, value in above.items():
             if value is not None and not 0 < value < 1e6:
                 raise InputError(f"{name}: {value:g} is no positive number")
-        shares = ("backbone_lr", "smoothing")
+        shares = ("backbone_lr_scale", "smoothing")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: {getattr(self, name):g} is not between 0 and 1")
@@ -78,20 +79,22 @@ class Settings:
                 raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype: {self.dtype} is not one of float32, bfloat16")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"seed: {self.seed} is not from 0 to 2**63 - 1")
         if self.optimizer != "adamw":
             raise InputError(f"optimizer: {self.optimizer} is not adamw")
 
     @property
-    def peak(self) -> float:
+    def peak_lr(self) -> float:
         """The predictors' highest learning rate."""
         return 1e-3 * self.batch / 1024 if self.lr is None else self.lr
 
-    def factor(self, step: int, steps_an_epoch: int) -> float:
+    def lr_factor(self, step: int, steps_an_epoch: int) -> float:
         """Share of the peak that a step learns with: up in a line, down in half a cosine (Loshchilov & Hutter 2017)."""
         total, warm_up = self.epochs * steps_an_epoch, self.warmup_epochs * steps_an_epoch
         if step < warm_up:
             return (step + 1) / (warm_up + 1)
-        least = min(1.0, self.min_lr / self.peak)
+        least = min(1.0, self.min_lr / self.peak_lr)
         done = (step - warm_up) / max(1.0, total - warm_up)
         return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
@@ -113,7 +116,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settin
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if decays else 0.0,
-            "scale": 1.0 if predictor else settings.backbone_lr,
+            "scale": 1.0 if predictor else settings.backbone_lr_scale,
         }
         for (predictor, decays), parameters in groups.items()
     ]
@@ -121,4 +124,4 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settin
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     groups = parameter_groups(model.named_parameters(), settings)
-    return torch.optim.AdamW(groups, lr=settings.peak, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.peak_lr, fused=True)

@@ -1,0 +1,146 @@
+"""dvit-train given what it cannot use: one line that names it, exit 2, and nothing left behind."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import ENV, fails
+from drawn import draw_all
+from small_training import PLAIN, arguments, write_dense, write_folder
+
+from dvit_infer.cli import train
+from dvit_infer.training.loop import Run
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return write_dense(tmp_path_factory.mktemp("dense") / "dense.pth")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def whole(dense, folder, tmp_path_factory):
+    """A run that is at its end."""
+    out = tmp_path_factory.mktemp("whole") / "out.pth"
+    assert train.main(arguments(dense, folder, out)) == 0
+    return out
+
+
+@pytest.mark.usefixtures("_empty_folder")
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--keep-rate", "1"], "--keep-rate: 1 keeps every patch"),
+        (["--keep-rate", "0"], "--keep-rate: 0.0 is no share"),
+        (["--keep-rate", "nan"], "--keep-rate: nan is no share"),
+        (["--keep-rate", "0.1"], "--keep-rate: a keep rate of 0.1 leaves no patch"),
+        (["--prune-at", "1,9"], "--prune-at: there is no block 9"),
+        (["--epochs", "0"], "--epochs: 0 is not"),
+        (["--batch", "0"], "--batch: 0"),
+        (["--batch", "25", *PLAIN], "--batch: 24 pictures are fewer"),
+        (["--batch", "5"], "--batch: 5"),
+        (["--batch", "4", "--accumulate", "3"], "--accumulate"),
+        (["--lr", "0"], "--lr: 0 is no positive number"),
+        (["--ema", "1"], "--ema: 1 is not"),
+        (["--optimizer", "sgd"], "--optimizer: sgd is not"),
+        (["--dtype", "float16"], "--dtype: float16 is not"),
+        (["--flip", "2"], "--flip"),
+        (["--seed", "18446744073709551616"], "--seed: 18446744073709551616 is not"),
+        (["-o", "out.safetensors"], "--out: out.safetensors: what is written is no safetensors file"),
+        (["--logdir", "/dev/null/logs"], "--logdir: /dev/null/logs: Not a directory"),
+        (["--image-size", "30"], "--image-size: 30x30 is no multiple"),
+        (["--resume", "nothing.pth"], "--resume: nothing.pth: No such file"),
+        (["-o", "nowhere/out.pth"], "--out: nowhere/out.pth: there is no folder"),
+        (["--device", "tpu"], "--device: 'tpu' is no device"),
+    ],
+)
+def test_bad_options_are_named(more, expected, dense, folder, capsys):
+    assert expected in fails(train, [*arguments(dense, folder, "out.pth"), *more], capsys)
+
+
+@pytest.mark.usefixtures("_empty_folder")
+def test_bad_files_and_folders_are_named(dense, folder, whole, tmp_path, capsys):
+    other = write_dense(tmp_path / "five.pth", num_classes=5)
+    assert "3 class folders, but" in fails(train, arguments(other, folder, "out.pth"), capsys)
+    assert "holds score predictors already" in fails(train, arguments(whole, folder, "out.pth"), capsys)
+    assert "is the input itself" in fails(train, arguments(dense, folder, dense), capsys)
+    (tmp_path / "empty").mkdir()
+    assert "has no class folders" in fails(train, arguments(dense, tmp_path / "empty", "out.pth"), capsys)
+    draw_all(tmp_path / "one" / "a", 8)
+    assert "has one class folder" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
+    assert "there is no such folder" in fails(train, arguments(dense, tmp_path / "none", "out.pth"), capsys)
+    for name in "bc":
+        (tmp_path / "one" / name).mkdir()
+    assert "no picture in the class folder 'b'" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
+    (tmp_path / "one" / "a").rename(tmp_path / "one" / "x")
+    (tmp_path / "one" / "b").rmdir()
+    val = ["--val", tmp_path / "one"]
+    assert "has a class folder 'x', which" in fails(train, arguments(dense, folder, "out.pth", *val), capsys)
+
+
+@pytest.mark.usefixtures("_empty_folder")
+def test_only_the_same_run_goes_on(dense, folder, whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.pth"
+    save = Run.save
+
+    def save_and_stop(self) -> None:
+        save(self)
+        raise _StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", save_and_stop)
+        with pytest.raises(_StoppedError):
+            train.main(arguments(dense, folder, out))
+    resume = ["--resume", out]
+    assert "holds an unfinished training" in fails(train, arguments(dense, folder, out), capsys)
+    half = arguments(dense, folder, out, *resume, "--keep-rate", "0.5")
+    assert "keep_rate 0.7, this run has 0.5" in fails(train, half, capsys)
+    assert "lr 0.001, this run has 0.01" in fails(train, arguments(dense, folder, out, *resume, "--lr", "0.01"), capsys)
+    other = write_dense(tmp_path / "other.pth")
+    content = torch.load(other, weights_only=False)
+    content["model"]["head.bias"] += 1
+    torch.save(content, other)
+    assert "another dense model" in fails(train, arguments(other, folder, out, *resume), capsys)
+    draw_all(tmp_path / "data" / "a", 9)
+    draw_all(tmp_path / "data" / "b", 9)
+    draw_all(tmp_path / "data" / "c", 9)
+    assert "other pictures" in fails(train, arguments(dense, tmp_path / "data", out, *resume), capsys)
+    assert "no unfinished training" in fails(train, arguments(dense, folder, "out.pth", "--resume", whole), capsys)
+    content = torch.load(out, weights_only=False)
+    for place in ({"step": 6}, {"epoch": 2}, {"epoch": -1}):
+        torch.save(content | {"training": content["training"] | place}, tmp_path / "changed.pth")
+        changed = arguments(dense, folder, out, "--resume", tmp_path / "changed.pth")
+        assert "holds an unfinished training" in fails(train, changed, capsys)
+        changed = arguments(dense, folder, "new.pth", "--resume", tmp_path / "changed.pth")
+        assert "does not fit this run" in fails(train, changed, capsys)
+    no_file = arguments(dense, folder, "out.pth", "--resume", folder / "a" / "000.png")
+    assert "is no file of dvit-train" in fails(train, no_file, capsys)
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("_empty_folder")
+def test_a_batch_that_the_processes_cannot_share_is_refused(dense, folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--batch: 4 pictures" in fails(train, arguments(dense, folder, "out.pth"), capsys)
+    monkeypatch.setenv("RANK", "7")
+    assert "RANK: 7" in fails(train, arguments(dense, folder, "out.pth"), capsys)
+
+
+def test_a_worker_that_is_killed(dense, folder, tmp_path):
+    killed = "import os, signal, dvit_infer.training.data as data, sys\n"
+    killed += "data._Maker.__getitem__ = lambda self, at: os.kill(os.getpid(), signal.SIGKILL)\n"
+    killed += "from dvit_infer.cli.train import main; sys.exit(main(sys.argv[1:]))"
+    argv = arguments(dense, folder, tmp_path / "out.pth", "--workers", "1")
+    done = subprocess.run([sys.executable, "-c", killed, *argv], capture_output=True, text=True, env=ENV, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "error: --workers: a worker process was killed" in done.stderr
+    assert not os.listdir(tmp_path)
