@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvit_infer.cli.common import Parser, assumptions, integers, run, size, stopping_gently
+from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size, stopping_gently
 from dvit_infer.cli.pictures import shown
 from dvit_infer.cli.train_progress import Show, showing
 
@@ -172,11 +172,12 @@ def _prepared(
     if len(found.labels) != config.num_classes:
         count = f"{len(found.labels)} class folders"
         raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
-    pictures = Pictures(found.entries(), found.path)
+    with progress("listing pictures") if world.is_first else contextlib.nullcontext():
+        pictures = Pictures(found.entries(), found.path)
+        tests = [] if held_out is None else _same_classes(labelled_folder(held_out, config.num_classes), found)
     filled = pictures.classes()
     if empty := [name for name, label in found.labels.items() if label not in filled]:
         raise InputError(f"{folder}: no picture in the class folder {empty[0]!a}")
-    tests = [] if held_out is None else _same_classes(labelled_folder(held_out, config.num_classes), found)
     fill = tuple(round(255 * mean) for mean in config.mean)
     augmentation = Augmentation(
         config.image_size,
