@@ -15,7 +15,7 @@ from torch import nn
 from dvit_infer.backends import runner_for
 from dvit_infer.checkpoint import FORMAT, HEADER_KEY, Checkpoint, read_checkpoint
 from dvit_infer.config import Config
-from dvit_infer.devices import CHUNK, free_memory, is_out_of_memory, resolve_device, resolve_dtype
+from dvit_infer.devices import chunk, free_memory, is_out_of_memory, resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
@@ -48,7 +48,7 @@ class Engine:
         self.runner = runner_for(graph)
         self.graph = replace(graph, how=self.runner.how)
         self._checkpoint = checkpoint
-        self.chunk = CHUNK[device.type]
+        self.chunk = chunk(device, config.num_patches, config.embed_dim)
 
     @overload
     def __call__(

@@ -261,7 +261,9 @@ def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
-        seen[":out"] = evaluate(model, images, kept).logits
+        inputs = images.to(model.pos_embed.device, model.pos_embed.dtype)
+        with as_asked(inputs.device, inputs.dtype):
+            seen[":out"] = model.evaluate(inputs, kept or None).logits.float()
     finally:
         for handle in handles:
             handle.remove()

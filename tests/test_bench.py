@@ -206,14 +206,14 @@ def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
 
 
 def test_nodes_are_held_against_measured_limits(tiny, capsys):
-    rows = run(tiny, "--batch", "20", "--nodes")
+    rows = run(tiny, "--batch", "100", "--nodes")
     models = [row for row in rows if "op" not in row]
     nodes = [row for row in rows if "share" in row]
     limits = {row["op"]: row for row in rows if "op" in row and "share" not in row}
     engine = next(row for row in models if row["how"] == "engine")
     assert all(list(row) == NODE.split() for row in nodes)
     assert [row["kind"] for row in nodes].count("prune") == 3
-    assert sum(row["gflops"] for row in nodes) == pytest.approx(20 * engine["gflops"])
+    assert sum(row["gflops"] for row in nodes) == pytest.approx(100 * engine["gflops"])
     assert sum(row["share"] for row in nodes) == pytest.approx(1.0)
     assert all(row["us"] > 0 for row in nodes)
     # The embedding and all but the predictors' scores stand in the reference too.
@@ -223,10 +223,10 @@ def test_nodes_are_held_against_measured_limits(tiny, capsys):
         least = {"compute": 2 * row["gflops"] * 1e9 / flops, "memory": row["mib"] * 2**20 / moved}
         assert row["floor_us"] == pytest.approx(max(least.values()) * 1e6)
         assert least[row["bound"]] == max(least.values())
-    # Weights are read once for each of the two parts that 20 pictures are cut into.
+    # Weights are read once for each of the two parts that 100 pictures are cut into.
     attention = next(row for row in nodes if row["op"] == "blocks.0.attn")
     weights = 4 * (64 * 192 + 192 + 64 * 64 + 64)
-    assert attention["mib"] * 2**20 == pytest.approx(20 * 2 * 197 * 64 * 4 + 2 * weights)
+    assert attention["mib"] * 2**20 == pytest.approx(100 * 2 * 197 * 64 * 4 + 2 * weights)
     out = capsys.readouterr().out
     assert "measured limits:" in out
     assert "of its floor" in out

@@ -9,6 +9,7 @@ from golden_cases import CASES, answers, official_checkpoint, options, pictures,
 
 import dvit_infer as dvit
 from dvit_infer.checkpoint import read_checkpoint
+from dvit_infer.devices import chunk
 
 TINY = "tiny-deit-r0.7-s1"
 
@@ -28,7 +29,14 @@ def test_agrees_with_the_golden_case(case_id, device):
     assert same_kept([k.cpu() for k in ours_kept], kept, margin)
 
 
-def test_a_pictures_answer_does_not_depend_on_its_batch(tiny):
+def test_small_models_take_more_pictures_at_a_time(tiny):
+    cpu = torch.device("cpu")
+    assert [chunk(cpu, 196, width) for width in (768, 384, 192)] == [16, 16, 32]
+    assert tiny.chunk == chunk(tiny.device, 196, 64)
+
+
+def test_a_pictures_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "chunk", 8)
     images = pictures(TINY).repeat(7, 1, 1, 1)[:19] + 0.01 * torch.arange(19).view(19, 1, 1, 1)
     logits, kept = tiny(images, return_kept=True)
     for batch in (1, 2, 7, 8, 9, 16, 17):
