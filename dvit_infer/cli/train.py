@@ -104,14 +104,14 @@ def _train(options: argparse.Namespace) -> int:
     device = resolve_device(name)
     say: Callable[[str], None] = print if world.is_first else lambda line: None
     training, settings = _prepared(options, device, world, say)
+    if options.resume is not None:
+        source = options.out if options.resume is True else options.resume
+        if not training.resume(source):
+            raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to go on with")
+        say(f"going on from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
     quiet: contextlib.AbstractContextManager[Show] = contextlib.nullcontext(_SILENT)
     show = showing(settings.epochs, options.logdir) if world.is_first else quiet
     with show as said, joined(world, device), stopping_gently() as stop:
-        if options.resume is not None:
-            source = options.out if options.resume is True else options.resume
-            if not training.resume(source):
-                raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to go on with")
-            say(f"going on from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
         try:
             with running(settings.batch):
                 finished = training.go(*said, stop)

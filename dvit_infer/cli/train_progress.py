@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 _NAMES = ("loss", "cross-entropy", "ratio", "logits", "tokens")
 _NAMED = 3  # unreadable pictures of an epoch; the rest are only counted
 
+# After a step; after some held-out pictures; out of the way while the block writes to the same terminal.
+_Bar = tuple[
+    Callable[["Step"], None], Callable[[int, int], None], Callable[[], contextlib.AbstractContextManager[None]]
+]
 Show = tuple[Callable[["Step"], None], Callable[["Epoch"], None], Callable[[int, int], None]]
 
 
@@ -28,7 +32,7 @@ def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
         InputError: TensorBoard is not installed, or its folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        bar, counted = stack.enter_context(_bar(epochs))
+        bar, counted, hidden = stack.enter_context(_bar(epochs))
         log = stack.enter_context(_log(logdir))
 
         def on_step(step: "Step") -> None:
@@ -36,9 +40,10 @@ def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
             log(_at(step), _values(step.losses, step.kept) | {"lr": step.lr, "images/s": step.images_per_s})
 
         def on_epoch(epoch: "Epoch") -> None:
-            for path, why in epoch.unreadable[:_NAMED]:
-                print(shown(f"cannot be read, skipped: {path}: {why}"))
-            print(_line(epoch, epochs), flush=True)
+            with hidden():
+                for path, why in epoch.unreadable[:_NAMED]:
+                    print(shown(f"cannot be read, skipped: {path}: {why}"))
+                print(_line(epoch, epochs), flush=True)
             if epoch.top1 is not None:
                 log(_at(epoch.last), {"val/top-1": epoch.top1})
 
@@ -69,9 +74,9 @@ def _left(step: "Step") -> timedelta:
 
 
 @contextlib.contextmanager
-def _bar(epochs: int) -> Iterator[tuple[Callable[["Step"], None], Callable[[int, int], None]]]:
+def _bar(epochs: int) -> Iterator[_Bar]:
     if not sys.stderr.isatty():
-        yield (lambda step: None), (lambda done, total: None)
+        yield (lambda step: None), (lambda done, total: None), contextlib.nullcontext
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress
@@ -89,7 +94,13 @@ def _bar(epochs: int) -> Iterator[tuple[Callable[["Step"], None], Callable[[int,
         def show_counted(done: int, total: int) -> None:
             bar.update(task, description="held-out pictures", total=total, completed=done, said="")
 
-        yield show, show_counted
+        @contextlib.contextmanager
+        def hidden() -> Iterator[None]:
+            bar.stop()
+            yield
+            bar.start()
+
+        yield show, show_counted, hidden
 
 
 @contextlib.contextmanager
