@@ -13,7 +13,7 @@ CHUNK = {"cpu": 16, "cuda": 256}
 # Patches times channels of as many as are best on a CPU, 16 of DeiT-S at 224 pixels. Of DeiT-S/0.7 (two threads of a
 # Xeon, float32, interleaved) 4 were 0.92 x as fast as 8, 16 and 32 1.05 x; of the digits model, 64 patches 96 wide, 64
 # were 1.24 x as fast as 16; of DeiT-T 32 and of DeiT-S at 128 pixels 64, 1.01 x and 1.06 x (two threads of an EPYC).
-_CPU_VALUES = 16 * 196 * 384
+_CPU_VALUES, _CPU_MOST = 16 * 196 * 384, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,8 +36,9 @@ def free_memory(device: torch.device) -> int | None:
 
 def chunk(device: torch.device, patches: int, channels: int) -> int:
     """How many pictures are to go through a model together."""
-    least = CHUNK[device.type]
-    return max(least, _CPU_VALUES // (patches * channels)) if device.type == "cpu" else least
+    if device.type != "cpu":
+        return CHUNK[device.type]
+    return min(max(CHUNK["cpu"], _CPU_VALUES // (patches * channels)), _CPU_MOST)
 
 
 def slug(name: str) -> str:
