@@ -1,15 +1,19 @@
 """Many pictures: found in order and in bounded memory, decoded in worker processes, as far ahead as is needed."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import ENV
 from drawn import draw, draw_all, write_text
 
 import dvit_infer as dvit
@@ -167,6 +171,22 @@ def test_a_killed_worker_is_an_error_that_says_what_would_do():
 
     with pytest.raises(dvit.InputError, match=r"^workers: .* killed"), running(16):
         all_of_it()
+
+
+def test_workers_that_nobody_reads_from_end_with_a_process_that_is_killed():
+    paths = draw_all(Path("p"), 8)
+    lines = "import time; from dvit_infer.pictures.decode import Preprocess; from dvit_infer.pictures.stream import *"
+    lines += f"\nfound = decode([Entry(path) for path in {paths!r} * 99], Preprocess((224, 224)), 2); next(found)"
+    lines += "\ntime.sleep(1); print('full', flush=True); time.sleep(99)"  # pipes hold 64 KiB, the next batch has 1 MiB
+    process = subprocess.Popen([sys.executable, "-c", lines], env=ENV, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"full\n"
+        process.kill()
+        process.communicate(timeout=30)  # workers hold the pipe open
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_an_error_of_ours_is_not_taken_for_want_of_memory():

@@ -18,7 +18,7 @@ from small_training import PLAIN, arguments, trained, write_dense, write_folder
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
-from dvit_infer.training import loop
+from dvit_infer.training import held_out, loop
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,7 @@ def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, 
     both = arguments(dense, folder, tmp_path / "two.pth", *more)
     two = run(*_two_processes(), "-m", "dvit_infer.cli.train", *both)
     assert two.returncode == 0, two.stderr
+    assert "Warning" not in two.stderr
     expected, found = _losses(one.stdout), _losses(two.stdout)
     assert len(expected) == len(found) == 2 * 8
     assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
@@ -215,6 +216,44 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_counted(dense, folder, tmp
     assert re.search(r"epoch 1 of 2: .* [12] pictures skipped", said)
 
 
+def test_a_stop_ends_the_counting_of_held_out_pictures(dense, folder, tmp_path, capsys, monkeypatch):
+    shown, go = [], loop.Run.go
+
+    def on_counted(done: int, total: int) -> None:
+        shown.append((done, total))
+
+    def going(self, on_step, on_epoch, _, stop) -> bool:
+        return go(self, on_step, on_epoch, on_counted, lambda: bool(shown))
+
+    monkeypatch.setattr(loop.Run, "go", going)
+    monkeypatch.setattr(held_out, "AT_ONCE", 8)
+    argv = arguments(dense, folder, tmp_path / "out.pth", "--val", folder)
+    assert train.main(argv) == 130
+    assert shown == [(8, 24)]
+    said = capsys.readouterr().out
+    assert "epoch 1 of 2: loss" in said
+    assert "top-1" not in said
+
+
+def test_a_process_whose_peer_dies_says_so(dense, folder, tmp_path):
+    dies = "import os, sys, dvit_infer.training.loop as loop\n"
+    dies += "step = loop.Run._step\n"
+    dies += "def dying(self, *given):\n    os.environ['RANK'] == '1' and os._exit(1)\n    return step(self, *given)\n"
+    dies += "loop.Run._step = dying\n"
+    dies += "from dvit_infer.cli.train import main; sys.exit(main(sys.argv[1:]))\n"
+    argv, place = arguments(dense, folder, tmp_path / "out.pth"), {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    place["MASTER_PORT"] = _free_port()
+    both = [
+        subprocess.Popen([sys.executable, "-c", dies, *argv], env={**ENV, **place, "RANK": rank}, **pipes)
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate()[1] for process in both]
+    assert (both[0].returncode, both[1].returncode) == (2, 1)
+    assert errors[0].splitlines()[-1].startswith("error: WORLD_SIZE: another process has ended")
+    assert "Traceback" not in errors[0]
+
+
 def test_a_stop_at_the_end_of_an_epoch_still_reports_it(dense, folder, tmp_path, capsys, monkeypatch):
     asked = []
     found = loop.Run._step
@@ -227,7 +266,9 @@ def test_a_stop_at_the_end_of_an_epoch_still_reports_it(dense, folder, tmp_path,
     go = loop.Run.go
     monkeypatch.setattr(loop.Run, "go", lambda self, *said: go(self, *said[:3], lambda: asked[-1]))
     assert train.main(arguments(dense, folder, tmp_path / "out.pth")) == 130
-    assert "epoch 1 of 2: loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "epoch 1 of 2: loss" in said
+    assert "stopped after epoch 1; --resume" in said
     assert torch.load(tmp_path / "out.pth", weights_only=False)["epoch"] == 1
 
 

@@ -7,6 +7,7 @@ With --update the two checkpoints, proof.json and the picture go where the proje
 """
 
 import argparse
+import ast
 import json
 import shutil
 import statistics
@@ -47,11 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="put what came out where the project keeps it")
     update = parser.parse_args().update
-    recipe = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
-    if _text(BUILD / "recipe") != recipe:
+    # What the scripts say, but for comments.
+    recipe = [ast.dump(ast.parse(path.read_text())) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    begun = json.loads(_text(BUILD / "begun.json") or "{}")
+    if begun.get("recipe") != recipe:
         shutil.rmtree(BUILD, ignore_errors=True)
         BUILD.mkdir(parents=True)
-        (BUILD / "recipe").write_text(recipe)
+        begun = {"commit": environment()["commit"], "recipe": recipe}
+        write_json(BUILD / "begun.json", begun)
     seconds: dict[str, float] = json.loads(_text(BUILD / "seconds.json") or "{}")
 
     def stage(name: str, result: Path, work: Callable[[], object]) -> None:
@@ -76,7 +80,13 @@ def main() -> None:
     found: dict[str, Any] = {}
     stage("counting", BUILD / "nothing", lambda: found.update(_counted(dense, tuned, test)))
     rows = json.loads(bench.read_text())["rows"]
-    content = {"environment": environment(), **found, **_costs(rows), "seconds": seconds}
+    content = {
+        "environment": environment(),
+        "begun_at_commit": begun["commit"],
+        **found,
+        **_costs(rows),
+        "seconds": seconds,
+    }
     write_json(BUILD / "proof.json", content)
     shown = [path for i, path in enumerate(sorted(test.glob("*/*.png"), key=lambda path: path.name)) if i in SHOWN]
     dvit.draw_kept(dvit.load(saved), [str(path) for path in shown]).save(BUILD / "kept.png")
@@ -90,7 +100,14 @@ def _text(path: Path) -> str:
 
 
 def _run(*command: object) -> None:
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # which the command has had too, and finishes its step
+        process.wait()
+        raise
+    if status:
+        raise SystemExit(status)
 
 
 def _write_training(folder: Path) -> None:
@@ -103,9 +120,10 @@ def _write_training(folder: Path) -> None:
 
 def _fine_tune(dense: Path, train: Path, out: Path, seed: int) -> None:
     part = out.with_suffix(".part.pth")
-    going_on = ["--resume"] if part.exists() and saving.unfinished(part) else []
-    arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *going_on)
-    _run("-m", "dvit_infer.cli.train", dense, train, *arguments)
+    going_on = part.exists() and saving.unfinished(part) is not None
+    if going_on or not part.exists():
+        arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *(["--resume"] if going_on else []))
+        _run("-m", "dvit_infer.cli.train", dense, train, *arguments)
     part.rename(out)
 
 

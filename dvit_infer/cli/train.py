@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size, stopping_gently
 from dvit_infer.cli.pictures import shown
-from dvit_infer.cli.train_progress import Show, showing
+from dvit_infer.cli.train_progress import Show, check_logdir, showing
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,8 @@ def _train(options: argparse.Namespace) -> int:
                 print(shown(f"error: {error}; {there}; a new run with a lower --lr may do"), file=sys.stderr)
             return 1
     if not finished:
-        say(f"stopped after step {training.step} of epoch {training.epoch + 1}; --resume goes on from {options.out}")
+        done = f"step {training.step} of epoch {training.epoch + 1}" if training.step else f"epoch {training.epoch}"
+        say(f"stopped after {done}; --resume goes on from {options.out}")
         raise KeyboardInterrupt
     say(f"wrote {options.out}")
     return 0
@@ -155,6 +156,8 @@ def _prepared(
             f"out: {options.out}: what is written is no safetensors file; a name that ends in .pth would do"
         )
     out = check_output(options.out, "out", not_this=options.dense)
+    if options.logdir is not None:
+        check_logdir(options.logdir)
     pair = make_pair(
         options.dense,
         settings.keep_rate,

@@ -1,9 +1,11 @@
 """What dvit-train says while it runs: a bar with losses, a line an epoch, logs for TensorBoard."""
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.pictures import shown
@@ -22,14 +24,27 @@ _Bar = tuple[
 Show = tuple[Callable[["Step"], None], Callable[["Epoch"], None], Callable[[int, int], None]]
 
 
+def check_logdir(folder: str) -> None:
+    """Make the folder of the logs.
+
+    Raises:
+        InputError: TensorBoard is not installed, or the folder cannot be made.
+    """
+    try:
+        importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        raise InputError("logdir: TensorBoard is not installed; pip install 'dvit-infer[train]' would do") from None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"logdir: {folder}: {error.strerror or error}") from None
+
+
 @contextlib.contextmanager
 def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
     """What to call after every step, every epoch, and every few held-out pictures.
 
-    The bar is on stderr, where that is a terminal.
-
-    Raises:
-        InputError: TensorBoard is not installed, or its folder cannot be written.
+    The bar is on stderr, where that is a terminal; `check_logdir` says whether the log can be written.
     """
     with contextlib.ExitStack() as stack:
         bar, counted, hidden = stack.enter_context(_bar(epochs))
@@ -108,14 +123,9 @@ def _log(folder: str | None) -> Iterator[Callable[[int, dict[str, float]], None]
     if folder is None:
         yield lambda step, values: None
         return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("logdir: TensorBoard is not installed; pip install 'dvit-infer[train]' would do") from None
-    try:
-        writer: Any = SummaryWriter(folder)
-    except OSError as error:
-        raise InputError(f"logdir: {folder}: {error.strerror or error}") from None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(folder)
 
     def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

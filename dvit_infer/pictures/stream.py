@@ -1,14 +1,16 @@
 """Pictures decoded in worker processes, in the order in which they were found, only so many ahead of their use."""
 
 import contextlib
+import ctypes
 import itertools
 import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from dvit_infer.pictures.decode import PictureError, Preprocess, open_picture
 
 AT_ONCE = 8  # pictures that go to a worker together: small, so that few pictures keep all workers busy
 MOST_WORKERS = 64  # each takes some of the 1,024 files that a process may usually have open
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 AHEAD = 4  # times that for every worker: a batch can be assembled while the model runs
 
 
@@ -95,7 +98,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
             batch_sampler=itertools.chain(first, chunks),
             num_workers=workers,
             collate_fn=list,
-            worker_init_fn=apart,
+            worker_init_fn=first_in_worker(),
             prefetch_factor=AHEAD if workers else None,
             generator=torch.Generator(),  # or it would draw from the process's
             # Forked workers start at once and need no main module that can be imported again.
@@ -114,17 +117,26 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C reaches a terminal's every process. Workers started in this block never see it: this process ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    """Ctrl-C reaches a terminal's every process, a launcher's or batch system's SIGTERM a job's.
+
+    Workers started in this block never see them: this process ends its workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def apart(worker: int) -> None:
-    """What a worker does first: a signal for a whole process group, as launchers send it, is not for the workers."""
-    os.setsid()
+def first_in_worker() -> Callable[[int], None] | None:
+    """What a worker does first: it asks to be killed when this process is, which cannot tell it any more.
+
+    A worker that waits to hand over its pictures would wait for ever. Linux knows by the thread that forked, so that
+    only workers of the main thread are safe to ask: it lives as long as the process.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return None
+    return lambda worker: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def batches(pictures: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
 from dvit_infer.pictures.decode import PictureError, open_picture
-from dvit_infer.pictures.stream import apart, interrupts_held
+from dvit_infer.pictures.stream import first_in_worker, interrupts_held
 from dvit_infer.training.augment import Augmentation
 
 # What a picture's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.
@@ -162,7 +162,7 @@ def batches(
             generator=torch.Generator(),
             multiprocessing_context="fork" if loading.workers and sys.platform == "linux" else None,
             collate_fn=_as_it_is,
-            worker_init_fn=apart,
+            worker_init_fn=first_in_worker(),
         )
         made = iter(loader)
     for arrays, unreadable in made:

@@ -69,5 +69,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         raise InputError(f"WORLD_SIZE: {world.size} processes cannot find each other: {error}") from None
     try:
         yield
+    except RuntimeError as error:  # gloo has no kind of its own
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            raise InputError("WORLD_SIZE: another process has ended; what it said tells why") from None
+        raise
     finally:
         distributed.destroy_process_group()

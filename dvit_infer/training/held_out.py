@@ -26,7 +26,8 @@ def top1(
     world: World,
     device: torch.device,
     on_counted: Callable[[int, int], None],
-) -> float:
+    stop: Callable[[], bool],
+) -> float | None:
     """Percent of the pictures that the student with these weights is right about; patches are really dropped.
 
     Every process takes its share of them. Those that cannot be read do not count. The student is in training mode
@@ -34,12 +35,14 @@ def top1(
 
     Args:
         on_counted: called with how many of this process's pictures were counted, and how many it has.
+        stop: true in any process: None is what comes out.
     """
     own = {name: value.clone() for name, value in student.state_dict().items()}
     student.load_state_dict(weights)
     student.eval()
     mine = [Entry(path, label) for path, label in pictures[world.rank :: world.size]]
     right = total = done = 0
+    stopped = False
     for group in batches(decode(mine, preprocess_for(config), workers), AT_ONCE):
         images = pixels(group)
         if images is not None:
@@ -49,7 +52,9 @@ def top1(
             total += len(labels)
         done += len(group)
         on_counted(done, len(mine))
+        if stopped := stop():
+            break
     student.load_state_dict(own)
     set_training(student)
-    counts = world.all_reduce(torch.tensor([float(right), float(total)], device=device))
-    return 100 * float(counts[0]) / max(1.0, float(counts[1]))
+    counts = world.all_reduce(torch.tensor([float(right), float(total), float(stopped)], device=device)).tolist()
+    return None if counts[2] else 100 * counts[0] / max(1.0, counts[1])

@@ -67,7 +67,8 @@ class Run:
             settings.token_loss or ("kl" if config.family == "lvvit" else "mse"),
             settings.per_image,
         )
-        self.identity = saving.identity(settings, pair.args, pair.teacher, pictures.digest, augmentation.torchvision)
+        by = augmentation.torchvision and bool(settings.randaugment or settings.erase)
+        self.identity = saving.identity(settings, pair.args, pair.teacher, pictures.digest, by)
         self.student = pair.student.to(device)
         self.teacher = pair.teacher.to(device).requires_grad_(False)
         for model in (self.student, self.teacher):
@@ -166,7 +167,7 @@ class Run:
             parameter.grad = None
         if self.world.size == 1:
             return self.student
-        return DistributedDataParallel(self.student, broadcast_buffers=False)
+        return DistributedDataParallel(self.student)
 
     def _epoch(
         self,
@@ -188,8 +189,7 @@ class Run:
             self.step += 1
             last = self._known(found, start, first)
             on_step(last)
-            stopped = self._any(stop())
-            if stopped and self.step < self.steps:
+            if self._any(stop()) and self.step < self.steps:
                 self.save()
                 return False
         means = (sums / (self.steps - first)).tolist()
@@ -198,11 +198,11 @@ class Run:
             raise InputError(f"{unreadable[0][0] if unreadable else 'pictures'}: like all others, cannot be read")
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
-        right = self._top1(on_counted) if self.held_out and not stopped else None
+        right = self._top1(on_counted, stop) if self.held_out else None
         on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, right))
         return self.epoch == self.settings.epochs or not self._any(stop())
 
-    def _top1(self, on_counted: Callable[[int, int], None]) -> float:
+    def _top1(self, on_counted: Callable[[int, int], None], stop: Callable[[], bool]) -> float | None:
         return top1(
             self.student,
             self.weights(),
@@ -212,6 +212,7 @@ class Run:
             world=self.world,
             device=self.device,
             on_counted=on_counted,
+            stop=stop,
         )
 
     def _any(self, here: bool) -> bool:

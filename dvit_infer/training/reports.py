@@ -36,7 +36,8 @@ class Epoch:
 
     Attributes:
         unreadable: pictures that could not be read, and how many more were left out for that reason.
-        top1: percent of the held-out pictures that the pruned model is right about; None: there are none.
+        top1: percent of the held-out pictures that the pruned model is right about; None: there are none, or the run
+            is to stop, and they were not counted.
     """
 
     last: Step
