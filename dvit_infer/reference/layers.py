@@ -25,8 +25,8 @@ class Attention(nn.Module):
     """Multi-head self-attention by plain matrix products, which FLOP counters see.
 
     Attributes:
-        fused: the same by PyTorch's scaled_dot_product_attention and, with a policy, by `masked_attention`: quicker,
-            but out of FLOP counters' sight.
+        fused: the same by PyTorch's scaled_dot_product_attention, where that is quicker, and, with a policy, by
+            `masked_attention`; out of FLOP counters' sight.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
