@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from dvit_infer.engine import Engine, convert, load, load_reference
     from dvit_infer.errors import InputError
     from dvit_infer.families import list_archs
+    from dvit_infer.onnx_engine import load_onnx
+    from dvit_infer.onnx_file import export_onnx
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
     from dvit_infer.parity import Report, verify
     from dvit_infer.viz import draw_heat_map, draw_kept
@@ -23,8 +25,10 @@ _HOME = {
     "convert": "engine",
     "draw_heat_map": "viz",
     "draw_kept": "viz",
+    "export_onnx": "onnx_file",
     "list_archs": "families",
     "load": "engine",
+    "load_onnx": "onnx_engine",
     "load_reference": "engine",
     "pack_predictor": "ops.prune_tokens",
     "prune_tokens": "ops.prune_tokens",
@@ -39,8 +43,10 @@ __all__ = [
     "convert",
     "draw_heat_map",
     "draw_kept",
+    "export_onnx",
     "list_archs",
     "load",
+    "load_onnx",
     "load_reference",
     "pack_predictor",
     "prune_tokens",

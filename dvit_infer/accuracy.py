@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from dvit_infer.engine import Engine, Source, checkpoint_of
+from dvit_infer.classifier import Classifier, Source
+from dvit_infer.engine import checkpoint_of
 from dvit_infer.families import build_reference
 from dvit_infer.images import normalise
 from dvit_infer.parity import evaluate
@@ -83,13 +84,13 @@ class Accuracy:
         return "\n".join([table(("", ">engine"), rows), table(("", ">reference right", ">reference wrong"), sides)])
 
 
-def reference_of(engine: Engine, source: Source) -> VisionTransformer:
+def reference_of(engine: Classifier, source: Source) -> VisionTransformer:
     """The reference model with the engine's config, from the file it was made from, in float32, on its device."""
     return build_reference(engine.config, checkpoint_of(engine, source)).to(engine.device)
 
 
 def measure_accuracy(
-    engine: Engine,
+    engine: Classifier,
     folder: LabelledFolder,
     *,
     batch: int | None = None,
@@ -150,7 +151,7 @@ class _Counts:
         self.decode_seconds = self.model_seconds = 0.0
         self.unreadable: list[tuple[str, str]] = []
 
-    def take(self, group: Sequence[Decoded], engine: Engine, reference: VisionTransformer | None) -> None:
+    def take(self, group: Sequence[Decoded], engine: Classifier, reference: VisionTransformer | None) -> None:
         self.decode_seconds += sum(picture.seconds for picture in group)
         self.unreadable += [(picture.path, picture.error) for picture in group if picture.error is not None]
         images = pixels(group)

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class Checkpoint:
     other_sets: tuple[str, ...] = ()
     said: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
     is_saved_engine: bool = False
+
+    def params(self, dense: bool) -> int:
+        """How many weights run; the predictors are none of a dense model's, BatchNorm's statistics are nobody's."""
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        weights = {key: w.numel() for key, w in self.state.items() if not key.endswith(buffers)}
+        return sum(n for key, n in weights.items() if not (dense and key.startswith("score_predictor.")))
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None = None) -> Checkpoint:
@@ -81,6 +87,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
         return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
+    if path.suffix.lower() == ".onnx":
+        raise InputError(f"{name}: an ONNX file is no checkpoint; dvit-bench, dvit-eval and dvit-predict run it")
     raise InputError(f"{name}: is no checkpoint (neither a torch file nor safetensors)")
 
 
@@ -158,22 +166,36 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
         raise InputError(f"{path}: damaged safetensors file ({_first_line(str(error))})") from None
     if HEADER_KEY not in metadata:
         return tensors, None
+    return tensors, read_header(str(path), metadata[HEADER_KEY])
+
+
+def header_text(config: Config) -> str:
+    """What a file of this project says of itself under `HEADER_KEY`."""
+    return json.dumps({"format": FORMAT, "config": asdict(config)})
+
+
+def read_header(name: str, text: str) -> dict[str, Any]:
+    """The facts of a config, their types unchecked, from what `header_text` wrote into the file `name`.
+
+    Raises:
+        InputError: it is not that, or not of this version.
+    """
     try:
-        header = json.loads(metadata[HEADER_KEY])
+        header = json.loads(text)
         version, config = header["format"], header["config"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path}: its {HEADER_KEY} header is not the JSON this project writes") from None
+        raise InputError(f"{name}: its {HEADER_KEY} header is not the JSON this project writes") from None
     if version is True or version != FORMAT:
-        raise InputError(f"{path}: its format is {str(version)[:20]}, this version reads format {FORMAT}")
+        raise InputError(f"{name}: its format is {str(version)[:20]}, this version reads format {FORMAT}")
     names = {f.name for f in fields(Config)}
     if isinstance(config, dict):
         config = dict.fromkeys(_OPTIONAL) | config
     if not isinstance(config, dict) or config.keys() != names:
         wrong = sorted(names ^ config.keys())[0] if isinstance(config, dict) else "config"
-        raise InputError(f"{path}: its {HEADER_KEY} header is damaged at {str(wrong)[:40]!r}")
+        raise InputError(f"{name}: its {HEADER_KEY} header is damaged at {str(wrong)[:40]!r}")
     if empty := [key for key, value in config.items() if value is None and key not in _OPTIONAL]:
-        raise InputError(f"{path}: its {HEADER_KEY} header does not say {empty[0]}")
-    return tensors, config
+        raise InputError(f"{name}: its {HEADER_KEY} header does not say {empty[0]}")
+    return config
 
 
 def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:

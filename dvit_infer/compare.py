@@ -10,9 +10,10 @@ import torch
 
 from dvit_infer import peers, ways
 from dvit_infer.agreement import Expected, stray, unchecked
+from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.devices import free_memory
-from dvit_infer.engine import Engine, Source
+from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.images import sample_images

@@ -1,11 +1,10 @@
 """A checkpoint becomes an engine: the folded graph, a backend, a device and a dtype."""
 
 import errno
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,109 +12,34 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvit_infer.backends import runner_for
-from dvit_infer.checkpoint import FORMAT, HEADER_KEY, Checkpoint, read_checkpoint
+from dvit_infer.checkpoint import HEADER_KEY, Checkpoint, header_text, read_checkpoint
+from dvit_infer.classifier import Classifier, Source
 from dvit_infer.config import Config
-from dvit_infer.devices import chunk, free_memory, is_out_of_memory, resolve_device, resolve_dtype
+from dvit_infer.devices import resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.reading import Note
 from dvit_infer.files import check_output, whole_file
-from dvit_infer.graph import Graph, build_graph, fold
-from dvit_infer.images import check_images, is_plain
-
-Source = str | Path | Mapping[str, Any]
+from dvit_infer.graph import Graph, Node, build_graph, fold
 
 
-class Engine:
+class Engine(Classifier):
     """A converted model. Call it with pictures; `convert` and `load` make one.
 
     Attributes:
-        config: what the model is (frozen).
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and what runs them.
-        runner: what runs the graph, for one batch that fits.
         notes: what was read, assumed or given when the checkpoint was recognised.
-        device, dtype: where and in what the graph runs.
-        chunk: pictures that go through the graph together; larger batches are cut.
+        config, runner, device, dtype, chunk: as of every `Classifier`.
     """
 
     def __init__(
         self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.device, self.dtype = device, dtype
-        self.config = config
+        graph = folded_graph(config, checkpoint, device, dtype)
+        super().__init__(config, runner_for(graph), device, dtype)
         self.notes = list(notes)
-        graph = folded_graph(config, checkpoint, self.device, self.dtype)
-        self.runner = runner_for(graph)
         self.graph = replace(graph, how=self.runner.how)
         self._checkpoint = checkpoint
-        self.chunk = chunk(device, config.num_patches, config.embed_dim)
-
-    @overload
-    def __call__(
-        self, images: torch.Tensor, *, return_kept: Literal[False] = False, kept: Sequence[torch.Tensor] | None = None
-    ) -> torch.Tensor: ...
-    @overload
-    def __call__(
-        self, images: torch.Tensor, *, return_kept: Literal[True], kept: Sequence[torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
-    @torch.no_grad()
-    def __call__(
-        self, images: torch.Tensor, *, return_kept: bool = False, kept: Sequence[torch.Tensor] | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Classify pictures.
-
-        Args:
-            images: (B, 3, H, W), any B >= 1, any device and strides; floating point is taken as normalised, uint8 is
-                normalised inside with the config's mean and std.
-            return_kept: also return which patches were kept.
-            kept: a stage each, (B, k) int64 original patch positions, ascending, to keep instead of the predictors'
-                choice; every stage's must be among the stage's before.
-
-        Returns:
-            Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions, a stage each
-            (B, k) int64 in the original grid, row-major, ascending.
-
-        Raises:
-            ValueError: images or kept are of a rank, size, dtype or content that does not fit.
-            MemoryError: a GPU has no memory for even one picture.
-        """
-        check_images(images, self.config)
-        stages = None if kept is None else check_kept(kept, self.config, len(images), self.device)
-        logits, chosen = [], []
-        start = 0
-        while start < len(images):
-            part = slice(start, start + self.chunk)
-            given = None if stages is None else [stage[part] for stage in stages]
-            try:
-                out = self.runner(images[part], given, return_kept=return_kept)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                out = None  # what the failed call held is free only once its traceback is gone
-            if out is None:
-                self._take_less(len(images[part]))
-                continue
-            start += len(out[0])
-            logits.append(out[0])
-            chosen.append(out[1])
-        result = torch.cat(logits)
-        return (result, [torch.cat(stage) for stage in zip(*chosen, strict=True)]) if return_kept else result
-
-    def _take_less(self, images: int) -> None:
-        """After a GPU had too little memory for so many pictures at a time: halve that, from now on.
-
-        Raises:
-            MemoryError: there is nothing to halve.
-        """
-        self.runner.release()
-        if images == 1:
-            free = free_memory(self.device) or 0
-            height, width = self.config.image_size
-            raise MemoryError(
-                f"images: not one picture of {height}x{width} fits in what is free on {self.device}, "
-                f"{free / 2**20:.0f} MiB; other programs may hold the rest"
-            )
-        self.chunk = (images + 1) // 2
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.
@@ -134,11 +58,37 @@ class Engine:
         Raises:
             OSError: the disk is full, say.
         """
-        header = {HEADER_KEY: json.dumps({"format": FORMAT, "config": asdict(self.config)})}
         try:
-            save_file(self._checkpoint.state, path, header)
+            save_file(self._checkpoint.state, path, {HEADER_KEY: header_text(self.config)})
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None
+
+    def graph_in(self, dtype: torch.dtype) -> Graph:
+        """The graph folded anew, on the CPU in another dtype: for what writes it elsewhere."""
+        return folded_graph(self.config, self._checkpoint, torch.device("cpu"), dtype)
+
+    @property
+    def params(self) -> int:
+        """Weights of the model as the file has them, a dense engine's without the predictors (`Checkpoint.params`)."""
+        return self._checkpoint.params(dense=self.config.method == "none")
+
+    def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
+        return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
+
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        return self.tensors(self.graph)
+
+    def node_values(
+        self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
+    ) -> list[tuple[Node, torch.Tensor]]:
+        found: list[tuple[Node, torch.Tensor]] = []
+        self.runner(images, kept or None, lambda node, out: found.append((node, out.clone())))
+        return found
+
+    def digest(self, source: Source) -> Iterator[bytes]:
+        for name, tensor in sorted(checkpoint_of(self, source).state.items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def convert(
@@ -219,7 +169,7 @@ def load_reference(
     return build_reference(config, checkpoint)
 
 
-def checkpoint_of(engine: Engine, source: Source) -> Checkpoint:
+def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
     """The checkpoint that an engine was made from, with the set of weights that it took, if there are several."""
     checkpoint = read_checkpoint(source)
     wanted = engine.config.weights
@@ -249,31 +199,3 @@ def _recognised(
     checkpoint = read_checkpoint(source, given.get("weights"))
     config, notes = recognise(checkpoint, arch, given, {"method": method, "image_size": image_size})
     return checkpoint, config, notes
-
-
-def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:
-    """Kept sets given by the caller, on the device, after every check that keeps indices in bounds.
-
-    Raises:
-        ValueError: the number of stages, a shape, a dtype, an order, or a position that an earlier stage dropped.
-    """
-    if not isinstance(kept, list | tuple):
-        raise ValueError(f"kept: a list of tensors is expected, not a {type(kept).__name__}")
-    if len(kept) != len(config.num_keep):
-        raise ValueError(f"kept: {len(kept)} stages given, the model has {len(config.num_keep)}")
-    alive = torch.ones(batch, config.num_patches, dtype=torch.bool, device=device)
-    stages = []
-    for stage, (index, count) in enumerate(zip(kept, config.num_keep, strict=True)):
-        if not isinstance(index, torch.Tensor) or not is_plain(index):
-            raise ValueError(f"kept: stage {stage} is a {type(index).__name__}; a dense tensor is expected")
-        if tuple(index.shape) != (batch, count) or index.dtype != torch.int64:
-            found = f"{index.dtype} of shape {tuple(index.shape)}"
-            raise ValueError(f"kept: stage {stage} is {found}; int64 ({batch}, {count}) is expected")
-        index = index.to(device).contiguous()
-        if index.min() < 0 or index.max() >= config.num_patches or (index.diff(dim=1) <= 0).any():
-            raise ValueError(f"kept: stage {stage} is not ascending positions from 0 to {config.num_patches - 1}")
-        if not alive.gather(1, index).all():
-            raise ValueError(f"kept: stage {stage} keeps a position that an earlier stage dropped")
-        alive = torch.zeros_like(alive).scatter_(1, index, True)
-        stages.append(index)
-    return stages

@@ -74,3 +74,23 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_files(path: str | Path, what: str) -> Iterator[Path]:
+    """As `whole_file`, with others beside it: a path of that name in a folder of its own, all of which moves.
+
+    The file itself moves last: when it is there, so are the others.
+
+    Raises:
+        InputError: naming `what` and the path: the disk is full, say.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name[:50]}.", suffix=".part", dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            yield part
+            for file in sorted(part.parent.iterdir(), key=lambda file: file == part):
+                os.replace(file, target.parent / file.name)
+    except OSError as error:
+        raise InputError(f"{what}: {path}: {error.strerror or error}") from None

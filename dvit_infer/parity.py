@@ -1,24 +1,25 @@
 """Parity: does an engine give the reference model's answers? Logits, top-1, kept sets, weights, node by node."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dvit_infer.backends.torch import as_asked
-from dvit_infer.checkpoint import Checkpoint
+from dvit_infer.classifier import Classifier, Source
 from dvit_infer.devices import CHUNK
-from dvit_infer.engine import Engine, Source, checkpoint_of, folded_graph
+from dvit_infer.engine import Engine, checkpoint_of, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
-from dvit_infer.graph.nodes import Node
-from dvit_infer.images import sample_images
+from dvit_infer.graph import Graph, Node
+from dvit_infer.images import normalise, sample_images, sample_pictures
 from dvit_infer.reference.vit import EvalOutput, VisionTransformer
 from dvit_infer.tables import table
 
 LOGIT_TOLERANCE = 1e-4  # float32
 MARGIN = 1e-5  # float32: a kept set is compared only where the gap at its cut, and at every earlier one, is larger
 RMS_FACTOR = 2.0  # bfloat16 and float16: most that the engine's rms error may be over plain PyTorch's
+MOST_RMS = 0.5  # of the logits' rms: beyond this error nothing is alike
 NODE_TOLERANCE = 1e-5  # rms error of a node's output over its rms, beyond RMS_FACTOR times plain PyTorch's
 
 
@@ -76,16 +77,17 @@ class Report:
 
 
 @torch.no_grad()
-def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
-    """Compare an engine with the reference model built from `source` and the engine's config.
+def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
+    """Compare an engine, or an ONNX file, with the reference model built from `source` and the engine's config.
 
     Passes when every engine weight follows from the file's and, over `num_images` made-up pictures: in float32,
     logits are within 1e-4 and kept sets are equal where their cut is clear (gap over 1e-5); in bfloat16 and float16,
     with the reference's kept sets given, the rms error is at most twice that of plain PyTorch in that dtype and top-1
-    agreement no lower than its own by more than two standard errors.
+    agreement no lower than its own by more than two standard errors. What is quantised to int8 passes unless nothing is
+    alike any more (`MOST_RMS`): the report says how much it changed.
 
     Args:
-        engine: any engine.
+        engine: any engine, or what `load_onnx` gives.
         source: the checkpoint it was made from, as for `convert`.
         num_images: how many pictures; fewer than 64 say less.
 
@@ -95,12 +97,16 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
     if num_images < 1:
         raise InputError(f"num_images: {num_images}; at least one picture is needed")
     checkpoint = checkpoint_of(engine, source)
-    images = sample_images(num_images, engine.config.image_size, seed=1)
-    reference = build_reference(engine.config, checkpoint).to(engine.device)
+    config = engine.config
+    pictures = images = sample_images(num_images, config.image_size, seed=1)
+    if engine.only_uint8:
+        pictures = sample_pictures(num_images, config.image_size, seed=1)
+        images = normalise(pictures, config.mean, config.std)
+    reference = build_reference(config, checkpoint).to(engine.device)
     expected = evaluate(reference, images)
     if not torch.isfinite(expected.logits).all():
         raise InputError(f"{checkpoint.name}: the reference model itself gives NaN or Inf; its weights are too large")
-    logits, own_kept = engine(images, return_kept=True)
+    logits, own_kept = engine(pictures, return_kept=True)
     differs = _differs(own_kept, expected.kept, num_images)
     if engine.dtype == torch.float32:
         plain, plain_logits = reference, expected.logits
@@ -108,8 +114,9 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
         plain = build_reference(engine.config, checkpoint).to(engine.device, engine.dtype)
         plain_logits = evaluate(plain, images, expected.kept).logits
         differs = torch.ones_like(differs)
-    if expected.kept and differs.any():
-        logits = torch.where(differs[:, None], engine(images, kept=expected.kept), logits)
+    quantised = engine.precision == "int8"
+    if expected.kept and differs.any() and not quantised:
+        logits = torch.where(differs[:, None], engine(pictures, kept=expected.kept), logits)
     clear = torch.cumprod(expected.margin > MARGIN, dim=1).bool()
     equal = [
         clear[:, s] & (own == kept).all(dim=1)
@@ -118,10 +125,15 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
     max_error, rms_error = _errors(logits, expected.logits)
     plain_max_error, plain_rms_error = _errors(plain_logits, expected.logits)
     top1, plain_top1 = (_agreement(x, expected.logits) for x in (logits, plain_logits))
-    wrong_weight = _wrong_weight(engine, checkpoint)
+    graph = folded_graph(config, checkpoint, torch.device("cpu"), engine.dtype)
+    wrong_weight = _wrong_weight(engine, graph)
 
     failures = [f"weights: {wrong_weight}"] if wrong_weight else []
-    if engine.dtype == torch.float32:
+    if quantised:
+        scale = expected.logits.square().mean().sqrt().item()
+        if not rms_error <= MOST_RMS * scale:
+            failures.append(f"logits: rms error {rms_error:.2e} is over half of their rms, {scale:.2e}")
+    elif engine.dtype == torch.float32:
         if not max_error <= LOGIT_TOLERANCE:  # so that NaN fails
             failures.append(f"logits: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")
         for stage, same in enumerate(equal):
@@ -133,7 +145,7 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
         if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
             failures.append(f"top-1 agreement: {top1:.1%} is below plain PyTorch's {plain_top1:.1%}")
     return Report(
-        dtype=str(engine.dtype).removeprefix("torch."),
+        dtype=engine.precision,
         device=str(engine.device),
         num_images=num_images,
         max_error=max_error,
@@ -146,7 +158,12 @@ def verify(engine: Engine, source: Source, num_images: int = 64) -> Report:
         kept_equal=tuple(int(same.sum()) for same in equal),
         kept_overlap=tuple(_overlap(own, kept) for own, kept in zip(own_kept, expected.kept, strict=True)),
         wrong_weight=wrong_weight,
-        first_difference=_first_difference(engine, reference, plain, images[:2], [k[:2] for k in expected.kept]),
+        first_difference=None
+        if quantised
+        else _first_difference(
+            engine.node_values(graph.nodes, pictures[:2], [stage[:2] for stage in expected.kept]),
+            *(_record(model, images[:2], [stage[:2] for stage in expected.kept]) for model in (reference, plain)),
+        ),
         failures=tuple(failures),
     )
 
@@ -195,38 +212,40 @@ def _standard_error(first: float, second: float, count: int) -> float:
     return float(sum(p * (1 - p) / (count + 2) for p in shares) ** 0.5)
 
 
-def _wrong_weight(engine: Engine, checkpoint: Checkpoint) -> str | None:
+def _wrong_weight(engine: Classifier, anew: Graph) -> str | None:
     """The first tensor of the engine that is not what folding the checkpoint anew gives."""
-    anew = folded_graph(engine.config, checkpoint, torch.device("cpu"), engine.dtype)
-    if [node.name for node in anew.nodes] != [node.name for node in engine.graph.nodes]:
-        return "the graph has other nodes"
-    for ours, theirs in zip(engine.graph.nodes, anew.nodes, strict=True):
-        if ours.weights.keys() != theirs.weights.keys():
-            return f"{ours.name} has other tensors"
-        for name, right in theirs.weights.items():
-            right, found = right.double(), ours.weights[name].cpu().double()
-            # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
-            allowed = 1e-5 * right.abs() + 1e-7 * right.abs().max()
-            if found.shape != right.shape or not ((found - right).abs() <= allowed).all():  # NaN is wrong too
-                return f"{ours.name} {name} does not follow from the file"
+    found, expected = engine.own_tensors(), engine.tensors(anew)
+    if engine.precision == "int8":  # those that were quantised have other names
+        expected = {name: right for name, right in expected.items() if name in found}
+    elif odd := sorted(found.keys() ^ expected.keys()):
+        return f"{odd[0]} is {'unexpected' if odd[0] in found else 'missing'}"
+    for name, right in expected.items():
+        right, own = right.double(), found[name].cpu().double()
+        # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
+        allowed = 1e-5 * right.abs() + 1e-7 * right.abs().max()
+        if own.shape != right.shape or not ((own - right).abs() <= allowed).all():  # NaN is wrong too
+            return f"{name} does not follow from the file"
     return None
 
 
 def _first_difference(
-    engine: Engine,
-    reference: VisionTransformer,
-    plain: VisionTransformer,
-    images: torch.Tensor,
-    kept: Sequence[torch.Tensor],
+    ours: Sequence[tuple[Node, torch.Tensor]], right: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]
 ) -> str | None:
     """Name of the first node whose output strays from the reference by more than plain PyTorch's rounding explains."""
-    ours, rounded = (node_outputs(engine, model, images, kept) for model in (reference, plain))
-    for (node, out, want), (_, _, plain_out) in zip(ours, rounded, strict=True):
+    for node, out in ours:
+        if node.equals not in right:
+            continue
+        want, rounded = (_rows_of(out, there[node.equals]) for there in (right, plain))
         scale = max(want.double().square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
-        strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, plain_out))
+        strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, rounded))
         if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
             return f"{node.name} (relative rms {strays:.1e})"
     return None
+
+
+def _rows_of(out: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Where only the first rows go on in the engine, only they are compared."""
+    return there if out.ndim < 3 else there[:, : out.shape[1]]
 
 
 def node_outputs(
@@ -239,14 +258,8 @@ def node_outputs(
         kept: the kept sets of both, a stage each; empty for a dense engine.
     """
     right = _record(model, images, kept)
-    found: list[tuple[Node, torch.Tensor]] = []
-    engine.runner(images, kept or None, lambda node, out: found.append((node, out.clone())))
-    # Where only the first rows go on in the engine, only they are compared.
-    return [
-        (node, out, right[node.equals] if out.ndim < 3 else right[node.equals][:, : out.shape[1]])
-        for node, out in found
-        if node.equals in right
-    ]
+    found = engine.node_values(engine.graph.nodes, images, kept)
+    return [(node, out, _rows_of(out, right[node.equals])) for node, out in found if node.equals in right]
 
 
 def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

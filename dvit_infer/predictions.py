@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dvit_infer.engine import Engine, Source, checkpoint_of
+from dvit_infer.classifier import Classifier, Source
 from dvit_infer.pictures.decode import Preprocess, preprocess_for
 from dvit_infer.pictures.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 
@@ -49,7 +49,7 @@ class Prediction:
         return json.dumps({**start, "top5": top, **({} if self.kept is None else {"kept": self.kept})})
 
 
-def model_id(engine: Engine, source: Source, preprocess: Preprocess) -> str:
+def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     """`<arch>@<8 hexadecimal digits>`, a digest of all that answers depend on: weights, config, dtype, preprocessing,
     and this project's `VERSION`.
 
@@ -59,14 +59,13 @@ def model_id(engine: Engine, source: Source, preprocess: Preprocess) -> str:
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     said = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name, tensor in sorted(checkpoint_of(engine, source).state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for part in engine.digest(source):
+        digest.update(part)
     return f"{engine.config.arch}@{digest.hexdigest()[:8]}"
 
 
 def predict(
-    engine: Engine,
+    engine: Classifier,
     paths: Iterable[str],
     *,
     kept: bool = False,
@@ -98,13 +97,13 @@ def predict(
         yield answers
 
 
-def _answers(engine: Engine, group: Sequence[Decoded], kept: bool) -> list[Prediction]:
+def _answers(engine: Classifier, group: Sequence[Decoded], kept: bool) -> list[Prediction]:
     images = pixels(group)
     answered = iter(()) if images is None else _classified(engine, [p.path for p in group if not p.error], images, kept)
     return [Prediction(p.path, error=p.error) if p.error else next(answered) for p in group]
 
 
-def _classified(engine: Engine, paths: Sequence[str], images: torch.Tensor, kept: bool) -> Iterator[Prediction]:
+def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, kept: bool) -> Iterator[Prediction]:
     logits, chosen = engine(images, return_kept=True)
     finite = torch.isfinite(logits).all(dim=1).tolist()
     best = logits.cpu().softmax(dim=1).topk(min(TOP, logits.shape[1]))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.devices import resolve_device, resolve_dtype
-from dvit_infer.engine import Engine, Source
+from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference, recognise
 from dvit_infer.families.example import example_checkpoint
@@ -96,10 +97,7 @@ class Subject:
         return build_graph(self.plain, self.config).gflops
 
     def params(self, dense: bool) -> int:
-        """Weights of what runs; the predictors are none of a dense model's."""
-        buffers = ("running_mean", "running_var", "num_batches_tracked")
-        weights = {key: w.numel() for key, w in self.checkpoint.state.items() if not key.endswith(buffers)}
-        return sum(n for key, n in weights.items() if not (dense and key.startswith("score_predictor.")))
+        return self.checkpoint.params(dense)
 
 
 def engine_way(subject: Subject, config: Config, how: str = "engine") -> Way:

@@ -1,9 +1,9 @@
-"""dvit-convert: a checkpoint in, a verified model file out."""
+"""dvit-convert: a checkpoint in, a verified model file out: weights for this project's engine, or ONNX for any runtime."""
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from dvit_infer.classifier import Classifier
     from dvit_infer.engine import Engine
-    from dvit_infer.families.reading import Note
     from dvit_infer.parity import Report
+
+ONNX_ONLY = ("opset", "kept", "uint8", "inline", "quantize", "calibrate", "classes")
 
 
 def _parser() -> Parser:
     parser = Parser(prog="dvit-convert", description="Convert a checkpoint and verify it against the reference model.")
     parser.add_argument("checkpoint", metavar="CKPT", help="a .pth, .pth.tar, .pt or .safetensors file")
-    parser.add_argument("-o", "--out", metavar="OUT", help="default: <stem>.dvit.safetensors in this folder")
+    parser.add_argument("-o", "--out", metavar="OUT", help="default: <stem>.dvit.safetensors or .dvit.onnx here")
     parser.add_argument("--arch", metavar="A", help="default: recognised from keys and shapes")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="default: the file's base_rate, else 0.7")
     parser.add_argument("--prune-at", type=integers, metavar="3,6,9", help="blocks before which tokens are dropped")
@@ -27,10 +31,18 @@ def _parser() -> Parser:
     parser.add_argument("--image-size", type=size, metavar="S|HxW", help="default: as trained")
     parser.add_argument("--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="what the file cannot say")
     parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16, to verify in")
-    parser.add_argument("--format", choices=["safetensors"], default="safetensors", help="of the file written")
+    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16, to verify in; of an ONNX file")
+    parser.add_argument("--format", choices=["safetensors", "onnx"], default="safetensors", help="of the file written")
     parser.add_argument("--no-verify", action="store_true", help="write the file without comparing answers")
     parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
+    onnx = parser.add_argument_group("ONNX files", "with --format onnx")
+    onnx.add_argument("--opset", type=int, metavar="N", help="20 (the default) or 21")
+    onnx.add_argument("--kept", action="store_true", help="outputs kept_0, kept_1, ...: the patches kept")
+    onnx.add_argument("--uint8", action="store_true", help="take uint8 pictures (B, H, W, 3) and normalise them inside")
+    onnx.add_argument("--inline", action="store_true", help="no local functions, which OpenVINO and TensorRT do not know")
+    onnx.add_argument("--quantize", metavar="int8", help="8-bit weights and products for CPUs; scores stay float32")
+    onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these pictures")
+    onnx.add_argument("--classes", metavar="FILE.json", help="names of the classes, to put into the file")
     return parser
 
 
@@ -40,42 +52,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
-    from dvit_infer.files import check_output, whole_file
+    from dvit_infer.files import check_output
     from dvit_infer.results import environment, write_json
     from dvit_infer.tables import table
 
-    name = _default_out(options.checkpoint) if options.out is None else options.out
+    write = _onnx if options.format == "onnx" else _safetensors
+    if write is _safetensors and (odd := [name for name in ONNX_ONLY if getattr(options, name) not in (None, False)]):
+        raise dvit.InputError(f"{odd[0]}: is for --format onnx")
+    name = _default_out(options.checkpoint, options.format) if options.out is None else options.out
     out = check_output(name, "out", not_this=options.checkpoint)
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.checkpoint)
     if json_out == out:
         raise dvit.InputError(f"json: {options.json} is where the model goes; choose another name")
-    report = None
+    report: Report | None = None
     with progress("converting") as show:
-        engine = dvit.convert(
-            options.checkpoint,
-            arch=options.arch,
-            keep_rate=options.keep_rate,
-            prune_at=options.prune_at,
-            method=options.method,
-            image_size=options.image_size,
-            assume=options.assume,
-            device=options.device,
-            dtype=options.dtype,
-        )
-        notes = engine.notes
+        engine = _engine(options)
         show(0.3)
-        with contextlib.suppress(_ParityError), whole_file(out, "out") as part:
-            engine.write(part)
+        with contextlib.suppress(_ParityError), write(options, engine, out) as written:
+            show(0.5)
             if not options.no_verify:
                 # What is verified is what the file gives back, not what was in memory when it was written.
-                engine = dvit.load(part, device=engine.device, dtype=engine.dtype)
-                show(0.5)
-                report = dvit.verify(engine, options.checkpoint, num_images=8 if engine.device.type == "cpu" else 64)
+                few = written.device.type == "cpu" and written.precision != "int8"
+                report = dvit.verify(written, options.checkpoint, num_images=8 if few else 64)
             if json_out is not None:
-                write_json(json_out, {"environment": environment(), **_found(engine, notes, report)})
+                write_json(json_out, {"environment": environment(), **_found(engine, report)})
             if report is not None and not report.passed:
                 raise _ParityError
-    print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in notes]))
+    print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
     print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run")
     print("not verified, as asked" if report is None else report)
     if report is not None and not report.passed:
@@ -88,10 +91,76 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _found(engine: "Engine", notes: "list[Note]", report: "Report | None") -> dict[str, Any]:
+def _engine(options: argparse.Namespace) -> "Engine":
+    import dvit_infer as dvit
+
+    to_onnx = options.format == "onnx"
+    return dvit.convert(
+        options.checkpoint,
+        arch=options.arch,
+        keep_rate=options.keep_rate,
+        prune_at=options.prune_at,
+        method=options.method,
+        image_size=options.image_size,
+        assume=options.assume,
+        device="cpu" if to_onnx else options.device,
+        dtype=options.dtype or ("float32" if to_onnx else None),
+    )
+
+
+@contextlib.contextmanager
+def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
+    """Writes the engine's weights, and gives what was written, loaded; it is there if the block ends well."""
+    import dvit_infer as dvit
+    from dvit_infer.files import whole_file
+
+    with whole_file(out, "out") as part:
+        engine.write(part)
+        yield engine if options.no_verify else dvit.load(part, device=engine.device, dtype=engine.dtype)
+
+
+@contextlib.contextmanager
+def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
+    """The same for an ONNX file."""
+    import dvit_infer as dvit
+    from dvit_infer.files import whole_files
+    from dvit_infer.onnx_file import write_onnx
+    from dvit_infer.packages import need
+    from dvit_infer.pictures.classes import read_classes
+
+    if not options.no_verify:
+        need("format: onnx", "onnx", "onnxruntime", extra="dvit-infer[onnx]")
+    if options.calibrate is not None and options.quantize is None:
+        raise dvit.InputError("calibrate: is for --quantize int8")
+    classes = None if options.classes is None else read_classes(options.classes, engine.config.num_classes)
+    with whole_files(out, "out") as part:
+        write_onnx(
+            engine,
+            part,
+            dtype=engine.dtype,
+            opset=20 if options.opset is None else options.opset,
+            kept=options.kept,
+            uint8=options.uint8,
+            inline=options.inline,
+            quantize=options.quantize,
+            calibration=_calibration(options, engine),
+            labels=None if classes is None else classes.labels,
+        )
+        yield engine if options.no_verify else dvit.load_onnx(part, device=options.device)
+
+
+def _calibration(options: argparse.Namespace, engine: "Engine") -> "Iterator[np.ndarray] | None":
+    if options.calibrate is None:
+        return None
+    from dvit_infer.quantize import calibration_batches
+
+    return calibration_batches(options.calibrate, engine.config, uint8=options.uint8)
+
+
+def _found(engine: "Engine", report: "Report | None") -> dict[str, Any]:
     return {
         "config": asdict(engine.config),
-        "notes": [asdict(note) for note in notes],
+        "notes": [asdict(note) for note in engine.notes],
         "gflops": engine.graph.gflops,
         "parity": None if report is None else {"passed": report.passed, **asdict(report)},
     }
@@ -101,11 +170,11 @@ class _ParityError(Exception):
     """Leaves the block that writes the file, so that it is not written."""
 
 
-def _default_out(checkpoint: str) -> str:
+def _default_out(checkpoint: str, kind: str) -> str:
     stem = Path(checkpoint).name
-    for suffix in (".tar", ".pth", ".pt", ".safetensors"):
+    for suffix in (".tar", ".pth", ".pt", ".safetensors", *([".dvit"] if kind == "onnx" else [])):
         stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
-    return f"{stem}.dvit.safetensors"
+    return f"{stem}.dvit.{kind}"
 
 
 if __name__ == "__main__":
