@@ -10,8 +10,10 @@ import torch
 
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import checkpoint_of
+from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.images import normalise
+from dvit_infer.onnx_engine import is_onnx
 from dvit_infer.parity import evaluate
 from dvit_infer.pictures.classes import LabelledFolder
 from dvit_infer.pictures.decode import Preprocess, preprocess_for
@@ -85,7 +87,13 @@ class Accuracy:
 
 
 def reference_of(engine: Classifier, source: Source) -> VisionTransformer:
-    """The reference model with the engine's config, from the file it was made from, in float32, on its device."""
+    """The reference model with the engine's config, from the file it was made from, in float32, on its device.
+
+    Raises:
+        InputError: that is an ONNX file, which holds no weights by their official names.
+    """
+    if is_onnx(source):
+        raise InputError(f"against_reference: {source} holds no reference model; the checkpoint does")
     return build_reference(engine.config, checkpoint_of(engine, source)).to(engine.device)
 
 

@@ -54,6 +54,12 @@ def stray(logits: torch.Tensor, given: torch.Tensor | None, expected: Expected, 
     return None
 
 
+def unlike(logits: torch.Tensor, right: torch.Tensor) -> str | None:
+    """How far a way that only approximates is from the reference, if nothing is alike; None where much is."""
+    error, scale = (logits - right).square().mean().sqrt().item(), right.square().mean().sqrt().item()
+    return None if error <= MOST_RMS * scale else f"rms error {error / scale:.1e} of the logits' rms"
+
+
 def is_clear(right: EvalOutput) -> torch.Tensor:
     """(B,) whether all of a picture's cuts are clear: rounding in float32 keeps the same tokens."""
     return (right.margin > MARGIN).all(dim=1)

@@ -45,6 +45,7 @@ class Classifier(ABC):
     """
 
     only_uint8 = False  # whether it takes no pictures but uint8
+    labels: Mapping[int, str] | None = None  # names of classes, where the file has them
 
     def __init__(self, config: Config, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.runner, self.device, self.dtype = config, runner, device, dtype

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dvit_infer import peers, ways
-from dvit_infer.agreement import Expected, stray, unchecked
+from dvit_infer.agreement import Expected, stray, unchecked, unlike
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.devices import free_memory
@@ -29,6 +29,8 @@ WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared
     "compile": ways.compiled_way,
     "sdpa": ways.sdpa_way,
     "onnxruntime": peers.onnxruntime_way,
+    "onnx": peers.onnx_way,
+    "onnx-int8": peers.onnx_int8_way,
     "openvino": peers.openvino_way,
     "timm": peers.timm_way,
 }
@@ -82,7 +84,8 @@ class Outcome:
             return (
                 f"not checked whether {names} computes the same function: in no picture is the choice of tokens clear"
             )
-        largest = max(row.max_logit_error for row in self.rows)
+        exact = [row for row in self.rows if row.mode != "int8"]
+        largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
         reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
         return f"all ways compute the same function: largest error of a logit {largest:.1e}{reduced}"
 
@@ -135,6 +138,18 @@ class Comparison:
             }
 
     @property
+    def title(self) -> str:
+        """The model, and the dtype of its ways."""
+        config = self.config
+        stages = ",".join(map(str, config.num_keep)) or "all"
+        return f"{config.arch}, keeping {stages} of {config.num_patches} patches; {self.subject.dtype_name}"
+
+    @property
+    def runs(self) -> str:
+        """What runs the engine."""
+        return f"engine: {self.engine.graph.how}"
+
+    @property
     def engine(self) -> Engine:
         """The one at the model's own keep rate, else the last of the sweep; dense if the model is."""
         engines = [way.engine for way in self._ways.values() if way.engine is not None]
@@ -173,9 +188,13 @@ class Comparison:
         for name, way in self._ways.items():
             right = expected[way.config.num_keep]
             rows.append(self._row(name, batch, timings, logits[name], right.right.logits))
-            if found := stray(logits[name], given[name], right, self.subject.dtype):
+            if way.approximate:
+                found = unlike(logits[name], right.right.logits)
+            else:
+                found = stray(logits[name], given[name], right, self.subject.dtype)
+            if found:
                 strays.append(f"{name}: {found}")
-            elif given[name] is None and unchecked(right, self.subject.dtype):
+            elif given[name] is None and not way.approximate and unchecked(right, self.subject.dtype):
                 unsure.append(name)
         return Outcome(rows, self._gains(timings, batch), strays, unsure, noise(timings.values()))
 

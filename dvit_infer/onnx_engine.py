@@ -31,9 +31,8 @@ class OnnxEngine(Classifier):
 
     Attributes:
         path: of the file.
-        labels: names of classes, where the file has them.
         only_uint8: whether it takes uint8 pictures alone, which it normalises itself.
-        config, runner, device, dtype, chunk: as of every `Classifier`.
+        config, labels, runner, device, dtype, chunk: as of every `Classifier`.
     """
 
     runner: OnnxRunner

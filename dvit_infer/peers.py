@@ -2,23 +2,29 @@
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from dvit_infer.backends.onnxruntime import open_session, run_session
 from dvit_infer.config import Config
+from dvit_infer.engine import folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.families import build_reference
 from dvit_infer.graph import build_graph
 from dvit_infer.images import sample_images
+from dvit_infer.packages import need
 from dvit_infer.reference.vit import VisionTransformer
 from dvit_infer.ways import Call, Subject, Way, first_line, mib
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 def timm_way(subject: Subject) -> Way:
@@ -51,37 +57,50 @@ def timm_way(subject: Subject) -> Way:
 
 
 def onnxruntime_way(subject: Subject) -> Way:
+    """The reference as torch.onnx exports it."""
+    _check_served(subject)
+    _need("onnx", "onnxscript", "onnxruntime")
+    return _of_runtime(subject, "onnxruntime", _session_call(subject, _exported(subject, subject.dtype)))
+
+
+def onnx_way(subject: Subject) -> Way:
+    """The model as dvit-convert writes it."""
+    _check_served(subject)
+    _need("onnx", "onnxruntime")
+    return _of_converted(subject, "converted", lambda model: model)
+
+
+def onnx_int8_way(subject: Subject) -> Way:
+    """The same quantised."""
+    if subject.device.type != "cpu" or subject.dtype != torch.float32:
+        raise InputError(
+            "compare: onnx-int8 runs on CPUs, beside float32; leave it out, or --device cpu --dtype float32"
+        )
+    _need("onnx", "onnxruntime")
+    from dvit_infer.quantize import quantize_int8
+
+    return replace(_of_converted(subject, "int8", quantize_int8), approximate=True)
+
+
+def _of_converted(subject: Subject, mode: str, change: "Callable[[ModelProto], ModelProto]") -> Way:
+    from dvit_infer.backends.onnx import onnx_model
+
+    graph = folded_graph(subject.config, subject.checkpoint, torch.device("cpu"), subject.dtype)
+    call = _session_call(subject, change(onnx_model(graph)).SerializeToString())
+    return replace(_of_runtime(subject, "onnxruntime", call), mode=mode, gflops=graph.gflops)
+
+
+def _check_served(subject: Subject) -> None:
     cuda = subject.device.type == "cuda"
     served = (torch.float32, torch.float16) if cuda else (torch.float32,)
     if subject.dtype not in served:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in served)
         raise InputError(f"compare: onnxruntime runs {names} on {subject.device.type}, not {subject.dtype_name}")
-    _need("onnx", "onnxscript", "onnxruntime")
-    import onnxruntime
 
-    provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise InputError(f"compare: this onnxruntime has no {provider}; onnxruntime-gpu would")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_exported(subject, subject.dtype), options, providers=[provider])
 
-    def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-    def run_bound(images: torch.Tensor) -> torch.Tensor:
-        logits = torch.empty(len(images), subject.config.num_classes, device=images.device, dtype=images.dtype)
-        binding = session.io_binding()
-        kind = "float16" if images.dtype == torch.float16 else "float32"
-        where = "cuda", images.device.index or 0, kind
-        binding.bind_input("images", *where, tuple(images.shape), images.data_ptr())
-        binding.bind_output("logits", *where, tuple(logits.shape), logits.data_ptr())
-        torch.cuda.synchronize(images.device)  # it runs on a stream of its own
-        session.run_with_iobinding(binding)
-        return logits
-
-    return _of_runtime(subject, "onnxruntime", run_bound if cuda else run)
+def _session_call(subject: Subject, model: bytes) -> Call:
+    session = open_session(model, subject.device, "compare: onnxruntime")
+    return lambda images: run_session(session, {"images": images}, ["logits"])[0]
 
 
 def openvino_way(subject: Subject) -> Way:
@@ -91,21 +110,23 @@ def openvino_way(subject: Subject) -> Way:
     if subject.dtype not in hints:
         raise InputError(f"compare: openvino runs float32 and bfloat16, not {subject.dtype_name}")
     _need("onnx", "onnxscript", "openvino")
+    # Its own way to bfloat16 is the hint: weights and pictures come in float32.
+    run = openvino_call(_exported(subject, torch.float32), hints[subject.dtype])
+    return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
+
+
+def openvino_call(model: Path | bytes, precision: str) -> Call:
+    """An ONNX model without local functions, compiled by OpenVINO for this CPU."""
     import openvino
 
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": hints[subject.dtype],
+        "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    # Its own way to bfloat16 is the hint: weights and pictures come in float32.
-    compiled = core.compile_model(core.read_model(_exported(subject, torch.float32)), "CPU", settings)
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(compiled([images.numpy()])[0])
-
-    return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
+    compiled = core.compile_model(core.read_model(model), "CPU", settings)
+    return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
 
 
 def _of_runtime(subject: Subject, how: str, call: Call) -> Way:
@@ -113,7 +134,7 @@ def _of_runtime(subject: Subject, how: str, call: Call) -> Way:
 
 
 def _exported(subject: Subject, dtype: torch.dtype) -> bytes:
-    return export_onnx(build_reference(subject.config, subject.checkpoint).to(dtype), subject.config)
+    return traced_onnx(build_reference(subject.config, subject.checkpoint).to(dtype), subject.config)
 
 
 class _Logits(nn.Module):
@@ -128,7 +149,7 @@ class _Logits(nn.Module):
 
 
 @torch.no_grad()
-def export_onnx(model: VisionTransformer, config: Config) -> bytes:
+def traced_onnx(model: VisionTransformer, config: Config) -> bytes:
     """A reference as torch.onnx writes it: input `images` (B, 3, H, W), output `logits` (B, K), any B."""
     from onnxscript import opset18 as op
 
@@ -173,8 +194,5 @@ def _quiet() -> Iterator[None]:
 
 def _need(*packages: str) -> None:
     """The last of the packages is what was asked for."""
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        extra = "timm" if packages == ("timm",) else "dvit-infer[peers]"
-        raise InputError(
-            f"compare: {packages[-1]} needs {', '.join(missing)}, not installed; pip install '{extra}' would do"
-        )
+    extra = "timm" if packages == ("timm",) else "dvit-infer[peers]"
+    need(f"compare: {packages[-1]}", *packages, extra=extra)

@@ -20,10 +20,13 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 @dataclass(frozen=True)
 class Row:
-    """One measured way of running one model; rates are pictures a second, times milliseconds a batch."""
+    """One measured way of running one model; rates are pictures a second, times milliseconds a batch.
+
+    None: not known, as of an ONNX file that says nothing of itself and comes without a reference.
+    """
 
     model: str
-    keep_rate: float
+    keep_rate: float | None
     how: str
     mode: str | None
     device: str
@@ -34,11 +37,11 @@ class Row:
     p80_images_per_s: float
     p50_ms: float
     p99_ms: float
-    gflops: float  # multiply-adds in 10^9 of the graph as run
-    params: int
+    gflops: float | None  # multiply-adds in 10^9 of the graph as run
+    params: int | None
     peak_mib: float | None  # of its weights and what a call allocates at most
-    max_logit_error: float
-    top1_agreement: float
+    max_logit_error: float | None
+    top1_agreement: float | None
     baseline: str
     speedup: float
 

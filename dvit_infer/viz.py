@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from dvit_infer.classifier import Classifier
 from dvit_infer.config import Config
-from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.pictures.decode import PictureError, Preprocess, open_picture, preprocess_for
 
@@ -42,7 +42,7 @@ class Seen:
 
 
 def draw_kept(
-    engine: Engine,
+    engine: Classifier,
     pictures: Sequence[Picture],
     labels: Mapping[int, str] | None = None,
     preprocess: Preprocess | None = None,
@@ -61,7 +61,7 @@ def draw_kept(
     return draw_seen(look(engine, _batches(engine, pictures, preprocess), labels), engine.config)
 
 
-def draw_heat_map(engine: Engine, pictures: Iterable[Picture], preprocess: Preprocess | None = None) -> Image.Image:
+def draw_heat_map(engine: Classifier, pictures: Iterable[Picture], preprocess: Preprocess | None = None) -> Image.Image:
     """For every patch the share of pictures that kept it, a panel a stage, with a legend.
 
     The pictures may be a stream: memory does not grow with their number. Arguments and errors as `draw_kept`.
@@ -70,7 +70,7 @@ def draw_heat_map(engine: Engine, pictures: Iterable[Picture], preprocess: Prepr
     return draw_shares(shares, count, engine.config)
 
 
-def look(engine: Engine, batches: Iterable[torch.Tensor], labels: Mapping[int, str] | None = None) -> list[Seen]:
+def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[int, str] | None = None) -> list[Seen]:
     """What the engine makes of each picture.
 
     Args:
@@ -99,7 +99,7 @@ def look(engine: Engine, batches: Iterable[torch.Tensor], labels: Mapping[int, s
     return seen
 
 
-def keep_shares(engine: Engine, batches: Iterable[torch.Tensor]) -> tuple[np.ndarray, int]:
+def keep_shares(engine: Classifier, batches: Iterable[torch.Tensor]) -> tuple[np.ndarray, int]:
     """How often each patch is kept.
 
     Args:
@@ -131,7 +131,7 @@ def check_drops(config: Config) -> None:
         raise InputError(f"method: none, so {config.arch} keeps every patch and there is nothing to draw")
 
 
-def _batches(engine: Engine, pictures: Iterable[Picture], preprocess: Preprocess | None) -> Iterator[torch.Tensor]:
+def _batches(engine: Classifier, pictures: Iterable[Picture], preprocess: Preprocess | None) -> Iterator[torch.Tensor]:
     """(B, 3, H, W) uint8, `BATCH` at a time."""
     preprocess = preprocess_for(engine.config) if preprocess is None else preprocess
     stream = iter(pictures)

@@ -36,6 +36,7 @@ class Way:
         given: as call, with kept sets, a stage each; None: it chooses by itself alone.
         prepare: makes of the pictures, once, what call takes.
         engine: where it is our engine.
+        approximate: its answers are not meant to be the reference's to rounding (int8).
     """
 
     how: str
@@ -47,6 +48,7 @@ class Way:
     given: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
     prepare: Call = lambda images: images
     engine: Engine | None = None
+    approximate: bool = False
 
     @property
     def is_dense(self) -> bool:

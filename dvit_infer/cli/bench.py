@@ -21,7 +21,7 @@ def _parser() -> Parser:
         prog="dvit-bench", description="Measure a model: images/s, latency, multiply-adds, speed-up, error."
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="saved file or checkpoint; default: a random DeiT-S/0.7"
+        "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
     parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
@@ -29,8 +29,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
-        help="of reference, dense, compile, sdpa, onnxruntime, openvino, timm; the first is the baseline of the "
-        "speed-ups; default: reference,dense",
+        help="of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
+        "baseline of the speed-ups; default: reference,dense; with an ONNX file of onnxruntime, openvino",
     )
     parser.add_argument("--sweep", type=_rates, metavar="0.5:0.9:0.1", help="measure keep rates: first, last, step")
     parser.add_argument("--nodes", action="store_true", help="time every node of the graph against its floor")
@@ -49,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.cli.bench_tables import heading, report_of
     from dvit_infer.compare import USUAL, Comparison, fvcore_gflops
+    from dvit_infer.compare_onnx import OnnxComparison
     from dvit_infer.errors import InputError
     from dvit_infer.files import check_output
     from dvit_infer.node_times import limit_rows, measure_limits
     from dvit_infer.node_times import rows as node_rows
+    from dvit_infer.onnx_engine import is_onnx
     from dvit_infer.results import environment, write_json
 
     outs = {
@@ -67,13 +69,22 @@ def _bench(options: argparse.Namespace) -> int:
     if not 0 <= options.seconds <= 86400:
         raise InputError(f"seconds: {options.seconds:g}; 0 to 86400 can be measured")
     batches = list(dict.fromkeys(options.batch or ()))
+    names = options.compare.split(",") if options.compare is not None else None
+    counted = limits = None
+    comparison: Comparison | OnnxComparison
     with progress("loading"):
-        names = options.compare.split(",") if options.compare is not None else USUAL
-        comparison = Comparison(options.model, names, options.device, options.dtype, options.sweep or ())
-        batches = batches or [256 if comparison.device.type == "cuda" else 8]
+        if is_onnx(options.model):
+            if odd := [name for name in ("dtype", "sweep", "nodes") if getattr(options, name)]:
+                raise InputError(f"{odd[0]}: {options.model} is what it was converted to; give the checkpoint for that")
+            comparison = OnnxComparison(options.model, names or (), options.device)
+            batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
+        else:
+            given = USUAL if names is None else names
+            comparison = Comparison(options.model, given, options.device, options.dtype, options.sweep or ())
+            batches = batches or [256 if comparison.device.type == "cuda" else 8]
+            counted = fvcore_gflops(comparison.reference, comparison.images(1).to(comparison.device))
+            limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
         comparison.check_memory(max(batches))
-        counted = fvcore_gflops(comparison.reference, comparison.images(1).to(comparison.device))
-        limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
     where = environment()
     print(heading(comparison, where))
     if counted is not None:
@@ -84,16 +95,16 @@ def _bench(options: argparse.Namespace) -> int:
         for batch in batches:
             with progress(f"batch {batch}") as show:
                 outcomes[batch] = comparison.measure(batch, options.seconds, show)
-            if limits is not None:
+            if limits is not None and isinstance(comparison, Comparison):
                 with progress(f"nodes, batch {batch}") as show:
                     nodes[batch] = comparison.time_nodes(batch, limits, options.seconds, show)
     finally:  # also when it is interrupted, or a later batch does not fit: what was measured is worth having
         if outcomes:
             print(report_of(outcomes, nodes))
     rows: list[dict[str, Any]] = [asdict(row) for outcome in outcomes.values() for row in outcome.rows]
-    for batch, times in nodes.items():
-        rows += node_rows(times, comparison.engine, batch)
-    if limits is not None:
+    if limits is not None and isinstance(comparison, Comparison):
+        for batch, times in nodes.items():
+            rows += node_rows(times, comparison.engine, batch)
         rows += limit_rows(limits, comparison.subject.dtype)
         print(limits)
     content = {"environment": where, "rows": rows}

@@ -3,19 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from dvit_infer.compare import Comparison, Gain, Outcome
+from dvit_infer.compare_onnx import OnnxComparison
 from dvit_infer.node_times import NodeTime
 from dvit_infer.tables import table
 from dvit_infer.timing import Row
 
 
-def heading(comparison: Comparison, where: Mapping[str, str | None]) -> str:
-    """What is measured, where, against what."""
-    config = comparison.config
-    stages = ",".join(map(str, config.num_keep)) or "all"
-    return (
-        f"{config.arch}, keeping {stages} of {config.num_patches} patches; {comparison.subject.dtype_name} on "
-        f"{where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
-    )
+def heading(comparison: Comparison | OnnxComparison, where: Mapping[str, str | None]) -> str:
+    """What is measured, where, against what; what runs it."""
+    first = f"{comparison.title} on {where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
+    return f"{first}\n{comparison.runs}"
 
 
 def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> str:
@@ -44,21 +41,25 @@ def _ways(rows: Sequence[Row]) -> str:
         (
             str(row.batch),
             row.how if row.mode is None else f"{row.how} ({row.mode})",
-            f"{row.keep_rate:g}",
+            _known(row.keep_rate, "g"),
             f"{row.images_per_s:.1f}",
             f"{row.p20_images_per_s:.1f}",
             f"{row.p80_images_per_s:.1f}",
             f"{row.p50_ms:.2f}",
             f"{row.p99_ms:.2f}",
-            f"{row.gflops:.3f}",
+            _known(row.gflops, ".3f"),
             f"{row.speedup:.2f} x",
-            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-            f"{row.max_logit_error:.1e}",
-            f"{row.top1_agreement:.1%}",
+            _known(row.peak_mib, ".0f"),
+            _known(row.max_logit_error, ".1e"),
+            _known(row.top1_agreement, ".1%"),
         )
         for row in rows
     ]
     return table(columns, cells)
+
+
+def _known(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def _gains(gains: Sequence[Gain], batch: int) -> str:

@@ -15,7 +15,8 @@ from dvit_infer.errors import InputError
 
 # Arguments of the library that a command has as options: in messages they are called as the user wrote them.
 _OPTIONS = re.compile(
-    r"^(format|opset|kept|uint8|inline|quantize|calibrate|arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|sweep|seconds|"
+    r"^(format|opset|kept|uint8|inline|quantize|calibrate|against_reference|nodes|"
+    r"arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|sweep|seconds|"
     r"classes|crop_pct|workers|json|report|out|epochs|accumulate|lr|min_lr|backbone_lr_scale|freeze_epochs|warmup_epochs|"
     r"optimizer|weight_decay|clip|ema|smoothing|mixup|cutmix|scale|flip|randaugment|erase|seed|resume|logdir)(?=:)"
 )

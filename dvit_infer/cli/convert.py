@@ -1,4 +1,4 @@
-"""dvit-convert: a checkpoint in, a verified model file out: weights for this project's engine, or ONNX for any runtime."""
+"""dvit-convert: a checkpoint in, a verified model file out, for this project's engine or, as ONNX, any runtime."""
 
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ def _parser() -> Parser:
     onnx.add_argument("--opset", type=int, metavar="N", help="20 (the default) or 21")
     onnx.add_argument("--kept", action="store_true", help="outputs kept_0, kept_1, ...: the patches kept")
     onnx.add_argument("--uint8", action="store_true", help="take uint8 pictures (B, H, W, 3) and normalise them inside")
-    onnx.add_argument("--inline", action="store_true", help="no local functions, which OpenVINO and TensorRT do not know")
+    onnx.add_argument("--inline", action="store_true", help="write functions out, which OpenVINO and TensorRT need")
     onnx.add_argument("--quantize", metavar="int8", help="8-bit weights and products for CPUs; scores stay float32")
     onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these pictures")
     onnx.add_argument("--classes", metavar="FILE.json", help="names of the classes, to put into the file")

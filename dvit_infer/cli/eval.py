@@ -11,14 +11,14 @@ from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, show
 
 if TYPE_CHECKING:
     from dvit_infer.accuracy import Accuracy
-    from dvit_infer.engine import Engine
+    from dvit_infer.classifier import Classifier
 
 NAMED = 10  # unreadable pictures; the JSON names all
 
 
 def _parser() -> Parser:
     parser = Parser(prog="dvit-eval", description="Classify the pictures of a folder of class folders, and count.")
-    parser.add_argument("model", metavar="MODEL", help="saved file or checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
     parser.add_argument("folder", metavar="FOLDER", help="holds a folder for each class, as ImageNet's")
     add_options(parser)
     parser.add_argument("--against-reference", action="store_true", help="run the reference on the same pictures")
@@ -71,7 +71,7 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
-def _row(engine: "Engine", found: "Accuracy") -> dict[str, Any]:
+def _row(engine: "Classifier", found: "Accuracy") -> dict[str, Any]:
     dense = engine.config.method == "none"
     row = {
         "model": engine.config.arch,

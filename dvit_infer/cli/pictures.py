@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dvit_infer.cli.common import Parser, assumptions, progress, size
 
 if TYPE_CHECKING:
-    from dvit_infer.engine import Engine
+    from dvit_infer.classifier import Classifier
     from dvit_infer.pictures.classes import ClassMap
     from dvit_infer.pictures.decode import Preprocess
 
@@ -26,30 +26,31 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
 
 
-def model_of(options: argparse.Namespace) -> "tuple[Engine, Preprocess, ClassMap | None]":
-    """The engine, how its pictures are prepared, and the class map if one was given.
+def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, ClassMap | None]":
+    """The engine or ONNX file, how its pictures are prepared, and the class map if one was given.
 
     Raises:
         InputError: any of these options cannot be used.
     """
     import dvit_infer as dvit
     from dvit_infer.devices import resolve_device
+    from dvit_infer.onnx_engine import is_onnx, onnx_device
     from dvit_infer.pictures.classes import read_classes
     from dvit_infer.pictures.decode import Preprocess, preprocess_for
     from dvit_infer.pictures.stream import batch_size, check_fits, worker_count
 
-    batch = batch_size(options.batch, resolve_device(options.device))
+    exported = is_onnx(options.model)
+    batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(options.device))
     worker_count(options.workers)
+    chosen = {name: getattr(options, name) for name in ("keep_rate", "method", "image_size", "assume", "dtype")}
+    if exported and (odd := [name for name, value in chosen.items() if value is not None]):
+        raise dvit.InputError(f"{odd[0]}: {options.model} is what it was converted to; convert the checkpoint anew")
+    engine: Classifier
     with progress("loading"):
-        engine = dvit.convert(
-            options.model,
-            keep_rate=options.keep_rate,
-            method=options.method,
-            image_size=options.image_size,
-            assume=options.assume,
-            device=options.device,
-            dtype=options.dtype,
-        )
+        if exported:
+            engine = dvit.load_onnx(options.model, device=options.device)
+        else:
+            engine = dvit.convert(options.model, device=options.device, **chosen)
     check_fits(batch, engine.config.image_size)
     preprocess = preprocess_for(engine.config)
     if options.crop_pct is not None:

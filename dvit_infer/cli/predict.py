@@ -18,7 +18,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="dvit-predict", description="Classify pictures: one JSON line each, the five likeliest classes."
     )
-    parser.add_argument("model", metavar="MODEL", help="saved file or checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, or patterns in quotes")
     parser.add_argument("-o", "--out", metavar="FILE", help="append to it, but for pictures that are in it already")
     parser.add_argument("--kept", action="store_true", help="add the positions of the patches kept at every stage")
@@ -41,7 +41,7 @@ def _predict(options: argparse.Namespace) -> int:
     found = find_pictures(options.images)
     engine, preprocess, classes = model_of(options)
     model = model_id(engine, options.model, preprocess)
-    labels = None if classes is None else classes.labels
+    labels = engine.labels if classes is None else classes.labels
     tally, told = _Tally(), 0
     with contextlib.ExitStack() as stack:
         write: Callable[[list[str]], None] = _print

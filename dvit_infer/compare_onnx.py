@@ -1,0 +1,203 @@
+"""An ONNX file, of whatever origin, in the runtimes there are: how fast, and whether they agree.
+
+No reference comes with it, so what it should answer, and of a foreign file how much work it is, stays unknown.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvit_infer import peers
+from dvit_infer.agreement import SAME_MAX, SAME_RMS
+from dvit_infer.backends.onnxruntime import input_dtype, open_session, run_session
+from dvit_infer.compare import Outcome
+from dvit_infer.devices import free_memory
+from dvit_infer.errors import InputError
+from dvit_infer.images import sample_images, sample_pictures
+from dvit_infer.onnx_engine import check_file, onnx_device
+from dvit_infer.packages import need
+from dvit_infer.timing import Row, interleave, noise
+from dvit_infer.ways import Call, blaming
+
+RUNTIMES = ("onnxruntime", "openvino")
+ASSUMED_SIZE = 224  # of a file that leaves it open
+_KNOWN = {torch.float32: "float32", torch.float16: "float16", torch.uint8: "uint8"}
+
+
+@dataclass(frozen=True)
+class OnnxOutcome(Outcome):
+    """What was measured at one batch size; `unknown` says what cannot be known of such a file."""
+
+    unknown: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.strays:
+            return f"the runtimes do NOT agree: {'; '.join(self.strays)}"
+        agree = f"all runtimes agree with {self.rows[0].how}; " if len(self.rows) > 1 else ""
+        return agree + self.unknown
+
+
+class OnnxComparison:
+    """An ONNX file and the runtimes that run it, loaded once.
+
+    Args:
+        path: of the file; one input of pictures, the first output is taken for the logits.
+        names: of `RUNTIMES`; the first is the baseline.
+        device: where ONNX Runtime runs it.
+
+    Raises:
+        InputError: naming the file, the option, or a package that is not installed.
+    """
+
+    def __init__(self, path: str | Path, names: Sequence[str] = (), device: str | None = None) -> None:
+        self.path = check_file(path)
+        names = list(dict.fromkeys(names)) or ["onnxruntime"]
+        if odd := [name for name in names if name not in RUNTIMES]:
+            raise InputError(f"compare: {odd[0]} needs the checkpoint; an ONNX file runs in {' and '.join(RUNTIMES)}")
+        self.device = onnx_device(device)
+        session = open_session(self.path, self.device, str(path))
+        self.facts: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+        self._input, self.fixed_batch, self._shape, self.notes = _input_of(str(path), session)
+        self._dtype = input_dtype(session)
+        if self._dtype not in _KNOWN:
+            raise InputError(f"{path}: its input {self._input} is {session.get_inputs()[0].type}, no picture's")
+        self.baseline = names[0]
+        self._calls: dict[str, Call] = {}
+        for name in names:
+            if name == "onnxruntime":
+                self._calls[name] = self._in_onnxruntime(session)
+            else:
+                with blaming(name):
+                    self._calls[name] = self._in_openvino()
+
+    @property
+    def title(self) -> str:
+        """The file, what it says it is, and its dtype."""
+        arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
+        says = f"{arch} keeping {kept} patches" if arch else "of another origin"
+        return f"{self.path.name}, {says}; {self._precision}"
+
+    @property
+    def runs(self) -> str:
+        """What runs it, and what had to be assumed."""
+        return "; ".join([f"run by {' and '.join(self._calls)} on {self.device}", *self.notes])
+
+    @property
+    def _precision(self) -> str:
+        return self.facts.get("dtype") or f"{_KNOWN[self._dtype]} pictures"  # type: ignore[index]
+
+    def check_memory(self, batch: int) -> None:
+        """Raise InputError if the pictures alone would not fit in main memory."""
+        if self.fixed_batch not in (None, batch):
+            raise InputError(f"batch: {self.path} takes {self.fixed_batch} pictures at a time, not {batch}")
+        free, needed = free_memory(torch.device("cpu")), 8 * batch * math.prod(self._shape)
+        if free is not None and needed > free:
+            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would")
+
+    def images(self, batch: int) -> torch.Tensor:
+        """What a batch is measured on, as the file takes it."""
+        last = self._shape[-1] == 3 and self._shape[0] != 3
+        size = (self._shape[0], self._shape[1]) if last else (self._shape[1], self._shape[2])
+        made = sample_pictures if self._dtype == torch.uint8 else sample_images
+        distinct = made(min(batch, 64), size, seed=2)
+        images = distinct.repeat(-(-batch // len(distinct)), 1, 1, 1)[:batch].to(self._dtype)
+        return (images.permute(0, 2, 3, 1) if last else images).contiguous()
+
+    def measure(
+        self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None
+    ) -> OnnxOutcome:
+        """Time every runtime on the same pictures, interleaved.
+
+        Raises:
+            InputError: the batch does not fit in memory.
+        """
+        self.check_memory(batch)
+        try:
+            images = self.images(batch)
+            calls = {name: _bound(call, images) for name, call in self._calls.items()}
+            logits = {name: call().float().cpu() for name, call in calls.items()}
+            timings = interleave(calls, self.device, seconds, progress)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise
+            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
+        rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
+        first = logits[self.baseline]
+        same = SAME_MAX if self._precision == "float32" else SAME_RMS
+        errors = {name: _error(found, first) for name, found in logits.items()}
+        strays = [f"{name}: error {e:.1e} of the logits' rms" for name, e in errors.items() if not e <= same]
+        return OnnxOutcome(rows, [], strays, [], noise(timings.values()), self.unknown)
+
+    @property
+    def unknown(self) -> str:
+        """What the file cannot say."""
+        if "gflops" in self.facts:
+            return "not known: whether its answers are right, for the file holds no reference; dvit-convert verified it"
+        return "not known: its multiply-adds, its weights, what it prunes, whether its answers are right"
+
+    def _row(self, name: str, batch: int, rates: Mapping[str, float], timings: Mapping[str, Any]) -> Row:
+        rate, gflops, params = (self.facts.get(key) for key in ("keep_rate", "gflops", "params"))
+        return Row(
+            model=self.facts.get("arch", self.path.name),
+            keep_rate=None if rate is None else float(rate),
+            how=name,
+            mode=None,
+            device=self.device.type,
+            dtype=self._precision,
+            batch=batch,
+            **rates,
+            gflops=None if gflops is None else float(gflops),
+            params=None if params is None else int(params),
+            peak_mib=None,
+            max_logit_error=None,
+            top1_agreement=None,
+            baseline=self.baseline,
+            speedup=timings[name].speedup_over(timings[self.baseline]),
+        )
+
+    def _in_onnxruntime(self, session: Any) -> Call:
+        output = session.get_outputs()[0].name
+        return lambda images: run_session(session, {self._input: images.to(self.device)}, [output])[0]
+
+    def _in_openvino(self) -> Call:
+        if self.device.type != "cpu":
+            raise InputError("compare: openvino runs on CPUs; leave it out, or --device cpu")
+        need("compare: openvino", "onnx", "openvino", extra="dvit-infer[peers]")
+        from dvit_infer.onnx_file import probed
+
+        with probed(self.path, False, ()) as model:  # without functions, which OpenVINO does not know
+            return peers.openvino_call(model, "f32")
+
+
+def _input_of(name: str, session: Any) -> tuple[str, int | None, tuple[int, ...], list[str]]:
+    """Name of the input, the one batch size it takes (None: any), the shape of a picture, what was assumed."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        found = ", ".join(f"{value.name} {value.shape}" for value in inputs)
+        raise InputError(f"{name}: one input (B, 3, H, W) or (B, H, W, 3) is expected, not {found}")
+    batch, *shape = inputs[0].shape
+    sizes = [size if isinstance(size, int) else None for size in shape]
+    channels = 2 if sizes[2] == 3 and sizes[0] != 3 else 0
+    if sizes[channels] not in (3, None):
+        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}; pictures have three channels")
+    notes = [f"its size is open, {ASSUMED_SIZE}x{ASSUMED_SIZE} is assumed"] if None in sizes else []
+    fixed = [3 if i == channels else size or ASSUMED_SIZE for i, size in enumerate(sizes)]
+    return inputs[0].name, batch if isinstance(batch, int) else None, tuple(fixed), notes
+
+
+def _listed(kept: str | None) -> str:
+    """'[137, 96, 67]' -> '137,96,67'."""
+    return (kept or "[]").strip("[]").replace(" ", "") or "all"
+
+
+def _error(found: torch.Tensor, first: torch.Tensor) -> float:
+    return ((found - first).abs().max() / first.square().mean().sqrt()).item()
+
+
+def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: call(images)

@@ -1,0 +1,225 @@
+"""ONNX files in ONNX Runtime: the official models' answers at every batch size and optimisation level; what is in them."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept
+
+import dvit_infer as dvit
+import dvit_infer.images
+from dvit_infer.backends.onnx import onnx_model
+from dvit_infer.backends.onnxruntime import LEVELS, open_session
+from dvit_infer.checkpoint import HEADER_KEY
+from dvit_infer.parity import RMS_FACTOR
+
+CPU = torch.device("cpu")
+TINY, TINY_LVVIT = "tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request):
+    """A device that ONNX Runtime is there for."""
+    if request.param == "cuda":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("needs an NVIDIA GPU and onnxruntime-gpu")
+    return torch.device(request.param, 0) if request.param == "cuda" else CPU
+
+
+def exported(case_id, path, dtype="float32", **given):
+    """The case's checkpoint as an ONNX file at `path`."""
+    engine = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id))
+    dvit.export_onnx(engine, path, dtype=dtype, **given)
+    return path
+
+
+def run(model, images, level=LEVELS[-1]):
+    """Logits and kept sets that a file gives, with that much of ONNX Runtime's optimisation."""
+    session = open_session(model, CPU, "test", level)
+    logits, *kept = session.run(None, {"images": images.numpy()})
+    return torch.from_numpy(logits), [torch.from_numpy(stage) for stage in kept]
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_every_official_answer_in_float32(case_id, where, tmp_path):
+    model = dvit.load_onnx(exported(case_id, tmp_path / "m.onnx", kept=True), device=where)
+    right, kept, margin = answers(case_id)
+    logits, found = model(pictures(case_id), return_kept=True)
+    assert (logits.cpu() - right).abs().max() <= TOLERANCE
+    assert same_kept([stage.cpu() for stage in found], kept, margin)
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_float16_is_as_exact_as_plain_float16(case_id, where, tmp_path):
+    model = dvit.load_onnx(exported(case_id, tmp_path / "m.onnx", "float16"), device=where)
+    image, (right, kept, _) = pictures(case_id)[:1], answers(case_id)  # one says enough; plain float16 is slow on a CPU
+    reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).to(where, torch.float16)
+    given = [stage[:1] for stage in kept]
+    with torch.no_grad():
+        plain = reference.evaluate(image.to(where, torch.float16), [stage.to(where) for stage in given] or None)
+    errors = [
+        (logits.float().cpu() - right[:1]).square().mean().sqrt() for logits in (model(image, kept=given), plain.logits)
+    ]
+    assert errors[0] <= RMS_FACTOR * errors[1]
+
+
+@pytest.mark.parametrize("opset", [20, 21])
+@pytest.mark.parametrize("case_id", [TINY, TINY_LVVIT])
+def test_any_batch_at_every_level_of_optimisation(case_id, opset, tmp_path):
+    path = exported(case_id, tmp_path / "m.onnx", kept=True, opset=opset)
+    size = dvit.load_onnx(path, device="cpu").config.image_size
+    images = dvit.images.sample_images(11, size, seed=5)
+    reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
+    right = reference.evaluate(images)
+    for level in LEVELS:
+        start = 0
+        for batch in (1, 3, 7):
+            part = slice(start, start + batch)
+            logits, kept = run(path, images[part], level)
+            assert (logits - right.logits[part]).abs().max() <= TOLERANCE
+            assert same_kept(kept, [stage[part] for stage in right.kept], right.margin[part])
+            start += batch
+
+
+def test_prune_tokens_is_one_function_of_standard_operators(tmp_path):
+    model = onnx.load(exported(TINY, tmp_path / "m.onnx"))
+    (function,) = model.functions
+    assert (function.domain, function.name) == ("dvit", "prune_tokens")
+    assert {node.domain for node in function.node} == {""}
+    operators = {node.op_type for node in function.node}
+    assert {"TopK", "GatherND"} <= operators
+    assert not any("Scatter" in name for name in operators)
+    calls = [node for node in model.graph.node if node.domain]
+    assert [node.op_type for node in calls] == ["prune_tokens"] * 3
+    assert model.ir_version == 10
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20, "dvit": 1}
+
+
+def test_the_choice_is_the_op_s(tmp_path):
+    """Ties, zeros of both signs, NaN and infinities, by the function's own operators."""
+    function = onnx_model(dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY)).graph).functions[0]
+    last = next(i for i, node in enumerate(function.node) if node.output[0] == "score")
+    choosing = [node for node in function.node[last + 1 :] if node.op_type not in ("GatherND", "Concat")]
+    constants = [node for node in function.node[:last] if node.op_type == "Constant"]
+    body = [node for node in [*constants, *choosing] if not any(a.ref_attr_name for a in node.attribute)]
+    body = [node for node in body if node.output[0] not in ("k", "row", "start")]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        body,
+        "select",
+        [value("score", 1, ("b", "n")), value("k", 7, (1,))],
+        [value("index", 7, None)],
+    )
+    opset = [onnx.helper.make_opsetid("", 20)]
+    session = open_session(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString(), CPU, ""
+    )
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([[0.0, -0.0, 1.0, nan, -inf, inf, -0.0, 0.0, nan, 1.0, -3e38, -inf]])
+    for k in range(1, scores.shape[1] + 1):
+        (index,) = session.run(["index"], {"score": scores.numpy(), "k": np.array([k])})
+        assert torch.equal(torch.from_numpy(index), dvit.ops.prune_tokens.select_tokens_ref(scores, k))
+
+
+def test_layer_norm_softmax_and_scores_stay_float32_in_a_float16_file(tmp_path):
+    model = onnx.inliner.inline_local_functions(onnx.load(exported(TINY, tmp_path / "m.onnx", "float16")))
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    for operator in ("LayerNormalization", "Softmax", "ReduceMean", "TopK"):
+        inputs = [node.input[0] for node in model.graph.node if node.op_type == operator]
+        assert inputs
+        allowed = {onnx.TensorProto.FLOAT} | ({onnx.TensorProto.INT64} if operator == "TopK" else set())
+        assert {types[name] for name in inputs} <= allowed
+    assert types["blocks.0.attn"] == onnx.TensorProto.FLOAT16
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+
+
+def test_what_a_file_says_of_itself(tmp_path):
+    path = exported(TINY, tmp_path / "m.onnx", labels={0: "none", 7: "seven"})
+    facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    engine = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
+    assert facts["family"] == engine.config.family
+    assert json.loads(facts["num_keep"]) == list(engine.config.num_keep)
+    assert json.loads(facts["keep_rates"])[0] == pytest.approx(0.7, abs=0.01)
+    assert json.loads(facts["labels"]) == {"0": "none", "7": "seven"}
+    assert json.loads(facts["preprocessing"])["mean"] == list(engine.config.mean)
+    assert facts["version"] == dvit.__version__
+    assert HEADER_KEY in facts
+    model = dvit.load_onnx(path, device="cpu")
+    assert model.config == engine.config
+    assert model.labels == {0: "none", 7: "seven"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_uint8_pictures_are_normalised_inside(dtype, tmp_path):
+    path = exported(TINY, tmp_path / "m.onnx", dtype, uint8=True)
+    engine = dvit.convert(official_checkpoint(TINY), device="cpu", dtype=dtype, **options(TINY))
+    model = dvit.load_onnx(path, device="cpu")
+    images = dvit.images.sample_pictures(3, engine.config.image_size, seed=3)
+    assert (model(images) - engine(images)).abs().max() <= (1e-5 if dtype == "float32" else 2e-2)
+    session = open_session(path, CPU, "test")
+    (logits,) = session.run(None, {"images": images.permute(0, 2, 3, 1).numpy()})
+    assert np.array_equal(logits, model(images).numpy())
+    with pytest.raises(ValueError, match="takes uint8 pictures only"):
+        model(images.float())
+
+
+@pytest.mark.parametrize("case_id", [TINY, TINY_LVVIT])
+def test_inlined_it_runs_in_openvino_with_the_same_answers(case_id, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    path = exported(case_id, tmp_path / "m.onnx", inline=True, kept=True)
+    model = onnx.load(path)
+    assert not model.functions
+    assert {entry.domain for entry in model.opset_import} == {""}
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    right, kept, margin = answers(case_id)
+    logits, *found = (torch.from_numpy(compiled([pictures(case_id).numpy()])[i]) for i in range(4))
+    assert (logits - right).abs().max() <= TOLERANCE
+    assert same_kept([stage.long() for stage in found], kept, margin)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_weights_of_a_large_model_lie_beside_it(inline, tmp_path, monkeypatch):
+    monkeypatch.setattr("dvit_infer.onnx_file.LARGEST", 1 << 16)
+    path = exported(TINY, tmp_path / "m.onnx", inline=inline)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert path.stat().st_size < 1 << 18
+    model = dvit.load_onnx(path, device="cpu")
+    report = dvit.verify(model, official_checkpoint(TINY), num_images=2)  # the probe is too large for one message too
+    assert report.passed, report
+    (tmp_path / "m.onnx.data").unlink()
+    with pytest.raises(dvit.InputError, match=r"m.onnx: its weights are in m.onnx.data, which is not beside it"):
+        dvit.load_onnx(path, device="cpu")
+
+
+def test_verify_finds_what_is_wrong_in_a_file(tmp_path):
+    path = exported(TINY, tmp_path / "m.onnx", kept=True)
+    assert dvit.verify(dvit.load_onnx(path, device="cpu"), official_checkpoint(TINY), num_images=2).passed
+    model = onnx.load(path)
+    (weight,) = [w for w in model.graph.initializer if w.name == "blocks.2.mlp/fc1.weight"]
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[:, ::3] *= 1.5
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(model, path)
+    report = dvit.verify(dvit.load_onnx(path, device="cpu"), official_checkpoint(TINY), num_images=2)
+    assert not report.passed
+    assert "blocks.2.mlp/fc1.weight" in report.wrong_weight
+    assert report.first_difference.startswith("blocks.2.mlp")
+
+
+def test_kept_sets_come_out_of_a_file_that_has_no_output_for_them(tmp_path):
+    model = dvit.load_onnx(exported(TINY, tmp_path / "m.onnx"), device="cpu")
+    right, kept, margin = answers(TINY)
+    logits, found = model(pictures(TINY), return_kept=True)
+    assert (logits - right).abs().max() <= TOLERANCE
+    assert same_kept(found, kept, margin)
+    other = [stage.clone() for stage in kept]
+    for stage in other:
+        stage[:] = torch.arange(stage.shape[1])
+    reference = dvit.load_reference(official_checkpoint(TINY), **options(TINY))
+    expected = reference.evaluate(pictures(TINY), other).logits
+    assert (model(pictures(TINY), kept=other) - expected).abs().max() <= TOLERANCE
