@@ -88,7 +88,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
     if head.startswith((_ZIP, _PICKLE)):
         return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
     if path.suffix.lower() == ".onnx":
-        raise InputError(f"{name}: an ONNX file is no checkpoint; dvit-bench, dvit-eval and dvit-predict run it")
+        raise InputError(f"{name}: is ONNX, no checkpoint; dvit-bench, dvit-eval, dvit-predict and dvit-viz run it")
     raise InputError(f"{name}: is no checkpoint (neither a torch file nor safetensors)")
 
 

@@ -29,7 +29,7 @@ class Report:
 
     Attributes:
         max_error, rms_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
-            or everywhere (reduced dtypes).
+            or everywhere (bfloat16 and float16); int8 always by its own choice, whose flips are part of its error.
         plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
         top1_agreement, plain_top1_agreement: share of pictures with the reference's first class.
         kept_compared, kept_equal: a stage each, pictures whose cut is clear, and those of them with the same kept set.
@@ -70,9 +70,13 @@ class Report:
         for stage, overlap in enumerate(self.kept_overlap):
             clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
             rows.append((f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", ""))
-        rows.append(("weights", self.wrong_weight or "all follow from the file", ""))
-        rows.append(("first node that differs", self.first_difference or "none", ""))
-        columns = ("against the reference in float32", ">engine", f">plain PyTorch, {self.dtype}")
+        quantised = self.dtype == "int8"  # there is no plain PyTorch in it, and every node differs
+        follow = "all that stay float32 follow from the file" if quantised else "all follow from the file"
+        rows.append(("weights", self.wrong_weight or follow, ""))
+        if not quantised:
+            rows.append(("first node that differs", self.first_difference or "none", ""))
+        plain = "float32" if quantised else self.dtype
+        columns = ("against the reference in float32", ">engine", f">plain PyTorch, {plain}")
         return "\n".join([table(columns, rows, title=title), *(f"failed: {failure}" for failure in self.failures)])
 
 

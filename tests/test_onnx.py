@@ -1,4 +1,4 @@
-"""ONNX files in ONNX Runtime: the official models' answers at every batch size and optimisation level; what is in them."""
+"""ONNX files in ONNX Runtime: the official answers at every batch size and optimisation level; what is in them."""
 
 import json
 

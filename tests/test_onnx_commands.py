@@ -293,3 +293,18 @@ def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):
     assert "onnxruntime (converted)" in out
     assert "onnxruntime (int8)" in out
     assert "engine: PyTorch" in out
+
+
+def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
+    given = ["--format", "onnx", "--quantize", "int8", "--kept", "--json", "j.json"]
+    assert convert.main([str(checkpoint), *TINY_FACTS, *given]) == 0
+    out = capsys.readouterr().out
+    assert "parity passed: 64 pictures, int8 on cpu" in out
+    assert "all that stay float32 follow from the file" in out
+    parity = json.loads(Path("j.json").read_text())["parity"]
+    assert 0.5 < parity["top1_agreement"] <= 1
+    assert all(0.9 < overlap <= 1 for overlap in parity["kept_overlap"])
+    assert parity["max_error"] > 0
+    found = onnx.load("ckpt.dvit.onnx")
+    assert {"MatMulInteger"} <= {node.op_type for node in found.graph.node}
+    assert {weight.data_type for weight in found.graph.initializer if "prune" in weight.name} == {TensorProto.FLOAT}
