@@ -85,6 +85,14 @@ def test_any_batch_at_every_level_of_optimisation(case_id, opset, tmp_path):
             start += batch
 
 
+def test_writing_leaves_the_engine_as_it_was():
+    engine = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
+    before = engine(pictures(TINY))
+    first, second = (onnx_model(engine.graph, uint8=True, kept=True).SerializeToString() for _ in range(2))
+    assert torch.equal(engine(pictures(TINY)), before)
+    assert first == second
+
+
 def test_prune_tokens_is_one_function_of_standard_operators(tmp_path):
     model = onnx.load(exported(TINY, tmp_path / "m.onnx"))
     (function,) = model.functions

@@ -172,7 +172,7 @@ class _Writer:
         x = self._emit("Transpose", self._emit("Reshape", x, self._ints(0, dim, tokens - prefix)), perm=(0, 2, 1))
         # Prefix tokens are constants: rows of zeros take their place, and they come with the position embedding.
         x = self._emit("Pad", x, self._ints(0, prefix, 0, 0, 0, 0))
-        table = w["pos_embed"].float()
+        table = w["pos_embed"].to(torch.float32, copy=True)
         table[:, :prefix] += w["prefix"].float()
         return self._said(
             self._emit("Add", x, self._own("pos_embed", table.to(self._dtype)), out=node.name), tokens, dim
