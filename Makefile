@@ -3,13 +3,15 @@
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
 # `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
 # (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
+# `make native` builds and tests the native library of kernels/csrc: as it is shipped, under AddressSanitizer and
+# UBSan, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
 # another Triton (kept under build/ until `make clean`), UPDATE=1 writes the table.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench proof gpu aot clean
+.PHONY: demo test bench proof gpu native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -40,6 +42,18 @@ test: aot
 bench: $(READY)
 	mkdir -p build
 	$(BIN)/python -m pytest bench/suite --benchmark-json=build/benchmark.json --benchmark-columns=median,iqr,rounds
+
+JOBS ?= 2
+STRICT := -DCMAKE_C_FLAGS=-Werror -DCMAKE_CXX_FLAGS=-Werror
+BUILD_NATIVE = env -u MAKEFLAGS -u MAKELEVEL cmake --build $(1) --parallel $(JOBS) && ctest --test-dir $(1) --output-on-failure
+
+native:
+	cmake -S . -B build/native -DDVIT_CUDA=OFF $(STRICT)
+	$(call BUILD_NATIVE,build/native)
+	cmake -S . -B build/native-sanitized -DDVIT_CUDA=OFF -DDVIT_SANITIZE=address,undefined $(STRICT)
+	$(call BUILD_NATIVE,build/native-sanitized)
+	@if ! command -v nvcc >/dev/null; then echo "make native: nvcc is not here, so the CUDA side was not compiled"; else \
+	set -x; cmake -S . -B build/native-cuda -DDVIT_CUDA=ON $(STRICT) && $(call BUILD_NATIVE,build/native-cuda) -R api; fi
 
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py

@@ -160,7 +160,8 @@ class CpuRunner(TorchRunner):
         super().__init__(graph)
         self._graph = graph
         self._way = linear or fastest_linear(self.dtype, torch.get_num_threads())
-        self.how = f"PyTorch, {self._way}"
+        self.how = self.told(f"PyTorch, {self._way}", usually="PyTorch")
+        self._native = self.prunes_by == "native (CPU)"
         self._buffers = _Buffers()
         self.nodes = [self._prepared(node) for node in graph.nodes]
         theirs = {id(w) for node in graph.nodes for w in node.weights.values()}
@@ -179,7 +180,8 @@ class CpuRunner(TorchRunner):
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._way.dtype)
-            linear = isinstance(node, Attention | Mlp | Prune) and w.ndim == 2 and name not in _FEW_ROWS
+            ours = isinstance(node, Attention | Mlp) or (isinstance(node, Prune) and not self._native)
+            linear = ours and w.ndim == 2 and name not in _FEW_ROWS
             return _pack(w) if linear and self._way.prepacked else w
 
         return replace(node, weights={name: prepared(name, w) for name, w in node.weights.items()})
@@ -188,6 +190,10 @@ class CpuRunner(TorchRunner):
         return super().prepare(images).to(self._way.dtype)
 
     def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._native:
+            from dvit_infer.ops.native import prune_tokens  # here: nobody else needs it
+
+            return prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
         score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self.linear)
         index = op.select_tokens_ref(score, node.num_keep)
         return op.gather_tokens_ref(x, index, node.num_prefix), index

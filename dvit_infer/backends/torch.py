@@ -21,6 +21,7 @@ class TorchRunner:
 
     Attributes:
         how: what runs it, in words.
+        prunes_by: what runs prune_tokens.
         config: the model's.
         device, dtype: of the weights.
         takes_uint8: whether `run` normalises uint8 pictures itself.
@@ -32,12 +33,13 @@ class TorchRunner:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
-        self.how = "PyTorch"
-        prunes = [node for node in graph.nodes if isinstance(node, Prune)]
-        if prunes:
-            device = prunes[0].packed[0].device
-            by = {op.how(device, node.tokens - node.num_prefix, node.dim) for node in prunes}
-            self.how += f", prune_tokens by {' and '.join(sorted(by))}" if by != {"PyTorch"} else ""
+        by = {op.how(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
+        self.prunes_by = " and ".join(sorted(by))
+        self.how = self.told("PyTorch", usually="PyTorch")
+
+    def told(self, how: str, usually: str) -> str:
+        """`how`, and what runs prune_tokens where that is not what it usually is."""
+        return how if self.prunes_by in ("", usually) else f"{how}, prune_tokens by {self.prunes_by}"
 
     @property
     def own_bytes(self) -> int:

@@ -46,7 +46,7 @@ class TritonRunner(TorchRunner):
         self.takes_uint8 = not self._stem
         self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
         known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
-        self.how = f"Triton and cuBLAS, {known}"
+        self.how = self.told(f"Triton and cuBLAS, {known}", usually="Triton")
 
     def __reduce__(self) -> tuple[type["TritonRunner"], tuple[Graph]]:
         return TritonRunner, (self._graph,)

@@ -1,16 +1,19 @@
 """prune_tokens: score the patch tokens, choose the best, gather their rows (Rao et al. 2021, sections 3.2 and 3.3).
 
 The op runs one pruning stage. Its arithmetic here is plain PyTorch for any device; on CUDA three Triton launches take
-its place (dvit_kernels/prune_tokens.py). `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use
-of a public name, or by `import dvit_infer` after `import torch`.
+its place (dvit_kernels/prune_tokens.py), and with DVIT_PRUNE=native in the environment the native library does, on CPUs
+too (native.py). `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use of a public name, or by
+`import dvit_infer` after `import torch`.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dvit_infer.errors import InputError
 from dvit_infer.ops.choices import DTYPES, runs_triton
 
 OP = "dvit::prune_tokens"
@@ -141,7 +144,21 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
 
 
 def how(device: torch.device, n: int, c: int) -> str:
-    """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'."""
+    """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'.
+
+    Or 'native (CPU)' or 'native (CUDA)', where DVIT_PRUNE=native asks for it and the library takes the size.
+
+    Raises:
+        InputError: DVIT_PRUNE is something else, or the native library is not there.
+    """
+    asked = os.environ.get("DVIT_PRUNE", "")
+    if asked == "native":
+        from dvit_infer.ops import native  # here: nobody else needs it
+
+        if native.supports(device, n, c):
+            return f"native ({device.type.upper()})"
+    elif asked:
+        raise InputError(f"DVIT_PRUNE: {asked!r}; native can be asked for, or nothing")
     if not runs_triton(device):
         return "PyTorch"
     from dvit_kernels.prune_tokens import supports
@@ -161,8 +178,13 @@ def _run(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)
-    if how(x.device, x.shape[1] - num_prefix, x.shape[2]) == "PyTorch":
+    by = how(x.device, x.shape[1] - num_prefix, x.shape[2])
+    if by == "PyTorch":
         return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
+    if by.startswith("native"):
+        from dvit_infer.ops import native
+
+        return native.prune_tokens(x, packed, num_keep, num_prefix, eps)
     from dvit_kernels.prune_tokens import launch_prune_tokens  # here: Triton takes a while to import
 
     return launch_prune_tokens(x, packed, num_keep, num_prefix, eps)
