@@ -44,18 +44,16 @@ def run(model, images, level=LEVELS[-1]):
     return torch.from_numpy(logits), [torch.from_numpy(stage) for stage in kept]
 
 
-@pytest.mark.parametrize("case_id", CASES)
-def test_every_official_answer_in_float32(case_id, where, tmp_path):
-    model = dvit.load_onnx(exported(case_id, tmp_path / "m.onnx", kept=True), device=where)
+def float32_gives_the_official_answer(case_id, where, path):
+    model = dvit.load_onnx(exported(case_id, path, kept=True), device=where)
     right, kept, margin = answers(case_id)
     logits, found = model(pictures(case_id), return_kept=True)
     assert (logits.cpu() - right).abs().max() <= TOLERANCE
     assert same_kept([stage.cpu() for stage in found], kept, margin)
 
 
-@pytest.mark.parametrize("case_id", CASES)
-def test_float16_is_as_exact_as_plain_float16(case_id, where, tmp_path):
-    model = dvit.load_onnx(exported(case_id, tmp_path / "m.onnx", "float16"), device=where)
+def float16_is_as_exact_as_plain_float16(case_id, where, path):
+    model = dvit.load_onnx(exported(case_id, path, "float16"), device=where)
     image, (right, kept, _) = pictures(case_id)[:1], answers(case_id)  # one says enough; plain float16 is slow on a CPU
     reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).to(where, torch.float16)
     given = [stage[:1] for stage in kept]
@@ -65,6 +63,12 @@ def test_float16_is_as_exact_as_plain_float16(case_id, where, tmp_path):
         (logits.float().cpu() - right[:1]).square().mean().sqrt() for logits in (model(image, kept=given), plain.logits)
     ]
     assert errors[0] <= RMS_FACTOR * errors[1]
+
+
+@pytest.mark.parametrize("parity", [float32_gives_the_official_answer, float16_is_as_exact_as_plain_float16])
+@pytest.mark.parametrize("case_id", CASES)  # the first parameter varies fastest: a case's weights are made once
+def test_every_official_case(case_id, parity, where, tmp_path):
+    parity(case_id, where, tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("opset", [20, 21])
