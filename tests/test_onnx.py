@@ -11,7 +11,7 @@ from golden_cases import CASES, answers, official_checkpoint, options, pictures,
 import dvit_infer as dvit
 import dvit_infer.images
 from dvit_infer.backends.onnx import onnx_model
-from dvit_infer.backends.onnxruntime import LEVELS, open_session
+from dvit_infer.backends.onnxruntime import LEVELS, open_session, run_bound, run_session
 from dvit_infer.checkpoint import HEADER_KEY
 from dvit_infer.parity import RMS_FACTOR
 
@@ -95,6 +95,15 @@ def test_writing_leaves_the_engine_as_it_was():
     first, second = (onnx_model(engine.graph, uint8=True, kept=True).SerializeToString() for _ in range(2))
     assert torch.equal(engine(pictures(TINY)), before)
     assert first == second
+
+
+def test_bound_tensors_are_read_and_written_where_they_are(tmp_path):
+    session = open_session(exported(TINY, tmp_path / "m.onnx", kept=True), CPU, "test")
+    wanted = ["kept_1", "logits"]
+    given = {"images": pictures(TINY)}
+    for bound, copied in zip(run_bound(session, given, wanted), run_session(session, given, wanted), strict=True):
+        assert bound.dtype == copied.dtype
+        assert torch.equal(bound, copied)
 
 
 def test_prune_tokens_is_one_function_of_standard_operators(tmp_path):

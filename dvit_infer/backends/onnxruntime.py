@@ -74,18 +74,19 @@ def run_session(session: Any, given: Mapping[str, torch.Tensor], wanted: Sequenc
         if device.type == "cpu":
             found = session.run(list(wanted), {name: tensor.numpy() for name, tensor in given.items()})
             return [torch.from_numpy(np.asarray(array)) for array in found]
-        return _run_bound(session, given, wanted, device)
+        torch.cuda.synchronize(device)  # ONNX Runtime has a stream of its own
+        return run_bound(session, given, wanted)
     except Exception as error:  # of many kinds, which have no common base
         if "allocate" in str(error):
             raise MemoryError(_reason(error)) from None
         raise InputError(f"images: ONNX Runtime: {_reason(error)}") from None
 
 
-def _run_bound(
-    session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str], device: torch.device
-) -> list[torch.Tensor]:
+def run_bound(session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> list[torch.Tensor]:
+    """`run_session` by IO binding: tensors are read and written where they are, on whatever device."""
+    device = next(iter(given.values())).device
     binding = session.io_binding()
-    where = "cuda", device.index or 0
+    where = device.type, device.index or 0
     for name, tensor in given.items():
         kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
         binding.bind_input(name, *where, kind, tuple(tensor.shape), tensor.data_ptr())
@@ -97,7 +98,6 @@ def _run_bound(
             outputs[value.name] = torch.empty(shape, dtype=_dtype(value), device=device)
             kind = np.dtype(str(outputs[value.name].dtype).removeprefix("torch."))
             binding.bind_output(value.name, *where, kind, tuple(shape), outputs[value.name].data_ptr())
-    torch.cuda.synchronize(device)  # it runs on a stream of its own
     session.run_with_iobinding(binding)
     return [outputs[name] for name in wanted]
 
