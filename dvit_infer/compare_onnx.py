@@ -25,7 +25,7 @@ from dvit_infer.ways import Call, blaming
 
 RUNTIMES = ("onnxruntime", "openvino")
 ASSUMED_SIZE = 224  # of a file that leaves it open
-_KNOWN = {torch.float32: "float32", torch.float16: "float16", torch.uint8: "uint8"}
+_PICTURES = (torch.float32, torch.float16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,18 @@ class OnnxComparison:
         self.path = check_file(path)
         names = list(dict.fromkeys(names)) or ["onnxruntime"]
         if odd := [name for name in names if name not in RUNTIMES]:
-            raise InputError(f"compare: {odd[0]} needs the checkpoint; an ONNX file runs in {' and '.join(RUNTIMES)}")
+            raise InputError(f"compare: {odd[0]!r} needs the checkpoint; an ONNX file runs in {' and '.join(RUNTIMES)}")
         self.device = onnx_device(device)
         session = open_session(self.path, self.device, str(path))
-        self.facts: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+        facts = session.get_modelmeta().custom_metadata_map
+        self.facts: Mapping[str, str] = {key: _printable(value) for key, value in facts.items()}
+        self._rate, self._gflops, self._params = (_number(self.facts, key) for key in ("keep_rate", "gflops", "params"))
         self._input, self.fixed_batch, self._shape, self.notes = _input_of(str(path), session)
         self._dtype = input_dtype(session)
-        if self._dtype not in _KNOWN:
+        if self._dtype not in _PICTURES:
             raise InputError(f"{path}: its input {self._input} is {session.get_inputs()[0].type}, no picture's")
+        assert self._dtype is not None
+        self._precision = str(self.facts.get("dtype") or str(self._dtype).removeprefix("torch."))
         self.baseline = names[0]
         self._calls: dict[str, Call] = {}
         for name in names:
@@ -80,16 +84,12 @@ class OnnxComparison:
         """The file, what it says it is, and its dtype."""
         arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
         says = f"{arch} keeping {kept} patches" if arch else "of another origin"
-        return f"{self.path.name}, {says}; {self._precision}"
+        return f"{_printable(self.path.name)}, {says}; {self._precision}"
 
     @property
     def runs(self) -> str:
         """What runs it, and what had to be assumed."""
         return "; ".join([f"run by {' and '.join(self._calls)} on {self.device}", *self.notes])
-
-    @property
-    def _precision(self) -> str:
-        return self.facts.get("dtype") or f"{_KNOWN[self._dtype]} pictures"  # type: ignore[index]
 
     def check_memory(self, batch: int) -> None:
         """Raise InputError if the pictures alone would not fit in main memory."""
@@ -120,7 +120,7 @@ class OnnxComparison:
         try:
             images = self.images(batch)
             calls = {name: _bound(call, images) for name, call in self._calls.items()}
-            logits = {name: call().float().cpu() for name, call in calls.items()}
+            logits = {name: self._checked(name, call(), batch) for name, call in calls.items()}
             timings = interleave(calls, self.device, seconds, progress)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -129,30 +129,38 @@ class OnnxComparison:
         rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
         first = logits[self.baseline]
         same = SAME_MAX if self._precision == "float32" else SAME_RMS
-        errors = {name: _error(found, first) for name, found in logits.items()}
+        errors = {name: _error(found, first) for name, found in logits.items() if name != self.baseline}
         strays = [f"{name}: error {e:.1e} of the logits' rms" for name, e in errors.items() if not e <= same]
         return OnnxOutcome(rows, [], strays, [], noise(timings.values()), self.unknown)
+
+    def _checked(self, name: str, found: torch.Tensor, batch: int) -> torch.Tensor:
+        """The first answer, if it can be logits."""
+        if not found.is_floating_point() or found.ndim < 2 or len(found) != batch or not found.numel():
+            shape = f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
+            raise InputError(f"{self.path}: its first output is {shape}, no logits of {batch} pictures")
+        if not torch.isfinite(found).all():
+            raise InputError(f"{self.path}: in {name} it answers NaN or Inf")
+        return found.float().cpu()
 
     @property
     def unknown(self) -> str:
         """What the file cannot say."""
-        if "gflops" in self.facts:
-            return "not known: whether its answers are right, for the file holds no reference; dvit-convert verified it"
+        if self._gflops is not None:
+            return "not known: whether its answers are right, for the file holds no reference (the checkpoint does)"
         return "not known: its multiply-adds, its weights, what it prunes, whether its answers are right"
 
     def _row(self, name: str, batch: int, rates: Mapping[str, float], timings: Mapping[str, Any]) -> Row:
-        rate, gflops, params = (self.facts.get(key) for key in ("keep_rate", "gflops", "params"))
         return Row(
             model=self.facts.get("arch", self.path.name),
-            keep_rate=None if rate is None else float(rate),
+            keep_rate=self._rate,
             how=name,
             mode=None,
             device=self.device.type,
             dtype=self._precision,
             batch=batch,
             **rates,
-            gflops=None if gflops is None else float(gflops),
-            params=None if params is None else int(params),
+            gflops=self._gflops,
+            params=None if self._params is None else int(self._params),
             peak_mib=None,
             max_logit_error=None,
             top1_agreement=None,
@@ -162,7 +170,7 @@ class OnnxComparison:
 
     def _in_onnxruntime(self, session: Any) -> Call:
         output = session.get_outputs()[0].name
-        return lambda images: run_session(session, {self._input: images.to(self.device)}, [output])[0]
+        return lambda images: run_session(session, {self._input: images.to(self.device)}, [output], str(self.path))[0]
 
     def _in_openvino(self) -> Call:
         if self.device.type != "cpu":
@@ -186,8 +194,23 @@ def _input_of(name: str, session: Any) -> tuple[str, int | None, tuple[int, ...]
     if sizes[channels] not in (3, None):
         raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}; pictures have three channels")
     notes = [f"its size is open, {ASSUMED_SIZE}x{ASSUMED_SIZE} is assumed"] if None in sizes else []
-    fixed = [3 if i == channels else size or ASSUMED_SIZE for i, size in enumerate(sizes)]
+    fixed = [3 if i == channels else ASSUMED_SIZE if size is None else size for i, size in enumerate(sizes)]
+    if 0 in (batch, *fixed):
+        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}, which no picture fills")
     return inputs[0].name, batch if isinstance(batch, int) else None, tuple(fixed), notes
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _number(facts: Mapping[str, str], key: str) -> float | None:
+    """What a file says is a number, if it is one."""
+    try:
+        value = float(facts[key][:40])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
 
 
 def _listed(kept: str | None) -> str:
@@ -196,6 +219,11 @@ def _listed(kept: str | None) -> str:
 
 
 def _error(found: torch.Tensor, first: torch.Tensor) -> float:
+    """The largest difference over the logits' rms; infinite where they have other shapes."""
+    if found.shape != first.shape:
+        return math.inf
+    if torch.equal(found, first):
+        return 0.0
     return ((found - first).abs().max() / first.square().mean().sqrt()).item()
 
 

@@ -80,7 +80,8 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
 def whole_files(path: str | Path, what: str) -> Iterator[Path]:
     """As `whole_file`, with others beside it: a path of that name in a folder of its own, all of which moves.
 
-    The file itself moves last: when it is there, so are the others.
+    The file itself moves last: when it is there, so are the others. A `<name>.data` of the file it replaces goes, where
+    the new one has none. Only a crash between the moves leaves new data beside an old file.
 
     Raises:
         InputError: naming `what` and the path: the disk is full, say.
@@ -90,7 +91,10 @@ def whole_files(path: str | Path, what: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{target.name[:50]}.", suffix=".part", dir=target.parent) as folder:
             part = Path(folder) / target.name
             yield part
-            for file in sorted(part.parent.iterdir(), key=lambda file: file == part):
+            replaces, written = target.exists(), sorted(part.parent.iterdir(), key=lambda file: file == part)
+            for file in written:
                 os.replace(file, target.parent / file.name)
+            if replaces and len(written) == 1:
+                target.with_name(f"{target.name}.data").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{what}: {path}: {error.strerror or error}") from None

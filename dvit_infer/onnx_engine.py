@@ -3,20 +3,20 @@
 import hashlib
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from dvit_infer.backends.onnxruntime import OnnxRunner, input_dtype, open_session
-from dvit_infer.checkpoint import HEADER_KEY, read_header
+from dvit_infer.checkpoint import HEADER_KEY
 from dvit_infer.classifier import Classifier, Source
-from dvit_infer.config import METHODS, Config
+from dvit_infer.config import Config
 from dvit_infer.devices import resolve_device
 from dvit_infer.errors import InputError
+from dvit_infer.families.saved import saved_config
 from dvit_infer.files import check_name
 from dvit_infer.graph import Graph, Node
 
@@ -43,13 +43,13 @@ class OnnxEngine(Classifier):
         facts = session.get_modelmeta().custom_metadata_map
         if HEADER_KEY not in facts:
             raise InputError(f"{path}: was not written by dvit-convert: how its pictures are prepared is not known")
-        config = _config(str(path), facts[HEADER_KEY])
+        config = saved_config(str(path), facts[HEADER_KEY])
         self.only_uint8 = input_dtype(session) == torch.uint8
         _check_shapes(str(path), session, config, self.only_uint8)
         self._precision = str(facts.get("dtype", "float32"))
         dtype = torch.float16 if self._precision == "float16" else torch.float32
         super().__init__(config, OnnxRunner(session, path, config, device), device, dtype)
-        self.labels = _labels(str(path), facts.get("labels"))
+        self.labels = _labels(str(path), facts.get("labels"), config.num_classes)
 
     @property
     def precision(self) -> str:
@@ -60,7 +60,7 @@ class OnnxEngine(Classifier):
 
         from dvit_infer.onnx_file import weights_of
 
-        return weights_of(onnx.load(os.fspath(self.path)))
+        return weights_of(onnx.load(os.fspath(self.path)))  # int8 ones as what they stand for
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         from dvit_infer.backends.onnx import onnx_model
@@ -76,10 +76,8 @@ class OnnxEngine(Classifier):
         return [(node, values[names[node.name]]) for node in nodes]
 
     def digest(self, source: Source) -> Iterator[bytes]:
-        for file in (self.path, self.path.with_name(f"{self.path.name}.data")):
-            if file.exists():
-                with file.open("rb") as content:
-                    yield hashlib.file_digest(content, "sha256").digest()
+        with self.path.open("rb") as content:  # weights beside it are in there too, as their digest
+            yield hashlib.file_digest(content, "sha256").digest()
 
 
 def load_onnx(path: str | Path, *, device: str | torch.device | None = None) -> OnnxEngine:
@@ -98,8 +96,10 @@ def load_onnx(path: str | Path, *, device: str | torch.device | None = None) -> 
 
 
 def check_file(path: str | Path) -> Path:
-    """Raise InputError unless there is a file with something in it."""
+    """The path, links followed; raises InputError unless there is a file with something in it."""
     path = check_name(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))  # weights lie beside the file, not beside a link to it
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; an ONNX file is expected")
@@ -120,50 +120,22 @@ def onnx_device(device: str | torch.device | None) -> torch.device:
     return resolve_device(device)
 
 
-def _config(name: str, text: str) -> Config:
-    """The config that a file says it has; nothing else there can say it, so types are checked."""
-    said = {key: tuple(value) if isinstance(value, list) else value for key, value in read_header(name, text).items()}
-
-    def fits(value: object, like: object) -> bool:
-        if isinstance(like, tuple):
-            return isinstance(value, tuple) and all(fits(one, like[0]) for one in value)
-        if isinstance(like, float):
-            return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
-        return type(value) is type(like)
-
-    like = dict.fromkeys(said, 1) | {
-        **dict.fromkeys(("arch", "family", "method"), ""),
-        **dict.fromkeys(("eps", "keep_rate", "predictor_eps", "skip_lam"), 1.0),
-        **dict.fromkeys(("image_size", "trained_size", "prune_at"), (1,)),
-        **dict.fromkeys(("mean", "std"), (1.0,)),
-    }
-    optional = {"crop_pct": float, "weights": str}
-    for key, value in said.items():
-        right = value is None or isinstance(value, optional[key]) if key in optional else fits(value, like[key])
-        if not right:
-            raise InputError(f"{name}: its {HEADER_KEY} header is damaged at {key!r}")
-    config = Config(**cast(dict[str, Any], said))
-    sound = len(config.image_size) == 2 and len(config.mean) == len(config.std) == 3 and 0 not in config.std
-    if not sound or config.method not in METHODS or min(*config.image_size, config.patch_size, config.embed_dim) < 1:
-        raise InputError(f"{name}: its {HEADER_KEY} header is damaged: no such model can be")
-    return config
-
-
 def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> None:
     """What the header says must be what the graph takes and gives."""
     height, width = config.image_size
-    expected = [("images", [height, width, 3] if only_uint8 else [3, height, width])]
-    expected += [("logits", [config.num_classes])]
-    values = {value.name: list(value.shape[1:]) for value in [*session.get_inputs(), *session.get_outputs()]}
-    for value, shape in expected:
-        if values.get(value) != shape:
-            raise InputError(f"{name}: its header says {value} are {shape}, its graph says {values.get(value)}")
+    expected = {"images": [height, width, 3] if only_uint8 else [3, height, width], "logits": [config.num_classes]}
+    found = {value.name: list(value.shape[1:]) for value in [*session.get_inputs(), *session.get_outputs()]}
+    expected |= {f"kept_{i}": [k] for i, k in enumerate(config.num_keep) if "kept_0" in found}
+    for value, shape in expected.items():
+        if found.get(value) != shape:
+            raise InputError(f"{name}: its header says {value} are {shape}, its graph says {found.get(value)}")
 
 
-def _labels(name: str, text: str | None) -> dict[int, str] | None:
-    if text is None:
-        return None
+def _labels(name: str, text: str | None, num_classes: int) -> dict[int, str] | None:
     try:
-        return {int(index): str(label) for index, label in json.loads(text).items()}
+        labels = None if text is None else {int(index): label for index, label in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise InputError(f"{name}: its labels are not the JSON this project writes") from None
+        labels = {-1: ""}
+    if labels is not None and not all(0 <= i < num_classes and isinstance(t, str) for i, t in labels.items()):
+        raise InputError(f"{name}: its labels are not the JSON this project writes, a name for each of its classes")
+    return labels

@@ -1,6 +1,7 @@
 """ONNX files: written whole from an engine, checked, with what they say of themselves; read to look inside."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -90,21 +91,25 @@ def write_onnx(
     """What `export_onnx` does, but right to `path`: for callers with a temporary folder of their own."""
     need("format: onnx", "onnx", *(["onnxruntime"] if quantize else []), extra="dvit-infer[onnx]")
     import onnx
-    import onnx.inliner
 
     from dvit_infer.backends.onnx import onnx_model
 
+    if not isinstance(engine, Engine):
+        raise InputError(f"engine: an Engine is expected, not a {type(engine).__name__}")
     exact = resolve_dtype(dtype, torch.device("cpu"))
     if quantize not in (None, "int8"):
         raise InputError(f"quantize: {quantize!r} is not known; int8 is")
     if quantize and exact != torch.float32:
         raise InputError("quantize: int8 starts from float32, not from float16")
-    facts = _facts(engine, quantize or str(exact).removeprefix("torch."), labels)
-    model = onnx_model(engine.graph_in(exact), opset=opset, uint8=uint8, kept=kept, metadata=facts)
+    if calibration is not None and not quantize:
+        raise InputError("calibration: is for quantize='int8'")
+    model = onnx_model(engine.graph_in(exact), opset=opset, uint8=uint8, kept=kept)
     if quantize:
         from dvit_infer.quantize import quantize_int8
 
         model = quantize_int8(model, calibration)
+    facts = _facts(engine, quantize or str(exact).removeprefix("torch."), labels)
+    onnx.helper.set_model_props(model, {**facts, "weights_sha256": _digest(model)})
     save(model, path, inline)
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
@@ -137,10 +142,18 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
     return facts | ({} if labels is None else {"labels": json.dumps({str(k): v for k, v in sorted(labels.items())})})
 
 
+def _digest(model: "onnx.ModelProto") -> str:
+    """Of all weights: a file whose weights lie beside it changes with them, and so do the answers' marks."""
+    digest = hashlib.sha256()
+    for tensor in model.graph.initializer:
+        digest.update(tensor.name.encode())
+        digest.update(tensor.raw_data)
+    return digest.hexdigest()
+
+
 def save(model: "onnx.ModelProto", path: Path, inline: bool = False) -> None:
     """Write a model, the weights of a large one beside it as `<name>.data`."""
     import onnx
-    import onnx.inliner
 
     if model.ByteSize() > LARGEST:
         data = f"{path.name}.data"
@@ -199,10 +212,17 @@ def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | 
 
 
 def weights_of(model: "onnx.ModelProto") -> dict[str, torch.Tensor]:
-    """A model's floating point initializers by name."""
+    """A model's floating point weights by name; for quantised ones, what they stand for: scale * (q - zero point)."""
     import numpy as np
     from onnx import numpy_helper
 
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    floating: dict[str, Any] = {n: a for n, a in arrays.items() if a.dtype.kind == "f"}
-    return {name: torch.from_numpy(np.array(array)) for name, array in floating.items()}
+    arrays: dict[str, Any] = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = {}
+    for name, array in arrays.items():
+        stem = name.removesuffix("_quantized")
+        if stem != name:
+            zero, scale = arrays[f"{stem}_zero_point"], arrays[f"{stem}_scale"]
+            found[stem] = torch.from_numpy((array.astype(np.float32) - zero.astype(np.float32)) * scale)
+        elif array.dtype.kind == "f" and not name.endswith("_scale"):
+            found[name] = torch.from_numpy(np.array(array))
+    return found

@@ -104,7 +104,7 @@ def _answers(engine: Classifier, group: Sequence[Decoded], kept: bool) -> list[P
 
 
 def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, kept: bool) -> Iterator[Prediction]:
-    logits, chosen = engine(images, return_kept=True)
+    logits, chosen = engine(images, return_kept=True) if kept else (engine(images), [])
     finite = torch.isfinite(logits).all(dim=1).tolist()
     best = logits.cpu().softmax(dim=1).topk(min(TOP, logits.shape[1]))
     stages = [stage.tolist() for stage in chosen]

@@ -41,7 +41,8 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
             often as int8 itself does.
 
     Raises:
-        ValueError: `calibration` has no batch, or the model no linears.
+        InputError: `calibration` has no batch, or one that the model does not take.
+        ValueError: the model has no linears.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     linears = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
@@ -65,7 +66,7 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
             quantize_static(
                 source,
                 out,
-                _Reader(calibration),
+                _Reader(calibration, model.graph.input[0]),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["MatMul"],
                 nodes_to_quantize=linears,
@@ -124,14 +125,26 @@ def _batches(folder: str | Path, found: Iterator[str], config: Config, count: in
 
 
 class _Reader:
-    """Batches as the quantiser asks for them."""
+    """Batches as the quantiser asks for them, each checked to be what the model takes."""
 
-    def __init__(self, calibration: Iterable[np.ndarray]) -> None:
-        self._batches = iter(calibration)
+    def __init__(self, calibration: Iterable[np.ndarray], value: onnx.ValueInfoProto) -> None:
+        kind = value.type.tensor_type
+        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        self._shape = tuple(side.dim_value for side in kind.shape.dim[1:])
+        self._batches, self._none = iter(calibration), True
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._batches, None)
-        return None if batch is None else {"images": batch}
+        if batch is None:
+            if self._none:
+                raise InputError("calibration: has no batch")
+            return None
+        if not isinstance(batch, np.ndarray) or batch.dtype != self._dtype or batch.shape[1:] != self._shape:
+            raise InputError(
+                f"calibration: arrays of (B, {', '.join(map(str, self._shape))}) {self._dtype} are expected"
+            )
+        self._none = False
+        return {"images": batch}
 
 
 @contextlib.contextmanager

@@ -109,7 +109,9 @@ def engine_way(subject: Subject, config: Config, how: str = "engine") -> Way:
     weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
     held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
-    return Way(how, None, config, engine, engine.graph.gflops, held, given, engine=engine)
+    # A result file has to tell whether the native library pruned (DVIT_PRUNE): nothing else in a row would.
+    mode = "native" if "by native" in engine.runner.how else None
+    return Way(how, mode, config, engine, engine.graph.gflops, held, given, engine=engine)
 
 
 def dense_way(subject: Subject) -> Way:

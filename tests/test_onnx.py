@@ -244,3 +244,69 @@ def test_kept_sets_come_out_of_a_file_that_has_no_output_for_them(tmp_path):
     reference = dvit.load_reference(official_checkpoint(TINY), **options(TINY))
     expected = reference.evaluate(pictures(TINY), other).logits
     assert (model(pictures(TINY), kept=other) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_verify_judges_the_file_itself(dtype, kept, tmp_path, monkeypatch):
+    """Not only the probe, which is another model with the same weights."""
+    model = dvit.load_onnx(exported(TINY, tmp_path / "m.onnx", dtype, kept=kept), device="cpu")
+    assert dvit.verify(model, official_checkpoint(TINY), num_images=3).passed
+
+    class Wrong:
+        def __init__(self, session):
+            self.session = session
+
+        def run(self, *given):
+            logits, *others = self.session.run(*given)
+            return [logits + 0.05, *others]
+
+    monkeypatch.setattr(model.runner, "session", Wrong(model.runner.session))
+    report = dvit.verify(model, official_checkpoint(TINY), num_images=3)
+    assert any(failure.startswith("logits") for failure in report.failures)
+
+
+def test_verify_looks_at_quantised_weights(tmp_path):
+    path = exported(TINY, tmp_path / "m.onnx", quantize="int8")
+    assert dvit.verify(dvit.load_onnx(path, device="cpu"), official_checkpoint(TINY), num_images=2).passed
+    model = onnx.load(path)
+    (weight,) = [w for w in model.graph.initializer if w.name == "blocks.2.mlp/fc1.weight_quantized"]
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[:, :4] = 0
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(model, path)
+    report = dvit.verify(dvit.load_onnx(path, device="cpu"), official_checkpoint(TINY), num_images=2)
+    assert "blocks.2.mlp/fc1.weight" in report.wrong_weight
+
+
+def test_a_link_finds_weights_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("dvit_infer.onnx_file.LARGEST", 1 << 16)
+    (tmp_path / "there").mkdir()
+    path = exported(TINY, tmp_path / "there" / "m.onnx")
+    (tmp_path / "link.onnx").symlink_to(path)
+    before = dvit.load_onnx(tmp_path / "link.onnx", device="cpu")
+    assert before(pictures(TINY)).shape == answers(TINY)[0].shape
+    digest = list(before.digest(path))
+    other = dvit.convert(official_checkpoint("tiny-deit-r0.7-s41-tame"), device="cpu", **options(TINY))
+    dvit.export_onnx(other, path)  # other weights in a file beside it are another model
+    assert list(dvit.load_onnx(path, device="cpu").digest(path)) != digest
+    monkeypatch.setattr("dvit_infer.onnx_file.LARGEST", 1 << 30)
+    dvit.export_onnx(other, path)
+    assert not (tmp_path / "there" / "m.onnx.data").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"calibration": [np.zeros((1, 3, 8, 8), np.float32)]}, "calibration: is for quantize='int8'"),
+        ({"quantize": "int8", "calibration": [np.zeros((1, 3, 8, 8), np.float32)]}, "calibration: arrays of"),
+        ({"quantize": "int8", "calibration": []}, "calibration: has no batch"),
+        ({"opset": "20"}, "opset: '20'"),
+        ({"opset": 20.0}, "opset: 20.0"),
+        ({"dtype": "bfloat16"}, "dtype: bfloat16 cannot be written as ONNX"),
+    ],
+)
+def test_export_says_what_cannot_be(given, says, tmp_path):
+    with pytest.raises(dvit.InputError, match=says.replace("'", ".")):
+        exported(TINY, tmp_path / "m.onnx", **given)
+    assert not list(tmp_path.iterdir())

@@ -154,10 +154,10 @@ def test_bench_runs_a_file(model, capsys):
 @pytest.mark.parametrize(
     ("shape", "element", "says"),
     [
-        (("b", 3, 32, 32), TensorProto.FLOAT, "of another origin; float32 pictures"),
-        ((2, 3, 32, 32), TensorProto.FLOAT16, "float16 pictures"),
+        (("b", 3, 32, 32), TensorProto.FLOAT, "of another origin; float32"),
+        ((2, 3, 32, 32), TensorProto.FLOAT16, "of another origin; float16"),
         (("b", 3, "h", "w"), TensorProto.FLOAT, "its size is open, 224x224 is assumed"),
-        (("b", 32, 16, 3), TensorProto.UINT8, "uint8 pictures"),
+        (("b", 32, 16, 3), TensorProto.UINT8, "of another origin; uint8"),
     ],
 )
 def test_bench_runs_a_foreign_file_and_says_what_it_cannot_know(shape, element, says, capsys):
@@ -176,6 +176,50 @@ def foreign_last(path, shape):
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array([1, 2]), "axes"))
     onnx.save(model, path)
     return path
+
+
+def changed(path, facts=None, output=None):
+    """A foreign file with other metadata, or another first output."""
+    found = onnx.load(foreign(path))
+    helper.set_model_props(found, facts or {})
+    if output is not None:
+        nodes, shape = output
+        found.graph.node.extend(nodes)
+        found.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", *shape))
+    onnx.save(found, path)
+    return path
+
+
+def test_bench_takes_no_number_on_trust(capsys):
+    changed("f.onnx", {"gflops": "x", "keep_rate": "abc", "params": "9" * 5000, "arch": "\x1b[31mred\nline"})
+    assert bench.main(["f.onnx", "--seconds", "0", "--device", "cpu", "--json", "b.json"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    (row,) = json.loads(Path("b.json").read_text())["rows"]
+    assert (row["gflops"], row["keep_rate"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape", "says"),
+    [
+        ([helper.make_node("ArgMax", ["y"], ["z"], axis=1)], (TensorProto.INT64, None), "no logits"),
+        ([helper.make_node("ReduceSum", ["y"], ["z"], keepdims=0)], (TensorProto.FLOAT, ()), "no logits"),
+        ([helper.make_node("Log", ["n"], ["z"])], (TensorProto.FLOAT, None), "it answers NaN or Inf"),
+    ],
+)
+def test_bench_says_what_no_logits_are(nodes, shape, says, capsys):
+    absolute = [helper.make_node("Abs", ["y"], ["a"]), helper.make_node("Neg", ["a"], ["n"])]
+    changed("f.onnx", output=([*absolute, *nodes], shape))
+    line = fails(bench, ["f.onnx", "--seconds", "0", "--device", "cpu"], capsys)
+    assert "f.onnx" in line
+    assert says in line
+
+
+def test_bench_finds_that_a_runtime_agrees_with_itself(capsys):
+    changed("f.onnx", output=([helper.make_node("Sub", ["y", "y"], ["z"])], (TensorProto.FLOAT, None)))
+    given = ["--seconds", "0", "--device", "cpu", "--compare", "onnxruntime,openvino"]
+    assert bench.main(["f.onnx", *given]) == 0
+    assert "all runtimes agree" in capsys.readouterr().out
 
 
 def test_bench_says_when_runtimes_do_not_agree(model, capsys, monkeypatch):
@@ -206,7 +250,7 @@ def test_a_damaged_file_is_told_in_one_line(command, content, says, model, capsy
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--compare", "reference"], "--compare: reference needs the checkpoint"),
+        (["--compare", "reference"], "--compare: 'reference' needs the checkpoint"),
         (["--sweep", "0.5:0.9:0.1"], "--sweep: "),
         (["--nodes"], "--nodes: "),
         (["--dtype", "float16"], "--dtype: "),
@@ -256,14 +300,29 @@ def test_what_a_file_is_cannot_be_changed(command, model, capsys, tmp_path):
         assert "--against-reference: " in line
 
 
-def test_a_header_that_lies_is_found_out(model, capsys, tmp_path):
+def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
     draw_all(tmp_path / "pictures" / "a", 1)
+    with_kept = tmp_path / "k.onnx"
+    given = [*TINY_FACTS, "--format", "onnx", "--kept", "--no-verify", "-o", str(with_kept)]
+    assert convert.main([str(checkpoint), *given]) == 0
+    capsys.readouterr()
     for before, after, says in (
         ('"num_classes": 10', '"num_classes": 11', "its header says logits are [11]"),
-        ('"patch_size": 16', '"patch_size": "16"', "damaged at 'patch_size'"),
+        (
+            '"patch_size": 16',
+            '"patch_size": "16"',
+            "cannot be true: patch_size: '16' is no positive whole number",
+        ),
         ('"format": 1', '"format": 2', "its format is 2"),
+        ('"patch_size": 16', '"patch_size": 1000000000', "is no multiple of the patch size"),
+        ('"depth": 4', '"depth": -1', "depth: -1"),
+        ('"num_heads": 2', '"num_heads": 0', "num_heads: 0"),
+        ('"keep_rate": 0.7', '"keep_rate": 1e308', "keep_rate: 1e+308"),
+        ('"keep_rate": 0.7', '"keep_rate": 0.5', "its header says kept_0 are [98]"),
+        ('"prune_at": [1, 2, 3]', '"prune_at": [3, 2, 1]', "is not strictly increasing"),
+        ('"family": "deit"', '"family": "zzz"', "family: 'zzz' is not known"),
     ):
-        content = onnx.load(model)
+        content = onnx.load(with_kept)
         (entry,) = [entry for entry in content.metadata_props if entry.key == "dvit_infer"]
         assert before in entry.value
         entry.value = entry.value.replace(before, after)
@@ -300,7 +359,7 @@ def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
     assert convert.main([str(checkpoint), *TINY_FACTS, *given]) == 0
     out = capsys.readouterr().out
     assert "parity passed: 64 pictures, int8 on cpu" in out
-    assert "all that stay float32 follow from the file" in out
+    assert "all follow from the file, to half a step" in out
     parity = json.loads(Path("j.json").read_text())["parity"]
     assert 0.5 < parity["top1_agreement"] <= 1
     assert all(0.9 < overlap <= 1 for overlap in parity["kept_overlap"])
@@ -308,3 +367,10 @@ def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
     found = onnx.load("ckpt.dvit.onnx")
     assert {"MatMulInteger"} <= {node.op_type for node in found.graph.node}
     assert {weight.data_type for weight in found.graph.initializer if "prune" in weight.name} == {TensorProto.FLOAT}
+
+
+def test_predict_needs_the_file_alone(model, capsys, tmp_path, monkeypatch):
+    draw_all(tmp_path / "pictures", 1)
+    monkeypatch.setattr("dvit_infer.onnx_file.probed", lambda *given: pytest.fail("a second model was made"))
+    assert predict.main([str(model), "pictures", "--device", "cpu", "--workers", "0"]) == 0
+    assert "top5" in capsys.readouterr().out

@@ -28,7 +28,6 @@ def onnx_model(
     opset: int = OPSETS[0],
     uint8: bool = False,
     kept: bool = False,
-    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """A folded graph as an ONNX model for any number of pictures.
 
@@ -41,14 +40,13 @@ def onnx_model(
         opset: of the default domain, one of `OPSETS`.
         uint8: take uint8 (B, H, W, 3) pictures instead and normalise them by the config's mean and std.
         kept: give the kept positions too.
-        metadata: properties of the model.
 
     Raises:
         InputError: no ONNX is known for a node, the dtype or the opset.
         ValueError: the graph is not folded.
     """
-    if opset not in OPSETS:
-        raise InputError(f"opset: {opset}; {' or '.join(map(str, OPSETS))} can be written")
+    if type(opset) is not int or opset not in OPSETS:
+        raise InputError(f"opset: {opset!r}; {' or '.join(map(str, OPSETS))} can be written")
     if graph.dtype not in _ELEMENT:
         raise InputError(f"dtype: {str(graph.dtype)[6:]} cannot be written as ONNX; float32 and float16 can")
     domains, functions = [helper.make_opsetid("", opset)], []
@@ -62,7 +60,6 @@ def onnx_model(
         ir_version=IR_VERSION,
         producer_name="dvit_infer",
     )
-    helper.set_model_props(model, dict(metadata or {}))
     return model
 
 

@@ -33,9 +33,9 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
     need(name, "onnxruntime", extra=EXTRA)
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(3)
+    onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # fatal: all else becomes an error here
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     providers: list[Any] = ["CPUExecutionProvider"]
@@ -47,12 +47,15 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
         # TF32 is not float32: it would keep other tokens.
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
     try:
-        return onnxruntime.InferenceSession(model, options, providers=providers)
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # of many kinds, which have no common base
         if found := re.search(r'External data path does not exist: "?([^"]+)', str(error)):
             raise InputError(f"{name}: its weights are in {Path(found[1]).name}, which is not beside it") from None
         reason = _reason(error).removeprefix(f"Load model from {name} failed:")
         raise InputError(f"{name}: ONNX Runtime cannot load it: {reason}") from None
+    if device.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise InputError("device: ONNX Runtime's CUDA provider cannot start here; --device cpu would")
+    return session
 
 
 def input_dtype(session: Any) -> torch.dtype | None:
@@ -60,46 +63,62 @@ def input_dtype(session: Any) -> torch.dtype | None:
     return _dtype(session.get_inputs()[0])
 
 
-def run_session(session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> list[torch.Tensor]:
+def run_session(
+    session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str], name: str = "images"
+) -> list[torch.Tensor]:
     """Run a session: inputs by name, outputs in the order asked for, all on the inputs' device.
 
     On CUDA inputs are bound where they are, and outputs stay there (IO binding).
 
     Raises:
-        InputError: an input is of a wrong shape or dtype, say.
-        MemoryError: there is too little of it.
+        InputError: naming `name`: an input is of a wrong shape or dtype, an output no tensor of numbers.
+        MemoryError: there is too little of it; on a GPU torch.OutOfMemoryError.
     """
+    given = {key: tensor.resolve_neg() for key, tensor in given.items()}
     device = next(iter(given.values())).device
     try:
         if device.type == "cpu":
-            found = session.run(list(wanted), {name: tensor.numpy() for name, tensor in given.items()})
+            found = session.run(list(wanted), {key: tensor.numpy() for key, tensor in given.items()})
             return [torch.from_numpy(np.asarray(array)) for array in found]
         torch.cuda.synchronize(device)  # ONNX Runtime has a stream of its own
         return run_bound(session, given, wanted)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of many kinds, which have no common base
         if "allocate" in str(error):
-            raise MemoryError(_reason(error)) from None
-        raise InputError(f"images: ONNX Runtime: {_reason(error)}") from None
+            raise (MemoryError if device.type == "cpu" else torch.OutOfMemoryError)(_reason(error)) from None
+        raise InputError(f"{name}: ONNX Runtime: {_reason(error)}") from None
 
 
 def run_bound(session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> list[torch.Tensor]:
-    """`run_session` by IO binding: tensors are read and written where they are, on whatever device."""
-    device = next(iter(given.values())).device
+    """`run_session` by IO binding: tensors are read and written where they are, on whatever device.
+
+    An output whose shape or dtype only running tells is copied by way of the CPU.
+    """
+    first = next(iter(given.values()))
     binding = session.io_binding()
-    where = device.type, device.index or 0
+    where = first.device.type, first.device.index or 0
     for name, tensor in given.items():
-        kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        binding.bind_input(name, *where, kind, tuple(tensor.shape), tensor.data_ptr())
-    batch = next(iter(given.values())).shape[0]
-    outputs = {}
-    for value in session.get_outputs():
-        if value.name in wanted:
-            shape = [size if isinstance(size, int) else batch for size in value.shape]
-            outputs[value.name] = torch.empty(shape, dtype=_dtype(value), device=device)
-            kind = np.dtype(str(outputs[value.name].dtype).removeprefix("torch."))
-            binding.bind_output(value.name, *where, kind, tuple(shape), outputs[value.name].data_ptr())
+        binding.bind_input(name, *where, _numpy(tensor.dtype), tuple(tensor.shape), tensor.data_ptr())
+    values = {value.name: value for value in session.get_outputs()}
+    outputs: dict[str, torch.Tensor] = {}
+    for name in wanted:
+        dtype, shape = _dtype(values[name]), list(values[name].shape or [])
+        if dtype is None or not shape or not all(isinstance(size, int) for size in shape[1:]):
+            binding.bind_output(name, "cpu")
+            continue
+        shape[0] = shape[0] if isinstance(shape[0], int) else len(first)
+        outputs[name] = torch.empty(shape, dtype=dtype, device=first.device)
+        binding.bind_output(name, *where, _numpy(dtype), tuple(shape), outputs[name].data_ptr())
     session.run_with_iobinding(binding)
+    for name, value in zip(wanted, binding.get_outputs(), strict=True):
+        if name not in outputs:
+            outputs[name] = torch.from_numpy(np.asarray(value.numpy())).to(first.device)
     return [outputs[name] for name in wanted]
+
+
+def _numpy(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(str(dtype).removeprefix("torch."))
 
 
 def _dtype(value: Any) -> torch.dtype | None:
@@ -107,9 +126,11 @@ def _dtype(value: Any) -> torch.dtype | None:
 
 
 def _reason(error: Exception) -> str:
-    """What ONNX Runtime says, in one line, without its prefixes `[ONNXRuntimeError] : 1 : FAIL : `."""
+    """What ONNX Runtime says, in one short line without prefixes (`[ONNXRuntimeError] : 1 : FAIL : `) and sources."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text.removeprefix("[ONNXRuntimeError] : ").split(" : ", 2)[-1]
+    text = text.removeprefix("[ONNXRuntimeError] : ").split(" : ", 2)[-1]
+    text = re.split(r" ?/onnxruntime_src/| Please fix", text)[0] or text
+    return text if len(text) < 250 else f"{text[:250]} ..."
 
 
 class OnnxRunner:
@@ -154,14 +175,15 @@ class OnnxRunner:
         if watch is not None:
             raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
         given = {"images": self.prepare(images)}
-        if kept is None and (self._has_kept or not return_kept or not self._kept):
-            wanted = self._kept if return_kept else []
-            logits, *chosen = run_session(self.session, given, ["logits", *wanted])
-            return logits, chosen
         if kept is not None:
             return self.node_values(images, kept, ())["logits"], list(kept)
+        wanted = self._kept if return_kept and self._has_kept else []
+        logits, *chosen = run_session(self.session, given, ["logits", *wanted], str(self._path))
+        if wanted or not return_kept:
+            return logits, chosen
+        # The answer is the file's own, whatever the probe is asked.
         names = [f"prune.{stage}/index" for stage in range(len(self._kept))]
-        logits, *chosen = run_session(self._probe(False, tuple(names)), given, ["logits", *names])
+        chosen = run_session(self._probe(False, tuple(names)), given, names, str(self._path)) if names else []
         for stage in range(1, len(chosen)):
             chosen[stage] = chosen[stage - 1].gather(1, chosen[stage])
         return logits, chosen
@@ -176,7 +198,7 @@ class OnnxRunner:
             index = positions if before is None else torch.searchsorted(before, positions)
             given[f"prune.{stage}/index"], before = index.to(self._device), positions
         wanted = ["logits", *(name for name in names if name != "logits")]
-        found = run_session(self._probe(bool(kept), tuple(wanted[1:])), given, wanted)
+        found = run_session(self._probe(bool(kept), tuple(wanted[1:])), given, wanted, str(self._path))
         return dict(zip(wanted, found, strict=True))
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
