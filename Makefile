@@ -4,7 +4,7 @@
 # `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
 # (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
 # `make native` builds and tests the native library of kernels/csrc: as it is shipped, under AddressSanitizer and
-# UBSan, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
+# UBSan, under ThreadSanitizer, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
 # another Triton (kept under build/ until `make clean`), UPDATE=1 writes the table.
 PYTHON ?= python3
@@ -52,6 +52,8 @@ native:
 	$(call BUILD_NATIVE,build/native)
 	cmake -S . -B build/native-sanitized -DDVIT_CUDA=OFF -DDVIT_SANITIZE=address,undefined $(STRICT)
 	$(call BUILD_NATIVE,build/native-sanitized)
+	cmake -S . -B build/native-threads -DDVIT_CUDA=OFF -DDVIT_SANITIZE=thread $(STRICT)
+	$(call BUILD_NATIVE,build/native-threads) -R 'cpu|kernels'
 	@if ! command -v nvcc >/dev/null; then echo "make native: nvcc is not here, so the CUDA side was not compiled"; else \
 	set -x; cmake -S . -B build/native-cuda -DDVIT_CUDA=ON $(STRICT) && $(call BUILD_NATIVE,build/native-cuda) -R api; fi
 

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 
@@ -27,9 +28,14 @@ class BuildNative(build_ext):
             raise SystemExit(f"error: DVIT_NATIVE=1 needs a C++17 compiler; there is no {' or '.join(compilers)}")
         source, folder = Path(__file__).resolve().parent, Path(self.build_temp).resolve()
         given = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        # After what is given, and of Release for generators with many configurations: this is where it is looked for.
+        into = [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY{which}={folder}" for which in ("", "_RELEASE")]
+        # What an earlier build was given is not this one's. (cmake --fresh does the same, from 3.24.)
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
         try:
-            subprocess.run(["cmake", "-S", source, "-B", folder, "-DDVIT_TESTS=OFF", *given], check=True)
-            subprocess.run(["cmake", "--build", folder, "--parallel"], check=True)
+            subprocess.run(["cmake", "-S", source, "-B", folder, "-DDVIT_TESTS=OFF", *given, *into], check=True)
+            subprocess.run(["cmake", "--build", folder, "--config", "Release", "--parallel"], check=True)
         except subprocess.CalledProcessError:
             raise SystemExit("error: DVIT_NATIVE=1: cmake failed; what it said is above") from None
         target = Path(self.get_ext_fullpath(ext.name))
@@ -37,7 +43,17 @@ class BuildNative(build_ext):
         shutil.copy(folder / target.name, target)
 
 
-native = os.environ.get("DVIT_NATIVE") == "1"
+class NativeWheel(bdist_wheel):
+    """A wheel for this platform and any Python: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+asked = os.environ.get("DVIT_NATIVE", "")
+if asked not in ("", "0", "1"):
+    raise SystemExit(f"error: DVIT_NATIVE={asked!r}; 1 builds the native library, 0 or nothing does not")
+native = asked == "1"
 setup(
     packages=[*find_packages(include=["dvit_infer", "dvit_infer.*"]), *find_packages("kernels")],
     package_dir={"dvit_kernels": "kernels/dvit_kernels"},
@@ -47,5 +63,5 @@ setup(
         "dvit_infer.report": ["page.*"],
     },
     ext_modules=[Extension("dvit_kernels.libdvit_kernels", [])] if native else [],
-    cmdclass={"build_ext": BuildNative} if native else {},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": NativeWheel} if native else {},
 )

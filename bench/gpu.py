@@ -20,11 +20,15 @@ from pathlib import Path
 
 import torch
 
+from dvit_infer.errors import InputError
+from dvit_infer.ops import native
 from dvit_infer.results import environment, machine_name, write_json
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 PARTS = ("tests", "tune", "models", "machine", "prune_tokens", "sanitizer")
 WITH_GPU_TESTS = re.compile(r"mark\.gpu|WHERE|def test_\w+\([^)]*\bdevice\b")
+NATIVE_TESTS = ROOT / "tests" / "test_native.py"
+SMALL, SMALL_NATIVE = "(neighbours or strides) and float16", "strides"  # what pytest selects for compute-sanitizer
 AT_ONCE = 6  # test files at a time: most of their time goes into compiling
 # Shares of the budget; what a part leaves goes to those after it.
 SHARE = {"tests": 0.35, "tune": 0.3, "models": 0.75, "machine": 0.4, "prune_tokens": 0.5, "sanitizer": 1.0}
@@ -88,19 +92,54 @@ def tests(out: Path, seconds: float, log: Log) -> bool:
     return all(row["passed"] for row in results)
 
 
+def name_native_library(seconds: float, log: Log) -> None:
+    """Leaves DVIT_NATIVE_LIBRARY naming a library with CUDA, built here if need be: no test builds it in a sanitizer.
+
+    Or says that there is none.
+    """
+    if not os.environ.get("DVIT_NATIVE_LIBRARY"):
+        if missing := [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]:
+            log(f"native library: its GPU tests are NOT RUN: no {' and no '.join(missing)}, no DVIT_NATIVE_LIBRARY")
+            return
+        folder, end = ROOT / "build" / "native-gpu", time.monotonic() + seconds
+        configure = ["cmake", "-S", str(ROOT), "-B", str(folder)]
+        configure += ["-DDVIT_CUDA=ON", "-DDVIT_TESTS=OFF", "-DCMAKE_CUDA_ARCHITECTURES=native"]
+        for command in (configure, ["cmake", "--build", str(folder), "-j2"]):
+            status, output, _ = process(command, end - time.monotonic())
+            if status != 0:  # the tests will try as well, and fail
+                log(f"native library: building it FAILED\n{output[-4000:]}")
+                return
+        os.environ["DVIT_NATIVE_LIBRARY"] = str(folder / native.FILE)
+    try:
+        with_cuda = native.library().dvit_has_cuda()
+        log(f"native library: {os.environ['DVIT_NATIVE_LIBRARY']}")
+        if not with_cuda:
+            log("native library: its GPU tests are NOT RUN: it was built without CUDA")
+    except InputError as error:  # the tests will fail
+        log(f"native library: {error}")
+
+
 def sanitizer(out: Path, seconds: float, log: Log) -> bool:
-    """The small kernel tests under compute-sanitizer's memcheck, where it is and can run."""
+    """The small kernel tests under compute-sanitizer, where it is and can run.
+
+    All under memcheck; the native library's under racecheck too: its barriers are placed by hand.
+    """
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         log("compute-sanitizer is not here: not run")
         return True
-    given = ["--error-exitcode", "77", "--target-processes", "all"]
-    small = "(neighbours or strides) and float16"
-    command = [tool, *given, sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", small, *map(str, test_files())]
-    status, output, taken = process(command, seconds)
-    log(output[-2000:])
-    log(f"compute-sanitizer: exit status {status}, {taken:.0f} s")
-    return status == 0  # 77: it found something; else it could not run or was cut short, which the lines above say
+    end, good = time.monotonic() + seconds, True
+    runs = [("memcheck", SMALL, test_files())]
+    if os.environ.get("DVIT_NATIVE_LIBRARY"):  # else its tests are skipped
+        runs.append(("racecheck", SMALL_NATIVE, [NATIVE_TESTS]))
+    for checker, small, files in runs:
+        given = ["--tool", checker, "--error-exitcode", "77", "--target-processes", "all"]
+        tests = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-k", small, *map(str, files)]
+        status, output, taken = process([tool, *given, *tests], end - time.monotonic())
+        log(output[-2000:])
+        log(f"compute-sanitizer, {checker}: exit status {status}, {taken:.0f} s")
+        good &= status == 0  # 77: it found something; else it could not run or was cut short, which the lines above say
+    return good
 
 
 def script(name: str, out: Path, seconds: float, log: Log) -> bool:
@@ -120,6 +159,8 @@ def script(name: str, out: Path, seconds: float, log: Log) -> bool:
 def run_parts(names: list[str], out: Path, budget: float, log: Log) -> Iterator[str]:
     """Run the parts in turn; yields the names of those that failed."""
     end = time.monotonic() + budget
+    if {"tests", "sanitizer"} & {*names}:
+        name_native_library(0.2 * budget, log)
     for name in PARTS:
         if name not in names:
             continue

@@ -1,9 +1,14 @@
 """The native library through ctypes: against the reference in all dtypes, its errors, DVIT_PRUNE=native in engines."""
 
+import copy
+import ctypes
+import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from test_prune_tokens import DTYPES, make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.backends.cpu import CpuRunner, Linear
+from dvit_infer.cli import bench
 from dvit_infer.errors import InputError
 from dvit_infer.ops import native
 from dvit_infer.ops.prune_tokens import gather_tokens_ref, how, prune_tokens_ref, score_tokens_ref, select_tokens_ref
@@ -53,25 +59,34 @@ def _native(_library, monkeypatch):
     monkeypatch.setenv("DVIT_PRUNE", "native")
 
 
-def check_against_float64(x, k, p, kept_x, index, predictor) -> None:
-    """Sets differ from the stable float64 ranking only where scores are within PyTorch's own error twice over."""
-    packed = dvit.pack_predictor(predictor, x.dtype)
-    plain = score_tokens_ref(x[:, p:], packed, 1e-5)
-    logits = predictor.double()(x[:, p:].double())
+def float64_scores(x, p, predictor) -> tuple[torch.Tensor, float]:
+    """The scores in float64, and how far from the cut a token may stay or go: four of PyTorch's errors."""
+    plain = score_tokens_ref(x[:, p:], dvit.pack_predictor(predictor, x.dtype), 1e-5)
+    logits = copy.deepcopy(predictor).double()(x[:, p:].double())
     right = logits[..., 0] - logits[..., 1]
-    margin = 4 * (plain - right).abs().max() + 1e-6
-    for i, row in enumerate(index):
-        order = right[i].sort(descending=True, stable=True)
-        ours = set(row.tolist())
-        assert row.tolist() == sorted(ours)
-        assert len(ours) == k
-        assert all((right[i, j] - order.values[k - 1]).abs() <= margin for j in ours ^ set(order.indices[:k].tolist()))
+    return right, 4 * (plain - right).abs().max().item() + 1e-6
+
+
+def differ_only_at_the_cut(index, theirs, right, margin) -> bool:
+    """Whether every token that one choice alone keeps scores as the last one that stays does."""
+    k = index.shape[1]
+    cuts = right.sort(dim=1, descending=True).values[:, k - 1]
+    pairs = zip(index.tolist(), theirs.tolist(), strict=True)
+    return all(abs(right[i, j] - cuts[i]) <= margin for i, (a, b) in enumerate(pairs) for j in set(a) ^ set(b))
+
+
+def check_against_float64(x, k, p, kept_x, index, predictor) -> None:
+    """Sets differ from the stable float64 ranking only at the cut; rows are those of the set, bit by bit."""
+    right, margin = float64_scores(x, p, predictor)
+    assert all(row == sorted(set(row)) for row in index.tolist())
+    assert index.shape == (len(x), k)
     assert index.dtype == torch.int64
+    assert differ_only_at_the_cut(index, select_tokens_ref(right, k), right, margin)
     assert torch.equal(bits(kept_x), bits(gather_tokens_ref(x.contiguous(), index, p)))
 
 
 @pytest.mark.usefixtures("_library")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("b", "n", "p", "c", "k"),
     [
@@ -91,7 +106,7 @@ def test_sets_and_rows(b, n, p, c, k, dtype):
 
 
 @pytest.mark.usefixtures("_library")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(dtype):
     packed, wide = dvit.pack_predictor(make_predictor(64), dtype), make_x(6, 40, 1, 128, dtype)
     views = (
@@ -111,6 +126,14 @@ def test_any_strides(dtype):
         assert kept_x.is_contiguous()
 
 
+def select_gather(x, score, k, threads=2) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = native._Tokens(0, len(x), 0, x.shape[1], x.shape[2], k, x.stride(0), x.stride(1))
+    kept_x, index = x.new_empty(len(x), k, x.shape[2]), torch.empty(len(x), k, dtype=torch.int64)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, score, kept_x, index))
+    assert native.library().dvit_select_gather(ctypes.byref(shape), *pointers, threads) == 0
+    return kept_x, index
+
+
 @pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize("n", [1, 2, 33, 196, 1024, 5000])
 def test_selection_of_any_scores(n):
@@ -128,12 +151,35 @@ def test_selection_of_any_scores(n):
     )
     x = torch.arange(len(score) * n * 3, dtype=torch.float32).view(len(score), n, 3)
     for k in range(1, n + 1) if n <= 33 else (1, n // 3, n):
-        shape = native._Tokens(0, len(x), 0, n, 3, k, x.stride(0), x.stride(1))
-        kept_x, index = x.new_empty(len(x), k, 3), torch.empty(len(x), k, dtype=torch.int64)
-        pointers = (native.ctypes.c_void_p(t.data_ptr()) for t in (x, score, kept_x, index))
-        assert native.library().dvit_select_gather(native.ctypes.byref(shape), *pointers, 2) == 0
+        kept_x, index = select_gather(x, score, k)
         assert torch.equal(index, select_tokens_ref(score, k))
         assert torch.equal(kept_x, gather_tokens_ref(x, index, 0))
+
+
+@pytest.mark.usefixtures("_library")
+def test_selection_knows_denormals_where_the_processor_takes_them_for_zero():
+    score, x = torch.tensor([[0.0, -1e-45, 1e-45, -0.0]]), torch.zeros(1, 4, 3)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not")
+    try:
+        index = [select_gather(x, score, k)[1].tolist() for k in (1, 2, 3)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert index == [[[2]], [[0, 2]], [[0, 2, 3]]]
+
+
+@pytest.mark.usefixtures("_library")
+def test_openmp_is_asked_for_no_more_threads_than_it_was_set_to():
+    x, score = torch.zeros(64, 50, 4096), torch.zeros(64, 50)  # 50 MiB to copy: worth 50 threads
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    torch.zeros(1 << 20).exp_()  # as many as PyTorch has are there from now on
+    before = threads()
+    for asked in (torch.get_num_threads() + 5, 0):
+        select_gather(x, score, 50, asked)
+        assert threads() == before
 
 
 @pytest.mark.usefixtures("_library")
@@ -162,10 +208,11 @@ def test_structures_follow_the_header():
 
     assert fields("dvit_tokens") == [name for name, _ in native._Tokens._fields_]
     assert fields("dvit_predictor") == [name for name, _ in native._Predictor._fields_]
+    assert (ctypes.sizeof(native._Tokens), ctypes.sizeof(native._Predictor)) == (64, 80)
 
 
 @pytest.mark.usefixtures("_native")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_op_runs_it_when_asked(dtype, monkeypatch):
     x, packed = make_x(2, 30, 1, 64, dtype), dvit.pack_predictor(make_predictor(64), dtype)
     right_x, right = native.prune_tokens(x, packed, 9, 1, 1e-5)
@@ -180,6 +227,15 @@ def test_the_op_runs_it_when_asked(dtype, monkeypatch):
 @pytest.mark.usefixtures("_native")
 def test_sizes_beyond_it_run_in_pytorch_and_are_told():
     assert how(CPU, 9, 3) == "PyTorch"
+
+
+@pytest.mark.usefixtures("_native")
+def test_dvit_bench_says_who_prunes(tmp_path, capsys):
+    given = [str(ROOT / "bench/proof/digits-0.7.pth"), "--batch", "2", "--seconds", "0", "--device", "cpu"]
+    assert bench.main([*given, "--json", str(tmp_path / "b.json")]) == 0
+    assert "prune_tokens by native (CPU)" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {row["how"]: row["mode"] for row in rows} == {"reference": None, "dense": None, "engine": "native"}
 
 
 def test_only_native_can_be_asked_for(monkeypatch):
@@ -215,7 +271,7 @@ def test_a_library_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch
 def test_a_library_of_another_version_is_refused(monkeypatch):
     native._load.cache_clear()
     monkeypatch.setattr(native, "__version__", "9.9")
-    with pytest.raises(InputError, match=r"is of version 0\.\d+\.\d+, this is 9\.9"):
+    with pytest.raises(InputError, match=rf"is of version {re.escape(dvit.__version__)}, this is 9\.9"):
         native.library()
 
 
@@ -243,6 +299,32 @@ def test_engines_in_reduced_precision_pass_verify(dtype):
     assert report.passed, str(report)
 
 
+@pytest.fixture
+def gpu_suite():
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpu_suite_says_that_nothing_native_is_tested(gpu_suite, built, monkeypatch):
+    said = []
+    monkeypatch.setenv("DVIT_NATIVE_LIBRARY", built)
+    gpu_suite.name_native_library(1.0, said.append)
+    assert native.library().dvit_has_cuda() or said[-1].endswith("NOT RUN: it was built without CUDA")
+    monkeypatch.delenv("DVIT_NATIVE_LIBRARY")
+    monkeypatch.setenv("PATH", "")
+    gpu_suite.name_native_library(1.0, said.append)
+    assert said[-1].endswith("NOT RUN: no nvcc and no cmake, no DVIT_NATIVE_LIBRARY")
+
+
+def test_what_the_sanitizers_run_has_native_tests_in_it(gpu_suite):
+    for small in (gpu_suite.SMALL, gpu_suite.SMALL_NATIVE):
+        command = [sys.executable, "-m", "pytest", "-v", "--collect-only", "-m", "gpu", "-k", small, __file__]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "test_on_cuda_any_strides[torch.float16]" in found
+
+
 @pytest.fixture(scope="session")
 def built_with_cuda(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not os.environ.get("DVIT_NATIVE_LIBRARY") and shutil.which("nvcc") is None:
@@ -260,7 +342,7 @@ def _on_cuda(built_with_cuda, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_on_cuda")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("b", "n", "p", "c", "k"),
     [(64, 196, 1, 384, 137), (3, 50, 1, 96, 35), (70, 1, 1, 64, 1), (9, 3, 5, 160, 2), (2, 1024, 1, 1024, 700)],
@@ -268,27 +350,24 @@ def _on_cuda(built_with_cuda, monkeypatch):
 def test_on_cuda_it_chooses_as_triton_does(b, n, p, c, k, dtype):
     from dvit_kernels.prune_tokens import prune_tokens_launches
 
-    x = make_x(b, n, p, c, dtype).cuda()
-    packed = [t.cuda() for t in dvit.pack_predictor(make_predictor(c), dtype)]
+    x, predictor = make_x(b, n, p, c, dtype).cuda(), make_predictor(c)
+    packed = [t.cuda() for t in dvit.pack_predictor(predictor, dtype)]
     assert how(x.device, n, c) == "native (CUDA)"
     kept_x, index = dvit.prune_tokens(x, packed, k, p)
-    check_against_float64(x.cpu(), k, p, kept_x.cpu(), index.cpu(), make_predictor(c))
+    check_against_float64(x.cpu(), k, p, kept_x.cpu(), index.cpu(), predictor)
     launches, their_x, theirs = prune_tokens_launches(x, packed, k, p, 1e-5)
     for launch in launches:
         launch.run()
-    score = launches[1].arguments["score_ptr"]
-    ranked = score.sort(dim=1, descending=True, stable=True).values
-    clear = torch.full((b,), True, device="cuda")
-    if k < n:  # the gap at the cut is wider than the two kernels' rounding can differ
-        clear = ranked[:, k - 1] - ranked[:, k] > {torch.float32: 1e-4}.get(dtype, 0.1) * max(1.0, score.std().item())
-    assert torch.equal(index[clear], theirs[clear])
-    assert torch.equal(bits(kept_x[clear]), bits(their_x[clear]))
+    assert differ_only_at_the_cut(index, theirs, *float64_scores(x.cpu(), p, predictor))
+    assert torch.equal(bits(kept_x[:, :p]), bits(their_x[:, :p]))
+    image, ours, other = (index[:, :, None] == theirs[:, None]).nonzero(as_tuple=True)
+    assert torch.equal(bits(kept_x[image, p + ours]), bits(their_x[image, p + other]))
     assert torch.equal(dvit.prune_tokens(x, packed, k, p)[1], index)  # nothing in it depends on timing
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_on_cuda")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_cuda_any_strides(dtype):
     packed = [t.cuda() for t in dvit.pack_predictor(make_predictor(64), dtype)]
     wide = make_x(6, 40, 1, 128, dtype).cuda()

@@ -200,6 +200,18 @@ def test_packed_tensors_of_other_shapes_are_refused():
             dvit.prune_tokens(torch.zeros(1, 9, 64), wrong, 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("asked", ["", "native"])
+def test_packed_tensors_in_other_dtypes_are_refused(asked, dtype, monkeypatch):
+    monkeypatch.setenv("DVIT_PRUNE", asked)  # before the native library is looked for: it need not be there
+    packed, x = dvit.pack_predictor(make_predictor(64), dtype), torch.zeros(1, 9, 64, dtype=dtype)
+    for i, right in enumerate(packed):
+        for other in {torch.float64, *DTYPES} - {right.dtype}:
+            wrong = [*packed[:i], right.to(other), *packed[i + 1 :]]
+            with pytest.raises(ValueError, match=f"packed does not fit, x has 64 channels in {dtype} on cpu"):
+                dvit.prune_tokens(x, wrong, 3)
+
+
 def test_packing_names_what_is_wrong():
     state = make_predictor(64).state_dict()
     with pytest.raises(ValueError, match=r"missing out_conv\.2\.bias"):

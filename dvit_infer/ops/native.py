@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
     Raises:
         InputError: it is not there, cannot be loaded, or is of another version.
     """
-    return _load(os.environ.get("DVIT_NATIVE_LIBRARY") or _packaged())
+    return _load(str(Path(os.environ.get("DVIT_NATIVE_LIBRARY") or _packaged()).resolve()))
 
 
 def supports(device: torch.device, n: int, c: int) -> bool:

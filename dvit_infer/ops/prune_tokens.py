@@ -133,12 +133,9 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
         raise ValueError(
             f"prune_tokens: num_keep is {num_keep}, from 1 to {x.shape[1] - num_prefix} patch tokens can be kept"
         )
-    shapes = _packed_shapes(x.shape[2])
-    if (
-        len(packed) != len(shapes)
-        or packed[0].dtype != x.dtype
-        or any(tuple(t.shape) != shape or t.device != x.device for t, shape in zip(packed, shapes, strict=True))
-    ):
+    # Matrices are in the dtype of the tokens. Kernels are given addresses alone: what does not fit must not get there.
+    fit = [(shape, x.dtype if len(shape) == 2 else torch.float32, x.device) for shape in _packed_shapes(x.shape[2])]
+    if [(tuple(t.shape), t.dtype, t.device) for t in packed] != fit:
         fits = f"x has {x.shape[2]} channels in {x.dtype} on {x.device}"
         raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 

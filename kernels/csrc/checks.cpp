@@ -43,8 +43,9 @@ dvit_status check_shape(const dvit_tokens *shape) {
   const double rows = static_cast<double>(s.prefix + s.tokens);
   if (std::fmax(1.0, static_cast<double>(s.batch)) * rows * static_cast<double>(s.channels) > kMostElements)
     return fail(DVIT_INVALID, "shape: batch, tokens and channels make more elements than there can be");
-  const double reach = std::fabs(static_cast<double>(s.batch_stride)) * static_cast<double>(s.batch) +
-                       std::fabs(static_cast<double>(s.token_stride)) * rows;
+  // A stride is taken one time less than there are pictures or rows: that of a single one may be anything.
+  const double reach = std::fabs(static_cast<double>(s.batch_stride)) * std::fmax(0, static_cast<double>(s.batch) - 1) +
+                       std::fabs(static_cast<double>(s.token_stride)) * (rows - 1);
   if (reach > kMostElements) return fail(DVIT_INVALID, "shape: the strides reach further than memory can");
   return DVIT_OK;
 }
@@ -94,7 +95,7 @@ const char *dvit_version(void) { return DVIT_VERSION; }
 
 const char *dvit_last_error(void) { return dvit::message; }
 
-const char *dvit_status_string(dvit_status status) {
+const char *dvit_status_string(int status) {
   switch (status) {
     case DVIT_OK:
       return "success";

@@ -1,6 +1,7 @@
 // What every part begins with: functions for host and device, the three dtypes as C++ types, integer helpers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -19,6 +20,8 @@
 #ifndef DVIT_LEVEL
 #define DVIT_LEVEL portable
 #endif
+
+static_assert(sizeof(size_t) == 8, "sizes of workspaces are computed in 64 bits");
 
 namespace dvit {
 inline namespace DVIT_LEVEL {

@@ -12,7 +12,7 @@ constexpr double kLeastWork = 1e6;
 
 int threads_for(int threads, double work, int64_t parts) {
   const double useful = std::min(work / kLeastWork, static_cast<double>(parts));
-  return static_cast<int>(std::max(1.0, std::min<double>(threads ? threads : machine_threads(), useful)));
+  return static_cast<int>(std::max(1.0, std::min<double>(threads ? threads : usual_threads(), useful)));
 }
 
 int pruning_threads(const dvit_tokens &shape, int threads) {

@@ -3,7 +3,7 @@
 
 namespace dvit {
 
-namespace portable {
+inline namespace DVIT_LEVEL {  // portable, as everywhere but in rows.cpp
 extern const Rows rows;
 }
 #ifdef DVIT_X86_LEVELS
@@ -15,22 +15,23 @@ extern const Rows rows;
 }
 #endif
 
-std::vector<const Rows *> levels_here() {
-  std::vector<const Rows *> levels = {&portable::rows};
+Levels levels_here() noexcept {
+  Levels levels;
+  levels.add(portable::rows);
 #ifdef DVIT_X86_LEVELS  // each with what CMakeLists.txt compiles it for
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    levels.push_back(&avx2::rows);
+    levels.add(avx2::rows);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-      levels.push_back(&avx512::rows);
+      levels.add(avx512::rows);
   }
 #endif
   return levels;
 }
 
-const Rows &best_rows() {
-  static const Rows &best = *levels_here().back();
-  return best;
+const Rows &best_rows() noexcept {
+  static const Levels levels = levels_here();
+  return *levels.end()[-1];
 }
 
 }  // namespace dvit

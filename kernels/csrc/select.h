@@ -11,7 +11,8 @@ namespace dvit {
 
 // An integer in the order of the scores: -0.0 as 0.0, NaN below all.
 DVIT_INLINE uint32_t order_key(float score) {
-  const uint32_t bits = bit_cast<uint32_t>(score == 0.0f ? 0.0f : score);
+  const uint32_t given = bit_cast<uint32_t>(score);
+  const uint32_t bits = given << 1 == 0 ? 0 : given;  // not score == 0: that may hold for denormals (DAZ)
   const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
   return score == score ? key : 0u;
 }

@@ -16,17 +16,43 @@
 #include <vector>
 
 #ifdef __linux__
+#include <sched.h>
+
 // What GCC compiles OpenMP to, and LLVM's runtime has too. Null unless the process loaded it before this library.
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 __attribute__((weak)) void GOMP_barrier();
 __attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_max_threads();
 }
 #endif
 
 namespace dvit {
 
-inline int machine_threads() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
+inline bool has_openmp() {
+#ifdef __linux__
+  return GOMP_parallel && GOMP_barrier && omp_get_thread_num && omp_get_max_threads;
+#else
+  return false;
+#endif
+}
+
+// How many processors the calling thread may run on.
+inline int machine_threads() {
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+// How many threads a call takes whose caller leaves it open.
+inline int usual_threads() {
+#ifdef __linux__
+  if (has_openmp()) return omp_get_max_threads();
+#endif
+  return machine_threads();
+}
 
 class Barrier {
  public:
@@ -74,9 +100,12 @@ struct Step {
 };
 
 // Runs every part of every step; the steps one after the other, their parts by whichever member comes free first. Where
-// the system gives fewer threads than asked for, those that there are do it all.
+// the system gives fewer threads than asked for, those that there are do it all. OpenMP is asked for no more than it is
+// set to: its runtime would start them, and keep them.
+//
+// What can fail is to start a thread, and that is caught: callers are C functions, which must not throw.
 template <class Job, size_t Count>
-void run_steps(const Job &job, const Step<Job> (&steps)[Count], int threads) {
+void run_steps(const Job &job, const Step<Job> (&steps)[Count], int threads) noexcept {
   std::atomic<int64_t> next[Count] = {};
   const auto work = [&](int member, const auto &wait) {
     for (size_t i = 0; i < Count; ++i) {
@@ -86,7 +115,8 @@ void run_steps(const Job &job, const Step<Job> (&steps)[Count], int threads) {
     }
   };
 #ifdef __linux__
-  if (threads > 1 && GOMP_parallel && GOMP_barrier && omp_get_thread_num) {
+  if (has_openmp()) threads = std::min(threads, omp_get_max_threads());
+  if (has_openmp() && threads > 1) {
     auto region = [&] { work(omp_get_thread_num(), GOMP_barrier); };
     using Region = decltype(region);
     GOMP_parallel([](void *data) { (*static_cast<Region *>(data))(); }, &region, static_cast<unsigned>(threads), 0);

@@ -16,6 +16,9 @@ bool aligned16(const T *p, int64_t stride = 0) {
   return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(stride) * sizeof(T)) % 16 == 0;
 }
 
+// The stride between `count` pictures or rows: that of a single one is never taken and may be anything.
+inline int64_t stride_of(int64_t stride, int64_t count) { return count > 1 ? stride : 0; }
+
 template <class T>
 struct Plan {
   const T *x;
@@ -33,8 +36,9 @@ struct Plan {
   Plan(const dvit_tokens &shape, const dvit_predictor &p, float eps, const void *x, void *memory)
       : x(static_cast<const T *>(x)), w1(static_cast<const T *>(p.w1)), w2_own(static_cast<const T *>(p.w2_own)),
         w2_mean(static_cast<const T *>(p.w2_mean)), w3(static_cast<const T *>(p.w3)), w1_sum(p.w1_sum), b1(p.b1),
-        b2(p.b2), b3(p.b3), w4(p.w4), b4(p.b4), batch_stride(shape.batch_stride), token_stride(shape.token_stride),
-        prefix(shape.prefix), rows(shape.batch * shape.tokens), tiles(ceil_div<int64_t>(rows, kTile)),
+        b2(p.b2), b3(p.b3), w4(p.w4), b4(p.b4), batch_stride(stride_of(shape.batch_stride, shape.batch)),
+        token_stride(stride_of(shape.token_stride, shape.prefix + shape.tokens)), prefix(shape.prefix),
+        rows(shape.batch * shape.tokens), tiles(ceil_div<int64_t>(rows, kTile)),
         tokens(static_cast<int>(shape.tokens)), channels(static_cast<int>(shape.channels)),
         segments(smaller(kTile, (kTile - 2) / tokens + 2)),  // pictures that a tile can touch
         eps(eps), x_aligned(aligned16(this->x, batch_stride) && aligned16(this->x, token_stride)),
@@ -62,8 +66,9 @@ struct SelectPlan {
 
   SelectPlan(const dvit_tokens &shape, const void *x, const float *score, void *kept_x, int64_t *index)
       : x(static_cast<const char *>(x)), score(score), kept_x(static_cast<char *>(kept_x)), index(index),
-        batch(shape.batch), batch_stride(shape.batch_stride * size_of(shape.dtype)),
-        token_stride(shape.token_stride * size_of(shape.dtype)), row_bytes(shape.channels * size_of(shape.dtype)),
+        batch(shape.batch), batch_stride(stride_of(shape.batch_stride, shape.batch) * size_of(shape.dtype)),
+        token_stride(stride_of(shape.token_stride, shape.prefix + shape.tokens) * size_of(shape.dtype)),
+        row_bytes(shape.channels * size_of(shape.dtype)),
         prefix(shape.prefix), tokens(static_cast<int>(shape.tokens)), keep(static_cast<int>(shape.keep)) {
     // Few pictures: a block for every 16 rows. Many: two a picture, so that choosing is not repeated so often.
     const int64_t wanted = shape.batch < 256 ? 512 / shape.batch : 2;

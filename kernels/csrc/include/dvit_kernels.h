@@ -29,7 +29,7 @@ typedef enum dvit_status {
   DVIT_UNSUPPORTED = 2, /* right in itself, but a size that this function does not take */
   DVIT_WORKSPACE = 3,   /* the workspace is too small */
   DVIT_NO_CUDA = 4,     /* this library was built without CUDA */
-  DVIT_CUDA_ERROR = 5   /* what CUDA said is in the message */
+  DVIT_CUDA_ERROR = 5   /* what CUDA said is in the message; it may be about earlier work, which CUDA reports late */
 } dvit_status;
 
 typedef enum dvit_dtype { DVIT_FLOAT32 = 0, DVIT_FLOAT16 = 1, DVIT_BFLOAT16 = 2 } dvit_dtype;
@@ -68,14 +68,20 @@ DVIT_API const char *dvit_version(void);
 /* 1 if the library was built with CUDA, else 0. */
 DVIT_API int dvit_has_cuda(void);
 
-/* A status in a few words; never null. */
-DVIT_API const char *dvit_status_string(dvit_status status);
+/* A dvit_status in a few words; never null, whatever the number. */
+DVIT_API const char *dvit_status_string(int status);
 
 /* Why this thread's last call of this library failed; "" before the first failure. Valid until the next one. */
 DVIT_API const char *dvit_last_error(void);
 
+/* Outputs and the workspace must overlap neither each other nor anything that is read.
+ *
+ * threads: how many work on it at most; 0: as many as OpenMP is set to in this thread where the process has OpenMP,
+ * else as many as there are processors that this thread may run on. */
+
 /* Choose by given scores and gather: x and score (B, N) -> kept_x (B, P+k, C) and index (B, k), ascending positions
- * among the N. Any N and C. threads: how many work on it at most, 0: as many as the machine has. */
+ * among the N. C is at most 2^20. Of N there is no limit but that of all functions: x has at most 2^48 elements, and
+ * its strides reach no further. */
 DVIT_API dvit_status dvit_select_gather(const dvit_tokens *shape, const void *x, const float *score, void *kept_x,
                                         int64_t *index, int threads);
 
@@ -83,16 +89,20 @@ DVIT_API dvit_status dvit_select_gather(const dvit_tokens *shape, const void *x,
 DVIT_API dvit_status dvit_prune_tokens_workspace(const dvit_tokens *shape, int threads, size_t *bytes);
 
 /* Score, choose and gather. C: even, 4 or more. eps: of LayerNorm. workspace: of any alignment; nothing in it matters
- * before or after. threads: as given to dvit_prune_tokens_workspace. Scores are computed in float32 but for the hidden
- * layers, which are rounded to the dtype; they do not depend on the batch or on threads. */
+ * before or after. threads: as given to dvit_prune_tokens_workspace; if that was 0 and what it stands for has grown
+ * since, DVIT_WORKSPACE may be returned. Scores are computed in float32 but for the hidden layers, which are rounded to
+ * the dtype; they do not depend on the batch or on threads. Between processors with AVX-512, with AVX2 and others they
+ * may differ in the last digits, and so may the choice between tokens as near to each other. */
 DVIT_API dvit_status dvit_prune_tokens(const dvit_tokens *shape, const dvit_predictor *predictor, float eps,
                                        const void *x, void *kept_x, int64_t *index, void *workspace,
                                        size_t workspace_bytes, int threads);
 
 /* The same on an NVIDIA GPU of compute capability 8.0 or later. Tensors, weights and the workspace are in memory of the
- * current device; stream is a cudaStream_t of it (null: its default stream). Work is put into the stream and the call
- * returns: it allocates nothing, waits for nothing and can be captured into a CUDA graph. Results do not depend on
- * timing. N is at most 4096; dvit_cuda_prune_tokens takes C from 64 to 1024 in multiples of 32. */
+ * current device; stream is a cudaStream_t of it (null: its legacy default stream). Work is put into the stream and the
+ * call returns: it allocates nothing, waits for nothing and can be captured into a CUDA graph. Only the first call for
+ * a device, dtype and alignment may allocate and wait, as CUDA loads the kernels then: make it before capturing.
+ * Results do not depend on timing. N is at most 4096; dvit_cuda_prune_tokens takes C from 64 to 1024 in multiples of
+ * 32. */
 DVIT_API dvit_status dvit_cuda_select_gather(const dvit_tokens *shape, const void *x, const float *score, void *kept_x,
                                              int64_t *index, void *stream);
 DVIT_API dvit_status dvit_cuda_prune_tokens_workspace(const dvit_tokens *shape, size_t *bytes);

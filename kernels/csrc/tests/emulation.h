@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <thread>
 #include <vector>
 
@@ -22,14 +23,25 @@ struct Index {
 };
 
 struct Block {
-  explicit Block(int size) : barrier(size), flags(size) {}
+  explicit Block(int size) : barrier(size), flags(size) {
+    for (int first = 0; first < size; first += 32) warps.emplace_back(std::min(32, size - first));
+  }
   dvit::Barrier barrier;
+  std::deque<dvit::Barrier> warps;
   std::vector<int> flags;
   std::atomic<int> counts[3] = {};  // one is added to, one read, one cleared
 };
 
+struct Copy {
+  void *to;
+  const void *from;
+  size_t bytes;
+};
+using Copies = std::vector<Copy>;
+
 inline thread_local Block *block;
 inline thread_local unsigned counted;
+inline thread_local std::deque<Copies> copies(1);  // that have not arrived, by group; the last is not committed
 
 }  // namespace emulation
 
@@ -46,24 +58,34 @@ inline int __syncthreads_count(bool flag) {
   return counts[turn % 3];
 }
 
-// All warps of the block at once, which is enough for code that all of them run.
+// For whole warps. Only the own one is waited for: it orders nothing between this thread and other warps.
 inline uint32_t __ballot_sync(uint32_t, bool flag) {
+  const unsigned warp = threadIdx.x / 32;
   emulation::block->flags[threadIdx.x] = flag;
-  __syncthreads();
+  emulation::block->warps[warp].wait();
   uint32_t all = 0;
   for (unsigned lane = 0; lane < 32; ++lane)
-    all |= static_cast<uint32_t>(emulation::block->flags[threadIdx.x / 32 * 32 + lane]) << lane;
-  __syncthreads();
+    all |= static_cast<uint32_t>(emulation::block->flags[warp * 32 + lane]) << lane;
+  emulation::block->warps[warp].wait();
   return all;
 }
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
+// A copy arrives as late as it may, when it is waited for; until then NaN is there.
 inline void __pipeline_memcpy_async(void *to, const void *from, size_t bytes) {
-  memcpy(__builtin_assume_aligned(to, 16), __builtin_assume_aligned(from, 16), bytes);
+  memset(to, 0xff, bytes);
+  emulation::copies.back().push_back({to, from, bytes});
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(int) {}
+
+inline void __pipeline_commit() { emulation::copies.emplace_back(); }
+
+// Leaves the last `many` of the committed groups on their way.
+inline void __pipeline_wait_prior(size_t many) {
+  for (; emulation::copies.size() > many + 1; emulation::copies.pop_front())
+    for (const emulation::Copy &copy : emulation::copies.front())
+      memcpy(__builtin_assume_aligned(copy.to, 16), __builtin_assume_aligned(copy.from, 16), copy.bytes);
+}
 
 namespace emulation {
 

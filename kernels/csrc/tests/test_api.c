@@ -86,6 +86,18 @@ static void pointers(void) {
   CHECK(dvit_prune_tokens_workspace(&right, 1, &bytes) == DVIT_OK && bytes <= sizeof(workspace));
 }
 
+/* The strides of one picture and of one row are never taken. */
+static void single(void) {
+  dvit_tokens shape = right;
+  shape.batch = 1;
+  shape.batch_stride = INT64_MAX;
+  CHECK(prune(&shape) == DVIT_OK);
+  shape.prefix = 0;
+  shape.tokens = shape.keep = 1;
+  shape.token_stride = INT64_MIN;
+  CHECK(prune(&shape) == DVIT_OK);
+}
+
 static void cuda(void) {
   size_t bytes = 0;
   dvit_tokens shape = right;
@@ -113,6 +125,7 @@ int main(void) {
   for (i = -1; i <= DVIT_CUDA_ERROR + 1; ++i) CHECK(strlen(dvit_status_string((dvit_status)i)) > 0);
   sizes();
   pointers();
+  single();
   cuda();
   none.batch = 0;
   CHECK(dvit_prune_tokens(&none, NULL, 0, NULL, NULL, NULL, NULL, 0, 0) == DVIT_OK);

@@ -68,9 +68,26 @@ void check_many_tokens() {
   c.check_outputs(score.data());
 }
 
+// A call that is left free takes the processors that it may run on, not all that there are.
+void check_affinity() {
+#ifdef __linux__
+  cpu_set_t allowed, one;
+  CHECK(sched_getaffinity(0, sizeof(allowed), &allowed) == 0);
+  CHECK(machine_threads() == CPU_COUNT(&allowed));
+  int first = 0;
+  while (!CPU_ISSET(first, &allowed)) ++first;
+  CPU_ZERO(&one);
+  CPU_SET(first, &one);
+  CHECK(sched_setaffinity(0, sizeof(one), &one) == 0);
+  CHECK(machine_threads() == 1 && usual_threads() == 1);
+  CHECK(sched_setaffinity(0, sizeof(allowed), &allowed) == 0);
+#endif
+}
+
 }  // namespace
 
 int main() {
+  check_affinity();
   check_shapes<float>();
   check_shapes<Float16>();
   check_shapes<BFloat16>();

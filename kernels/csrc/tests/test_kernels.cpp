@@ -32,9 +32,20 @@ void check_prune(int batch, int prefix, int tokens, int channels, int keep, int 
   CHECK(index == c.index);
 }
 
+// A stride that is never taken neither overflows nor costs the fast loads.
+void check_single_strides() {
+  Case<float> c(1, 0, 1, 64, 1);
+  c.shape.batch_stride = c.shape.token_stride = INT64_MAX;
+  alignas(16) static float x[64];
+  CHECK(Plan<float>(c.shape, c.predictor, c.eps, x, nullptr).x_aligned);
+  const SelectPlan plan(c.shape, x, nullptr, nullptr, nullptr);
+  CHECK(plan.batch_stride == 0 && plan.token_stride == 0 && plan.unit() == 16);
+}
+
 }  // namespace
 
 int main() {
+  check_single_strides();
   check_prune<float>(2, 1, 70, 64, 35, 0);  // tiles across pictures, two tiles a picture
   check_prune<float>(70, 1, 1, 64, 1, 0);   // as many pictures in a tile as there can be
   check_prune<float>(1, 5, 20, 96, 20, 3);  // tiles across the halves, nothing aligned, all kept
