@@ -1,0 +1,127 @@
+"""dvit-bench with ONNX files of any origin, and the ways that run ONNX beside others."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import fails
+from golden_cases import official_checkpoint
+from onnx import TensorProto, helper
+from onnx_files import TINY, a_checkpoint, a_model, changed, foreign, foreign_last, in_a_folder  # noqa: F401 (fixtures are found by being there)
+
+import dvit_infer as dvit
+from dvit_infer.cli import bench
+
+
+def test_bench_runs_a_file(model, capsys):
+    given = ["--batch", "1,3", "--seconds", "0", "--compare", "onnxruntime,openvino", "--device", "cpu"]
+    assert bench.main([str(model), *given, "--json", "b.json", "--report", "b.html"]) == 0
+    out = capsys.readouterr().out
+    assert "not known: whether its answers are right" in out
+    assert "all runtimes agree" in out
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    assert [(row["how"], row["batch"]) for row in rows] == [
+        (how, batch) for batch in (1, 3) for how in ("onnxruntime", "openvino")
+    ]
+    assert all(row["gflops"] and row["params"] and row["max_logit_error"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "element", "says"),
+    [
+        (("b", 3, 32, 32), TensorProto.FLOAT, "of another origin; float32"),
+        ((2, 3, 32, 32), TensorProto.FLOAT16, "of another origin; float16"),
+        (("b", 3, "h", "w"), TensorProto.FLOAT, "its size is open, 224x224 is assumed"),
+        (("b", 32, 16, 3), TensorProto.UINT8, "of another origin; uint8"),
+    ],
+)
+def test_bench_runs_a_foreign_file_and_says_what_it_cannot_know(shape, element, says, capsys):
+    path = foreign("f.onnx", shape, element) if shape[-1] != 3 else foreign_last("f.onnx", shape)
+    assert bench.main([path, "--seconds", "0", "--device", "cpu", "--json", "b.json", "--report", "b.html"]) == 0
+    out = capsys.readouterr().out
+    assert says in out
+    assert "not known: its multiply-adds, its weights, what it prunes, whether its answers are right" in out
+    (row,) = json.loads(Path("b.json").read_text())["rows"]
+    assert (row["how"], row["gflops"], row["keep_rate"]) == ("onnxruntime", None, None)
+
+
+def test_bench_takes_no_number_on_trust(capsys):
+    changed("f.onnx", {"gflops": "x", "keep_rate": "abc", "params": "9" * 5000, "arch": "\x1b[31mred\nline"})
+    assert bench.main(["f.onnx", "--seconds", "0", "--device", "cpu", "--json", "b.json"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    (row,) = json.loads(Path("b.json").read_text())["rows"]
+    assert (row["gflops"], row["keep_rate"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape", "says"),
+    [
+        ([helper.make_node("ArgMax", ["y"], ["z"], axis=1)], (TensorProto.INT64, None), "no logits"),
+        ([helper.make_node("ReduceSum", ["y"], ["z"], keepdims=0)], (TensorProto.FLOAT, ()), "no logits"),
+        ([helper.make_node("Log", ["n"], ["z"])], (TensorProto.FLOAT, None), "it answers NaN or Inf"),
+    ],
+)
+def test_bench_says_what_no_logits_are(nodes, shape, says, capsys):
+    absolute = [helper.make_node("Abs", ["y"], ["a"]), helper.make_node("Neg", ["a"], ["n"])]
+    changed("f.onnx", output=([*absolute, *nodes], shape))
+    line = fails(bench, ["f.onnx", "--seconds", "0", "--device", "cpu"], capsys)
+    assert "f.onnx" in line
+    assert says in line
+
+
+def test_bench_finds_that_a_runtime_agrees_with_itself(capsys):
+    changed("f.onnx", output=([helper.make_node("Sub", ["y", "y"], ["z"])], (TensorProto.FLOAT, None)))
+    given = ["--seconds", "0", "--device", "cpu", "--compare", "onnxruntime,openvino"]
+    assert bench.main(["f.onnx", *given]) == 0
+    assert "all runtimes agree" in capsys.readouterr().out
+
+
+def test_bench_says_when_runtimes_do_not_agree(model, capsys, monkeypatch):
+    from dvit_infer import peers
+
+    monkeypatch.setattr(
+        peers, "openvino_call", lambda *given: lambda images: dvit.load_onnx(model, device="cpu")(-images)
+    )
+    given = ["--batch", "2", "--seconds", "0", "--compare", "onnxruntime,openvino", "--device", "cpu"]
+    assert bench.main([str(model), *given]) == 1
+    assert "do NOT agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--compare", "reference"], "--compare: 'reference' needs the checkpoint"),
+        (["--sweep", "0.5:0.9:0.1"], "--sweep: "),
+        (["--nodes"], "--nodes: "),
+        (["--dtype", "float16"], "--dtype: "),
+    ],
+)
+def test_bench_says_what_a_file_cannot_do(model, given, says, capsys):
+    assert says in fails(bench, [model, *given], capsys)
+
+
+def test_bench_refuses_what_takes_no_pictures(capsys):
+    foreign("f.onnx", inputs=2)
+    assert "one input (B, 3, H, W)" in fails(bench, ["f.onnx"], capsys)
+    foreign("f.onnx", ("b", 1, 32, 32))
+    assert "three channels" in fails(bench, ["f.onnx"], capsys)
+    foreign("f.onnx", element=TensorProto.INT64)
+    assert "no picture's" in fails(bench, ["f.onnx"], capsys)
+    path = foreign("f.onnx", (2, 3, 32, 32))
+    assert "--batch: f.onnx takes 2 pictures at a time, not 8" in fails(bench, [path, "--batch", "8"], capsys)
+
+
+def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):
+    import torch
+
+    content = official_checkpoint(TINY)
+    content["args"].num_heads = 2
+    torch.save(content, "own.pth")
+    assert (
+        bench.main(["own.pth", "--batch", "2", "--seconds", "0", "--device", "cpu", "--compare", "onnx,onnx-int8"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "onnxruntime (converted)" in out
+    assert "onnxruntime (int8)" in out
+    assert "engine: PyTorch" in out
