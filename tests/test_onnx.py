@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 import torch
 from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept
