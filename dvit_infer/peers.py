@@ -115,11 +115,22 @@ def openvino_way(subject: Subject) -> Way:
     return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
 
 
-def openvino_call(model: Path | bytes, precision: str) -> Call:
-    """An ONNX model without local functions, compiled by OpenVINO for this CPU."""
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the life of the process.
+
+    The first model that a core compiles gives the thread an alternate signal stack of the CPU plugin's. The plugin
+    takes it away with its core, but not on another thread, nor when a second core came between (pull request 11894 of
+    openvinotoolkit/openvino). The next signal with a handler of Python's, Ctrl-C say, then ends the process.
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def openvino_call(model: Path | bytes, precision: str) -> Call:
+    """An ONNX model without local functions, compiled by OpenVINO for this CPU."""
+    core = openvino_core()
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": precision,

@@ -15,6 +15,7 @@ from dvit_infer.backends.onnx import onnx_model
 from dvit_infer.backends.onnxruntime import LEVELS, open_session, run_bound, run_session
 from dvit_infer.checkpoint import HEADER_KEY
 from dvit_infer.parity import RMS_FACTOR
+from dvit_infer.peers import openvino_core
 
 CPU = torch.device("cpu")
 TINY, TINY_LVVIT = "tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"
@@ -192,12 +193,12 @@ def test_uint8_pictures_are_normalised_inside(dtype, tmp_path):
 
 @pytest.mark.parametrize("case_id", [TINY, TINY_LVVIT])
 def test_inlined_it_runs_in_openvino_with_the_same_answers(case_id, tmp_path):
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     path = exported(case_id, tmp_path / "m.onnx", inline=True, kept=True)
     model = onnx.load(path)
     assert not model.functions
     assert {entry.domain for entry in model.opset_import} == {""}
-    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     right, kept, margin = answers(case_id)
     logits, *found = (torch.from_numpy(compiled([pictures(case_id).numpy()])[i]) for i in range(4))
     assert (logits - right).abs().max() <= TOLERANCE

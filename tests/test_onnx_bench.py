@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import fails
+from commands import fails, run
 from golden_cases import official_checkpoint
 from onnx import TensorProto, helper
 from onnx_files import TINY, a_checkpoint, a_model, changed, foreign, foreign_last, in_a_folder  # noqa: F401 (fixtures are found by being there)
@@ -125,3 +125,24 @@ def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):
     assert "onnxruntime (converted)" in out
     assert "onnxruntime (int8)" in out
     assert "engine: PyTorch" in out
+
+
+SIGNAL_AFTERWARDS = """
+import signal, sys, threading
+from pathlib import Path
+from dvit_infer.peers import openvino_call
+
+calls = [openvino_call(Path(sys.argv[1]), "f32") for _ in range(2)]
+calls.pop(0)
+gone = threading.Thread(target=calls.clear)
+gone.start()
+gone.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_openvino_is_handled(tmp_path):
+    pytest.importorskip("openvino")
+    done = run("-c", SIGNAL_AFTERWARDS, str(foreign(tmp_path / "m.onnx")))
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
