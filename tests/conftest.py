@@ -1,6 +1,7 @@
-"""Two threads; where there is no GPU, its tests skipped and kernels in Triton's interpreter; a checkpoint file."""
+"""Two threads; interrupts; no GPU: its tests skipped and kernels in Triton's interpreter; a checkpoint file."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on CPU tensors
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs in the background, and all below it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
