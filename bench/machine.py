@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels python bench/machine.py --out machine.json
 
 Copy bandwidth, bfloat16 matrix product, reading through the L2 cache by how much is read, what a launch costs on a
-stream, in a CUDA graph and with programmatic dependent launch; and the stem of LV-ViT by itself.
+stream, in a CUDA graph and with programmatic dependent launch, patch embedding, each form of GELU behind a linear; and
+the stem of LV-ViT by itself.
 """
 
 import argparse
@@ -137,6 +138,30 @@ def patch_embedding(device: torch.device) -> Iterator[dict[str, Any]]:
         yield {"op": f"patch embedding, {name}", "failed": why}
 
 
+def activations(device: torch.device) -> Iterator[dict[str, Any]]:
+    """fc1 of DeiT-S and -B at batch 256, its LayerNorm folded, with each form of GELU behind it and with none."""
+    from dvit_kernels.linear import default_tile, launch_linear
+
+    rows = 256 * 197
+    for name, c in (("S", 384), ("B", 768)):
+        weight, bias = (torch.randn(4 * c, *k, device=device).bfloat16() * c**-0.5 for k in ((c,), ()))
+        stats = torch.tensor([0.0, 128.0], device=device).repeat(rows, c // 128, 1)
+        x = [torch.randn(rows, c, device=device).bfloat16() for _ in range(copies(10 * rows * c, device))]
+        given = weight, bias, None, weight.float().sum(dim=1), stats, 1e-6
+        tile = default_tile(rows, 4 * c, torch.bfloat16)
+
+        def ways(form: str, x: list[torch.Tensor] = x, given: Any = given, tile: Any = tile) -> list[Callable[[], Any]]:
+            return [lambda one=one: launch_linear(one, *given, form, tile=tile) for one in x]
+
+        forms = ("none", "gelu", "gelu_poly", "gelu_tanh", "gelu_tanh_approx")
+        flops = 8 * rows * c**2
+        times, failed = microseconds({form: ways(form) for form in forms}, device, 1.0, flops / 4e8)
+        for form, us in times.items():
+            yield {"op": f"fc1, DeiT-{name}, 256 pictures, {form}", "us": us, "tflops": flops / us / 1e6}
+        for form, why in failed.items():
+            yield {"op": f"fc1, DeiT-{name}, {form}", "failed": why}
+
+
 def _us(call: Callable[[], object], device: torch.device, expected: float) -> float:
     times, failed = microseconds({"it": [call]}, device, 0.3, expected)
     return times["it"] if times else float("nan") if not failed else _fail(failed["it"])
@@ -153,7 +178,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
-    for part in (gaps, peaks, cache, patch_embedding, stem):
+    for part in (gaps, peaks, cache, patch_embedding, activations, stem):
         new = [{"how": "measured", **row} for row in part(device)]
         rows += new
         write_json(given.out, {"environment": environment(), "rows": rows})

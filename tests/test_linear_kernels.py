@@ -15,6 +15,7 @@ from dvit_kernels.linear import (
 )
 from kernel_helpers import WHERE, check, rms, run_guarded
 from test_linear import exact_linear, exact_stats, make_linear, make_rows
+from torch.nn import functional as F
 
 from dvit_infer.ops.choices import Choices, using
 from dvit_infer.ops.linear import ACTIVATIONS, linear, linear_ref, row_sums
@@ -51,6 +52,16 @@ def test_activations_far_out(device, dtype, activation):
     y, _ = launch_linear(x, one, activation=activation, out_dtype=torch.float32)
     right = exact_linear(x, one, activation=activation)
     torch.testing.assert_close(y.cpu().double(), right, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_gelu_by_the_own_tanh_of_a_gpu():
+    """PTX ISA, tanh.approx.f32: 2^-11 from tanh, relatively, at most."""
+    x = torch.tensor([float("nan"), -60000.0, 60000.0, *torch.linspace(-20, 20, 4001).tolist()])[:, None].cuda()
+    y, _ = launch_linear(x, torch.ones(1, 1, device="cuda"), activation="gelu_tanh_approx")
+    right = F.gelu(x.double(), approximate="tanh")
+    assert y[0].isnan()
+    assert torch.all((y - right)[1:].abs() <= x[1:].abs() * 2**-12 + 1e-6)
 
 
 @pytest.mark.parametrize("tile", [*TILES, FLOAT32_TILE, LinearTile(16, 16, 16, 1, 2)])

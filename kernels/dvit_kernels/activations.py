@@ -30,12 +30,25 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def gelu_tanh_approx(x):
+    """The tanh form by the GPU's own instruction: 6 instructions where `gelu_tanh` has 10, and one of the
+    special-function unit's for its two. That instruction is 2^-11 from tanh, relatively, at most. GPUs alone have it.
+    """
+    inner = x * (0.7978845608 + 0.0356774081 * x * x)
+    tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1)
+    half = 0.5 * x
+    return half + half * tanh
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """`ACTIVATION`: none, gelu (erf), gelu_poly or gelu_tanh."""
+    """`ACTIVATION`: none, gelu (erf), gelu_poly, gelu_tanh or gelu_tanh_approx."""
     if ACTIVATION == "gelu":
         x = gelu_erf(x)
     elif ACTIVATION == "gelu_poly":
         x = gelu_poly(x)
     elif ACTIVATION == "gelu_tanh":
         x = gelu_tanh(x)
+    elif ACTIVATION == "gelu_tanh_approx":
+        x = gelu_tanh_approx(x)
     return x
