@@ -61,15 +61,18 @@ def source(launch: Launch) -> ASTSource:
 
 
 def name(launch: Launch) -> str:
-    """A line of the table: kernel, dtypes of its matrices, tensors it has to do without, constants."""
+    """A line of the table: kernel, dtypes of its matrices, tensors it has not, strides of a linear, constants."""
     given = launch.arguments
     tensors = (v.base if isinstance(v, TensorDescriptor) else v for v in given.values())
     matrices = [v for v in tensors if isinstance(v, torch.Tensor) and v.ndim > 1]
     dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
-    without = [f"no-{p.name.removesuffix('_ptr')}" for p in launch.kernel.params if given[p.name] is None]
+    pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr"))
+    without = [f"no-{name.removesuffix('_ptr')}" for name in pointers if given[name] is None]
+    linear = "residual_tokens" in given  # whose strides may be None: rows that follow each other
+    strides = [n for n in ("x_tokens", "stride_xn", "stride_rn") if linear and given.get(n) is not None]
     constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
     values = [f"{c}={given[c]}" for c in constants] + ["PDL"] * bool(given["PDL"])
-    words = [launch.kernel.__name__, *dtypes, *without, *values]
+    words = [launch.kernel.__name__, *dtypes, *without, *strides, *values]
     return " ".join([*words, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import Launch, run, wait_for_inputs
-from dvit_kernels.linear_epilogue import finish
+from dvit_kernels.linear_epilogue import columns, finish, row_offset
 from dvit_kernels.linear_tma import _linear_tma_kernel, can_describe, operands, programs
 
 ENOUGH_PROGRAMS = 128  # about one a multiprocessor of a large GPU
@@ -63,7 +63,7 @@ def _linear_kernel(
     stride_rb,
     stride_rn,
     rows,
-    x_tokens,
+    x_tokens,  # rows a picture; it and strides may be None: row_offset
     residual_tokens,
     eps,
     DIM_IN: tl.constexpr,
@@ -81,16 +81,16 @@ def _linear_kernel(
     # Blocks of one tile of rows follow each other: x is read from memory once, and all of w stays in the L2 cache.
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     block_n = tl.program_id(0) % blocks_n
-    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col, there = columns(block_n, DIM_OUT, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     live = row < rows
-    offset = (row // x_tokens).to(tl.int64) * stride_xb + (row % x_tokens).to(tl.int64) * stride_xn
+    offset = row_offset(row, x_tokens, stride_xb, stride_xn, DIM_IN)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)  # of deviations from the mean so far
     for k in range(0, DIM_IN, BLOCK_K):
-        x_mask, w_mask = live[:, None], (col < DIM_OUT)[None, :]
+        x_mask, w_mask = live[:, None], there[None, :]
         if DIM_IN % BLOCK_K:
             x_mask, w_mask = x_mask & (k + inner < DIM_IN)[None, :], w_mask & (k + inner < DIM_IN)[:, None]
         x = tl.load(x_ptr + offset[:, None] + (k + inner)[None, :], mask=x_mask, other=0.0)
@@ -185,7 +185,7 @@ def linear_launch(
     x, x_tokens, stride_xb, stride_xn = _rows_of(x)
     y = x.new_empty(*x.shape[:-1], dim_out, dtype=out_dtype or x.dtype)
     y_stats = x.new_empty((rows, dim_out // stats_block, 2) if stats_block else 0, dtype=torch.float32)
-    r_tokens = stride_rb = stride_rn = 1
+    r_tokens = stride_rb = stride_rn = None
     if residual is not None:
         residual, r_tokens, stride_rb, stride_rn = _rows_of(residual)
     weight = weight.contiguous()
@@ -208,9 +208,10 @@ def linear_launch(
         "PARTS": parts,
         "ACTIVATION": activation,
     }
-    in_line = x_tokens == rows or stride_xb == x_tokens * stride_xn
+    row_stride = dim_in if stride_xn is None else stride_xn
+    in_line = x_tokens is None
     if tile.tma and not (
-        in_line and (weight_sum is None or stats is not None) and can_describe(x, weight, stride_xn, tile.block_k)
+        in_line and (weight_sum is None or stats is not None) and can_describe(x, weight, row_stride, tile.block_k)
     ):
         tile = _plain(tile, x.dtype)
     blocks = tile.block_m, tile.block_n, tile.block_k
@@ -218,7 +219,7 @@ def linear_launch(
     common |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     count = triton.cdiv(rows, tile.block_m) * triton.cdiv(dim_out, tile.block_n)
     if tile.tma:
-        read = operands(x, weight, rows, stride_xn, blocks, tile.tma)
+        read = operands(x, weight, rows, row_stride, blocks, tile.tma)
         launch = Launch.of(_linear_tma_kernel, (min(count, programs(x.device, tile.tma)),), **read, **common)
     else:
         read = {"x_ptr": x, "w_ptr": weight, "stride_xb": stride_xb, "stride_xn": stride_xn, "x_tokens": x_tokens}
@@ -226,14 +227,20 @@ def linear_launch(
     return launch, y, y_stats
 
 
-def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """x (..., C) as rows of pictures: itself or a copy that strides can address, rows a picture, its two strides."""
+def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int | None]:
+    """x (..., C), itself or a copy, as `row_offset` addresses its rows: rows a picture and the two strides.
+
+    Without the first two where one stride leads from every row to the next, without any where that is C.
+    """
     if x.stride(-1) != 1 or x.ndim not in (2, 3):
         x = x.contiguous()
-    if x.is_contiguous():  # one picture, however long
-        return x, max(1, x.numel() // x.shape[-1]), 0, x.shape[-1]
-    stride_b, stride_n = (0, x.stride(0)) if x.ndim == 2 else (x.stride(0), x.stride(1))
-    return x, max(1, x.shape[-2]), stride_b, stride_n
+    if x.is_contiguous():
+        return x, None, None, None
+    if x.ndim == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1):
+        return x, None, None, x.stride(-2)
+    if x.shape[1] == 1:  # a class token's row of every picture
+        return x, None, None, x.stride(0)
+    return x, x.shape[1], x.stride(0), x.stride(1)
 
 
 def launch_linear(

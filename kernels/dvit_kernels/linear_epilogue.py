@@ -13,6 +13,29 @@ from dvit_kernels.activations import activate
 
 
 @triton.jit
+def row_offset(row, tokens, stride_b, stride_n, WIDTH: tl.constexpr):
+    """Where rows begin, in elements; without strides they are WIDTH apart, without `tokens` stride_n.
+
+    What is not given is not computed: with `tokens` that would be two divisions by a number which is not compiled in.
+    """
+    if stride_n is None:
+        offset = row.to(tl.int64) * WIDTH
+    elif tokens is None:
+        offset = row.to(tl.int64) * stride_n
+    else:
+        offset = (row // tokens).to(tl.int64) * stride_b + (row % tokens).to(tl.int64) * stride_n
+    return offset
+
+
+@triton.jit
+def columns(block_n, DIM_OUT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Those of a block, and which of them there are: all, known to the compiler, where blocks divide them."""
+    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = col < DIM_OUT if DIM_OUT % BLOCK_N else tl.full((BLOCK_N,), True, tl.int1)
+    return col, there
+
+
+@triton.jit
 def _given_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
     """Mean and sum of squared deviations of whole rows, out of those of their PARTS blocks of PART columns."""
     at = stats_ptr + row.to(tl.int64) * (2 * PARTS)
@@ -50,23 +73,22 @@ def finish(
     BLOCK_N: tl.constexpr,
 ):
     """Everything behind the product, and the stores; arguments as those of `_linear_kernel`."""
-    col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col, there = columns(block_n, DIM_OUT, BLOCK_N)
     live = row < rows
     if w_sum_ptr is not None:
         if stats_ptr is not None:
             mean, squares = _given_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS)
-        w_sum = tl.load(w_sum_ptr + col, mask=col < DIM_OUT, other=0.0)
+        w_sum = tl.load(w_sum_ptr + col, mask=there, other=0.0)
         acc = tl.math.rsqrt(squares / DIM_IN + eps)[:, None] * (acc - mean[:, None] * w_sum[None, :])
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + col, mask=col < DIM_OUT, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + col, mask=there, other=0.0).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION)
-    mask = live[:, None] & (col < DIM_OUT)[None, :]
+    mask = live[:, None] & there[None, :]
     if residual_ptr is not None:
-        image, token = row // residual_tokens, row % residual_tokens
-        at = residual_ptr + image.to(tl.int64) * stride_rb + token.to(tl.int64) * stride_rn
+        at = residual_ptr + row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)
         acc += tl.load(at[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row.to(tl.int64)[:, None] * DIM_OUT + col[None, :], y, mask=mask)
+    tl.store(y_ptr + (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :], y, mask=mask)
     if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
         y = y.to(tl.float32)  # of what the next launch will read, rounded
         part_mean = tl.sum(y, axis=1) / BLOCK_N

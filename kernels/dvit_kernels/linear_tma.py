@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dvit_kernels.launch import wait_for_inputs
-from dvit_kernels.linear_epilogue import finish
+from dvit_kernels.linear_epilogue import columns, finish, row_offset
 
 MULTIPROCESSORS = 132  # of an H100 SXM or an H200; what is compiled ahead of time and interpreted
 # Values of `LinearTile.tma`. One program a multiprocessor that fetches for its next tile while it finishes one; two
@@ -59,10 +59,9 @@ def _linear_tma_kernel(
         first, block_n = tile // blocks_n * BLOCK_M, tile % blocks_n
         row = first + tl.arange(0, BLOCK_M)
         if residual_first:
-            col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            at = residual_ptr + (row // residual_tokens).to(tl.int64) * stride_rb
-            at += (row % residual_tokens).to(tl.int64) * stride_rn
-            mask = (row < rows)[:, None] & (col < DIM_OUT)[None, :]
+            col, there = columns(block_n, DIM_OUT, BLOCK_N)
+            at = residual_ptr + row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)
+            mask = (row < rows)[:, None] & there[None, :]
             acc = tl.load(at[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
