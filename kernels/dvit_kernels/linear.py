@@ -45,7 +45,7 @@ TILES = (
     LinearTile(32, 64, 64, 4, 4),
     LinearTile(32, 32, 64, 4, 4),
 )
-FLOAT32_TILE = LinearTile(64, 64, 16, 8, 2)  # products on plain cores, from registers
+FLOAT32_TILE = LinearTile(32, 64, 16, 4, 2)  # products on plain cores, from registers
 
 
 @triton.jit(do_not_specialize=["rows", "x_tokens", "residual_tokens"])

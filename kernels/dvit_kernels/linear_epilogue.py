@@ -84,11 +84,14 @@ def finish(
         acc += tl.load(bias_ptr + col, mask=there, other=0.0).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION)
     mask = live[:, None] & there[None, :]
+    to = (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :]
     if residual_ptr is not None:
-        at = residual_ptr + row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)
-        acc += tl.load(at[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = to
+        if stride_rn is not None:
+            at = row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)[:, None] + col[None, :]
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :], y, mask=mask)
+    tl.store(y_ptr + to, y, mask=mask)
     if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
         y = y.to(tl.float32)  # of what the next launch will read, rounded
         part_mean = tl.sum(y, axis=1) / BLOCK_N

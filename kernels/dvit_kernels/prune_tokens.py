@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dvit_kernels.activations import gelu_erf
+from dvit_kernels.activations import gelu_erf, gelu_exact
 from dvit_kernels.launch import Launch, run, wait_for_inputs
 
 MAX_TOKENS, MIN_DIM, MAX_DIM = 1024, 64, 1024
@@ -77,14 +77,15 @@ def _project_kernel(
     rstd = tl.math.rsqrt(squares / DIM + eps)
     w1_sum = tl.load(w1_sum_ptr + col, mask=col < DIM, other=0.0)
     b1 = tl.load(b1_ptr + col, mask=col < DIM, other=0.0)
-    y = gelu_erf(rstd[:, None] * (acc - mean[:, None] * w1_sum[None, :]) + b1[None, :])
+    y = rstd[:, None] * (acc - mean[:, None] * w1_sum[None, :]) + b1[None, :]
+    y = gelu_exact(y, hidden_ptr.dtype.element_ty)
 
     own = live[:, None] & (col[None, :] < half)
     tl.store(hidden_ptr + row.to(tl.int64)[:, None] * half + col[None, :], y.to(hidden_ptr.dtype.element_ty), mask=own)
     if (block_n + 1) * BLOCK_N > half:
         averaged = (col >= half) & (col < DIM)
         first = tile * BLOCK_M // n_tokens
-        for segment in range(SEGMENTS):
+        for segment in tl.static_range(SEGMENTS):
             member = live & (image == first + segment)
             total = tl.sum(tl.where(member[:, None], y, 0.0), axis=0)
             tl.store(sums_ptr + (tile * SEGMENTS + segment).to(tl.int64) * half + col - half, total, mask=averaged)
@@ -114,6 +115,7 @@ def _score_kernel(
 ):
     """The difference of the two logits, for BLOCK_M tokens of one picture."""
     wait_for_inputs(PDL)
+    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     half: tl.constexpr = DIM // 2
     quarter: tl.constexpr = DIM // 4
     blocks_m = tl.cdiv(n_tokens, BLOCK_M)
@@ -147,7 +149,7 @@ def _score_kernel(
             w = tl.load(w2_own_ptr + col[None, :] * half + (k + inner)[:, None], mask=col[None, :] < half, other=0.0)
             acc = tl.dot(x, w, acc, input_precision="ieee")
         bias = tl.sum(shared, axis=1) + tl.load(b2_ptr + col, mask=col < half, other=0.0)
-        z = gelu_erf(acc + bias[None, :]).to(hidden_ptr.dtype.element_ty)
+        z = gelu_exact(acc + bias[None, :], dtype).to(dtype)
         fits = (quarters[None, :] < quarter) & (col[:, None] < half)
         w3 = tl.load(w3_ptr + quarters[None, :] * half + col[:, None], mask=fits, other=0.0)
         acc3 = tl.dot(z, w3, acc3, input_precision="ieee")
@@ -311,7 +313,7 @@ def prune_tokens_launches(
         BLOCK_H=64 if full_rate else 16,
         BLOCK_K=_divisor(half, 64 if full_rate else 16),
         BLOCK_Q=max(16, triton.next_power_of_2(c // 4)),
-        num_warps=8 if full_rate and c >= 256 else 4,
+        num_warps=8 if full_rate else 4,
         num_stages=3 if full_rate else 2,
     )
     block_tokens, block_rows = max(32, triton.next_power_of_2(n)), 16
