@@ -107,6 +107,7 @@ def _score_kernel(
     DIM: tl.constexpr,
     SEGMENTS: tl.constexpr,
     TILE_M: tl.constexpr,  # rows of a tile of the first launch
+    TILES: tl.constexpr,  # a power of two, at least as many as a picture can touch
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -128,6 +129,12 @@ def _score_kernel(
     inner = tl.arange(0, BLOCK_K)
     quarters = tl.arange(0, BLOCK_Q)
 
+    # Where the picture's sums are: in the tiles of the first launch that it touches.
+    tile = first_tile + tl.arange(0, TILES)
+    touched = (tile <= last_tile)[:, None]
+    segment = tile * SEGMENTS + image - tile * TILE_M // n_tokens
+    sums_ptr += segment.to(tl.int64)[:, None] * half
+
     # A block of hidden channels at a time goes on into the third layer, so that none has to be stored and widths need
     # not be powers of two.
     acc3 = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
@@ -135,12 +142,7 @@ def _score_kernel(
         col = h + tl.arange(0, BLOCK_H)
         shared = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
         for k in range(0, half, BLOCK_K):
-            total = tl.zeros((BLOCK_K,), tl.float32)
-            tile = first_tile
-            while tile <= last_tile:
-                segment = tile * SEGMENTS + image - tile * TILE_M // n_tokens
-                total += tl.load(sums_ptr + segment.to(tl.int64) * half + k + inner)
-                tile += 1
+            total = tl.sum(tl.load(sums_ptr + (k + inner)[None, :], mask=touched, other=0.0), axis=0)
             w = tl.load(w2_mean_ptr + col[:, None] * half + (k + inner)[None, :], mask=col[:, None] < half, other=0.0)
             shared += w.to(tl.float32) * (total / n_tokens)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
@@ -309,6 +311,7 @@ def prune_tokens_launches(
         DIM=c,
         SEGMENTS=segments,
         TILE_M=tile_m,
+        TILES=triton.next_power_of_2((n + tile_m - 2) // tile_m + 1),
         BLOCK_M=block_m,
         BLOCK_H=64 if full_rate else 16,
         BLOCK_K=_divisor(half, 64 if full_rate else 16),
