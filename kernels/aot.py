@@ -69,7 +69,9 @@ def name(launch: Launch) -> str:
     pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr"))
     without = [f"no-{name.removesuffix('_ptr')}" for name in pointers if given[name] is None]
     linear = "residual_tokens" in given  # whose strides may be None: rows that follow each other
-    strides = [n for n in ("x_tokens", "stride_xn", "stride_rn") if linear and given.get(n) is not None]
+    strides = [
+        n for n in ("x_tokens", "stride_xn", "residual_tokens", "stride_rn") if linear and given.get(n) is not None
+    ]
     constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
     values = [f"{c}={given[c]}" for c in constants] + ["PDL"] * bool(given["PDL"])
     words = [launch.kernel.__name__, *dtypes, *without, *strides, *values]

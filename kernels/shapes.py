@@ -95,6 +95,24 @@ def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
         yield linear_launch(x, weight, bias, None, sums, None, 1e-6, out_dtype=out_dtype)[0]
 
 
+def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """Rows that stop before the next picture, in x and in what is added: prefix rows, an auxiliary head, by TMA."""
+    x = torch.empty(batch, 69, c, dtype=dtype, device="meta")
+    block = default_stats_block(2 * batch, c, dtype)
+    for rows in (1, 2):
+        weight, some = torch.empty(c, c, dtype=dtype, device="meta"), x[:, :rows]
+        done = torch.empty(batch, rows, c, dtype=dtype, device="meta")
+        yield linear_launch(done, weight, weight[:, 0], some, stats_block=block)[0]
+        yield linear_launch(some, weight, weight[:, 0], None, torch.empty(c, device="meta"))[0]
+    weight = torch.empty(1000, c, dtype=dtype, device="meta")
+    sums = torch.empty(1000, device="meta")
+    yield linear_launch(x[:, 2:], weight, weight[:, 0], None, sums, None, 1e-6, out_dtype=torch.float32)[0]
+    for tma in (PREFETCHING, PAIRED):
+        weight, tile = torch.empty(c, 4 * c, dtype=dtype, device="meta"), LinearTile(128, 128, 64, 8, 3, tma)
+        hidden = torch.empty(batch, 67, 4 * c, dtype=dtype, device="meta")
+        yield linear_launch(hidden, weight, weight[:, 0], x[:, 2:], stats_block=128, tile=tile)[0]
+
+
 def patch_embedding() -> Iterator[Launch]:
     """Pictures of 224 pixels in patches of 16, in every dtype; LV-ViT's stem, of 64 channels at half of that."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
@@ -145,6 +163,7 @@ def launches() -> Iterator[Launch]:
     yield from candidates()
     yield from class_row(256, 384, torch.bfloat16)
     yield from class_row(1, 384, torch.bfloat16)
+    yield from apart(256, 384, torch.bfloat16)
     yield from patch_embedding()
     yield from attention()
     with programmatic_launches(True):

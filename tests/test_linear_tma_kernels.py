@@ -97,7 +97,8 @@ def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
         "no rows": (wide[:0, :, :c], False),
     }
     for name, (x, described) in cases.items():
-        residual = make_rows(*x.shape[:-1], dim_out).to(device, dtype)
+        some = make_rows(*x.shape[:-2], x.shape[-2] + 1, dim_out + 8).to(device, dtype)
+        residual = some[..., :-1, 8:] if described else some[..., :-1, 8:].contiguous()
         launch, *_ = linear_launch(x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
         assert of_tma(launch) == (described and dtype != torch.float32), name
         y, stats = launch_linear(x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
