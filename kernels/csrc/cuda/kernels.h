@@ -1,4 +1,4 @@
-// prune_tokens in three launches: project, score, select and copy. The algebra is that of dvit_kernels/prune_tokens.py:
+// prune_tokens in three launches: project, score, select and copy. The algebra is that of dvit_kernels/score_tokens.py:
 // LayerNorm as a rank-1 correction behind the first product, LN(x) W^T = rstd * (x W^T - mean * rowsum(W)); of the
 // averaged half only column sums; the third layer's weighted sum as the score.
 #pragma once

@@ -1,0 +1,89 @@
+"""The tokens with the best scores, and their rows, in one launch: of equal scores the lower position, NaN last."""
+
+import triton
+import triton.language as tl
+
+from dvit_kernels.launch import wait_for_inputs
+
+RANK_TOKENS = 256  # up to here counting the better ones is cheaper than 32 rounds of reduction
+
+
+@triton.jit
+def _order_key(score):
+    """uint32 in the order of the scores: -0.0 as 0.0, NaN below all."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
+    key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000)
+    return tl.where(score == score, key, 0)
+
+
+@triton.jit
+def _keep_by_rank(key, position, score_ptr, n_tokens, num_keep, BLOCK: tl.constexpr):
+    """Whether fewer than num_keep tokens are better, or as good and before."""
+    rank = tl.zeros(key.shape, tl.int32)
+    for start in range(0, key.shape[0], BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        score = tl.load(score_ptr + other, mask=other < n_tokens, other=float("nan"))
+        theirs = _order_key(score)[None, :]
+        ahead = (theirs > key[:, None]) | ((theirs == key[:, None]) & (other[None, :] < position[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), axis=1)
+    return rank < num_keep
+
+
+@triton.jit
+def _keep_by_radix(key, num_keep):
+    """Whether a key is above the num_keep-th largest, or equals it and is among the first that fill up."""
+    cut = tl.zeros((1,), tl.uint32)
+    for bit in range(32):
+        higher = cut | (tl.full((1,), 1, tl.uint32) << (31 - bit))
+        cut = tl.where(tl.sum((key >= higher).to(tl.int32), axis=0) >= num_keep, higher, cut)
+    above, equal = (key > cut).to(tl.int32), (key == cut).to(tl.int32)
+    return (above != 0) | ((equal != 0) & (tl.cumsum(equal, 0) <= num_keep - tl.sum(above, axis=0)))
+
+
+@triton.jit(do_not_specialize=["n_tokens", "num_keep", "num_prefix", "num_groups"])
+def _select_kernel(
+    x_ptr,  # (B, P+N, C)
+    score_ptr,  # (B, N) float32
+    kept_ptr,  # out (B, P+K, C)
+    index_ptr,  # out (B, K) int64
+    stride_xb,
+    stride_xn,
+    n_tokens,
+    num_keep,
+    num_prefix,
+    num_groups,
+    DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,  # a power of two, at least N
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Choose a picture's tokens and copy every num_groups-th block of the rows that stay; each program chooses anew."""
+    wait_for_inputs(PDL)
+    image = (tl.program_id(0) // num_groups).to(tl.int64)
+    group = tl.program_id(0) % num_groups
+    position = tl.arange(0, BLOCK_TOKENS)
+    score_ptr += image * n_tokens
+    # Padding ranks with NaN and behind every real token, which comes before it.
+    key = _order_key(tl.load(score_ptr + position, mask=position < n_tokens, other=float("nan")))
+    if BY_RANK:
+        keep = _keep_by_rank(key, position, score_ptr, n_tokens, num_keep, 32)
+    else:
+        keep = _keep_by_radix(key, num_keep)
+    slot = tl.where(keep, tl.cumsum(keep.to(tl.int32), 0) - 1, -1)
+
+    rows = num_prefix + num_keep
+    start = group * BLOCK_ROWS
+    while start < rows:
+        row = start + tl.arange(0, BLOCK_ROWS)
+        wanted = row - num_prefix
+        taken = tl.sum(tl.where(slot[:, None] == wanted[None, :], position[:, None], 0), axis=0)
+        tl.store(index_ptr + image * num_keep + wanted, taken.to(tl.int64), mask=(wanted >= 0) & (row < rows))
+        source = tl.where(wanted < 0, row, num_prefix + taken).to(tl.int64)
+        for c in range(0, DIM, BLOCK_C):
+            col = c + tl.arange(0, BLOCK_C)
+            inside = (row < rows)[:, None] & (col < DIM)[None, :]
+            value = tl.load(x_ptr + image * stride_xb + source[:, None] * stride_xn + col[None, :], mask=inside)
+            tl.store(kept_ptr + ((image * rows + row)[:, None]) * DIM + col[None, :], value, mask=inside)
+        start += num_groups * BLOCK_ROWS
