@@ -86,7 +86,7 @@ def finish(
     mask = live[:, None] & there[None, :]
     to = (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :]
     if residual_ptr is not None:
-        at = to
+        at = to  # mostly: one set of addresses then serves both, and fits in registers
         if stride_rn is not None:
             at = row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)[:, None] + col[None, :]
         acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
