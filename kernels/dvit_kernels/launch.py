@@ -48,6 +48,7 @@ class Launch:
         arguments: tensors, descriptors of tensors and numbers by the kernel's own argument names (None where it takes
             none); its constexpr ones are compiled in.
         num_warps, num_stages: as Triton takes them.
+        maxnreg: registers a thread at most, so that more programs share a multiprocessor; 0: the compiler's choice.
     """
 
     kernel: Any  # Triton's decorator has no types
@@ -55,6 +56,7 @@ class Launch:
     arguments: dict[str, torch.Tensor | TensorDescriptor | int | float | str | None]
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
 
     @classmethod
     def of(
@@ -64,14 +66,16 @@ class Launch:
         *,
         num_warps: int,
         num_stages: int,
+        maxnreg: int = 0,
         **arguments: torch.Tensor | TensorDescriptor | int | float | str | None,
     ) -> Self:
-        return cls(kernel, grid, arguments | {"PDL": _programmatic.get()}, num_warps, num_stages)
+        return cls(kernel, grid, arguments | {"PDL": _programmatic.get()}, num_warps, num_stages, maxnreg)
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Of the compiler. Triton 3.10 will not fuse multiply and add unless told to."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options |= {"maxnreg": self.maxnreg} if self.maxnreg else {}
         return options | ({"launch_pdl": True} if self.arguments["PDL"] else {})
 
     def run(self) -> None:
