@@ -8,14 +8,14 @@ A file holds, beside where it was measured, rows such as
      "by": "pytorch"}
 
 and how whole forwards are captured. `bench/tune.py` writes it. A shape that was not measured takes the row of the same
-kind nearest to it in size (rows, or heads of all pictures); nothing is tried out while a model runs.
+kind nearest to it in size (rows, or heads of all images), if that is within a factor of `REACH`: what is best for
+50,000 rows starts too few programs for 197. Beyond it defaults decide; nothing is tried out while a model runs.
 """
 
 import contextlib
 import functools
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from dvit_infer.devices import slug
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
+REACH = 4.0  # how many times larger or smaller than a measured launch another may be and still go its way
 FOLDER = Path(__file__).with_name("measured")
 
 
@@ -63,12 +64,17 @@ class Choices:
         if key not in self._found:
             wanted = {"op": op, "dtype": str(dtype).removeprefix("torch."), **kind}
             rows = [row for row in self.rows if wanted.items() <= row.items()]
-            if rows:
-                row = min(rows, key=lambda row: abs(math.log(row["size"] / max(1, size))))
+            row = min(rows, key=lambda row: _times(row["size"], size), default=None)
+            if row is not None and _times(row["size"], size) <= REACH:
                 self._found[key] = Choice(row["by"], tuple(row["tile"]) if row.get("tile") else None)
             else:
                 self._found[key] = Choice(self.otherwise or ("pytorch" if dtype == torch.float32 else "triton"))
         return self._found[key]
+
+
+def _times(one: int, other: int) -> float:
+    """How many times the larger is the smaller."""
+    return max(one, other) / max(1, min(one, other))
 
 
 _given: ContextVar[Choices | None] = ContextVar("given", default=None)
