@@ -25,8 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TABLE = Path(__file__).with_name("AOT.md")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HOPPER = 90  # the first with programmatic dependent launch, and with tensor descriptors
-# CUDA programming guide, table 27: bytes a block, and what all blocks of a multiprocessor share; a block takes 1 KiB more
-# than it asks for. Registers are handed out to a thread in eights.
+# CUDA programming guide, table 27: bytes a block, and what all blocks of a multiprocessor share; a block takes 1 KiB
+# more than it asks for. Registers are handed out to a thread in eights.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED = {capability: limit + 1024 for capability, limit in SHARED_LIMIT.items()}
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor, of all three
@@ -112,7 +112,8 @@ def programs(capability: int, registers: int, shared: int, threads: int) -> int:
 
 
 def compile_for(launch: Launch, capability: int) -> Usage:
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
+    target, options = GPUTarget("cuda", capability, 32), launch.options_for(capability)
+    compiled = triton.compile(source(launch), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

@@ -128,6 +128,7 @@ def patch_embedding_launch(
         sizes, strides = (p, channels), (stride_y, stride_x, stride_c)
 
     # Block sizes are those that keep registers unspilled (AOT.md); none has been timed yet.
+    maxnreg = 0
     if weight.dtype == torch.float32:  # products on plain cores, from registers: smaller tiles
         block_m, block_n, block_k, num_warps, num_stages = 64, 64, 16, 8, 3
     elif b * n <= 4096:  # too few rows to fill a GPU with large tiles
@@ -135,6 +136,7 @@ def patch_embedding_launch(
     else:
         block_m, block_n, block_k, num_warps = 128, 128 if c >= 256 else 64, 64, 8
         num_stages = 2 if images.dtype == torch.float32 else 3  # so that two programs share a multiprocessor's memory
+        maxnreg = 128 if images.dtype == torch.float32 else 0  # and its registers: two fewer than the compiler takes
     launch = Launch.of(
         _patch_embedding_kernel,
         (triton.cdiv(b * n, block_m) * triton.cdiv(c, block_n),),
@@ -162,6 +164,7 @@ def patch_embedding_launch(
         BLOCK_K=block_k,
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=maxnreg,
     )
     return launch, out
 
