@@ -15,6 +15,11 @@ _UMASK = os.umask(0o022)  # it can only be read by setting it, which is the proc
 os.umask(_UMASK)
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can do without: XDG_CACHE_HOME, else ~/.cache; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvit_infer"
+
+
 def check_name(path: str | Path, what: str = "") -> Path:
     """Return the path if it can be a file's name for the libraries that read and write here, which want UTF-8.
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from dvit_infer.devices import slug
+from dvit_infer.ops.fallback import EVERY, SETTING, may_run, setting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
@@ -107,11 +108,23 @@ def _is_recent(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Whether kernels run there."""
+def why_not_triton(device: torch.device) -> str | None:
+    """Why no kernel runs there, in words; None: kernels do, unless one is given up on."""
+    if setting() == "off":
+        return f"{SETTING}=off"
     if device.type != "cuda":
-        return _given.get() is not None
-    return HAS_TRITON and _is_recent(device)
+        return None if _given.get() is not None else f"kernels are for NVIDIA GPUs, not for {device.type}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not _is_recent(device):
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has {found}"
+    return None
+
+
+def runs_triton(device: torch.device, op: str = EVERY) -> bool:
+    """Whether kernels run there; that of one op, where it is named."""
+    return why_not_triton(device) is None and may_run(op, device)
 
 
 def read_choices(path: Path) -> Choices:

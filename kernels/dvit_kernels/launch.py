@@ -27,6 +27,11 @@ def programmatic_launches(on: bool) -> Iterator[None]:
         _programmatic.reset(before)
 
 
+def is_programmatic() -> bool:
+    """Whether launches built here are."""
+    return _programmatic.get()
+
+
 SMALL_TILE = tl.constexpr(2048)  # elements of a tile of results, up to which what its epilogue reads fits beside it
 
 
