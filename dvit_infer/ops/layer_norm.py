@@ -110,7 +110,9 @@ def _run_stats(x: torch.Tensor) -> torch.Tensor:
         return launch_row_stats(x)
 
     def fault(stats: torch.Tensor) -> str | None:
-        return strays(stats, row_stats_ref(x), row_stats_ref(x.double()))
+        some = some_of(x)
+        found = stats.view(*x.shape[:-1], 1, 2)[some].flatten(0, -3)
+        return strays(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
 
     return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))
 

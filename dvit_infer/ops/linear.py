@@ -233,8 +233,9 @@ def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
         return fault
     if not call.stats_block:
         return None
-    stats = _block_stats(y, call.stats_block)
-    return strays(y_stats, stats, _block_stats(y.double(), call.stats_block))
+    rows = y[some]
+    left = y_stats.view(*y.shape[:-1], -1, 2)[some].flatten(0, -3)
+    return strays(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
