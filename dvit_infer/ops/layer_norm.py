@@ -111,7 +111,7 @@ def _run_stats(x: torch.Tensor) -> torch.Tensor:
 
     def fault(stats: torch.Tensor) -> str | None:
         some = some_of(x)
-        found = stats.view(*x.shape[:-1], 1, 2)[some].flatten(0, -3)
+        found = stats.view(*x.shape[:-1], 1, 2)[some].reshape(-1, 1, 2)
         return strays(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
 
     return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))

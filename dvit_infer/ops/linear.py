@@ -234,7 +234,7 @@ def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
     if not call.stats_block:
         return None
     rows = y[some]
-    left = y_stats.view(*y.shape[:-1], -1, 2)[some].flatten(0, -3)
+    left = y_stats.view(*y.shape[:-1], *y_stats.shape[1:])[some].reshape(-1, *y_stats.shape[1:])
     return strays(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
 
 
