@@ -17,8 +17,8 @@ from typing import Any
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.errors import InputError
-from dvit_infer.results import read_results
-from dvit_infer.tables import table
+from dvit_infer.benchmark.results import read_results
+from dvit_infer.utils.tables import table
 
 NAMES = ("op", "model", "keep_rate", "runtime", "variant", "device", "dtype", "batch", "shape")
 OF_PYTORCH = ("reference", "eager")

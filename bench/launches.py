@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from dvit_infer.timing import interleave
+from dvit_infer.benchmark.timing import interleave
 
 Call = Callable[[], object]
 CACHE_BYTES = 120e6  # twice the L2 cache of an H200

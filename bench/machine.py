@@ -19,8 +19,8 @@ from dvit_kernels.launch import Launch, programmatic_launches, wait_for_inputs
 from launches import copies, microseconds
 from torch.nn import functional as F
 
-from dvit_infer.results import environment, write_json
-from dvit_infer.tables import table
+from dvit_infer.benchmark.results import environment, write_json
+from dvit_infer.utils.tables import table
 
 LAUNCHES = 500
 

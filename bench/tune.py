@@ -31,8 +31,8 @@ from launches import copies, microseconds
 
 from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import using
-from dvit_infer.results import environment, write_json
-from dvit_infer.tables import table
+from dvit_infer.benchmark.results import environment, write_json
+from dvit_infer.utils.tables import table
 
 MARGIN = 1.03  # how much faster than the default another way must be to replace it
 # Of the largest value: what bfloat16 rounds is well below, and the time of a wrong answer is no time.

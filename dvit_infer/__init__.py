@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from dvit_infer.config import Config
     from dvit_infer.engine import Engine, convert, load, load_reference
     from dvit_infer.errors import InputError
-    from dvit_infer.families import list_archs
-    from dvit_infer.onnx_engine import load_onnx
-    from dvit_infer.onnx_file import export_onnx
+    from dvit_infer.models.registry import list_archs
+    from dvit_infer.onnx.engine import load_onnx
+    from dvit_infer.onnx.export import export_onnx
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
-    from dvit_infer.parity import Report, verify
-    from dvit_infer.viz import draw_heat_map, draw_kept
+    from dvit_infer.parity.verification import Report, verify
+    from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept
 
 __version__ = "0.1.0"
 

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvit_infer.backends import runner_for
-from dvit_infer.checkpoint import HEADER_KEY, Checkpoint, header_text, read_checkpoint
+from dvit_infer.models.checkpoint import HEADER_KEY, Checkpoint, header_text, read_checkpoint
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.config import Config
-from dvit_infer.devices import resolve_device, resolve_dtype
+from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
-from dvit_infer.families import build_reference, recognise
-from dvit_infer.families.reading import Note
-from dvit_infer.files import check_output, whole_file
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.reading import Note
+from dvit_infer.utils.files import check_output, whole_file
 from dvit_infer.graph import Graph, Node, build_graph, fold
 
 

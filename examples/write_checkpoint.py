@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from dvit_infer.families.example import example_checkpoint
+from dvit_infer.models.example import example_checkpoint
 
 if len(sys.argv) != 3:
     sys.exit(__doc__)

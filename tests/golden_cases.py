@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 import dvit_infer as dvit
-from dvit_infer.fill import fill, image
-from dvit_infer.reference.vit import TrainOutput
+from dvit_infer.models.fill import fill, image
+from dvit_infer.models.vit.reference import TrainOutput
 
 HERE = Path(__file__).parent / "golden"
 OFFICIAL: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())

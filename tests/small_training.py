@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from drawn import draw_all
 
-from dvit_infer.fill import fill
-from dvit_infer.reference.deit import DeiT
-from dvit_infer.reference.vit import VisionTransformer
+from dvit_infer.models.fill import fill
+from dvit_infer.models.vit.deit import DeiT
+from dvit_infer.models.vit.reference import VisionTransformer
 
 KEEP = ["--keep-rate", "0.7"]
 QUICK = ["--epochs", "2", "--batch", "4", "--workers", "0", "--lr", "1e-3", "--freeze-epochs", "1", "--device", "cpu"]

@@ -7,7 +7,7 @@ from drawn import draw, draw_all
 from PIL import Image
 
 import dvit_infer as dvit
-from dvit_infer.pictures.decode import open_picture
+from dvit_infer.images.decode import open_picture
 from dvit_infer.training import augment
 from dvit_infer.training.augment import Augmentation, has_torchvision
 

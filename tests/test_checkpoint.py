@@ -15,7 +15,7 @@ import torch
 from golden_cases import state_dict
 from safetensors.torch import save_file
 
-from dvit_infer.checkpoint import PREFIXES, WEIGHT_SETS, read_checkpoint
+from dvit_infer.models.checkpoint import PREFIXES, WEIGHT_SETS, read_checkpoint
 from dvit_infer.errors import InputError
 
 

@@ -146,9 +146,9 @@ def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
     def no_memory(*arguments, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr("dvit_infer.compare.interleave", no_memory)
+    monkeypatch.setattr("dvit_infer.benchmark.compare.interleave", no_memory)
     assert "--batch: 5 pictures do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
-    for place in ("dvit_infer.engine.fold", "dvit_infer.checkpoint.torch.load"):
+    for place in ("dvit_infer.engine.fold", "dvit_infer.models.checkpoint.torch.load"):
         with monkeypatch.context() as patch:
             patch.setattr(place, no_memory)
             assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)
@@ -182,7 +182,7 @@ def test_a_library_that_turns_the_interrupt_into_its_own_error_does_not_blame_th
         except KeyboardInterrupt:
             raise RuntimeError("could not determine the shape of object type 'torch.storage'") from None
 
-    monkeypatch.setattr("dvit_infer.checkpoint.torch.load", masked)
+    monkeypatch.setattr("dvit_infer.models.checkpoint.torch.load", masked)
     before = signal.getsignal(stop)
     assert convert.main([str(checkpoint), *TINY]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
@@ -201,7 +201,7 @@ def test_an_interrupt_that_a_library_swallows_still_stops_the_command(checkpoint
         return load(*args, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dvit_infer.checkpoint.torch.load", swallows)
+        patch.setattr("dvit_infer.models.checkpoint.torch.load", swallows)
         assert convert.main([str(checkpoint), *TINY]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
     assert os.listdir() == []
@@ -221,7 +221,7 @@ def test_a_full_disk_for_the_json_is_named_and_no_model_is_left(checkpoint, caps
     def full(content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dvit_infer.results._finite", full)
+    monkeypatch.setattr("dvit_infer.benchmark.results._finite", full)
     assert "--json: " in fails(convert, [checkpoint, *TINY, "--json", "x.json"], capsys)
 
 

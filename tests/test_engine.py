@@ -8,8 +8,8 @@ import torch
 from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept
 
 import dvit_infer as dvit
-from dvit_infer.checkpoint import read_checkpoint
-from dvit_infer.devices import chunk
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.utils.devices import chunk
 
 TINY = "tiny-deit-r0.7-s1"
 

@@ -9,9 +9,9 @@ from golden_cases import CASES, FLOPS, answers, official_checkpoint, options, pi
 
 import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
-from dvit_infer.checkpoint import read_checkpoint
-from dvit_infer.families import build_reference, recognise
-from dvit_infer.families.example import example_checkpoint
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.example import example_checkpoint
 from dvit_infer.graph import Graph, build_graph, fold
 from dvit_infer.graph.nodes import Attention, Mlp
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dvit_infer.reference.layers import softmax_with_policy
-from dvit_infer.reference.masked_attention import masked_attention
+from dvit_infer.models.vit.layers import softmax_with_policy
+from dvit_infer.models.vit.masked_attention import masked_attention
 
 SCALE = 0.25
 NAMES = ("out", "q", "k", "v", "policy")

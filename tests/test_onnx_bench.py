@@ -130,7 +130,7 @@ def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):
 SIGNAL_AFTERWARDS = """
 import signal, sys, threading
 from pathlib import Path
-from dvit_infer.peers import openvino_call
+from dvit_infer.benchmark.peers import openvino_call
 
 calls = [openvino_call(Path(sys.argv[1]), "f32") for _ in range(2)]
 calls.pop(0)

@@ -50,7 +50,7 @@ def test_a_saved_file_becomes_onnx_too(checkpoint, capsys):
 
 
 def test_a_file_that_does_not_pass_is_not_written(checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dvit_infer.parity.LOGIT_TOLERANCE", 0.0)
+    monkeypatch.setattr("dvit_infer.parity.verification.LOGIT_TOLERANCE", 0.0)
     assert convert.main([str(checkpoint), *TINY_FACTS, "--format", "onnx"]) == 1
     assert "the engine's answers are not the reference's" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -191,6 +191,6 @@ def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
 
 def test_predict_needs_the_file_alone(model, capsys, tmp_path, monkeypatch):
     draw_all(tmp_path / "pictures", 1)
-    monkeypatch.setattr("dvit_infer.onnx_file.probed", lambda *given: pytest.fail("a second model was made"))
+    monkeypatch.setattr("dvit_infer.onnx.export.probed", lambda *given: pytest.fail("a second model was made"))
     assert predict.main([str(model), "pictures", "--device", "cpu", "--workers", "0"]) == 0
     assert "top5" in capsys.readouterr().out

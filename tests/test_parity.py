@@ -9,7 +9,7 @@ from golden_cases import official_checkpoint, options
 import dvit_infer as dvit
 from dvit_infer import parity
 from dvit_infer.backends.torch import TorchRunner
-from dvit_infer.devices import DTYPES
+from dvit_infer.utils.devices import DTYPES
 from dvit_infer.graph.nodes import Head, Prune
 
 TINY = "tiny-deit-r0.7-s1"

@@ -15,8 +15,8 @@ from test_eval import SIZE
 
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
-from dvit_infer.pictures.decode import Preprocess, open_picture
-from dvit_infer.predictions import model_id, predict
+from dvit_infer.images.decode import Preprocess, open_picture
+from dvit_infer.evaluate.predictions import model_id, predict
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 OPTIONS = [*TINY, *SMALL]
@@ -187,7 +187,7 @@ def test_help_loads_no_torch(module):
 
 
 def test_a_batch_that_is_larger_than_memory(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("dvit_infer.pictures.stream.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("dvit_infer.images.stream.free_memory", lambda device: 1 << 20)
     draw_all(Path("photos"), 1)
     line = fails(command, [checkpoint, "photos", *OPTIONS, "--batch", "100000"], capsys)
     assert "--batch: 100000 pictures do not fit in memory" in line

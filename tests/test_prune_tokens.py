@@ -5,7 +5,7 @@ import torch
 
 import dvit_infer as dvit
 from dvit_infer.ops.prune_tokens import gather_tokens_ref, score_tokens_ref, select_tokens_ref
-from dvit_infer.reference.layers import Predictor
+from dvit_infer.models.vit.layers import Predictor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

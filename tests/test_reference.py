@@ -6,8 +6,8 @@ from golden_cases import CASES, answers, official_checkpoint, options, pictures,
 from torch.nn import functional as F
 
 import dvit_infer as dvit
-from dvit_infer.reference.deit import DeiT
-from dvit_infer.reference.layers import softmax_with_policy
+from dvit_infer.models.vit.deit import DeiT
+from dvit_infer.models.vit.layers import softmax_with_policy
 
 
 @pytest.mark.parametrize("case_id", CASES)

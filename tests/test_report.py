@@ -12,7 +12,7 @@ import pytest
 from report_content import BATCHES, RATES, WAYS, content, full, limit_rows, model_row, node_rows
 
 from dvit_infer.errors import InputError
-from dvit_infer.report import page, write_report
+from dvit_infer.benchmark.report.page import page, write_report
 
 EVIL = "</script><b onclick='x()'>&lt;é%{y}$x$\u2028\ud800"
 

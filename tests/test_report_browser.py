@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_content import BATCHES, RATES, WAYS, content, full, model_row
 
-from dvit_infer.report import write_report
+from dvit_infer.benchmark.report.page import write_report
 
 ARGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),

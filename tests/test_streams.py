@@ -18,10 +18,10 @@ from drawn import draw, draw_all, write_text
 
 import dvit_infer as dvit
 from dvit_infer.pictures import find
-from dvit_infer.pictures.decode import Preprocess, open_picture
-from dvit_infer.pictures.find import find_pictures
-from dvit_infer.pictures.names import Names
-from dvit_infer.pictures.stream import AHEAD, AT_ONCE, Entry, batches, decode, pixels, running
+from dvit_infer.images.decode import Preprocess, open_picture
+from dvit_infer.images.find import find_pictures
+from dvit_infer.images.path_set import Names
+from dvit_infer.images.stream import AHEAD, AT_ONCE, Entry, batches, decode, pixels, running
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 CROP = Preprocess((32, 32))
@@ -175,7 +175,7 @@ def test_a_killed_worker_is_an_error_that_says_what_would_do():
 
 def test_workers_that_nobody_reads_from_end_with_a_process_that_is_killed():
     paths = draw_all(Path("p"), 8)
-    lines = "import time; from dvit_infer.pictures.decode import Preprocess; from dvit_infer.pictures.stream import *"
+    lines = "import time; from dvit_infer.images.decode import Preprocess; from dvit_infer.images.stream import *"
     lines += f"\nfound = decode([Entry(path) for path in {paths!r} * 99], Preprocess((224, 224)), 2); next(found)"
     lines += "\ntime.sleep(1); print('full', flush=True); time.sleep(99)"  # pipes hold 64 KiB, the next batch has 1 MiB
     process = subprocess.Popen([sys.executable, "-c", lines], env=ENV, stdout=subprocess.PIPE, start_new_session=True)

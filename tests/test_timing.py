@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dvit_infer import timing
-from dvit_infer.timing import MIN_ROUNDS, Timing, _peak_mib, interleave, noise
+from dvit_infer.benchmark.timing import MIN_ROUNDS, Timing, _peak_mib, interleave, noise
 
 
 def test_calls_take_turns():

@@ -6,8 +6,8 @@ from small_training import arguments, trained, write_dense, write_folder
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
-from dvit_infer.reference.deit import DeiT
-from dvit_infer.reference.lvvit import LVViT
+from dvit_infer.models.vit.deit import DeiT
+from dvit_infer.models.vit.lvvit import LVViT
 
 STEM = {"stem_dim": 8, "mlp_dim": 96, "skip_lam": 2.0}
 

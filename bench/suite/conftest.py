@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dvit_infer.results import environment, write_json
-from dvit_infer.timing import Timing
+from dvit_infer.benchmark.results import environment, write_json
+from dvit_infer.benchmark.timing import Timing
 
 Call = Callable[[], Any]
 Timed = Callable[..., None]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dvit_infer import ways
-from dvit_infer.families import build_reference
-from dvit_infer.images import sample_images
-from dvit_infer.parity import evaluate
-from dvit_infer.ways import Subject
+from dvit_infer.models.registry import build_reference
+from dvit_infer.images.tensors import sample_images
+from dvit_infer.parity.verification import evaluate
+from dvit_infer.benchmark.candidates import Subject
 
 WAYS = {
     "reference": ways.reference_way,

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD
-from dvit_infer.images import normalise
+from dvit_infer.images.tensors import normalise
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 
 PATCH, DIM, TOKENS = 16, 384, 197

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dvit_infer as dvit
-from dvit_infer.families.example import example_checkpoint
+from dvit_infer.models.example import example_checkpoint
 
 STAGES = ((196, 137), (137, 96), (96, 67))  # patch tokens in, kept
 EPS = 1e-5

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
-from dvit_infer.images import prepare
+from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 
 Watch = Callable[[Node, torch.Tensor], None]

@@ -9,7 +9,7 @@ from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.torch import TorchRunner, Watch
-from dvit_infer.devices import is_out_of_memory
+from dvit_infer.utils.devices import is_out_of_memory
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.attention import attention

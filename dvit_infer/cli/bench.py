@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dvit_infer.cli.common import Parser, integers, progress, run
 
 if TYPE_CHECKING:
-    from dvit_infer.compare import Outcome
-    from dvit_infer.node_times import NodeTime
+    from dvit_infer.benchmark.compare import Outcome
+    from dvit_infer.benchmark.roofline import NodeTime
 
 SECONDS = 12.0  # of measuring at every batch size
 
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.cli.bench_tables import heading, report_of
-    from dvit_infer.compare import USUAL, Comparison, fvcore_gmacs
-    from dvit_infer.compare_onnx import OnnxComparison
+    from dvit_infer.benchmark.compare import USUAL, Comparison, fvcore_gmacs
+    from dvit_infer.benchmark.compare_onnx import OnnxComparison
     from dvit_infer.errors import InputError
-    from dvit_infer.files import check_output
-    from dvit_infer.node_times import limit_rows, measure_limits
-    from dvit_infer.node_times import rows as node_rows
-    from dvit_infer.onnx_engine import is_onnx
-    from dvit_infer.results import VERSION, environment, write_json
+    from dvit_infer.utils.files import check_output
+    from dvit_infer.benchmark.roofline import limit_rows, measure_limits
+    from dvit_infer.benchmark.roofline import rows as node_rows
+    from dvit_infer.onnx.engine import is_onnx
+    from dvit_infer.benchmark.results import VERSION, environment, write_json
 
     outs = {
         what: check_output(name, what, not_this=options.model)
@@ -110,7 +110,7 @@ def _bench(options: argparse.Namespace) -> int:
         write_json(outs["json"], content)
         print(f"wrote {options.json}")
     if "report" in outs:
-        from dvit_infer.report import write_report
+        from dvit_infer.benchmark.report.page import write_report
 
         write_report(outs["report"], content)
         print(f"wrote {options.report}")

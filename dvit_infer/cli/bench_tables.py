@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dvit_infer.compare import Comparison, Gain, Outcome
-from dvit_infer.compare_onnx import OnnxComparison
-from dvit_infer.node_times import NodeTime
-from dvit_infer.tables import table
-from dvit_infer.timing import Row
+from dvit_infer.benchmark.compare import Comparison, Gain, Outcome
+from dvit_infer.benchmark.compare_onnx import OnnxComparison
+from dvit_infer.benchmark.roofline import NodeTime
+from dvit_infer.utils.tables import table
+from dvit_infer.benchmark.timing import Row
 
 
 def heading(comparison: Comparison | OnnxComparison, where: Mapping[str, str | None]) -> str:

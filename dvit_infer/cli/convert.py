@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dvit_infer.classifier import Classifier
     from dvit_infer.engine import Engine
-    from dvit_infer.parity import Report
+    from dvit_infer.parity.verification import Report
 
 ONNX_ONLY = ("opset", "kept", "uint8", "inline", "quantize", "calibrate", "classes")
 
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
-    from dvit_infer.files import check_output, whole_json
-    from dvit_infer.results import environment
-    from dvit_infer.tables import table
+    from dvit_infer.utils.files import check_output, whole_json
+    from dvit_infer.benchmark.results import environment
+    from dvit_infer.utils.tables import table
 
     write = _onnx if options.format == "onnx" else _safetensors
     if write is _safetensors and (odd := [name for name in ONNX_ONLY if getattr(options, name) not in (None, False)]):
@@ -112,7 +112,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
 def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
     """Writes the engine's weights, and gives what was written, loaded; it is there if the block ends well."""
     import dvit_infer as dvit
-    from dvit_infer.files import whole_file
+    from dvit_infer.utils.files import whole_file
 
     with whole_file(out, "out") as part:
         engine.write(part)
@@ -123,10 +123,10 @@ def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "I
 def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
     """The same for an ONNX file."""
     import dvit_infer as dvit
-    from dvit_infer.files import whole_files
-    from dvit_infer.onnx_file import write_onnx
-    from dvit_infer.packages import need
-    from dvit_infer.pictures.classes import read_classes
+    from dvit_infer.utils.files import whole_files
+    from dvit_infer.onnx.export import write_onnx
+    from dvit_infer.utils.packages import need
+    from dvit_infer.images.classes import read_classes
 
     if not options.no_verify:
         need("format: onnx", "onnx", "onnxruntime", extra="dvit-infer[onnx]")
@@ -152,7 +152,7 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
 def _calibration(options: argparse.Namespace, engine: "Engine") -> "Iterator[np.ndarray] | None":
     if options.calibrate is None:
         return None
-    from dvit_infer.quantize import calibration_batches
+    from dvit_infer.onnx.quantize import calibration_batches
 
     return calibration_batches(options.calibrate, engine.config, uint8=options.uint8)
 

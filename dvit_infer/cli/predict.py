@@ -11,7 +11,7 @@ from dvit_infer.cli.counting import counting
 from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, shown
 
 if TYPE_CHECKING:
-    from dvit_infer.pictures.names import Names
+    from dvit_infer.images.path_set import Names
 
 
 def _parser() -> Parser:
@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
-    from dvit_infer.files import check_output
-    from dvit_infer.pictures.find import find_pictures
-    from dvit_infer.predictions import model_id, predict
-    from dvit_infer.resuming import results
+    from dvit_infer.utils.files import check_output
+    from dvit_infer.images.find import find_pictures
+    from dvit_infer.evaluate.predictions import model_id, predict
+    from dvit_infer.evaluate.results_file import results
 
     out = None if options.out is None else check_output(options.out, "out", not_this=options.model)
     found = find_pictures(options.images)

@@ -14,7 +14,7 @@ from dvit_infer.cli.train_progress import Show, check_logdir, showing
 if TYPE_CHECKING:
     import torch
 
-    from dvit_infer.pictures.classes import LabelledFolder
+    from dvit_infer.images.classes import LabelledFolder
     from dvit_infer.training.distributed import World
     from dvit_infer.training.loop import Run
     from dvit_infer.training.settings import Settings
@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dvit_infer.devices import resolve_device
+    from dvit_infer.utils.devices import resolve_device
     from dvit_infer.errors import InputError
-    from dvit_infer.pictures.stream import running
+    from dvit_infer.images.stream import running
     from dvit_infer.training.distributed import joined, world_of_environment
     from dvit_infer.training.reports import NotFiniteError
 
@@ -135,9 +135,9 @@ def _prepared(
     from dataclasses import fields
 
     from dvit_infer.errors import InputError
-    from dvit_infer.files import check_output
-    from dvit_infer.pictures.classes import labelled_folder
-    from dvit_infer.pictures.stream import worker_count
+    from dvit_infer.utils.files import check_output
+    from dvit_infer.images.classes import labelled_folder
+    from dvit_infer.images.stream import worker_count
     from dvit_infer.training.augment import Augmentation, has_torchvision
     from dvit_infer.training.data import Pictures
     from dvit_infer.training.loop import Run

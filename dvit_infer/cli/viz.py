@@ -15,7 +15,7 @@ from dvit_infer.cli.pictures import add_options, model_of, shown
 if TYPE_CHECKING:
     import torch
 
-    from dvit_infer.pictures.stream import Decoded
+    from dvit_infer.images.stream import Decoded
 
 TRAINED = Path(__file__).resolve().parent.parent / "digits-0.7.pth"  # what `make proof` trained
 MOST = 64  # rows of a grid
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
-    from dvit_infer.files import check_output, whole_file
-    from dvit_infer.pictures.find import find_pictures
-    from dvit_infer.pictures.stream import Entry, batch_size, batches, decode, running
-    from dvit_infer.viz import check_drops, draw_seen, draw_shares, keep_shares, look
+    from dvit_infer.utils.files import check_output, whole_file
+    from dvit_infer.images.find import find_pictures
+    from dvit_infer.images.stream import Entry, batch_size, batches, decode, running
+    from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
 
     options.model, options.images = _model_and_images(options.names)
     found = find_pictures(options.images)
@@ -90,7 +90,7 @@ def _viz(options: argparse.Namespace) -> int:
 def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The first name is the model's, unless it is a picture's, a folder, or a pattern."""
     from dvit_infer.errors import InputError
-    from dvit_infer.pictures.find import SUFFIXES
+    from dvit_infer.images.find import SUFFIXES
 
     first = Path(names[0])
     if first.suffix.lower() in SUFFIXES or first.is_dir() or (set("*?[") & set(names[0]) and not first.exists()):
@@ -116,7 +116,7 @@ class _Tally:
             InputError: none can be read, or one cannot and all of them are wanted.
         """
         from dvit_infer.errors import InputError
-        from dvit_infer.pictures.stream import pixels
+        from dvit_infer.images.stream import pixels
 
         some = False
         for part in parts:
@@ -142,7 +142,7 @@ class _Tally:
 
 def _not_replaced(paths: Iterable[str], out: Path) -> Iterator[str]:
     """The paths, of which none may be the file that is to be replaced."""
-    from dvit_infer.files import check_output
+    from dvit_infer.utils.files import check_output
 
     there = out.exists()
     for path in paths:

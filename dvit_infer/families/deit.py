@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dvit_infer.config import Config
-from dvit_infer.families.reading import Reading
-from dvit_infer.families.vit import Trunk, read_config, trunk_arguments
-from dvit_infer.reference.deit import DeiT
+from dvit_infer.models.reading import Reading
+from dvit_infer.models.vit.read import Trunk, read_config, trunk_arguments
+from dvit_infer.models.vit.deit import DeiT
 
 FAMILY = "deit"
 

@@ -6,7 +6,7 @@ import torch
 
 from dvit_infer.config import Config
 from dvit_infer.graph.nodes import Node, Prune
-from dvit_infer.tables import table
+from dvit_infer.utils.tables import table
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dvit_infer.devices import slug
+from dvit_infer.utils.devices import slug
 from dvit_infer.ops.fallback import EVERY, SETTING, may_run, setting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dvit_infer.devices import is_out_of_memory
+from dvit_infer.utils.devices import is_out_of_memory
 from dvit_infer.errors import InputError, KernelError
 
 SETTING = "DVIT_KERNELS"

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
-from dvit_infer.pictures.decode import PictureError, open_picture
-from dvit_infer.pictures.stream import first_in_worker, interrupts_held
+from dvit_infer.images.decode import PictureError, open_picture
+from dvit_infer.images.stream import first_in_worker, interrupts_held
 from dvit_infer.training.augment import Augmentation
 
 # What a picture's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.

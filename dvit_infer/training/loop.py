@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dvit_infer.errors import InputError
-from dvit_infer.images import normalise
+from dvit_infer.images.tensors import normalise
 from dvit_infer.training import saving
 from dvit_infer.training.augment import Augmentation
 from dvit_infer.training.data import Batch, Loading, Pictures, batches, mixed, steps_an_epoch, targets

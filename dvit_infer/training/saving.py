@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvit_infer.checkpoint import load_torch
+from dvit_infer.models.checkpoint import load_torch
 from dvit_infer.errors import InputError
-from dvit_infer.files import whole_file
+from dvit_infer.utils.files import whole_file
 from dvit_infer.training.settings import Settings
 
 KEY = "training"  # what a finished file does not have

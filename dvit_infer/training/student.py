@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvit_infer.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.families import build_reference, recognise
-from dvit_infer.families import reading as check
-from dvit_infer.families.reading import Note
-from dvit_infer.reference.layers import Attention, Predictor
-from dvit_infer.reference.vit import VisionTransformer
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.registry import reading as check
+from dvit_infer.models.reading import Note
+from dvit_infer.models.vit.layers import Attention, Predictor
+from dvit_infer.models.vit.reference import VisionTransformer
 
 STAGES = 3
 

@@ -1,0 +1,182 @@
+"""The ways to run one model that need nothing but this project and PyTorch; `peers.py` has the others."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.classifier import Source
+from dvit_infer.config import Config
+from dvit_infer.utils.devices import resolve_device, resolve_dtype
+from dvit_infer.engine import Engine
+from dvit_infer.errors import InputError
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.example import example_checkpoint
+from dvit_infer.models.reading import Note
+from dvit_infer.graph import build_graph
+from dvit_infer.models.vit.layers import Attention
+from dvit_infer.models.vit.reference import VisionTransformer
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the model.
+
+    Attributes:
+        runtime, variant: its name in result files.
+        config: of the model it runs; method 'none' where that is the dense twin.
+        call: (B, 3, H, W) on the device in the dtype -> logits (B, K).
+        gmacs: MACs in 10^9 of the graph it runs.
+        held_mib: what it holds between calls, weights and buffers; None: a runtime that does not tell.
+        given: as call, with kept sets, a stage each; None: it chooses by itself alone.
+        prepare: makes of the pictures, once, what call takes.
+        engine: where it is our engine.
+        approximate: its answers are not meant to be the reference's to rounding (int8).
+    """
+
+    runtime: str
+    variant: str | None
+    config: Config
+    call: Call
+    gmacs: float
+    held_mib: Callable[[], float | None]
+    given: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
+    prepare: Call = lambda images: images
+    engine: Engine | None = None
+    approximate: bool = False
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config.method == "none"
+
+    @property
+    def keep_rate(self) -> float:
+        return 1.0 if self.is_dense else self.config.keep_rate
+
+
+class Subject:
+    """A model that is run in several ways, read once.
+
+    Args:
+        model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
+
+    Raises:
+        InputError: it cannot be read; there is no such device or dtype.
+    """
+
+    def __init__(self, model: Source | None, device: str | None, dtype: str | None) -> None:
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.checkpoint: Checkpoint = read_checkpoint(
+            example_checkpoint("dynamicvit-deit-s") if model is None else model
+        )
+        self.config, self.notes = recognise(self.checkpoint, None, {}, {})
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @functools.cached_property
+    def dense_config(self) -> Config:
+        return recognise(self.checkpoint, None, {}, {"method": "none"})[0]
+
+    def config_at(self, keep_rate: float) -> Config:
+        """Raises InputError: the model holds no predictors, or the rate leaves no token."""
+        return recognise(self.checkpoint, None, {"keep_rate": keep_rate}, {})[0]
+
+    @functools.cached_property
+    def plain(self) -> VisionTransformer:
+        """The reference on the device in the dtype."""
+        return build_reference(self.config, self.checkpoint).to(self.device, self.dtype)
+
+    @functools.cached_property
+    def plain_gmacs(self) -> float:
+        return build_graph(self.plain, self.config).gflops
+
+    def params(self, dense: bool) -> int:
+        return self.checkpoint.params(dense)
+
+
+def engine_way(subject: Subject, config: Config, runtime: str = "engine") -> Way:
+    """Our engine, by the given config."""
+    notes: Sequence[Note] = subject.notes
+    engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
+    weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
+    held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
+    given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
+    # A result file has to tell whether the native library pruned (DVIT_PRUNE): nothing else in a row would.
+    variant = "native" if "by native" in engine.runner.how else None
+    return Way(runtime, variant, config, engine, engine.graph.gflops, held, given, engine=engine)
+
+
+def dense_way(subject: Subject) -> Way:
+    return engine_way(subject, subject.dense_config, "dense")
+
+
+def reference_way(subject: Subject) -> Way:
+    return _of_plain(subject, "reference", subject.plain)
+
+
+def sdpa_way(subject: Subject) -> Way:
+    fused = build_reference(subject.config, subject.checkpoint).to(subject.device, subject.dtype)
+    for module in fused.modules():
+        if isinstance(module, Attention):
+            module.fused = True
+    return _of_plain(subject, "sdpa", fused)
+
+
+def _of_plain(subject: Subject, runtime: str, model: VisionTransformer) -> Way:
+    weights = mib(model.parameters())
+
+    def given(images: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+        return model.evaluate(images, kept).logits
+
+    call = lambda images: model.evaluate(images).logits  # noqa: E731
+    return Way(runtime, None, subject.config, call, subject.plain_gmacs, lambda: weights, given)
+
+
+def compiled_way(subject: Subject) -> Way:
+    variant = "max-autotune" if subject.device.type == "cuda" else "default"
+    compiled = torch.compile(subject.plain, mode=variant, dynamic=False)
+    sizes: set[int] = set()
+
+    def call(images: torch.Tensor) -> torch.Tensor:
+        if len(images) not in sizes:
+            torch.compiler.reset()  # after eight sizes it would run them eagerly and not say so
+            sizes.clear()
+            sizes.add(len(images))
+        logits: torch.Tensor = compiled(images)
+        return logits
+
+    weights = mib(subject.plain.parameters())
+    return Way("compile", variant, subject.config, call, subject.plain_gmacs, lambda: weights)
+
+
+@contextlib.contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """What goes wrong in the block, of whatever kind compilers and other projects raise, is one line about the way.
+
+    Raises:
+        InputError: naming the way. Want of memory is not its fault and passes.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
+        raise InputError(f"compare: {name} cannot run the reference here: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def mib(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20

@@ -1,0 +1,231 @@
+"""An ONNX file, of whatever origin, in the runtimes there are: how fast, and whether they agree.
+
+No reference comes with it, so what it should answer, and of a foreign file how much work it is, stays unknown.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvit_infer import peers
+from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
+from dvit_infer.onnx.session import input_dtype, open_session, run_session
+from dvit_infer.benchmark.compare import Outcome
+from dvit_infer.utils.devices import free_memory
+from dvit_infer.errors import InputError
+from dvit_infer.images.tensors import sample_images, sample_pictures
+from dvit_infer.onnx.engine import check_file, onnx_device
+from dvit_infer.utils.packages import need
+from dvit_infer.benchmark.timing import Row, interleave, noise
+from dvit_infer.benchmark.candidates import Call, blaming
+
+RUNTIMES = ("onnxruntime", "openvino")
+ASSUMED_SIZE = 224  # of a file that leaves it open
+_PICTURES = (torch.float32, torch.float16, torch.uint8)
+
+
+@dataclass(frozen=True)
+class OnnxOutcome(Outcome):
+    """What was measured at one batch size; `unknown` says what cannot be known of such a file."""
+
+    unknown: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.strays:
+            return f"the runtimes do NOT agree: {'; '.join(self.strays)}"
+        agree = f"all runtimes agree with {self.rows[0].runtime}; " if len(self.rows) > 1 else ""
+        return agree + self.unknown
+
+
+class OnnxComparison:
+    """An ONNX file and the runtimes that run it, loaded once.
+
+    Args:
+        path: of the file; one input of pictures, the first output is taken for the logits.
+        names: of `RUNTIMES`; the first is the baseline.
+        device: where ONNX Runtime runs it.
+
+    Raises:
+        InputError: naming the file, the option, or a package that is not installed.
+    """
+
+    def __init__(self, path: str | Path, names: Sequence[str] = (), device: str | None = None) -> None:
+        self.path = check_file(path)
+        names = list(dict.fromkeys(names)) or ["onnxruntime"]
+        if odd := [name for name in names if name not in RUNTIMES]:
+            raise InputError(f"compare: {odd[0]!r} needs the checkpoint; an ONNX file runs in {' and '.join(RUNTIMES)}")
+        self.device = onnx_device(device)
+        session = open_session(self.path, self.device, str(path))
+        facts = session.get_modelmeta().custom_metadata_map
+        self.facts: Mapping[str, str] = {key: _printable(value) for key, value in facts.items()}
+        self._rate, self._gmacs, self._params = (_number(self.facts, key) for key in ("keep_rate", "gflops", "params"))
+        self._input, self.fixed_batch, self._shape, self.notes = _input_of(str(path), session)
+        self._dtype = input_dtype(session)
+        if self._dtype not in _PICTURES:
+            raise InputError(f"{path}: its input {self._input} is {session.get_inputs()[0].type}, no picture's")
+        assert self._dtype is not None
+        self._precision = str(self.facts.get("dtype") or str(self._dtype).removeprefix("torch."))
+        self.baseline = names[0]
+        self._calls: dict[str, Call] = {}
+        for name in names:
+            if name == "onnxruntime":
+                self._calls[name] = self._in_onnxruntime(session)
+            else:
+                with blaming(name):
+                    self._calls[name] = self._in_openvino()
+
+    @property
+    def title(self) -> str:
+        """The file, what it says it is, and its dtype."""
+        arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
+        says = f"{arch} keeping {kept} patches" if arch else "of another origin"
+        return f"{_printable(self.path.name)}, {says}; {self._precision}"
+
+    @property
+    def runs(self) -> str:
+        """What runs it, and what had to be assumed."""
+        return "; ".join([f"run by {' and '.join(self._calls)} on {self.device}", *self.notes])
+
+    def check_memory(self, batch: int) -> None:
+        """Raise InputError if the pictures alone would not fit in main memory."""
+        if self.fixed_batch not in (None, batch):
+            raise InputError(f"batch: {self.path} takes {self.fixed_batch} pictures at a time, not {batch}")
+        free, needed = free_memory(torch.device("cpu")), 8 * batch * math.prod(self._shape)
+        if free is not None and needed > free:
+            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would")
+
+    def images(self, batch: int) -> torch.Tensor:
+        """What a batch is measured on, as the file takes it."""
+        last = self._shape[-1] == 3 and self._shape[0] != 3
+        size = (self._shape[0], self._shape[1]) if last else (self._shape[1], self._shape[2])
+        made = sample_pictures if self._dtype == torch.uint8 else sample_images
+        distinct = made(min(batch, 64), size, seed=2)
+        images = distinct.repeat(-(-batch // len(distinct)), 1, 1, 1)[:batch].to(self._dtype)
+        return (images.permute(0, 2, 3, 1) if last else images).contiguous()
+
+    def measure(
+        self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None
+    ) -> OnnxOutcome:
+        """Time every runtime on the same pictures, interleaved.
+
+        Raises:
+            InputError: the batch does not fit in memory.
+        """
+        self.check_memory(batch)
+        try:
+            images = self.images(batch)
+            calls = {name: _bound(call, images) for name, call in self._calls.items()}
+            logits = {name: self._checked(name, call(), batch) for name, call in calls.items()}
+            timings = interleave(calls, self.device, seconds, progress)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise
+            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
+        rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
+        first = logits[self.baseline]
+        same = SAME_MAX if self._precision == "float32" else SAME_RMS
+        errors = {name: _error(found, first) for name, found in logits.items() if name != self.baseline}
+        strays = [f"{name}: error {e:.1e} of the logits' rms" for name, e in errors.items() if not e <= same]
+        return OnnxOutcome(rows, [], strays, [], noise(timings.values()), self.unknown)
+
+    def _checked(self, name: str, found: torch.Tensor, batch: int) -> torch.Tensor:
+        """The first answer, if it can be logits."""
+        if not found.is_floating_point() or found.ndim < 2 or len(found) != batch or not found.numel():
+            shape = f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
+            raise InputError(f"{self.path}: its first output is {shape}, no logits of {batch} pictures")
+        if not torch.isfinite(found).all():
+            raise InputError(f"{self.path}: in {name} it answers NaN or Inf")
+        return found.float().cpu()
+
+    @property
+    def unknown(self) -> str:
+        """What the file cannot say."""
+        if self._gmacs is not None:
+            return "not known: whether its answers are right, for the file holds no reference (the checkpoint does)"
+        return "not known: its MACs, its weights, what it prunes, whether its answers are right"
+
+    def _row(self, name: str, batch: int, rates: Mapping[str, float], timings: Mapping[str, Any]) -> Row:
+        return Row(
+            model=self.facts.get("arch", self.path.name),
+            keep_rate=self._rate,
+            runtime=name,
+            variant=None,
+            device=self.device.type,
+            dtype=self._precision,
+            batch=batch,
+            **rates,
+            gmacs=self._gmacs,
+            params=None if self._params is None else int(self._params),
+            peak_mib=None,
+            max_logit_error=None,
+            top1_agreement=None,
+            baseline=self.baseline,
+            speedup=timings[name].speedup_over(timings[self.baseline]),
+        )
+
+    def _in_onnxruntime(self, session: Any) -> Call:
+        output = session.get_outputs()[0].name
+        return lambda images: run_session(session, {self._input: images.to(self.device)}, [output], str(self.path))[0]
+
+    def _in_openvino(self) -> Call:
+        if self.device.type != "cpu":
+            raise InputError("compare: openvino runs on CPUs; leave it out, or --device cpu")
+        need("compare: openvino", "onnx", "openvino", extra="dvit-infer[peers]")
+        from dvit_infer.onnx.export import probed
+
+        with probed(self.path, False, ()) as model:  # without functions, which OpenVINO does not know
+            return peers.openvino_call(model, "f32")
+
+
+def _input_of(name: str, session: Any) -> tuple[str, int | None, tuple[int, ...], list[str]]:
+    """Name of the input, the one batch size it takes (None: any), the shape of a picture, what was assumed."""
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        found = ", ".join(f"{value.name} {value.shape}" for value in inputs)
+        raise InputError(f"{name}: one input (B, 3, H, W) or (B, H, W, 3) is expected, not {found}")
+    batch, *shape = inputs[0].shape
+    sizes = [size if isinstance(size, int) else None for size in shape]
+    channels = 2 if sizes[2] == 3 and sizes[0] != 3 else 0
+    if sizes[channels] not in (3, None):
+        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}; pictures have three channels")
+    notes = [f"its size is open, {ASSUMED_SIZE}x{ASSUMED_SIZE} is assumed"] if None in sizes else []
+    fixed = [3 if i == channels else ASSUMED_SIZE if size is None else size for i, size in enumerate(sizes)]
+    if 0 in (batch, *fixed):
+        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}, which no picture fills")
+    return inputs[0].name, batch if isinstance(batch, int) else None, tuple(fixed), notes
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _number(facts: Mapping[str, str], key: str) -> float | None:
+    """What a file says is a number, if it is one."""
+    try:
+        value = float(facts[key][:40])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _listed(kept: str | None) -> str:
+    """'[137, 96, 67]' -> '137,96,67'."""
+    return (kept or "[]").strip("[]").replace(" ", "") or "all"
+
+
+def _error(found: torch.Tensor, first: torch.Tensor) -> float:
+    """The largest difference over the logits' rms; infinite where they have other shapes."""
+    if found.shape != first.shape:
+        return math.inf
+    if torch.equal(found, first):
+        return 0.0
+    return ((found - first).abs().max() / first.square().mean().sqrt()).item()
+
+
+def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: call(images)

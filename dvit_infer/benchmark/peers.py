@@ -1,0 +1,209 @@
+"""Other projects' runtimes, where they are installed: timm's dense twin, ONNX Runtime, OpenVINO."""
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dvit_infer.onnx.session import open_session, run_session
+from dvit_infer.config import Config
+from dvit_infer.engine import folded_graph
+from dvit_infer.errors import InputError
+from dvit_infer.models.registry import build_reference
+from dvit_infer.graph import build_graph
+from dvit_infer.images.tensors import sample_images
+from dvit_infer.utils.packages import need
+from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.benchmark.candidates import Call, Subject, Way, first_line, mib
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+def timm_way(subject: Subject) -> Way:
+    """The dense twin as timm has it, with the checkpoint's weights."""
+    config = subject.dense_config
+    if config.family != "deit":
+        raise InputError(f"compare: timm has no {config.family}; leave timm out")
+    _need("timm")
+    try:
+        from timm.models.deit import VisionTransformerDistilled
+        from timm.models.vision_transformer import VisionTransformer as TimmViT
+    except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision built for another torch
+        raise InputError(f"compare: timm cannot be imported here: {first_line(error)}") from None
+    kind = VisionTransformerDistilled if config.num_prefix == 2 else TimmViT
+    twin = kind(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=config.num_classes,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim / config.embed_dim,
+        norm_layer=functools.partial(nn.LayerNorm, eps=config.eps),
+    )
+    dense = build_reference(config, subject.checkpoint)
+    twin.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
+    twin = twin.eval().to(subject.device, subject.dtype)
+    weights = mib(twin.parameters())
+    return Way("timm", None, config, twin, build_graph(dense, config).gflops, lambda: weights)
+
+
+def onnxruntime_way(subject: Subject) -> Way:
+    """The reference as torch.onnx exports it."""
+    _check_served(subject)
+    _need("onnx", "onnxscript", "onnxruntime")
+    return _of_runtime(subject, "onnxruntime", _session_call(subject, _exported(subject, subject.dtype)))
+
+
+def onnx_way(subject: Subject) -> Way:
+    """The model as dvit-convert writes it."""
+    _check_served(subject)
+    _need("onnx", "onnxruntime")
+    return _of_converted(subject, "converted", lambda model: model)
+
+
+def onnx_int8_way(subject: Subject) -> Way:
+    """The same quantised."""
+    if subject.device.type != "cpu" or subject.dtype != torch.float32:
+        raise InputError(
+            "compare: onnx-int8 runs on CPUs, beside float32; leave it out, or --device cpu --dtype float32"
+        )
+    _need("onnx", "onnxruntime")
+    from dvit_infer.onnx.quantize import quantize_int8
+
+    return replace(_of_converted(subject, "int8", quantize_int8), approximate=True)
+
+
+def _of_converted(subject: Subject, variant: str, change: "Callable[[ModelProto], ModelProto]") -> Way:
+    from dvit_infer.onnx.writer import onnx_model
+
+    graph = folded_graph(subject.config, subject.checkpoint, torch.device("cpu"), subject.dtype)
+    call = _session_call(subject, change(onnx_model(graph)).SerializeToString())
+    return replace(_of_runtime(subject, "onnxruntime", call), variant=variant, gmacs=graph.gflops)
+
+
+def _check_served(subject: Subject) -> None:
+    cuda = subject.device.type == "cuda"
+    served = (torch.float32, torch.float16) if cuda else (torch.float32,)
+    if subject.dtype not in served:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in served)
+        raise InputError(f"compare: onnxruntime runs {names} on {subject.device.type}, not {subject.dtype_name}")
+
+
+def _session_call(subject: Subject, model: bytes) -> Call:
+    session = open_session(model, subject.device, "compare: onnxruntime")
+    return lambda images: run_session(session, {"images": images}, ["logits"])[0]
+
+
+def openvino_way(subject: Subject) -> Way:
+    if subject.device.type != "cpu":
+        raise InputError("compare: openvino runs on CPUs; leave it out, or --device cpu")
+    hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
+    if subject.dtype not in hints:
+        raise InputError(f"compare: openvino runs float32 and bfloat16, not {subject.dtype_name}")
+    _need("onnx", "onnxscript", "openvino")
+    # Its own way to bfloat16 is the hint: weights and pictures come in float32.
+    run = openvino_call(_exported(subject, torch.float32), hints[subject.dtype])
+    return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the life of the process.
+
+    The first model that a core compiles gives the thread an alternate signal stack of the CPU plugin's. The plugin
+    takes it away with its core, but not on another thread, nor when a second core came between (pull request 11894 of
+    openvinotoolkit/openvino). The next signal with a handler of Python's, Ctrl-C say, then ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+def openvino_call(model: Path | bytes, precision: str) -> Call:
+    """An ONNX model without local functions, compiled by OpenVINO for this CPU."""
+    core = openvino_core()
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(core.read_model(model), "CPU", settings)
+    return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
+
+
+def _of_runtime(subject: Subject, runtime: str, call: Call) -> Way:
+    return Way(runtime, None, subject.config, call, subject.plain_gmacs, lambda: None)
+
+
+def _exported(subject: Subject, dtype: torch.dtype) -> bytes:
+    return traced_onnx(build_reference(subject.config, subject.checkpoint).to(dtype), subject.config)
+
+
+class _Logits(nn.Module):
+    """A reference whose forward gives logits alone, for exporters."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.evaluate(images).logits
+
+
+@torch.no_grad()
+def traced_onnx(model: VisionTransformer, config: Config) -> bytes:
+    """A reference as torch.onnx writes it: input `images` (B, 3, H, W), output `logits` (B, K), any B."""
+    from onnxscript import opset18 as op
+
+    def stable_sort(x: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+        """TopK orders equals by position, which makes it a stable sort; the exporter knows none."""
+        gather: Any = op.Gather  # its stubs want the type of what is only known when it runs
+        size = gather(op.Shape(x), op.Constant(value_ints=[dim]))
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+    images = sample_images(2, config.image_size).to(model.pos_embed.dtype)
+    with _quiet():
+        program = torch.onnx.export(
+            _Logits(model).eval(),
+            (images,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        )
+    assert program is not None
+    exported: bytes = program.model_proto.SerializeToString()
+    return exported
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of packages that it does not need."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _need(*packages: str) -> None:
+    """The last of the packages is what was asked for."""
+    extra = "timm" if packages == ("timm",) else "dvit-infer[peers]"
+    need(f"compare: {packages[-1]}", *packages, extra=extra)

@@ -1,0 +1,207 @@
+"""Where the time goes: every node of a graph against the least that this machine could take for it."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dvit_infer.backends.cpu import time_linears
+from dvit_infer.engine import Engine
+from dvit_infer.graph.nodes import Node
+from dvit_infer.parity.verification import evaluate, node_outputs
+from dvit_infer.models.vit.reference import VisionTransformer
+
+# Rows, in, out of what a CPU multiplies at its best: where weights stay in its caches, and where they do not.
+LINEAR_SHAPES, LINEAR_ROUNDS = ((1536, 1536, 384), (2048, 1024, 4096)), 15
+GPU_SIZE = 8192  # of the square matrices that a GPU multiplies at its best
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far beyond any cache
+MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine was measured to do at best.
+
+    Attributes:
+        flops_per_s: of the best matrix product, 2 a MAC.
+        bytes_per_s: read and written by a copy of `copied` bytes.
+        product, shape: what that matrix product was: by what, and rows, inner size, columns.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+    product: str
+    shape: tuple[int, int, int]
+    copied: int
+
+    def __str__(self) -> str:
+        return (
+            f"measured limits: {self.flops_per_s / 1e9:,.0f} x 10^9 operations a second ({self.product}), "
+            f"{self.bytes_per_s / 1e9:,.1f} x 10^9 bytes a second (copy)"
+        )
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """A node's median time for a batch, and its floor: its MACs or its bytes at the measured limits.
+
+    Bytes are counted as if nothing stayed in a cache; a node whose floor is memory's may run below it where much does.
+    """
+
+    node: Node
+    seconds: float
+    p20_s: float
+    p80_s: float
+    gmacs: float
+    bytes_moved: int
+    floor_s: float
+    bound: str  # 'compute' or 'memory'
+    max_error: float | None  # of its output against the reference's, kept sets given; None: it has no counterpart
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """The best matrix product and copy of this machine, each the fastest of several calls."""
+    if device.type == "cpu":
+        found = {
+            (shape, way): seconds
+            for shape in LINEAR_SHAPES
+            for way, seconds in time_linears(dtype, shape, LINEAR_ROUNDS, gelu=False).items()
+        }
+        shape, best = max(found, key=lambda key: math.prod(key[0]) / found[key])
+        taken, product = found[shape, best], str(best)
+    else:
+        shape = (GPU_SIZE, GPU_SIZE, GPU_SIZE)
+        x, y = (torch.randn(GPU_SIZE, GPU_SIZE, device=device, dtype=dtype) for _ in range(2))
+        taken, product = _best(lambda: torch.mm(x, y), device), "torch.mm"
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = source.numel()
+    bytes_per_s = 2 * copied / _best(lambda: target.copy_(source), device)
+    return Limits(2 * math.prod(shape) / taken, bytes_per_s, product, shape, copied)
+
+
+def time_nodes(
+    engine: Engine,
+    reference: VisionTransformer,
+    images: torch.Tensor,
+    limits: Limits,
+    seconds: float,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[NodeTime]:
+    """Median time of every node for the batch, over calls for about `seconds`.
+
+    On a GPU the nodes are launched one by one, not as the CUDA graph that the engine replays: at small batches these
+    times are those of launching.
+
+    Args:
+        images: (B, 3, H, W) float32; cut into as many at a time as the engine takes.
+        reference: of the engine's config, in float32 on its device.
+    """
+    parts = torch.split(images.to(engine.device, engine.dtype), engine.chunk)
+    for part in parts:
+        _node_seconds(engine, part)
+    rounds: list[np.ndarray] = []
+    start = time.perf_counter()
+    while len(rounds) < MIN_ROUNDS or time.perf_counter() - start < seconds:
+        rounds.append(np.sum([_node_seconds(engine, part) for part in parts], axis=0))
+        progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
+    percentiles = np.percentile(rounds, [50, 20, 80], axis=0).T
+    errors = _errors(engine, reference, images[: engine.chunk])
+    return [
+        _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
+        for node, taken in zip(engine.graph.nodes, percentiles.tolist(), strict=True)
+    ]
+
+
+def _node_time(
+    node: Node, taken: Sequence[float], parts: Sequence[int], dtype: torch.dtype, limits: Limits, error: float | None
+) -> NodeTime:
+    macs = node.macs * sum(parts)
+    moved = sum(node.bytes_moved(count, dtype.itemsize) for count in parts)
+    compute, memory = 2 * macs / limits.flops_per_s, moved / limits.bytes_per_s
+    bound = "compute" if compute >= memory else "memory"
+    median, p20, p80 = taken
+    return NodeTime(node, median, p20, p80, macs / 1e9, moved, max(compute, memory), bound, error)
+
+
+def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
+    """Seconds of every node in one call."""
+    marks: list[Any] = []
+    if engine.device.type == "cpu":
+        start = time.perf_counter()
+        engine.runner(images, None, lambda node, out: marks.append(time.perf_counter()))
+        return [float(taken) for taken in np.diff([start, *marks])]
+
+    def mark() -> None:
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        marks.append(event)
+
+    with torch.cuda.device(engine.device):
+        mark()
+        engine.runner(images, None, lambda node, out: mark())
+        torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
+
+
+def _errors(engine: Engine, reference: VisionTransformer, images: torch.Tensor) -> dict[str, float]:
+    kept = evaluate(reference, images).kept
+    found = node_outputs(engine, reference, images, kept)
+    return {node.name: (out.float() - want).abs().max().item() for node, out, want in found}
+
+
+def _best(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str, Any]]:
+    """The rows of a result file, microseconds and MiB a batch."""
+    total = sum(t.seconds for t in times)
+    config = engine.config
+    return [
+        {
+            "op": t.node.name,
+            "kind": t.node.kind,
+            "runtime": "engine",
+            "model": config.arch,
+            "keep_rate": 1.0 if config.method == "none" else config.keep_rate,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "batch": batch,
+            "shape": [list(t.node.in_shape), list(t.node.out_shape)],
+            "us": t.seconds * 1e6,
+            "p20_us": t.p20_s * 1e6,
+            "p80_us": t.p80_s * 1e6,
+            "max_error": t.max_error,
+            "gmacs": t.gmacs,
+            "mib": t.bytes_moved / 2**20,
+            "floor_us": t.floor_s * 1e6,
+            "bound": t.bound,
+            "share": t.seconds / total,
+        }
+        for t in times
+    ]
+
+
+def limit_rows(limits: Limits, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The measured limits as rows of a result file."""
+    kind = {"runtime": f"measured limit: {limits.product}", "dtype": str(dtype).removeprefix("torch."), "batch": None}
+    product_us = 2e6 * math.prod(limits.shape) / limits.flops_per_s
+    product = {"op": "matrix product", **kind, "shape": list(limits.shape), "us": product_us, "max_error": None}
+    copy_us = 2e6 * limits.copied / limits.bytes_per_s
+    copy = {"op": "copy", **kind, "runtime": "measured limit: copy", "dtype": "uint8", "shape": [limits.copied]}
+    return [
+        product | {"tflops": limits.flops_per_s / 1e12},
+        copy | {"us": copy_us, "max_error": 0.0, "gb_per_s": limits.bytes_per_s / 1e9},
+    ]

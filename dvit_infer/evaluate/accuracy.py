@@ -1,0 +1,207 @@
+"""Accuracy: how often a model is right about the pictures of a folder, how fast, and where the reference differs."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from dvit_infer.classifier import Classifier, Source
+from dvit_infer.engine import checkpoint_of
+from dvit_infer.errors import InputError
+from dvit_infer.models.registry import build_reference
+from dvit_infer.images.tensors import normalise
+from dvit_infer.onnx.engine import is_onnx
+from dvit_infer.parity.verification import evaluate
+from dvit_infer.images.classes import LabelledFolder
+from dvit_infer.images.decode import Preprocess, preprocess_for
+from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running, worker_count
+from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.utils.tables import table
+
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The outcome of `measure_accuracy`; `str()` is the table. NaN where no picture could be read.
+
+    Attributes:
+        images: how many could be read and were classified.
+        top1, top5: percent of them with the right class first, or among the first five (or all, of fewer classes).
+        images_per_s: overall; None where the reference ran too, for the workers decode ahead meanwhile.
+        decode_images_per_s: what the workers decode together, by the time that they spent on it while the model ran.
+        model_images_per_s: of the engine, from pixels in main memory to logits, while the workers ran.
+        batch: pictures at a time.
+        workers: worker processes; 0: decoding and model took turns.
+        unreadable: path and reason of every picture that was left out.
+        not_finite: answers with NaN or Inf in them, which count as wrong.
+        confusion: pictures by [engine right, wrong] and [reference right, wrong]; None: it was not asked.
+        agreement: share of pictures with the reference's first class.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    images_per_s: float | None
+    decode_images_per_s: float
+    model_images_per_s: float
+    batch: int
+    workers: int
+    unreadable: tuple[tuple[str, str], ...]
+    not_finite: int
+    confusion: tuple[tuple[int, int], tuple[int, int]] | None = None
+    agreement: float | None = None
+
+    @property
+    def reference_top1(self) -> float | None:
+        """Percent of pictures that the reference is right about."""
+        return None if self.confusion is None else _percent(sum(row[0] for row in self.confusion), self.images)
+
+    @property
+    def unreadable_share(self) -> float:
+        return len(self.unreadable) / max(1, self.images + len(self.unreadable))
+
+    def __str__(self) -> str:
+        decoders = f"{self.workers} worker{'s' if self.workers > 1 else ''}" if self.workers else "no workers"
+        rows = [
+            ("pictures", str(self.images)),
+            ("top-1", f"{self.top1:.2f}%"),
+            ("top-5", f"{self.top5:.2f}%"),
+            ("images/s", "-" if self.images_per_s is None else f"{self.images_per_s:.1f}"),
+            (f"images/s of decoding, {decoders}", f"{self.decode_images_per_s:.1f}"),
+            ("images/s of the model", f"{self.model_images_per_s:.1f}"),
+        ]
+        if self.unreadable:
+            rows.append(("could not be read", str(len(self.unreadable))))
+        if self.not_finite:
+            rows.append(("answers with NaN or Inf, taken as wrong", str(self.not_finite)))
+        if self.confusion is None:
+            return table(("", ">engine"), rows)
+        rows += [("reference, top-1", f"{self.reference_top1:.2f}%"), ("top-1 agreement", f"{self.agreement:.2%}")]
+        names = ("engine right", "engine wrong")
+        sides = [(name, *map(str, row)) for name, row in zip(names, self.confusion, strict=True)]
+        return "\n".join([table(("", ">engine"), rows), table(("", ">reference right", ">reference wrong"), sides)])
+
+
+def reference_of(engine: Classifier, source: Source) -> VisionTransformer:
+    """The reference model with the engine's config, from the file it was made from, in float32, on its device.
+
+    Raises:
+        InputError: that is an ONNX file, which holds no weights by their official names.
+    """
+    if is_onnx(source):
+        raise InputError(f"against_reference: {source} holds no reference model; the checkpoint does")
+    return build_reference(engine.config, checkpoint_of(engine, source)).to(engine.device)
+
+
+def measure_accuracy(
+    engine: Classifier,
+    folder: LabelledFolder,
+    *,
+    batch: int | None = None,
+    preprocess: Preprocess | None = None,
+    workers: int | None = None,
+    reference: VisionTransformer | None = None,
+    progress: Callable[[int], None] = lambda pictures: None,
+) -> Accuracy:
+    """Classify every picture of a folder (`labelled_folder`) and count.
+
+    Args:
+        batch: pictures at a time; None: 256 on CUDA, 16 on a CPU.
+        preprocess: None: as the model's family was evaluated (`preprocess_for`).
+        workers: processes that decode; 0: none; None: one a processor but one, at most 8.
+        reference: classifies the same pictures (`reference_of`).
+        progress: called with the number of pictures done since the last call.
+
+    Raises:
+        InputError: batch or workers are out of range; a batch does not fit in memory.
+    """
+    batch = batch_size(batch, engine.device)
+    workers = worker_count(workers)
+    entries = (Entry(path, label) for path, label in folder.entries())
+    stream = decode(entries, preprocess or preprocess_for(engine.config), workers)
+    counts = _Counts()
+    with running(batch):
+        # The first call looks for the fastest linear, or captures: that is not the model's speed.
+        engine(torch.zeros(min(batch, engine.chunk), 3, *engine.config.image_size, dtype=torch.uint8))
+        start = time.perf_counter()
+        for group in batches(stream, batch):
+            counts.take(group, engine, reference)
+            progress(len(group))
+    seconds = time.perf_counter() - start
+    images = counts.images
+    both, engine_only, reference_only, neither = counts.sides.tolist()
+    return Accuracy(
+        images=images,
+        top1=_percent(counts.top1, images),
+        top5=_percent(counts.top5, images),
+        images_per_s=images / seconds if reference is None else None,
+        decode_images_per_s=_rate((images + len(counts.unreadable)) * max(1, workers), counts.decode_seconds),
+        model_images_per_s=_rate(images, counts.model_seconds),
+        batch=batch,
+        workers=workers,
+        unreadable=tuple(counts.unreadable),
+        not_finite=counts.not_finite,
+        confusion=None if reference is None else ((both, engine_only), (reference_only, neither)),
+        agreement=None if reference is None else counts.agree / max(1, images),
+    )
+
+
+class _Counts:
+    """What adds up batch by batch."""
+
+    def __init__(self) -> None:
+        self.images = self.top1 = self.top5 = self.not_finite = self.agree = 0
+        self.sides = torch.zeros(4, dtype=torch.int64)  # both right, engine only, reference only, neither
+        self.decode_seconds = self.model_seconds = 0.0
+        self.unreadable: list[tuple[str, str]] = []
+
+    def take(self, group: Sequence[Decoded], engine: Classifier, reference: VisionTransformer | None) -> None:
+        self.decode_seconds += sum(picture.seconds for picture in group)
+        self.unreadable += [(picture.path, picture.error) for picture in group if picture.error is not None]
+        images = pixels(group)
+        if images is None:
+            return
+        logits, seconds = _timed(lambda: engine(images), engine.device)
+        self.model_seconds += seconds
+        labels = torch.tensor([picture.label for picture in group if picture.error is None])
+        top, finite = _top(logits)
+        right = (top[:, 0] == labels) & finite
+        self.images += len(images)
+        self.top1 += int(right.sum())
+        self.top5 += int(((top == labels[:, None]).any(dim=1) & finite).sum())
+        self.not_finite += int((~finite).sum())
+        if reference is not None:
+            mean, std = engine.config.mean, engine.config.std
+            expected, sound = _top(evaluate(reference, normalise(images, mean, std)).logits)
+            self.agree += int(((top[:, 0] == expected[:, 0]) & finite & sound).sum())
+            sides = 2 * ~right + ~((expected[:, 0] == labels) & sound)
+            self.sides += torch.bincount(sides, minlength=4)
+
+
+def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 5) best classes (or all, of fewer), and (B,) whether the answer is finite."""
+    logits = logits.cpu()
+    return logits.topk(min(5, logits.shape[1])).indices, torch.isfinite(logits).all(dim=1)
+
+
+def _timed(call: Callable[[], _Out], device: torch.device) -> tuple[_Out, float]:
+    """What a call gives, and its seconds until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    out = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return out, time.perf_counter() - start
+
+
+def _percent(count: int, of: int) -> float:
+    return 100 * count / of if of else math.nan
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds else math.nan

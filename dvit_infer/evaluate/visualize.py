@@ -1,0 +1,247 @@
+"""Pictures of what a model kept: stage by stage for some pictures, as a heat map for many."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from dvit_infer.classifier import Classifier
+from dvit_infer.config import Config
+from dvit_infer.errors import InputError
+from dvit_infer.images.decode import PictureError, Preprocess, open_picture, preprocess_for
+
+Picture = Image.Image | str | Path
+
+BATCH = 16  # pictures at a time
+PANEL_WIDTH = 160  # pixels at least: smaller pictures are enlarged by a whole number
+GROUND, INK, NEUTRAL = (255, 255, 255), (32, 36, 42), (224, 224, 224)
+DIM = 0.8  # of a dropped patch is NEUTRAL
+# Viridis (van der Walt and Smith 2015): it grows lighter with the share, also in grey and to colour-blind eyes.
+VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the engine made of one picture.
+
+    Attributes:
+        picture: as the model sees it, (H, W) pixels of its `image_size`.
+        label, probability: the class that it found most likely.
+        kept: for each stage (rows, columns) bool over the patch grid.
+    """
+
+    picture: Image.Image
+    label: str
+    probability: float
+    kept: tuple[np.ndarray, ...]
+
+
+def draw_kept(
+    engine: Classifier,
+    pictures: Sequence[Picture],
+    labels: Mapping[int, str] | None = None,
+    preprocess: Preprocess | None = None,
+) -> Image.Image:
+    """A row for each picture: as the model sees it, with its prediction, and at each stage, dropped patches dimmed.
+
+    Args:
+        engine: a model that drops tokens.
+        pictures: PIL images or paths, one at least.
+        labels: names of classes; one without is called "class 7".
+        preprocess: how a picture is resized and cropped; None: as the model's family is evaluated.
+
+    Raises:
+        InputError: a picture cannot be read, the model drops nothing, or there are no pictures.
+    """
+    return draw_seen(look(engine, _batches(engine, pictures, preprocess), labels), engine.config)
+
+
+def draw_heat_map(engine: Classifier, pictures: Iterable[Picture], preprocess: Preprocess | None = None) -> Image.Image:
+    """For every patch the share of pictures that kept it, a panel a stage, with a legend.
+
+    The pictures may be a stream: memory does not grow with their number. Arguments and errors as `draw_kept`.
+    """
+    shares, count = keep_shares(engine, _batches(engine, pictures, preprocess))
+    return draw_shares(shares, count, engine.config)
+
+
+def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[int, str] | None = None) -> list[Seen]:
+    """What the engine makes of each picture.
+
+    Args:
+        engine: a model that drops tokens.
+        batches: pictures as the engine takes them, (B, 3, H, W) uint8.
+        labels: as `draw_kept`.
+
+    Raises:
+        InputError: the model drops nothing, or there are no pictures.
+    """
+    config = engine.config
+    check_drops(config)
+    seen: list[Seen] = []
+    for images in batches:
+        logits, kept = engine(images, return_kept=True)
+        probabilities, classes = (found.tolist() for found in logits.softmax(dim=1).max(dim=1))
+        stages = [_mask(stage, config) for stage in kept]
+        for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+            label = (labels or {}).get(classes[place], f"class {classes[place]}")
+            if math.isnan(probabilities[place]):
+                raise InputError(f"dtype: in {str(engine.dtype).removeprefix('torch.')} the model answers NaN or Inf")
+            masks = tuple(stage[place] for stage in stages)
+            seen.append(Seen(Image.fromarray(pixels), label, probabilities[place], masks))
+    if not seen:
+        raise InputError("pictures: there are none")
+    return seen
+
+
+def keep_shares(engine: Classifier, batches: Iterable[torch.Tensor]) -> tuple[np.ndarray, int]:
+    """How often each patch is kept.
+
+    Args:
+        engine: a model that drops tokens.
+        batches: pictures as the engine takes them, (B, 3, H, W).
+
+    Returns:
+        (stages, rows, columns) float64, the share of pictures that kept the patch, and the number of pictures.
+
+    Raises:
+        InputError: the model drops nothing, or there are no pictures.
+    """
+    config = engine.config
+    check_drops(config)
+    sums = np.zeros((len(config.num_keep), *config.grid), np.int64)
+    count = 0
+    for images in batches:
+        _, kept = engine(images, return_kept=True)
+        sums += np.stack([_mask(stage, config).sum(axis=0) for stage in kept])
+        count += len(images)
+    if not count:
+        raise InputError("pictures: there are none")
+    return sums / count, count
+
+
+def check_drops(config: Config) -> None:
+    """Raise InputError unless the model drops tokens."""
+    if not config.num_keep:
+        raise InputError(f"method: none, so {config.arch} keeps every patch and there is nothing to draw")
+
+
+def _batches(engine: Classifier, pictures: Iterable[Picture], preprocess: Preprocess | None) -> Iterator[torch.Tensor]:
+    """(B, 3, H, W) uint8, `BATCH` at a time."""
+    preprocess = preprocess_for(engine.config) if preprocess is None else preprocess
+    stream = iter(pictures)
+    while part := [preprocess(_opened(picture)) for picture in itertools.islice(stream, BATCH)]:
+        yield torch.from_numpy(np.stack(part))
+
+
+def _opened(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        return open_picture(picture)
+    except PictureError as error:
+        raise InputError(str(error)) from None
+
+
+def _mask(index: torch.Tensor, config: Config) -> np.ndarray:
+    """Positions (B, k) as (B, rows, columns) bool."""
+    mask = torch.zeros(len(index), config.num_patches, dtype=torch.bool).scatter_(1, index.cpu(), True)
+    return mask.view(-1, *config.grid).numpy()
+
+
+def dim_dropped(picture: Image.Image, kept: np.ndarray) -> Image.Image:
+    """The picture with its kept patches, (rows, columns) bool, as they are and the rest blended to a light grey."""
+    pixels = np.asarray(picture)
+    rows, columns = kept.shape
+    patches = kept.repeat(picture.height // rows, axis=0).repeat(picture.width // columns, axis=1)
+    dimmed = pixels * (1 - DIM) + np.array(NEUTRAL) * DIM
+    return Image.fromarray(np.where(patches[..., None], pixels, dimmed.round()).astype(np.uint8))
+
+
+def draw_seen(seen: Sequence[Seen], config: Config) -> Image.Image:
+    """The sheet of `draw_kept`."""
+    sheet = _Sheet(config, panels=1 + len(config.num_keep), rows=len(seen))
+    captions = ["original", *_stages(config)]
+    for row, one in enumerate(seen):
+        panels = [one.picture, *(dim_dropped(one.picture, kept) for kept in one.kept)]
+        for column, (caption, panel) in enumerate(zip(captions, panels, strict=True)):
+            sheet.place(row, column, panel, caption)
+        sheet.write_under(row, one.label, f" {one.probability:.1%}")
+    return sheet.image
+
+
+def draw_shares(shares: np.ndarray, count: int, config: Config) -> Image.Image:
+    """The sheet of `draw_heat_map`: `shares` as `keep_shares` gives them."""
+    sheet = _Sheet(config, panels=len(shares), rows=1, legend=True)
+    height, width = config.image_size
+    for column, (caption, share) in enumerate(zip(_stages(config), shares, strict=True)):
+        panel = Image.fromarray(viridis(share)).resize((width, height), Image.Resampling.NEAREST)
+        sheet.place(0, column, panel, caption)
+    sheet.write_under(0, f"{count:,} picture{'s' * (count != 1)}; share that kept the patch")
+    sheet.draw_legend()
+    return sheet.image
+
+
+def viridis(shares: np.ndarray) -> np.ndarray:
+    """Shares from 0 to 1 as colours, (..., 3) uint8."""
+    stops = np.linspace(0, 1, len(VIRIDIS))
+    channels = [np.interp(shares, stops, channel) for channel in zip(*VIRIDIS, strict=True)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def _stages(config: Config) -> list[str]:
+    return [f"stage {s + 1}: {count} of {config.num_patches}" for s, count in enumerate(config.num_keep)]
+
+
+class _Sheet:
+    """Rows of panels of one size, a line of text above each panel and one under each row."""
+
+    def __init__(self, config: Config, panels: int, rows: int, legend: bool = False) -> None:
+        height, width = config.image_size
+        scale = -(-PANEL_WIDTH // width)
+        self.width, self.height = width * scale, height * scale
+        size = max(12, self.width // 16)
+        self._font = ImageFont.load_default(size)
+        self.gap, self.line = size // 2, size * 3 // 2
+        self.row_height = self.height + 2 * self.line + size
+        across = self.gap + panels * (self.width + self.gap)
+        down = self.gap + rows * self.row_height + (2 * self.line + self.gap if legend else 0)
+        self.image = Image.new("RGB", (across, down), GROUND)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """(x, y) of a panel's first pixel."""
+        return self.gap + column * (self.width + self.gap), self.gap + row * self.row_height + self.line
+
+    def place(self, row: int, column: int, panel: Image.Image, caption: str) -> None:
+        x, y = self.corner(row, column)
+        self.image.paste(panel.resize((self.width, self.height), Image.Resampling.NEAREST), (x, y))
+        self._write(x, y - self.line // 2, caption, "", self.width)
+
+    def write_under(self, row: int, text: str, end: str = "") -> None:
+        """Text under a row, as wide as the row; what is too long is cut before `end`."""
+        x, y = self.corner(row, 0)
+        self._write(x, y + self.height + self.line // 2, text, end, self.image.width - 2 * self.gap)
+
+    def draw_legend(self) -> None:
+        """A bar from 0% to 100% at the bottom."""
+        left, width = self.gap, min(self.image.width - 2 * self.gap, 2 * PANEL_WIDTH)
+        top = self.image.height - self.gap - 2 * self.line
+        bar = np.broadcast_to(viridis(np.linspace(0, 1, width)), (self.line, width, 3))
+        self.image.paste(Image.fromarray(np.ascontiguousarray(bar)), (left, top))
+        for share, anchor in ((0.0, "lm"), (0.5, "mm"), (1.0, "rm")):
+            at = left + round(share * width), top + self.line * 3 // 2
+            self._draw.text(at, f"{share:.0%}", INK, self._font, anchor=anchor)
+
+    def _write(self, x: int, middle: int, text: str, end: str, width: int) -> None:
+        text = "".join(c if c.isprintable() else "?" for c in text)[:300]
+        if self._draw.textlength(text + end, self._font) > width:
+            while text and self._draw.textlength(f"{text}...{end}", self._font) > width:
+                text = text[:-1]
+            text += "..."
+        self._draw.text((x, middle), text + end, INK, self._font, anchor="lm")

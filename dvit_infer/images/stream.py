@@ -1,0 +1,195 @@
+"""Pictures decoded in worker processes, in the order in which they were found, only so many ahead of their use."""
+
+import contextlib
+import ctypes
+import itertools
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dvit_infer.utils.devices import free_memory
+from dvit_infer.errors import InputError
+from dvit_infer.images.decode import PictureError, Preprocess, open_picture
+
+AT_ONCE = 8  # pictures that go to a worker together: small, so that few pictures keep all workers busy
+MOST_WORKERS = 64  # each takes some of the 1,024 files that a process may usually have open
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+AHEAD = 4  # times that for every worker: a batch can be assembled while the model runs
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture that was found; `label` is its class, where that is known."""
+
+    path: str
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as a model takes it, (3, H, W) uint8, or why it cannot be read; and the seconds that took."""
+
+    path: str
+    label: int | None
+    pixels: np.ndarray | None
+    error: str | None
+    seconds: float
+
+
+class _Decoder(Dataset[Decoded]):
+    """What the workers run. What they send back are NumPy arrays: tensors would go through scarce shared memory."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+
+    def __getitem__(self, entry: Entry) -> Decoded:
+        start = time.perf_counter()
+        pixels, why = None, None
+        try:
+            pixels = self.preprocess(open_picture(entry.path))
+        except PictureError as error:
+            why = error.why
+        return Decoded(entry.path, entry.label, pixels, why, time.perf_counter() - start)
+
+
+def worker_count(workers: int | None) -> int:
+    """The one asked for; by default one for every processor but the one that runs the model, at most 8.
+
+    Raises:
+        InputError: it is negative, or absurd.
+    """
+    if workers is None:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, allowed - 1)
+    if not 0 <= workers <= MOST_WORKERS:
+        raise InputError(f"workers: {workers} worker processes cannot be started; 0 to {MOST_WORKERS} can")
+    return workers
+
+
+def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None) -> Iterator[Decoded]:
+    """Read pictures, in worker processes; their results come in the order of the entries.
+
+    At most `AT_ONCE` * `AHEAD` entries for every worker are taken ahead of the picture that is handed out.
+
+    Args:
+        workers: how many (`worker_count`); 0: this process decodes.
+
+    Raises:
+        InputError: the number of workers is out of range.
+        RuntimeError: a worker was killed; `running` makes an InputError of it.
+    """
+    workers = worker_count(workers)
+    chunks = _chunks(entries)
+    first = list(itertools.islice(chunks, 1))  # finding it may take a while, in which Ctrl-C is to work
+    with interrupts_held(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
+        loader = DataLoader(
+            _Decoder(preprocess),
+            batch_sampler=itertools.chain(first, chunks),
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=first_in_worker(),
+            prefetch_factor=AHEAD if workers else None,
+            generator=torch.Generator(),  # or it would draw from the process's
+            # Forked workers start at once and need no main module that can be imported again.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+        results = iter(loader)
+    for decoded in results:
+        yield from decoded
+
+
+def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    source = iter(entries)
+    while chunk := list(itertools.islice(source, AT_ONCE)):
+        yield chunk
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C reaches a terminal's every process, a launcher's or batch system's SIGTERM a job's.
+
+    Workers started in this block never see them: this process ends its workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def first_in_worker() -> Callable[[int], None] | None:
+    """What a worker does first: it asks to be killed when this process is, which cannot tell it any more.
+
+    A worker that waits to hand over its pictures would wait for ever. Linux knows by the thread that forked, so that
+    only workers of the main thread are safe to ask: it lives as long as the process.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        return None
+    return lambda worker: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def batches(pictures: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+    """So many at a time; the last batch may be short. Those that cannot be read are among them."""
+    source = iter(pictures)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
+
+
+def pixels(batch: Sequence[Decoded]) -> torch.Tensor | None:
+    """(B, 3, H, W) uint8 of the pictures that could be read; None if there are none."""
+    readable = [picture.pixels for picture in batch if picture.pixels is not None]
+    return torch.from_numpy(np.stack(readable)) if readable else None
+
+
+def batch_size(batch: int | None, device: torch.device) -> int:
+    """The one asked for; by default 256 on CUDA, 16 on a CPU.
+
+    Raises:
+        InputError: it is not positive, or absurd.
+    """
+    if batch is None:
+        return 256 if device.type == "cuda" else 16
+    if not 1 <= batch <= 1 << 24:
+        raise InputError(f"batch: {batch} pictures at a time cannot be run; 1 or more can")
+    return batch
+
+
+def check_fits(batch: int, image_size: tuple[int, int]) -> None:
+    """Raise InputError if so many pictures, as bytes and normalised, would not fit in main memory.
+
+    Linux would grant it, and end some process once it is used.
+    """
+    free, needed = free_memory(torch.device("cpu")), batch * 3 * math.prod(image_size) * (2 + 2 * 4)
+    if free is not None and needed > free:
+        raise InputError(
+            f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+            "free; a smaller batch would"
+        )
+
+
+@contextlib.contextmanager
+def running(batch: int) -> Iterator[None]:
+    """Turns what may befall a run over many pictures into errors that say what would do.
+
+    Raises:
+        InputError: a batch does not fit in memory, or a worker process was killed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker (pid" in str(error):
+            raise InputError("workers: a worker process was killed, for want of memory perhaps; fewer may do") from None
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None

@@ -1,0 +1,67 @@
+"""A config from a header alone, for files whose weights cannot be asked: every fact is checked to be possible."""
+
+from typing import Any
+
+from dvit_infer.models.checkpoint import HEADER_KEY, WEIGHT_SETS, read_header
+from dvit_infer.config import Config
+from dvit_infer.errors import InputError
+from dvit_infer.models.reading import (
+    block_indices,
+    crop_pct,
+    image_size,
+    keep_rate,
+    method,
+    positive_float,
+    positive_int,
+    three_floats,
+)
+
+_FAMILIES = ("deit", "lvvit")
+_MOST_BLOCKS = 1000
+
+
+def saved_config(name: str, text: str) -> Config:
+    """The config that a file says it has, from what `checkpoint.header_text` wrote.
+
+    Args:
+        name: the file's, for messages.
+        text: of its header.
+
+    Raises:
+        InputError: it is no header of this version, or no such model can be.
+    """
+    said = read_header(name, text)
+    try:
+        return _checked(said)
+    except InputError as error:
+        raise InputError(f"{name}: its {HEADER_KEY} header cannot be true: {error}") from None
+
+
+def _checked(said: dict[str, Any]) -> Config:
+    for key, allowed in (("family", _FAMILIES), ("weights", (None, *WEIGHT_SETS))):
+        if said[key] not in allowed:
+            raise InputError(f"{key}: {said[key]!r} is not known")
+    if not isinstance(said["arch"], str) or not said["arch"].isprintable() or not said["arch"]:
+        raise InputError(f"arch: {said['arch']!r} is no name")
+    counts = ("patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim", "num_prefix")
+    numbers = {key: positive_int(key, said[key]) for key in counts}
+    if numbers["depth"] > _MOST_BLOCKS or numbers["embed_dim"] % numbers["num_heads"]:
+        raise InputError(f"depth: {numbers['depth']} blocks of {numbers['num_heads']} heads cannot be")
+    sizes = {key: image_size(key, said[key], numbers["patch_size"]) for key in ("image_size", "trained_size")}
+    at = block_indices("prune_at", said["prune_at"], numbers["depth"], len(said["prune_at"] or ()))
+    facts: dict[str, Any] = dict(
+        arch=said["arch"],
+        family=said["family"],
+        **sizes,
+        **numbers,
+        method=method("method", said["method"], bool(at), "the file"),
+        prune_at=at,
+        keep_rate=keep_rate("keep_rate", said["keep_rate"]),
+        **{key: positive_float(key, said[key]) for key in ("eps", "predictor_eps", "skip_lam")},
+        stem_dim=0 if said["stem_dim"] == 0 else positive_int("stem_dim", said["stem_dim"]),
+        mean=three_floats("mean", said["mean"], positive=False),
+        std=three_floats("std", said["std"], positive=True),
+        crop_pct=crop_pct("crop_pct", said["crop_pct"]),
+        weights=said["weights"],
+    )
+    return Config(**facts)

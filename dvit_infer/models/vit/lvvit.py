@@ -1,0 +1,47 @@
+"""LV-ViT (Jiang et al. 2021, 'All Tokens Matter') and DynamicViT on it (Rao et al. 2021)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvit_infer.models.vit.reference import VisionTransformer
+
+
+class ConvStem(nn.Module):
+    """Three convolutions with batch norm at half the picture's size, then the patch projection."""
+
+    def __init__(self, patch_size: int, stem_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem_dim, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_dim)
+        self.conv2 = nn.Conv2d(stem_dim, stem_dim, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(stem_dim)
+        self.conv3 = nn.Conv2d(stem_dim, stem_dim, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(stem_dim)
+        self.proj = nn.Conv2d(stem_dim, embed_dim, kernel_size=patch_size // 2, stride=patch_size // 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(images)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        out: torch.Tensor = self.proj(x)
+        return out
+
+
+class LVViT(VisionTransformer):
+    """Class-token logits plus half the best auxiliary logits among the surviving patches, class by class."""
+
+    def __init__(self, *, patch_size: int, stem_dim: int, embed_dim: int, num_classes: int, **trunk: Any) -> None:
+        super().__init__(embed_dim=embed_dim, num_classes=num_classes, qkv_bias=False, **trunk)
+        self.patch_embed = ConvStem(patch_size, stem_dim, embed_dim)
+        self.aux_head = nn.Linear(embed_dim, num_classes)
+
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(x[:, 0])
+        best: torch.Tensor = self.aux_head(x[:, 1:]).amax(dim=1)
+        return logits + 0.5 * best
+
+    def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.aux_head(x[:, 1:])
+        return out

@@ -1,0 +1,218 @@
+"""What DeiT and LV-ViT checkpoints have in common: how their trunk, their predictors and their sizes are read."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config, Method
+from dvit_infer.errors import InputError
+from dvit_infer.models.registry import reading as check
+from dvit_infer.models.arch import ARCHS, Arch
+from dvit_infer.models.reading import Reading
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The facts in which the families differ."""
+
+    family: str
+    eps: float  # of the blocks' LayerNorms
+    patch_of_kernel: int  # patch size = this times the projection's kernel size
+    class_heads: tuple[str, ...]
+    stem_dim: int = 0
+    has_skip_lam: bool = False
+
+
+def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
+    """Put a Config together from keys, shapes, args, what was given and, last, assumptions."""
+    dim = read.vote("the width", [("norm.weight", 0), ("cls_token", 2), ("pos_embed", 2), ("blocks.0.norm1.weight", 0)])
+    depth = read.count("blocks.")
+    if not depth:
+        raise InputError(f"{read.name}: missing key blocks.0.norm1.weight: there are no blocks")
+    mlp_dim = read.vote("the MLP's width", [(f"blocks.{i}.mlp.fc1.weight", 0) for i in range(depth)])
+    classes = read.vote(
+        "the classes", [(f"{head}.{part}", 0) for head in trunk.class_heads for part in ("weight", "bias")]
+    )
+    predictors = read.count("score_predictor.")
+    num_prefix = 2 if "dist_token" in read.shapes else 1
+    if predictors > depth:
+        raise InputError(f"{read.name}: unexpected key score_predictor.{predictors - 1}: there are only {depth} blocks")
+    found = Arch(trunk.family, dim, depth, 0, 0, num_prefix, predictors, trunk.stem_dim)
+    name, sizes = _named(found, mlp_dim)
+    if arch is not None:
+        name, sizes = arch, ARCHS[arch]
+        read.note("given", "arch", name, "by you; keys and shapes are checked against it")
+        if sizes.num_predictors != predictors:
+            has = f"{predictors} score predictors" if predictors else "no score predictors"
+            raise InputError(f"arch: {name} has {sizes.num_predictors} score predictors, {read.name} holds {has}")
+        dim, depth, mlp_dim = sizes.embed_dim, sizes.depth, sizes.embed_dim * sizes.mlp_ratio
+        num_prefix = sizes.num_prefix
+    else:
+        counts = f"{dim} wide, {depth} blocks, {classes} classes, {predictors} predictors"
+        read.note("read", "arch", name, f"keys and shapes: {counts}")
+    if isinstance(model := read.said.get("model"), str):
+        read.note("read", "trained as", model, f"{read.said_where}: model")
+
+    patch = _patch_size(read, trunk.patch_of_kernel)
+    trained_size = _trained_size(read, num_prefix, patch)
+    image_size = _image_size(read, options.get("image_size"), trained_size, patch)
+    num_heads = _num_heads(read, dim, sizes)
+    skip_lam = 1.0
+    if trunk.has_skip_lam:
+        by_depth = {12: 1.0, 24: 3.0}.get(depth, 2.0)
+        settled = read.settle("skip_lam", by_depth, f"LV-ViT's for {depth} blocks (12: 1, 16 and 20: 2, 24: 3)")
+        skip_lam = check.positive_float(read.origin("skip_lam"), settled)
+    eps = read.settle("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
+    rate, prune_at, predictor_eps = _pruning(read, depth, predictors)
+    method = _method(read, options.get("method"), predictors)
+    mean = read.settle("mean", IMAGENET_MEAN, "ImageNet's; only uint8 pictures are normalised here")
+    std = read.settle("std", IMAGENET_STD, "ImageNet's")
+    config = Config(
+        arch=name,
+        family=trunk.family,
+        image_size=image_size,
+        trained_size=trained_size,
+        patch_size=patch,
+        num_classes=classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_dim=mlp_dim,
+        eps=check.positive_float(read.origin("eps"), eps),
+        num_prefix=num_prefix,
+        method=method,
+        prune_at=prune_at,
+        keep_rate=rate,
+        predictor_eps=predictor_eps,
+        stem_dim=trunk.stem_dim,
+        skip_lam=skip_lam,
+        mean=check.three_floats(read.origin("mean"), mean, positive=False),
+        std=check.three_floats(read.origin("std"), std, positive=True),
+        crop_pct=check.crop_pct(read.origin("crop_pct"), read.settle_if_known("crop_pct")),
+    )
+    read.finish(name)
+    for stage, count in enumerate(config.num_keep):
+        if count == 0:
+            by_size = options.get("image_size") is not None and read.given.get("keep_rate") is None
+            what = "image_size" if by_size else read.origin("keep_rate")
+            counts = f"{config.num_patches} of a {image_size[0]}x{image_size[1]} picture"
+            raise InputError(f"{what}: a keep rate of {rate:g} leaves no patch token of the {counts} at stage {stage}")
+    return config
+
+
+def trunk_arguments(config: Config) -> dict[str, Any]:
+    """What the reference models of both families are built with."""
+    return {
+        "patch_size": config.patch_size,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_dim": config.mlp_dim,
+        "num_classes": config.num_classes,
+        "num_patches": config.num_patches,
+        "eps": config.eps,
+        "prune_at": config.prune_at,
+        "num_keep": config.num_keep,
+        "predictor_eps": config.predictor_eps,
+    }
+
+
+def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
+    """A name for what was found, and the named architecture that has its sizes, predictors or not."""
+
+    def sizes(a: Arch) -> tuple[object, ...]:
+        return a.family, a.embed_dim, a.depth, a.num_prefix, a.stem_dim
+
+    same = {n: a for n, a in ARCHS.items() if sizes(a) == sizes(found) and a.embed_dim * a.mlp_ratio == mlp_dim}
+    for name, arch in same.items():
+        if bool(arch.num_predictors) == bool(found.num_predictors):
+            return name, arch
+    kind = f"{'dynamicvit-' if found.num_predictors else ''}{found.family}"
+    distilled = "-distilled" if found.num_prefix == 2 else ""
+    return f"{kind}-{found.embed_dim}x{found.depth}{distilled}", next(iter(same.values()), None)
+
+
+def _method(read: Reading, given: Any, predictors: int) -> Method:
+    if given is not None:
+        method = check.method("method", given, bool(predictors), read.name)
+        read.note("given", "method", method, "by you")
+    elif (said := read.said.get("method")) is not None:
+        method = check.method(f"{read.name}: method", said, bool(predictors), read.name)
+        read.note("read", "method", method, f"{read.said_where}: method")
+    else:
+        method = "predictor" if predictors else "none"
+        read.note("read", "method", method, f"keys: {predictors or 'no'} score predictors")
+    return method
+
+
+def _patch_size(read: Reading, of_kernel: int) -> int:
+    height, width = read.shape("patch_embed.proj.weight", 4)[2:]
+    if height != width:
+        raise InputError(
+            f"{read.name}: patch_embed.proj.weight has a {height}x{width} kernel; a square one is expected"
+        )
+    read.note("read", "patch_size", height * of_kernel, "shape of patch_embed.proj.weight")
+    return height * of_kernel
+
+
+def _trained_size(read: Reading, num_prefix: int, patch: int) -> tuple[int, int]:
+    patches = read.shape("pos_embed", 3)[1] - num_prefix
+    side = math.isqrt(max(patches, 0))
+    said = any(where.get("trained_size") is not None for where in (read.given, read.said))
+    if not said and (side < 1 or side * side != patches):
+        raise InputError(
+            f"{read.name}: pos_embed has {patches} patch positions, no square grid; assume trained_size=HxW says which"
+        )
+    if not said:
+        read.note(
+            "read", "trained_size", (side * patch, side * patch), f"pos_embed: {patches} positions, a square grid"
+        )
+        return side * patch, side * patch
+    value = read.settle("trained_size", None, "")
+    height, width = check.image_size(read.origin("trained_size"), value, patch)
+    if (height // patch) * (width // patch) != patches:
+        raise InputError(
+            f"{read.origin('trained_size')}: {height}x{width} has other than the {patches} patches of pos_embed"
+        )
+    return height, width
+
+
+def _image_size(read: Reading, given: Any, trained: tuple[int, int], patch: int) -> tuple[int, int]:
+    if given is not None:
+        size = check.image_size("image_size", given, patch)
+        read.note("given", "image_size", size, "by you")
+    elif read.said.get("image_size") is not None:
+        size = check.image_size(f"{read.name}: image_size", read.said["image_size"], patch)
+        read.note("read", "image_size", size, f"{read.said_where}: image_size")
+    else:
+        return trained
+    if size != trained:
+        read.note("read", "pos_embed", "resampled", f"bicubic, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
+    return size
+
+
+def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
+    assumed, why = (sizes.num_heads, "of that architecture") if sizes else (dim // 64, "heads of 64 channels")
+    if sizes is None and dim % 64 and read.given.get("num_heads") is None and read.said.get("num_heads") is None:
+        raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; assume num_heads=... says how many")
+    heads = check.positive_int(read.origin("num_heads"), read.settle("num_heads", assumed, why))
+    if dim % heads:
+        raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
+    return heads
+
+
+def _pruning(read: Reading, depth: int, predictors: int) -> tuple[float, tuple[int, ...], float]:
+    """Keep rate, stages and eps of the predictors; without predictors nothing about pruning may be asked for."""
+    if not predictors:
+        for what in ("keep_rate", "prune_at"):
+            if read.given.get(what) is not None:
+                raise InputError(f"{what}: {read.name} holds no score predictors, so no tokens can be pruned")
+        return 1.0, (), 1e-5
+    rate = read.settle("keep_rate", 0.7, "neither the weights nor the file's args say it", said_as="base_rate")
+    rate = check.keep_rate(read.origin("keep_rate"), rate)
+    evenly = tuple(depth * (s + 1) // (predictors + 1) for s in range(predictors))
+    asked = read.settle("prune_at", evenly, f"{depth} blocks in {predictors + 1} equal parts")
+    prune_at = check.block_indices(read.origin("prune_at"), asked, depth, predictors)
+    eps = read.settle("predictor_eps", 1e-5, "LayerNorm's default, as in DynamicViT")
+    return rate, prune_at, check.positive_float(read.origin("predictor_eps"), eps)

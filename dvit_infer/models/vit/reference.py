@@ -1,0 +1,189 @@
+"""The trunk that DeiT and LV-ViT share: embed, blocks with pruning between them, head."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dvit_infer.models.vit.layers import Block, Predictor
+
+
+class EvalOutput(NamedTuple):
+    """What inference gives.
+
+    logits: (B, K). kept: a stage each, (B, k) int64 original patch positions, ascending.
+    margin: (B, stages) gap between the scores of the last token kept and the first one dropped; inf where all stay.
+    """
+
+    logits: torch.Tensor
+    kept: list[torch.Tensor]
+    margin: torch.Tensor
+
+
+class TrainOutput(NamedTuple):
+    """What training gives, as the official models do.
+
+    pred: (B, K) logits (`VisionTransformer.train_logits`). tokens: (B, N, C) patch features after the last norm (DeiT)
+    or (B, N, K) their auxiliary logits (LV-ViT). mask: (B, N), 1 for the patches the last stage kept. decisions: (B, N)
+    a stage.
+    """
+
+    pred: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    decisions: list[torch.Tensor]
+
+
+class VisionTransformer(nn.Module, ABC):
+    """A vision transformer whose patch tokens are dropped, by learned scores, before the blocks `prune_at`.
+
+    Args:
+        num_patches: patch tokens N of the picture size it is built for.
+        num_prefix: 1, or 2 with a distillation token; these are never dropped.
+        prune_at: one block index for every predictor.
+        num_keep: patch tokens kept at every stage; empty to run dense, predictors or not.
+    """
+
+    patch_embed: nn.Module
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_dim: int,
+        num_classes: int,
+        num_patches: int,
+        num_prefix: int = 1,
+        eps: float,
+        qkv_bias: bool,
+        skip_lam: float = 1.0,
+        prune_at: Sequence[int] = (),
+        num_keep: Sequence[int] = (),
+        predictor_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.num_prefix = num_prefix
+        self.prune_at = tuple(prune_at)
+        self.num_keep = tuple(num_keep)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if num_prefix == 2:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_prefix + num_patches, embed_dim))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=eps)
+        self.head = nn.Linear(embed_dim, num_classes)
+        if prune_at:
+            self.score_predictor = nn.ModuleList(Predictor(embed_dim, predictor_eps) for _ in prune_at)
+
+    @abstractmethod
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+n, C) tokens after the last norm -> (B, K) logits, in evaluation."""
+
+    @abstractmethod
+    def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+N, C) tokens after the last norm -> what training distils of every patch."""
+
+    def train_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+N, C) tokens after the last norm -> (B, K) logits of the class token, in training."""
+        out: torch.Tensor = self.head(x[:, 0])
+        return out
+
+    def prefix_tokens(self) -> list[torch.Tensor]:
+        """The class token and, where there is one, the distillation token, (1, 1, C) each."""
+        return [self.cls_token, self.dist_token] if self.num_prefix == 2 else [self.cls_token]
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, P+N, C)."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
+        return torch.cat([*prefix, patches], dim=1) + self.pos_embed
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        return_kept: bool = False,
+        kept: Sequence[torch.Tensor] | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | TrainOutput:
+        """Logits (B, K) in evaluation, with the kept positions if asked for; a TrainOutput in training.
+
+        `return_kept` and `kept` are for evaluation (see `evaluate`), `noise` for training (see `forward_train`).
+        """
+        if self.training:
+            return self.forward_train(images, noise)
+        out = self.evaluate(images, kept)
+        return (out.logits, out.kept) if return_kept else out.logits
+
+    def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
+        """Run with tokens really dropped; `kept` gives the positions to keep instead of the predictors' choice."""
+        x = self.embed(images)
+        b, p = x.shape[0], self.num_prefix  # not len(): an exporter would take it for a constant
+        positions = torch.arange(x.shape[1] - p, device=x.device).expand(b, -1)
+        all_kept, margins = [], []
+        for i, block in enumerate(self.blocks):
+            if self.num_keep and i in self.prune_at:
+                stage = self.prune_at.index(i)
+                index, margin = self._choose(stage, x[:, p:])
+                if kept is not None:
+                    index = torch.searchsorted(positions.contiguous(), kept[stage].to(x.device).contiguous())
+                rows = torch.cat([torch.arange(p, device=x.device).expand(b, -1), index + p], dim=1)
+                x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+                positions = positions.gather(1, index)
+                all_kept.append(positions)
+                margins.append(margin)
+            x = block(x)
+        margin = torch.stack(margins, dim=1) if margins else x.new_empty(b, 0)
+        return EvalOutput(self.classify(self.norm(x)), all_kept, margin)
+
+    def _choose(self, stage: int, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices, ascending, of the best tokens, and the gap at the cut.
+
+        Ranked by the difference of the two logits, which orders as log P(keep) does but does not saturate.
+        """
+        logits = self.score_predictor[stage](patches).float()
+        score, order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True)
+        k = self.num_keep[stage]
+        gap = score[:, k - 1] - score[:, k] if k < score.shape[1] else torch.full_like(score[:, 0], torch.inf)
+        return order[:, :k].sort(dim=1).values, gap
+
+    def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
+        """Run with dropped tokens masked out of attention, decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
+
+        A model without predictors is a teacher: nothing is masked. Dropout and the like are the trainer's concern.
+
+        Args:
+            images: (B, 3, H, W).
+            noise: (stages, B, N, 2) float32 Gumbel samples to decide by; None: PyTorch draws them.
+        """
+        x = self.embed(images)
+        p = self.num_prefix
+        keep = x.new_ones(len(x), x.shape[1] - p, 1)
+        policy = None  # before the first predictor nothing is masked
+        decisions = []
+        for i, block in enumerate(self.blocks):
+            if self.num_keep and i in self.prune_at:
+                stage = self.prune_at.index(i)
+                scores = self.score_predictor[stage](x[:, p:], keep).log_softmax(dim=-1)
+                keep = _decide(scores, None if noise is None else noise[stage])[..., :1] * keep
+                policy = torch.cat([keep.new_ones(len(x), p, 1), keep], dim=1)
+                decisions.append(keep.squeeze(-1))
+            x = block(x, policy)
+        x = self.norm(x)
+        return TrainOutput(self.train_logits(x), self.patch_outputs(x), keep.detach().squeeze(-1), decisions)
+
+
+def _decide(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """(B, N, 2) log-probabilities -> one-hot decisions whose gradient is the softmax's (Jang et al. 2017, section 2.2).
+
+    With `noise`, (B, N, 2), in float32, under autocast too.
+    """
+    if noise is None:
+        return F.gumbel_softmax(scores, hard=True)
+    soft = (scores.float() + noise).softmax(dim=-1)
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
+    return hard + (soft - soft.detach())

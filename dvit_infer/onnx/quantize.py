@@ -1,0 +1,161 @@
+"""Int8 for CPUs: an ONNX model's linears by ONNX Runtime's own quantiser, and pictures to calibrate it with."""
+
+import contextlib
+import heapq
+import logging
+import random
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+from dvit_infer.config import Config
+from dvit_infer.errors import InputError
+from dvit_infer.images.tensors import normalise
+from dvit_infer.images.decode import preprocess_for
+from dvit_infer.images.find import find_pictures
+from dvit_infer.images.stream import Entry, batches, decode, pixels
+
+CALIBRATE_WITH, AT_ONCE = 128, 16  # pictures in all, and in a batch
+
+
+def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | None = None) -> onnx.ModelProto:
+    """A float32 model of `onnx_model` with int8 linears; `prune_tokens`, and so every score, stays float32.
+
+    Weights are int8 by output channel, symmetric, and what they multiply is uint8. Attention's two products, softmax,
+    LayerNorm, GELU, residuals and the patch embedding stay float32; all operators are standard ones. Names, metadata,
+    opset and functions are the model's.
+
+    Dynamic is the default because it is faster at equal flips. On two threads of an EPYC with AVX-512 VNNI, ONNX
+    Runtime runs DynamicViT-DeiT-S/0.7 2.17 and 2.12 times as fast as float32 (batches of 1 and 8; medians of seven runs
+    or more), static 2.11 and 2.07 times. Either way 99.67% of 10,000 pictures of cluttered digits keep their first
+    class, and the three stages 99.4, 99.2 and 98.9% of their patches. OpenVINO gains from static alone.
+
+    Args:
+        model: is left as it is.
+        calibration: batches of `images`, which fix the ranges (static, smallest to largest value seen); None: each
+            call takes them from its own batch (dynamic), so that the rest of the batch may flip an answer too, about as
+            often as int8 itself does.
+
+    Raises:
+        InputError: `calibration` has no batch, or one that the model does not take.
+        ValueError: the model has no linears.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    linears = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    if not linears:
+        raise ValueError("model: has no linear with constant weights")
+    with _silent(), tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)  # saving takes the weights out of it
+        onnx.save(copy, source, save_as_external_data=True, location="float32.data")  # of any size
+        if calibration is None:
+            quantize_dynamic(
+                source,
+                out,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_quantize=linears,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+            )
+        else:
+            quantize_static(
+                source,
+                out,
+                _Reader(calibration, model.graph.input[0]),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_quantize=linears,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                # Products leave in float32: to be rounded for the residual or GELU behind them only costs.
+                extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+            )
+        quantised = onnx.load(out)
+    quantised.producer_name = model.producer_name
+    for ours, theirs in (
+        (model.metadata_props, quantised.metadata_props),
+        (model.graph.value_info, quantised.graph.value_info),
+    ):
+        del theirs[:]
+        theirs.extend(ours)
+    return quantised
+
+
+def calibration_batches(
+    folder: str | Path, config: Config, *, count: int = CALIBRATE_WITH, uint8: bool = False
+) -> Iterator[np.ndarray]:
+    """Pictures as the model takes them, drawn evenly (with a fixed seed) from all in a folder, in batches.
+
+    Args:
+        folder: of pictures at any depth; what cannot be read is skipped.
+        count: pictures at most.
+        uint8: (B, H, W, 3) uint8, else (B, 3, H, W) float32, normalised.
+
+    Raises:
+        InputError: naming the folder: it does not exist, has no picture, or, once batches are taken, none that can be
+            read.
+    """
+    try:
+        found = find_pictures([str(folder)])
+    except InputError as error:
+        raise InputError(f"calibrate: {error}") from None
+    return _batches(folder, found, config, count, uint8)
+
+
+def _batches(folder: str | Path, found: Iterator[str], config: Config, count: int, uint8: bool) -> Iterator[np.ndarray]:
+    chance = random.Random(0)
+    paths = heapq.nsmallest(count, found, key=lambda path: chance.random())  # classes are folders: not the first ones
+    pictures = decode(map(Entry, paths), preprocess_for(config), workers=0)
+    readable = False
+    for batch in batches(pictures, AT_ONCE):
+        images = pixels(batch)
+        if images is not None:
+            readable = True
+            images = images.permute(0, 2, 3, 1) if uint8 else normalise(images, config.mean, config.std)
+            yield images.contiguous().numpy()
+    if not readable:
+        raise InputError(f"calibrate: {folder}: none of {len(paths)} pictures can be read")
+
+
+class _Reader:
+    """Batches as the quantiser asks for them, each checked to be what the model takes."""
+
+    def __init__(self, calibration: Iterable[np.ndarray], value: onnx.ValueInfoProto) -> None:
+        kind = value.type.tensor_type
+        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        self._shape = tuple(side.dim_value for side in kind.shape.dim[1:])
+        self._batches, self._none = iter(calibration), True
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        if batch is None:
+            if self._none:
+                raise InputError("calibration: has no batch")
+            return None
+        if not isinstance(batch, np.ndarray) or batch.dtype != self._dtype or batch.shape[1:] != self._shape:
+            raise InputError(
+                f"calibration: arrays of (B, {', '.join(map(str, self._shape))}) {self._dtype} are expected"
+            )
+        self._none = False
+        return {"images": batch}
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The quantiser logs by the root logger's functions, which give it a handler where it has none."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    before = root.manager.disable
+    root.addHandler(handler)
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        root.removeHandler(handler)

@@ -1,0 +1,295 @@
+"""Parity: does an engine give the reference model's answers? Logits, top-1, kept sets, weights, node by node."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dvit_infer.backends.torch import as_asked
+from dvit_infer.classifier import Classifier, Source
+from dvit_infer.utils.devices import CHUNK
+from dvit_infer.engine import Engine, checkpoint_of, folded_graph
+from dvit_infer.errors import InputError
+from dvit_infer.models.registry import build_reference
+from dvit_infer.graph import Graph, Node
+from dvit_infer.images.tensors import normalise, sample_images, sample_pictures
+from dvit_infer.models.vit.reference import EvalOutput, VisionTransformer
+from dvit_infer.utils.tables import table
+
+LOGIT_TOLERANCE = 1e-4  # float32
+MARGIN = 1e-5  # float32: a kept set is compared only where the gap at its cut, and at every earlier one, is larger
+RMS_FACTOR = 2.0  # bfloat16 and float16: most that the engine's rms error may be over plain PyTorch's
+MOST_RMS = 0.5  # of the logits' rms: beyond this error nothing is alike
+NODE_TOLERANCE = 1e-5  # rms error of a node's output over its rms, beyond RMS_FACTOR times plain PyTorch's
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `verify`; `str()` is the table. Errors are against the reference in float32.
+
+    Attributes:
+        max_error, rms_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
+            or everywhere (bfloat16 and float16); int8 always by its own choice, whose flips are part of its error.
+        plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
+        top1_agreement, plain_top1_agreement: share of pictures with the reference's first class.
+        kept_compared, kept_equal: a stage each, pictures whose cut is clear, and those of them with the same kept set.
+        kept_overlap: a stage each, mean share of the reference's tokens that the engine keeps by its own choice.
+        wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
+        first_difference: the first node whose output strays, or None.
+        failures: why it did not pass; empty when it did.
+    """
+
+    dtype: str
+    device: str
+    num_images: int
+    max_error: float
+    rms_error: float
+    plain_max_error: float
+    plain_rms_error: float
+    top1_agreement: float
+    plain_top1_agreement: float
+    kept_compared: tuple[int, ...]
+    kept_equal: tuple[int, ...]
+    kept_overlap: tuple[float, ...]
+    wrong_weight: str | None
+    first_difference: str | None
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        title = f"parity {verdict}: {self.num_images} pictures, {self.dtype} on {self.device}"
+        rows: list[tuple[str, ...]] = [
+            ("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}"),
+            ("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
+            ("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}"),
+        ]
+        for stage, overlap in enumerate(self.kept_overlap):
+            clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
+            rows.append((f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", ""))
+        quantised = self.dtype == "int8"  # there is no plain PyTorch in it, and every node differs
+        follow = "all follow from the file, to half a step" if quantised else "all follow from the file"
+        rows.append(("weights", self.wrong_weight or follow, ""))
+        if not quantised:
+            rows.append(("first node that differs", self.first_difference or "none", ""))
+        columns: tuple[str, ...] = ("against the reference in float32", ">engine", f">plain PyTorch, {self.dtype}")
+        if quantised:
+            columns, rows = columns[:2], [row[:2] for row in rows]
+        return "\n".join([table(columns, rows, title=title), *(f"failed: {failure}" for failure in self.failures)])
+
+
+@torch.no_grad()
+def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
+    """Compare an engine, or an ONNX file, with the reference model built from `source` and the engine's config.
+
+    Passes when every engine weight follows from the file's and, over `num_images` made-up pictures: in float32,
+    logits are within 1e-4 and kept sets are equal where their cut is clear (gap over 1e-5); in bfloat16 and float16,
+    with the reference's kept sets given, the rms error is at most twice that of plain PyTorch in that dtype and top-1
+    agreement no lower than its own by more than two standard errors. What is quantised to int8 passes unless nothing is
+    alike any more (`MOST_RMS`): the report says how much it changed.
+
+    Args:
+        engine: any engine, or what `load_onnx` gives.
+        source: the checkpoint it was made from, as for `convert`.
+        num_images: how many pictures; fewer than 64 say less.
+
+    Raises:
+        InputError: the file cannot be read, or is of another model than the engine's.
+    """
+    if num_images < 1:
+        raise InputError(f"num_images: {num_images}; at least one picture is needed")
+    checkpoint = checkpoint_of(engine, source)
+    config = engine.config
+    pictures = images = sample_images(num_images, config.image_size, seed=1)
+    if engine.only_uint8:
+        pictures = sample_pictures(num_images, config.image_size, seed=1)
+        images = normalise(pictures, config.mean, config.std)
+    reference = build_reference(config, checkpoint).to(engine.device)
+    expected = evaluate(reference, images)
+    if not torch.isfinite(expected.logits).all():
+        raise InputError(f"{checkpoint.name}: the reference model itself gives NaN or Inf; its weights are too large")
+    logits, own_kept = engine(pictures, return_kept=True)
+    differs = _differs(own_kept, expected.kept, num_images)
+    if engine.dtype == torch.float32:
+        plain, plain_logits = reference, expected.logits
+    else:
+        plain = build_reference(engine.config, checkpoint).to(engine.device, engine.dtype)
+        plain_logits = evaluate(plain, images, expected.kept).logits
+        differs = torch.ones_like(differs)
+    quantised = engine.precision == "int8"
+    consistent = True
+    if engine.dtype != torch.float32 and own_kept:
+        # Its own choice is judged nowhere else: by it the answer must be what it is with the same choice given.
+        again = engine(pictures, kept=own_kept)
+        consistent = _errors(logits, again)[1] <= max(_errors(again, plain_logits)[1], 1e-5)
+    if expected.kept and differs.any() and not quantised:
+        logits = torch.where(differs[:, None], engine(pictures, kept=expected.kept), logits)
+    clear = torch.cumprod(expected.margin > MARGIN, dim=1).bool()
+    equal = [
+        clear[:, s] & (own == kept).all(dim=1)
+        for s, (own, kept) in enumerate(zip(own_kept, expected.kept, strict=True))
+    ]
+    max_error, rms_error = _errors(logits, expected.logits)
+    plain_max_error, plain_rms_error = _errors(plain_logits, expected.logits)
+    top1, plain_top1 = (_agreement(x, expected.logits) for x in (logits, plain_logits))
+    graph = folded_graph(config, checkpoint, torch.device("cpu"), engine.dtype)
+    wrong_weight = _wrong_weight(engine, graph)
+
+    failures = [f"weights: {wrong_weight}"] if wrong_weight else []
+    if quantised:
+        scale = expected.logits.square().mean().sqrt().item()
+        if not rms_error <= MOST_RMS * scale:
+            failures.append(f"logits: rms error {rms_error:.2e} is over half of their rms, {scale:.2e}")
+    elif engine.dtype == torch.float32:
+        if not max_error <= LOGIT_TOLERANCE:  # so that NaN fails
+            failures.append(f"logits: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")
+        for stage, same in enumerate(equal):
+            if missed := int(clear[:, stage].sum() - same.sum()):
+                failures.append(f"kept tokens, stage {stage}: {missed} clear sets differ")
+    else:
+        if not rms_error <= RMS_FACTOR * plain_rms_error:
+            failures.append(f"logits: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
+        if not consistent:
+            failures.append("logits: by its own choice of patches they are not what they are with that choice given")
+        if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
+            failures.append(f"top-1 agreement: {top1:.1%} is below plain PyTorch's {plain_top1:.1%}")
+    return Report(
+        dtype=engine.precision,
+        device=str(engine.device),
+        num_images=num_images,
+        max_error=max_error,
+        rms_error=rms_error,
+        plain_max_error=plain_max_error,
+        plain_rms_error=plain_rms_error,
+        top1_agreement=top1,
+        plain_top1_agreement=plain_top1,
+        kept_compared=tuple(clear.sum(dim=0).tolist()),
+        kept_equal=tuple(int(same.sum()) for same in equal),
+        kept_overlap=tuple(_overlap(own, kept) for own, kept in zip(own_kept, expected.kept, strict=True)),
+        wrong_weight=wrong_weight,
+        first_difference=None
+        if quantised
+        else _first_difference(
+            engine.node_values(graph.nodes, pictures[:2], [stage[:2] for stage in expected.kept]),
+            *(_record(model, images[:2], [stage[:2] for stage in expected.kept]) for model in (reference, plain)),
+        ),
+        failures=tuple(failures),
+    )
+
+
+@torch.no_grad()
+def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
+    """The model's answers, in batches that fit, logits in float32."""
+    like = model.pos_embed
+    size = CHUNK[like.device.type]
+    parts = []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        given = [stage[part] for stage in kept] or None
+        inputs = images[part].to(like.device, like.dtype)
+        with as_asked(inputs.device, inputs.dtype):
+            parts.append(model.evaluate(inputs, given))
+    logits, chosen, margins = zip(*parts, strict=True)
+    stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]
+    return EvalOutput(torch.cat(logits).float(), stages, torch.cat(margins))
+
+
+def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
+    """(B,) whether any stage of a picture kept other tokens."""
+    different = [(a != b).any(dim=1) for a, b in zip(ours, theirs, strict=True)]
+    return torch.stack(different).any(dim=0) if different else torch.zeros(batch, dtype=torch.bool)
+
+
+def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Mean share of positions that two (B, k) sets have in common: those that stand twice in both together."""
+    twice = torch.cat([ours, theirs], dim=1).sort(dim=1).values.diff(dim=1) == 0
+    return twice.sum().item() / theirs.numel()
+
+
+def _errors(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    difference = (logits - expected).double()
+    return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+
+def _agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return (logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item()
+
+
+def _standard_error(first: float, second: float, count: int) -> float:
+    """Of the difference of two shares; each moved towards a half (Agresti and Caffo 2000), for shares of 1 vary too."""
+    shares = [(share * count + 1) / (count + 2) for share in (first, second)]
+    return float(sum(p * (1 - p) / (count + 2) for p in shares) ** 0.5)
+
+
+def _wrong_weight(engine: Classifier, anew: Graph) -> str | None:
+    """The first tensor of the engine that is not what folding the checkpoint anew gives."""
+    found, expected = engine.own_tensors(), engine.tensors(anew)
+    if odd := sorted(found.keys() ^ expected.keys()):
+        return f"{odd[0]} is {'unexpected' if odd[0] in found else 'missing'}"
+    for name, right in expected.items():
+        right, own = right.double(), found[name].cpu().double()
+        # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
+        allowed = 1e-5 * right.abs() + 1e-7 * right.abs().max()
+        if engine.precision == "int8" and right.ndim == 2 and not name.startswith("prune."):
+            allowed = allowed + 0.51 * right.abs().amax(dim=0) / 127  # half a step of its column
+        if own.shape != right.shape or not ((own - right).abs() <= allowed).all():  # NaN is wrong too
+            return f"{name} does not follow from the file"
+    return None
+
+
+def _first_difference(
+    ours: Sequence[tuple[Node, torch.Tensor]], right: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]
+) -> str | None:
+    """Name of the first node whose output strays from the reference by more than plain PyTorch's rounding explains."""
+    for node, out in ours:
+        if node.equals not in right:
+            continue
+        want, rounded = (_rows_of(out, there[node.equals]) for there in (right, plain))
+        scale = max(want.double().square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
+        strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, rounded))
+        if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
+            return f"{node.name} (relative rms {strays:.1e})"
+    return None
+
+
+def _rows_of(out: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Where only the first rows go on in the engine, only they are compared."""
+    return there if out.ndim < 3 else there[:, : out.shape[1]]
+
+
+def node_outputs(
+    engine: Engine, model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]
+) -> list[tuple[Node, torch.Tensor, torch.Tensor]]:
+    """Every node of the engine that has a counterpart in the model: its output, and what the model has there.
+
+    Args:
+        images: (B, 3, H, W), as many as fit at once.
+        kept: the kept sets of both, a stage each; empty for a dense engine.
+    """
+    right = _record(model, images, kept)
+    found = engine.node_values(engine.graph.nodes, images, kept)
+    return [(node, out, _rows_of(out, right[node.equals])) for node, out in found if node.equals in right]
+
+
+def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of the model's modules, by `module:in` and `module:out`."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: object, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            seen[f"{name}:in"], seen[f"{name}:out"] = args[0], out
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        inputs = images.to(model.pos_embed.device, model.pos_embed.dtype)
+        with as_asked(inputs.device, inputs.dtype):
+            seen[":out"] = model.evaluate(inputs, kept or None).logits.float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
