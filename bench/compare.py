@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dvit_infer.benchmark.results import read_results
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.errors import InputError
-from dvit_infer.benchmark.results import read_results
 from dvit_infer.utils.tables import table
 
 NAMES = ("op", "model", "keep_rate", "runtime", "variant", "device", "dtype", "batch", "shape")

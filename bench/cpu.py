@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 
 import dvit_infer as dvit
-from dvit_infer.models.example import example_checkpoint
-from dvit_infer.graph import build_graph
-from dvit_infer.images.tensors import sample_images
 from dvit_infer.benchmark.results import environment, write_json
-from dvit_infer.utils.tables import table
 from dvit_infer.benchmark.timing import Row, interleave
+from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.example import example_checkpoint
+from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.utils.tables import table
 
 ARCH = "dynamicvit-deit-s"
 

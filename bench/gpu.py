@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
+from dvit_infer.benchmark.results import environment, machine_name, write_json
 from dvit_infer.errors import InputError
 from dvit_infer.ops import native
-from dvit_infer.benchmark.results import environment, machine_name, write_json
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent
 PARTS = ("tests", "tune", "models", "machine", "prune_tokens", "sanitizer")

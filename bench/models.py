@@ -22,12 +22,12 @@ import torch
 import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.benchmark.compare import Comparison
-from dvit_infer.models.example import example_checkpoint
-from dvit_infer.images.tensors import sample_images
-from dvit_infer.ops.choices import Choices, choices_for, read_choices, using
 from dvit_infer.benchmark.results import environment, write_json
-from dvit_infer.utils.tables import table
 from dvit_infer.benchmark.timing import interleave
+from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.example import example_checkpoint
+from dvit_infer.ops.choices import Choices, choices_for, read_choices, using
+from dvit_infer.utils.tables import table
 
 # In the order of their value, should the time run out; what has to be compiled for minutes, late.
 TABLE = (

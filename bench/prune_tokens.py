@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 import dvit_infer as dvit
+from dvit_infer.benchmark.results import environment, write_json
+from dvit_infer.benchmark.timing import interleave
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.ops.prune_tokens import how, prune_tokens_ref, score_tokens_ref
-from dvit_infer.benchmark.results import environment, write_json
 from dvit_infer.utils.tables import table
-from dvit_infer.benchmark.timing import interleave
 
 STAGES = ((196, 137), (137, 96), (96, 67))  # patch tokens in, kept
 DIM, CACHE_BYTES = 384, 120e6  # twice an H200's L2

@@ -16,13 +16,13 @@ import torch
 from torch.nn import functional as F
 
 import dvit_infer as dvit
-from dvit_infer.models.example import example_checkpoint
-from dvit_infer.images.tensors import sample_images
-from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.benchmark.results import environment, write_json
-from dvit_infer.utils.tables import table
 from dvit_infer.benchmark.timing import interleave
+from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.example import example_checkpoint
+from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.training.losses import Objective, losses
+from dvit_infer.utils.tables import table
 
 DENSE, FUSED, PLAIN = "dense", "student, fused", "student, plain"
 AIM = 1.6  # of a dense step's time

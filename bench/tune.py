@@ -29,9 +29,9 @@ from dvit_kernels.attention import AttentionTile, launch_attention
 from dvit_kernels.linear import LinearTile
 from launches import copies, microseconds
 
+from dvit_infer.benchmark.results import environment, write_json
 from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import using
-from dvit_infer.benchmark.results import environment, write_json
 from dvit_infer.utils.tables import table
 
 MARGIN = 1.03  # how much faster than the default another way must be to replace it

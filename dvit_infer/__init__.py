@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from dvit_infer.config import Config
     from dvit_infer.engine import Engine, convert, load, load_reference
     from dvit_infer.errors import InputError
+    from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept
     from dvit_infer.models.registry import list_archs
     from dvit_infer.onnx.engine import load_onnx
     from dvit_infer.onnx.export import export_onnx
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
     from dvit_infer.parity.verification import Report, verify
-    from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept
 
 __version__ = "0.1.0"
 
@@ -21,18 +21,18 @@ _HOME = {
     "Config": "config",
     "Engine": "engine",
     "InputError": "errors",
-    "Report": "parity",
+    "Report": "parity.verification",
     "convert": "engine",
-    "draw_heat_map": "viz",
-    "draw_kept": "viz",
-    "export_onnx": "onnx_file",
-    "list_archs": "families",
+    "draw_heat_map": "evaluate.visualize",
+    "draw_kept": "evaluate.visualize",
+    "export_onnx": "onnx.export",
+    "list_archs": "models.registry",
     "load": "engine",
-    "load_onnx": "onnx_engine",
+    "load_onnx": "onnx.engine",
     "load_reference": "engine",
     "pack_predictor": "ops.prune_tokens",
     "prune_tokens": "ops.prune_tokens",
-    "verify": "parity",
+    "verify": "parity.verification",
 }
 
 __all__ = [

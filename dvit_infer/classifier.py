@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol, overload
 import torch
 
 from dvit_infer.config import Config
-from dvit_infer.utils.devices import chunk, free_memory, is_out_of_memory
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain
+from dvit_infer.utils.devices import chunk, free_memory, is_out_of_memory
 
 Source = str | Path | Mapping[str, Any]
 

@@ -12,15 +12,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvit_infer.backends import runner_for
-from dvit_infer.models.checkpoint import HEADER_KEY, Checkpoint, header_text, read_checkpoint
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.config import Config
-from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.graph import Graph, Node, fold
+from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.reading import Note
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.files import check_output, whole_file
-from dvit_infer.graph import Graph, Node, build_graph, fold
 
 
 class Engine(Classifier):

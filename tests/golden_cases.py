@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 import dvit_infer as dvit
-from dvit_infer.models.fill import fill, image
+from dvit_infer.images.synthetic import image
+from dvit_infer.models.fill import fill
 from dvit_infer.models.vit.reference import TrainOutput
 
 HERE = Path(__file__).parent / "golden"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dvit_infer.parity.agreement import Expected, stray, unchecked
 from dvit_infer.models.vit.reference import EvalOutput
+from dvit_infer.parity.agreement import Expected, stray, unchecked
 
 CLEAR, TIED = 0.1, 0.0
 

@@ -12,10 +12,10 @@ from commands import fails
 from golden_cases import official_checkpoint, state_dict
 
 import dvit_infer as dvit
-from dvit_infer import compare, peers
-from dvit_infer.cli import bench
-from dvit_infer.benchmark.compare import Comparison
+from dvit_infer.benchmark import compare, peers
 from dvit_infer.benchmark.candidates import Way
+from dvit_infer.benchmark.compare import Comparison
+from dvit_infer.cli import bench
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 NODE = "op kind runtime model keep_rate dtype batch shape us p20_us p80_us max_error gmacs mib floor_us bound share"

@@ -8,7 +8,7 @@ import torch
 
 import dvit_infer as dvit
 from dvit_infer.backends.captured import BUCKETS, CapturedRunner
-from dvit_infer.images.tensors import sample_images
+from dvit_infer.images.synthetic import sample_images
 
 MAX_GRAPHS = 4
 

@@ -15,8 +15,9 @@ import torch
 from golden_cases import state_dict
 from safetensors.torch import save_file
 
-from dvit_infer.models.checkpoint import PREFIXES, WEIGHT_SETS, read_checkpoint
 from dvit_infer.errors import InputError
+from dvit_infer.models.checkpoint import PREFIXES, read_checkpoint
+from dvit_infer.models.header import WEIGHT_SETS
 
 
 @pytest.fixture(scope="module")

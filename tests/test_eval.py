@@ -13,12 +13,13 @@ from drawn import SMALL, draw_all, write_cut, write_text
 from golden_cases import state_dict
 
 import dvit_infer as dvit
-from dvit_infer.evaluate.accuracy import measure_accuracy, reference_of
 from dvit_infer.cli import eval as command
 from dvit_infer.cli.counting import counting
-from dvit_infer.images.tensors import normalise
+from dvit_infer.evaluate.accuracy import measure_accuracy, reference_of
 from dvit_infer.images.classes import labelled_folder, read_classes
-from dvit_infer.images.decode import Preprocess, open_picture
+from dvit_infer.images.decode import open_picture
+from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.images.tensors import normalise
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 OPTIONS = [*TINY, *SMALL]

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import dvit_infer as dvit
-from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.config import Config
-from dvit_infer.models.registry import build_reference, recognise
 from dvit_infer.models.arch import ARCHS
+from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_shapes
 from dvit_infer.models.reading import Note
+from dvit_infer.models.registry import build_reference, recognise
 
 NAMES = {
     "dynamicvit-deit-256-r0.7-s1": "dynamicvit-deit-256",

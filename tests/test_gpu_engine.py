@@ -11,8 +11,9 @@ from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
 from dvit_infer.backends.captured import BUCKETS
+from dvit_infer.images.synthetic import sample_images
+from dvit_infer.images.tensors import normalise
 from dvit_infer.models.example import example_checkpoint
-from dvit_infer.images.tensors import normalise, sample_images
 from dvit_infer.ops.choices import Choices, using
 
 pytestmark = pytest.mark.gpu

@@ -9,11 +9,12 @@ from golden_cases import CASES, FLOPS, answers, official_checkpoint, options, pi
 
 import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
-from dvit_infer.models.checkpoint import read_checkpoint
-from dvit_infer.models.registry import build_reference, recognise
-from dvit_infer.models.example import example_checkpoint
-from dvit_infer.graph import Graph, build_graph, fold
+from dvit_infer.graph import Graph, fold
 from dvit_infer.graph.nodes import Attention, Mlp
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.example import example_checkpoint
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.vit.graph import build_graph
 
 logging.getLogger("fvcore").setLevel(logging.ERROR)
 

@@ -11,11 +11,11 @@ from golden_cases import CASES, answers, official_checkpoint, options, pictures,
 
 import dvit_infer as dvit
 import dvit_infer.images.tensors
-from dvit_infer.onnx.writer import onnx_model
-from dvit_infer.onnx.session import LEVELS, open_session, run_bound, run_session
-from dvit_infer.models.checkpoint import HEADER_KEY
-from dvit_infer.parity.verification import RMS_FACTOR
 from dvit_infer.benchmark.peers import openvino_core
+from dvit_infer.models.header import HEADER_KEY
+from dvit_infer.onnx.session import LEVELS, open_session, run_bound, run_session
+from dvit_infer.onnx.writer import onnx_model
+from dvit_infer.parity.verification import RMS_FACTOR
 
 CPU = torch.device("cpu")
 TINY, TINY_LVVIT = "tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"

@@ -78,7 +78,7 @@ def test_bench_finds_that_a_runtime_agrees_with_itself(capsys):
 
 
 def test_bench_says_when_runtimes_do_not_agree(model, capsys, monkeypatch):
-    from dvit_infer import peers
+    from dvit_infer.benchmark import peers
 
     monkeypatch.setattr(
         peers, "openvino_call", lambda *given: lambda images: dvit.load_onnx(model, device="cpu")(-images)

@@ -191,6 +191,6 @@ def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
 
 def test_predict_needs_the_file_alone(model, capsys, tmp_path, monkeypatch):
     draw_all(tmp_path / "pictures", 1)
-    monkeypatch.setattr("dvit_infer.onnx.export.probed", lambda *given: pytest.fail("a second model was made"))
+    monkeypatch.setattr("dvit_infer.onnx.probe.probed", lambda *given: pytest.fail("a second model was made"))
     assert predict.main([str(model), "pictures", "--device", "cpu", "--workers", "0"]) == 0
     assert "top5" in capsys.readouterr().out

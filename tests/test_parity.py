@@ -7,10 +7,10 @@ import torch
 from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
-from dvit_infer import parity
 from dvit_infer.backends.torch import TorchRunner
-from dvit_infer.utils.devices import DTYPES
 from dvit_infer.graph.nodes import Head, Prune
+from dvit_infer.parity import verification as parity
+from dvit_infer.utils.devices import DTYPES
 
 TINY = "tiny-deit-r0.7-s1"
 CASES = [TINY, "tiny-deit-r0.7-s41-tame", "tiny-lvvit-r0.7-s1", "timm-deit_tiny_patch16_224-at-192x256"]

@@ -13,7 +13,8 @@ from PIL import Image
 
 import dvit_infer as dvit
 from dvit_infer.config import Config
-from dvit_infer.images.decode import MAX_PIXELS, PictureError, Preprocess, open_picture, preprocess_for
+from dvit_infer.images.decode import MAX_PIXELS, PictureError, open_picture
+from dvit_infer.images.preprocess import Preprocess, preprocess_for
 
 
 def fails(path) -> str:

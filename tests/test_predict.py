@@ -15,8 +15,9 @@ from test_eval import SIZE
 
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
-from dvit_infer.images.decode import Preprocess, open_picture
 from dvit_infer.evaluate.predictions import model_id, predict
+from dvit_infer.images.decode import open_picture
+from dvit_infer.images.preprocess import Preprocess
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 OPTIONS = [*TINY, *SMALL]

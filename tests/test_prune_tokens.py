@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import dvit_infer as dvit
-from dvit_infer.ops.prune_tokens import gather_tokens_ref, score_tokens_ref, select_tokens_ref
 from dvit_infer.models.vit.layers import Predictor
+from dvit_infer.ops.prune_tokens import gather_tokens_ref, score_tokens_ref, select_tokens_ref
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

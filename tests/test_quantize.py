@@ -10,15 +10,15 @@ from drawn import draw_all, write_cut, write_text
 from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
-from dvit_infer.models.fill import image
+from dvit_infer.images.synthetic import image
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 from onnx.numpy_helper import to_array  # noqa: E402
 
-from dvit_infer.onnx.writer import onnx_model  # noqa: E402
 from dvit_infer.onnx.quantize import calibration_batches, quantize_int8  # noqa: E402
+from dvit_infer.onnx.writer import onnx_model  # noqa: E402
 
 CASE = "tiny-deit-r0.7-s1"
 KINDS = ("dynamic", "static")

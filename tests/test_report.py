@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 import pytest
 from report_content import BATCHES, RATES, WAYS, content, full, limit_rows, model_row, node_rows
 
-from dvit_infer.errors import InputError
 from dvit_infer.benchmark.report.page import page, write_report
+from dvit_infer.errors import InputError
 
 EVIL = "</script><b onclick='x()'>&lt;é%{y}$x$\u2028\ud800"
 

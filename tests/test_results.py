@@ -6,9 +6,9 @@ import pytest
 import torch
 from commands import ROOT
 
+from dvit_infer.benchmark.results import environment, machine_name, read_results, write_json
 from dvit_infer.errors import InputError
 from dvit_infer.utils.files import whole_file, whole_json
-from dvit_infer.benchmark.results import environment, machine_name, read_results, write_json
 
 MODEL = {"model": "dynamicvit-deit-s", "keep_rate": 0.7, "batch": 8, "images_per_s": 32.0, "baseline": "reference"}
 OP = {"op": "blocks.0.mlp", "dtype": "float32", "batch": 8, "shape": [[8, 197, 384], [8, 197, 384]], "us": 9.5}

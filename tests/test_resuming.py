@@ -16,8 +16,8 @@ from test_predict import OPTIONS, lines
 
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
-from dvit_infer.images.decode import open_picture
 from dvit_infer.evaluate.results_file import results
+from dvit_infer.images.decode import open_picture
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 
@@ -56,9 +56,7 @@ def test_what_is_done_is_not_done_again(checkpoint, monkeypatch):
     assert command.main([*argv, *paths[:3], paths[0]]) == 0
     assert [line["image"] for line in lines(Path("r.jsonl").read_text())] == paths[:3]
     opened = []
-    monkeypatch.setattr(
-        "dvit_infer.images.stream.open_picture", lambda path: opened.append(path) or open_picture(path)
-    )
+    monkeypatch.setattr("dvit_infer.images.stream.open_picture", lambda path: opened.append(path) or open_picture(path))
     assert command.main([*argv, "d"]) == 0
     assert opened == paths[3:]
     assert [line["image"] for line in lines(Path("r.jsonl").read_text())] == paths

@@ -17,10 +17,11 @@ from commands import ENV
 from drawn import draw, draw_all, write_text
 
 import dvit_infer as dvit
-from dvit_infer.pictures import find
-from dvit_infer.images.decode import Preprocess, open_picture
+from dvit_infer.images import find
+from dvit_infer.images.decode import open_picture
 from dvit_infer.images.find import find_pictures
 from dvit_infer.images.path_set import Names
+from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import AHEAD, AT_ONCE, Entry, batches, decode, pixels, running
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")

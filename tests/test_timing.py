@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dvit_infer import timing
+from dvit_infer.benchmark import timing
 from dvit_infer.benchmark.timing import MIN_ROUNDS, Timing, _peak_mib, interleave, noise
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.utils.files import whole_file
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.vit.deit import DeiT
+from dvit_infer.utils.files import whole_file
 
 MEAN, STD = (0.15, 0.15, 0.15), (0.3, 0.3, 0.3)
 HEADS, PATCH, SIZE = 3, 8, 64

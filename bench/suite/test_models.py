@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dvit_infer import ways
-from dvit_infer.models.registry import build_reference
-from dvit_infer.images.tensors import sample_images
-from dvit_infer.parity.verification import evaluate
+from dvit_infer.benchmark import candidates as ways
 from dvit_infer.benchmark.candidates import Subject
+from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.registry import build_reference
+from dvit_infer.parity.verification import evaluate
 
 WAYS = {
     "reference": ways.reference_way,

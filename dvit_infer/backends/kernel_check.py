@@ -16,10 +16,10 @@ import triton
 
 import dvit_infer
 from dvit_infer.errors import InputError
-from dvit_infer.utils.files import cache_folder, whole_json
 from dvit_infer.graph.graph import Graph
 from dvit_infer.ops.choices import choices_for
 from dvit_infer.ops.fallback import checking, replaced
+from dvit_infer.utils.files import cache_folder, whole_json
 
 
 def check_kernels(

@@ -9,7 +9,6 @@ from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.torch import TorchRunner, Watch
-from dvit_infer.utils.devices import is_out_of_memory
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.attention import attention
@@ -17,6 +16,7 @@ from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
 from dvit_infer.ops.linear import free_stats_block, linear, row_sums
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
+from dvit_infer.utils.devices import is_out_of_memory
 
 # By bytes copied: 18 us at 3 TB/s, what launching a kernel by itself takes. Derived, not measured yet.
 EMBED_APART_FROM = 128

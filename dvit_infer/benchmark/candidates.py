@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
-from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
-from dvit_infer.graph import build_graph
+from dvit_infer.models.registry import build_reference, recognise
+from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.models.vit.layers import Attention
 from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.utils.devices import resolve_device, resolve_dtype
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 

@@ -4,24 +4,25 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from dvit_infer import peers, ways
-from dvit_infer.parity.agreement import Expected, stray, unchecked, unlike
+from dvit_infer.benchmark import candidates as ways
+from dvit_infer.benchmark import peers
+from dvit_infer.benchmark.candidates import Call, Subject, Way
+from dvit_infer.benchmark.outcome import Gain, Outcome
+from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
+from dvit_infer.benchmark.timing import Row, Timing, interleave, noise
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
-from dvit_infer.utils.devices import free_memory
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
+from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.registry import build_reference
-from dvit_infer.images.tensors import sample_images
-from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
-from dvit_infer.parity.verification import evaluate
 from dvit_infer.models.vit.reference import VisionTransformer
-from dvit_infer.benchmark.timing import Row, Timing, interleave, noise
-from dvit_infer.benchmark.candidates import Call, Subject, Way
+from dvit_infer.parity.agreement import Expected, stray, unchecked, unlike
+from dvit_infer.parity.verification import evaluate
+from dvit_infer.utils.devices import free_memory
 
 WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared with
     "reference": ways.reference_way,
@@ -37,58 +38,6 @@ WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared
 USUAL = ("reference", "dense")
 DISTINCT_IMAGES = 64
 OURS = ("reference", "dense", "sdpa")  # ways that nothing but this project can make fail
-
-
-@dataclass(frozen=True)
-class Gain:
-    """What pruning made of what it could: at one keep rate, over the dense engine in the same run."""
-
-    keep_rate: float
-    num_keep: tuple[int, ...]
-    gmacs: float
-    images_per_s: float
-    speedup: float
-    ceiling: float  # the ratio of the MACs of the two graphs as run
-
-    def __str__(self) -> str:
-        return (
-            f"pruned over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the MACs of the two "
-            f"graphs as run allow: {self.speedup / self.ceiling:.1%} realised"
-        )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was measured at one batch size.
-
-    Attributes:
-        rows: one a way.
-        gains: one for every keep rate of the engine, if the dense engine ran too.
-        strays: the ways that compute another function, each with its error; a check that failed.
-        unchecked: ways of which these pictures do not say whether they compute the same one.
-        noise: a line that says so if the machine was noisy.
-    """
-
-    rows: list[Row]
-    gains: list[Gain]
-    strays: list[str]
-    unchecked: list[str]
-    noise: str | None
-
-    @property
-    def verdict(self) -> str:
-        if self.strays:
-            return f"NOT the same function as the reference: {'; '.join(self.strays)}"
-        if self.unchecked:
-            names = ", ".join(self.unchecked)
-            return (
-                f"not checked whether {names} computes the same function: in no picture is the choice of tokens clear"
-            )
-        exact = [row for row in self.rows if row.variant != "int8"]
-        largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
-        reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
-        but = "" if len(exact) == len(self.rows) else " but int8, which only comes near it,"
-        return f"all ways{but} compute the same function: largest error of a logit {largest:.1e}{reduced}"
 
 
 class Comparison:

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from dvit_infer import peers
-from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
-from dvit_infer.onnx.session import input_dtype, open_session, run_session
-from dvit_infer.benchmark.compare import Outcome
-from dvit_infer.utils.devices import free_memory
-from dvit_infer.errors import InputError
-from dvit_infer.images.tensors import sample_images, sample_pictures
-from dvit_infer.onnx.engine import check_file, onnx_device
-from dvit_infer.utils.packages import need
-from dvit_infer.benchmark.timing import Row, interleave, noise
+from dvit_infer.benchmark import peers
 from dvit_infer.benchmark.candidates import Call, blaming
+from dvit_infer.benchmark.outcome import Outcome
+from dvit_infer.benchmark.timing import Row, interleave, noise
+from dvit_infer.errors import InputError
+from dvit_infer.images.synthetic import sample_images, sample_pictures
+from dvit_infer.onnx.engine import check_file, onnx_device
+from dvit_infer.onnx.session import input_dtype, open_session, run_session
+from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
+from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.packages import need
 
 RUNTIMES = ("onnxruntime", "openvino")
 ASSUMED_SIZE = 224  # of a file that leaves it open
@@ -176,7 +176,7 @@ class OnnxComparison:
         if self.device.type != "cpu":
             raise InputError("compare: openvino runs on CPUs; leave it out, or --device cpu")
         need("compare: openvino", "onnx", "openvino", extra="dvit-infer[peers]")
-        from dvit_infer.onnx.export import probed
+        from dvit_infer.onnx.probe import probed
 
         with probed(self.path, False, ()) as model:  # without functions, which OpenVINO does not know
             return peers.openvino_call(model, "f32")

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dvit_infer.onnx.session import open_session, run_session
+from dvit_infer.benchmark.candidates import Call, Subject, Way, first_line, mib
 from dvit_infer.config import Config
 from dvit_infer.engine import folded_graph
 from dvit_infer.errors import InputError
+from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.registry import build_reference
-from dvit_infer.graph import build_graph
-from dvit_infer.images.tensors import sample_images
-from dvit_infer.utils.packages import need
+from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.models.vit.reference import VisionTransformer
-from dvit_infer.benchmark.candidates import Call, Subject, Way, first_line, mib
+from dvit_infer.onnx.session import open_session, run_session
+from dvit_infer.utils.packages import need
 
 if TYPE_CHECKING:
     from onnx import ModelProto

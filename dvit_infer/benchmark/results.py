@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Of this project's checkout; None when it runs from anywhere else."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if _output("git", "-C", str(root), "rev-parse", "--show-toplevel") != str(root):
         return None
     return _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")

@@ -13,8 +13,8 @@ import torch
 from dvit_infer.backends.cpu import time_linears
 from dvit_infer.engine import Engine
 from dvit_infer.graph.nodes import Node
-from dvit_infer.parity.verification import evaluate, node_outputs
 from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.parity.verification import evaluate, node_outputs
 
 # Rows, in, out of what a CPU multiplies at its best: where weights stay in its caches, and where they do not.
 LINEAR_SHAPES, LINEAR_ROUNDS = ((1536, 1536, 384), (2048, 1024, 4096)), 15

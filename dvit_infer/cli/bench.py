@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dvit_infer.cli.common import Parser, integers, progress, run
 
 if TYPE_CHECKING:
-    from dvit_infer.benchmark.compare import Outcome
+    from dvit_infer.benchmark.outcome import Outcome
     from dvit_infer.benchmark.roofline import NodeTime
 
 SECONDS = 12.0  # of measuring at every batch size
@@ -45,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from dvit_infer.cli.bench_tables import heading, report_of
     from dvit_infer.benchmark.compare import USUAL, Comparison, fvcore_gmacs
     from dvit_infer.benchmark.compare_onnx import OnnxComparison
-    from dvit_infer.errors import InputError
-    from dvit_infer.utils.files import check_output
+    from dvit_infer.benchmark.results import VERSION, environment, write_json
     from dvit_infer.benchmark.roofline import limit_rows, measure_limits
     from dvit_infer.benchmark.roofline import rows as node_rows
+    from dvit_infer.cli.bench_tables import heading, report_of
+    from dvit_infer.errors import InputError
     from dvit_infer.onnx.engine import is_onnx
-    from dvit_infer.benchmark.results import VERSION, environment, write_json
+    from dvit_infer.utils.files import check_output
 
     outs = {
         what: check_output(name, what, not_this=options.model)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dvit_infer.benchmark.compare import Comparison, Gain, Outcome
+from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.benchmark.compare_onnx import OnnxComparison
+from dvit_infer.benchmark.outcome import Gain, Outcome
 from dvit_infer.benchmark.roofline import NodeTime
-from dvit_infer.utils.tables import table
 from dvit_infer.benchmark.timing import Row
+from dvit_infer.utils.tables import table
 
 
 def heading(comparison: Comparison | OnnxComparison, where: Mapping[str, str | None]) -> str:

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
-    from dvit_infer.utils.files import check_output, whole_json
     from dvit_infer.benchmark.results import environment
+    from dvit_infer.utils.files import check_output, whole_json
     from dvit_infer.utils.tables import table
 
     write = _onnx if options.format == "onnx" else _safetensors
@@ -123,10 +123,10 @@ def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "I
 def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
     """The same for an ONNX file."""
     import dvit_infer as dvit
-    from dvit_infer.utils.files import whole_files
-    from dvit_infer.onnx.export import write_onnx
-    from dvit_infer.utils.packages import need
     from dvit_infer.images.classes import read_classes
+    from dvit_infer.onnx.export import write_onnx
+    from dvit_infer.utils.files import whole_files
+    from dvit_infer.utils.packages import need
 
     if not options.no_verify:
         need("format: onnx", "onnx", "onnxruntime", extra="dvit-infer[onnx]")

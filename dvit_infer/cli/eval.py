@@ -10,8 +10,8 @@ from dvit_infer.cli.counting import counting
 from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, shown
 
 if TYPE_CHECKING:
-    from dvit_infer.evaluate.accuracy import Accuracy
     from dvit_infer.classifier import Classifier
+    from dvit_infer.evaluate.accuracy import Accuracy
 
 NAMED = 10  # unreadable pictures; the JSON names all
 
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from dvit_infer.evaluate.accuracy import measure_accuracy, reference_of
-    from dvit_infer.utils.files import check_output
-    from dvit_infer.images.classes import labelled_folder
     from dvit_infer.benchmark.results import environment, write_json
+    from dvit_infer.evaluate.accuracy import measure_accuracy, reference_of
+    from dvit_infer.images.classes import labelled_folder
+    from dvit_infer.utils.files import check_output
 
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.model)
     engine, preprocess, classes = model_of(options)

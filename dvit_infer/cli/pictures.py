@@ -8,7 +8,7 @@ from dvit_infer.cli.common import Parser, assumptions, progress, size
 if TYPE_CHECKING:
     from dvit_infer.classifier import Classifier
     from dvit_infer.images.classes import ClassMap
-    from dvit_infer.images.decode import Preprocess
+    from dvit_infer.images.preprocess import Preprocess
 
 MOST_UNREADABLE = 0.01  # share of the pictures that may be unreadable in a run that is called a success
 
@@ -33,11 +33,11 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
         InputError: any of these options cannot be used.
     """
     import dvit_infer as dvit
-    from dvit_infer.utils.devices import resolve_device
-    from dvit_infer.onnx.engine import is_onnx, onnx_device
     from dvit_infer.images.classes import read_classes
-    from dvit_infer.images.decode import Preprocess, preprocess_for
+    from dvit_infer.images.preprocess import Preprocess, preprocess_for
     from dvit_infer.images.stream import batch_size, check_fits, worker_count
+    from dvit_infer.onnx.engine import is_onnx, onnx_device
+    from dvit_infer.utils.devices import resolve_device
 
     exported = is_onnx(options.model)
     batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(options.device))

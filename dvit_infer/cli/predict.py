@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
-    from dvit_infer.utils.files import check_output
-    from dvit_infer.images.find import find_pictures
     from dvit_infer.evaluate.predictions import model_id, predict
     from dvit_infer.evaluate.results_file import results
+    from dvit_infer.images.find import find_pictures
+    from dvit_infer.utils.files import check_output
 
     out = None if options.out is None else check_output(options.out, "out", not_this=options.model)
     found = find_pictures(options.images)

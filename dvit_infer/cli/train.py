@@ -89,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dvit_infer.utils.devices import resolve_device
     from dvit_infer.errors import InputError
     from dvit_infer.images.stream import running
     from dvit_infer.training.distributed import joined, world_of_environment
     from dvit_infer.training.reports import NotFiniteError
+    from dvit_infer.utils.devices import resolve_device
 
     world = world_of_environment()
     name = options.device
@@ -135,7 +135,6 @@ def _prepared(
     from dataclasses import fields
 
     from dvit_infer.errors import InputError
-    from dvit_infer.utils.files import check_output
     from dvit_infer.images.classes import labelled_folder
     from dvit_infer.images.stream import worker_count
     from dvit_infer.training.augment import Augmentation, has_torchvision
@@ -143,6 +142,7 @@ def _prepared(
     from dvit_infer.training.loop import Run
     from dvit_infer.training.settings import Settings
     from dvit_infer.training.student import make_pair
+    from dvit_infer.utils.files import check_output
 
     given = {f.name: getattr(options, f.name, None) for f in fields(Settings)}
     given["per_image"] = {"on": True, "off": False, None: None}[options.per_image]

@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
-    from dvit_infer.utils.files import check_output, whole_file
+    from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
     from dvit_infer.images.find import find_pictures
     from dvit_infer.images.stream import Entry, batch_size, batches, decode, running
-    from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
+    from dvit_infer.utils.files import check_output, whole_file
 
     options.model, options.images = _model_and_images(options.names)
     found = find_pictures(options.images)

@@ -11,14 +11,14 @@ import torch
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import checkpoint_of
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import build_reference
+from dvit_infer.images.classes import LabelledFolder
+from dvit_infer.images.preprocess import Preprocess, preprocess_for
+from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running, worker_count
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.registry import build_reference
+from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.onnx.engine import is_onnx
 from dvit_infer.parity.verification import evaluate
-from dvit_infer.images.classes import LabelledFolder
-from dvit_infer.images.decode import Preprocess, preprocess_for
-from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running, worker_count
-from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.utils.tables import table
 
 _Out = TypeVar("_Out")

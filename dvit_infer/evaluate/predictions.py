@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dvit_infer.classifier import Classifier, Source
-from dvit_infer.images.decode import Preprocess, preprocess_for
+from dvit_infer.images.preprocess import Preprocess, preprocess_for
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 
 TOP = 5

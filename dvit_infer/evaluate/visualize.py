@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from dvit_infer.classifier import Classifier
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.images.decode import PictureError, Preprocess, open_picture, preprocess_for
+from dvit_infer.images.decode import PictureError, open_picture
+from dvit_infer.images.preprocess import Preprocess, preprocess_for
 
 Picture = Image.Image | str | Path
 

@@ -1,8 +1,7 @@
 """The inference graph: a few coarse nodes that know their shapes, multiply-adds and bytes."""
 
-from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.graph.folding import fold
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Node
 
-__all__ = ["Graph", "Node", "build_graph", "fold"]
+__all__ = ["Graph", "Node", "fold"]

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dvit_infer.utils.devices import free_memory
 from dvit_infer.errors import InputError
-from dvit_infer.images.decode import PictureError, Preprocess, open_picture
+from dvit_infer.images.decode import PictureError, open_picture
+from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.utils.devices import free_memory
 
 AT_ONCE = 8  # pictures that go to a worker together: small, so that few pictures keep all workers busy
 MOST_WORKERS = 64  # each takes some of the 1,024 files that a process may usually have open

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config
-from dvit_infer.models.fill import image
+from dvit_infer.config import Config
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -37,14 +36,3 @@ def normalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """uint8 (B, 3, H, W) -> float32 with the channels' mean 0 and deviation 1."""
     means, stds = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return (images.float() / 255 - means) / stds
-
-
-def sample_images(batch: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """(B, 3, H, W) float32 made-up normalised pictures, smooth blobs and noise: the same for the same seed."""
-    return torch.from_numpy(image(batch, size, seed))
-
-
-def sample_pictures(batch: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """(B, 3, H, W) uint8 made-up pictures, those of `sample_images` with ImageNet's mean and deviation."""
-    means, stds = (torch.tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((sample_images(batch, size, seed) * stds + means) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,14 +1,13 @@
 """A file becomes a state dict and whatever else it said; nothing in the file is trusted and nothing in it runs."""
 
 import argparse
-import json
 import re
 import threading
 import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.utils.files import check_name
 from dvit_infer.images.tensors import is_plain
+from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS, read_header
+from dvit_infer.utils.files import check_name
 
-WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_state", "teacher", "student")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
-HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
-FORMAT = 1
-_OPTIONAL = ("crop_pct", "weights")  # facts that a saved config may leave out, or say are None
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which nothing here reads
@@ -167,35 +162,6 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
     if HEADER_KEY not in metadata:
         return tensors, None
     return tensors, read_header(str(path), metadata[HEADER_KEY])
-
-
-def header_text(config: Config) -> str:
-    """What a file of this project says of itself under `HEADER_KEY`."""
-    return json.dumps({"format": FORMAT, "config": asdict(config)})
-
-
-def read_header(name: str, text: str) -> dict[str, Any]:
-    """The facts of a config, their types unchecked, from what `header_text` wrote into the file `name`.
-
-    Raises:
-        InputError: it is not that, or not of this version.
-    """
-    try:
-        header = json.loads(text)
-        version, config = header["format"], header["config"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{name}: its {HEADER_KEY} header is not the JSON this project writes") from None
-    if version is True or version != FORMAT:
-        raise InputError(f"{name}: its format is {str(version)[:20]}, this version reads format {FORMAT}")
-    names = {f.name for f in fields(Config)}
-    if isinstance(config, dict):
-        config = dict.fromkeys(_OPTIONAL) | config
-    if not isinstance(config, dict) or config.keys() != names:
-        wrong = sorted(names ^ config.keys())[0] if isinstance(config, dict) else "config"
-        raise InputError(f"{name}: its {HEADER_KEY} header is damaged at {str(wrong)[:40]!r}")
-    if empty := [key for key, value in config.items() if value is None and key not in _OPTIONAL]:
-        raise InputError(f"{name}: its {HEADER_KEY} header does not say {empty[0]}")
-    return config
 
 
 def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:

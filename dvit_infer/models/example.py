@@ -8,9 +8,9 @@ import torch
 
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import deit, lvvit
 from dvit_infer.models.arch import ARCHS
 from dvit_infer.models.fill import fill
+from dvit_infer.models.vit.read import DEIT, LVVIT
 
 
 def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict[str, Any]:
@@ -59,5 +59,5 @@ def example_shapes(arch: str) -> dict[str, tuple[int, ...]]:
         stem_dim=sizes.stem_dim,
     )
     with torch.device("meta"):
-        model = (lvvit if sizes.family == lvvit.FAMILY else deit).reference(config)
+        model = (LVVIT if sizes.family == LVVIT.name else DEIT).reference(config)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -1,11 +1,12 @@
-"""A config from a header alone, for files whose weights cannot be asked: every fact is checked to be possible."""
+"""The header of a saved file, which holds its config; and that config alone, every fact checked to be possible."""
 
+import json
+from dataclasses import asdict, fields
 from typing import Any
 
-from dvit_infer.models.checkpoint import HEADER_KEY, WEIGHT_SETS, read_header
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.models.reading import (
+from dvit_infer.models.facts import (
     block_indices,
     crop_pct,
     image_size,
@@ -16,12 +17,45 @@ from dvit_infer.models.reading import (
     three_floats,
 )
 
+WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_state", "teacher", "student")
+HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
+FORMAT = 1
+_OPTIONAL = ("crop_pct", "weights")  # facts that a saved config may leave out, or say are None
 _FAMILIES = ("deit", "lvvit")
 _MOST_BLOCKS = 1000
 
 
+def header_text(config: Config) -> str:
+    """What a file of this project says of itself under `HEADER_KEY`."""
+    return json.dumps({"format": FORMAT, "config": asdict(config)})
+
+
+def read_header(name: str, text: str) -> dict[str, Any]:
+    """The facts of a config, their types unchecked, from what `header_text` wrote into the file `name`.
+
+    Raises:
+        InputError: it is not that, or not of this version.
+    """
+    try:
+        header = json.loads(text)
+        version, config = header["format"], header["config"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{name}: its {HEADER_KEY} header is not the JSON this project writes") from None
+    if version is True or version != FORMAT:
+        raise InputError(f"{name}: its format is {str(version)[:20]}, this version reads format {FORMAT}")
+    names = {f.name for f in fields(Config)}
+    if isinstance(config, dict):
+        config = dict.fromkeys(_OPTIONAL) | config
+    if not isinstance(config, dict) or config.keys() != names:
+        wrong = sorted(names ^ config.keys())[0] if isinstance(config, dict) else "config"
+        raise InputError(f"{name}: its {HEADER_KEY} header is damaged at {str(wrong)[:40]!r}")
+    if empty := [key for key, value in config.items() if value is None and key not in _OPTIONAL]:
+        raise InputError(f"{name}: its {HEADER_KEY} header does not say {empty[0]}")
+    return config
+
+
 def saved_config(name: str, text: str) -> Config:
-    """The config that a file says it has, from what `checkpoint.header_text` wrote.
+    """The config that a file says it has, from what `header_text` wrote.
 
     Args:
         name: the file's, for messages.

@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal
 
-from dvit_infer.models.checkpoint import Checkpoint
-from dvit_infer.config import METHODS, Method
 from dvit_infer.errors import InputError
+from dvit_infer.models.checkpoint import Checkpoint
+from dvit_infer.models.facts import is_number, text_of
 
 # What `assume` may say; a file that this project wrote says the same in its header or its args.
 ASSUMABLE = (
@@ -24,7 +23,6 @@ ASSUMABLE = (
     "crop_pct",
     "weights",
 )
-MAX_PATCHES = 1 << 14  # one head's attention weights of one picture are then 1 GiB
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,9 @@ class Reading:
         self._used = {"weights"}  # of what was given; the reader of the file has seen to this one
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
-        text = "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple | list) else _text(value)
+        text = (
+            "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple | list) else text_of(value)
+        )
         self.notes.append(Note(how, what, text, why))
 
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:
@@ -129,93 +129,9 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
     three = {name: args.get(name) for name in ("mean", "std")}
     crop = args.get("crop_pct")
-    if crop is not None and _is_number(crop) and 0.1 <= crop <= 1:
+    if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
         said["crop_pct"] = crop
     ours = args.get("dvit_infer")  # what dvit-train says beside the official names
     if isinstance(ours, dict):
         said |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
     return said | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}
-
-
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, tuple | list):
-        return ",".join(map(_text, value))
-    return "".join(c if c.isprintable() else "?" for c in str(value)[:80])  # it may come from the file
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def positive_int(what: str, value: Any) -> int:
-    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or not 1 <= value < 1 << 40:
-        raise InputError(f"{what}: {value!r} is no positive whole number")
-    return int(value)
-
-
-def positive_float(what: str, value: Any) -> float:
-    if not _is_number(value) or not 1e-30 < value < 1e30:
-        raise InputError(f"{what}: {value!r} is no positive number")
-    return float(value)
-
-
-def keep_rate(what: str, value: Any) -> float:
-    if not _is_number(value) or not 0 < value <= 1:
-        raise InputError(f"{what}: {value!r} is no share of tokens to keep; a number above 0, at most 1, is expected")
-    return float(value)
-
-
-def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, ...]:
-    """Strictly increasing block indices, one for every predictor."""
-    indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
-        raise InputError(f"{what}: {value!r} are no block indices")
-    indices = tuple(map(int, indices))
-    for index in indices:
-        if not 0 <= index < depth:
-            raise InputError(f"{what}: there is no block {index}; the model has blocks 0 to {depth - 1}")
-    if list(indices) != sorted(set(indices)):
-        raise InputError(f"{what}: {_text(indices)} is not strictly increasing")
-    if len(indices) != count:
-        raise InputError(f"{what}: {len(indices)} given ({_text(indices)}), but the weights hold {count} predictors")
-    return indices
-
-
-def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
-    """(height, width), both multiples of the patch."""
-    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2:
-        raise InputError(f"{what}: {value!r} is no size; one number or height and width are expected")
-    height, width = (positive_int(what, side) for side in sides)
-    if height % patch or width % patch:
-        raise InputError(f"{what}: {height}x{width} is no multiple of the patch size {patch}")
-    if (height // patch) * (width // patch) > MAX_PATCHES:
-        raise InputError(f"{what}: {height}x{width} is too large: over {MAX_PATCHES} patches, each attending to all")
-    return height, width
-
-
-def crop_pct(what: str, value: Any) -> float | None:
-    if value is not None and (not _is_number(value) or not 0.1 <= value <= 1):
-        raise InputError(f"{what}: {value!r} is not between 0.1 and 1")
-    return None if value is None else float(value)
-
-
-def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, list | tuple) else ()
-    good = all(_is_number(v) and abs(v) < 1e30 and (v > 0 or not positive) for v in values)
-    if len(values) != 3 or not good:
-        raise InputError(f"{what}: {value!r} are no three {'positive ' if positive else ''}numbers, one a channel")
-    return tuple(map(float, values))
-
-
-def method(what: str, value: Any, has_predictors: bool, name: str) -> Method:
-    if value == "none":
-        return "none"
-    if value != "predictor":
-        raise InputError(f"{what}: {value!r} is not one of {', '.join(METHODS)}")
-    if not has_predictors:
-        raise InputError(f"{what}: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
-    return "predictor"

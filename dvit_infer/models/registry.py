@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from dvit_infer.models.checkpoint import WEIGHT_SETS, Checkpoint
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import deit, lvvit
 from dvit_infer.models.arch import ARCHS
+from dvit_infer.models.checkpoint import Checkpoint
+from dvit_infer.models.header import WEIGHT_SETS
 from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.vit.pos_embed import resample_pos_embed
+from dvit_infer.models.vit.read import DEIT, LVVIT
 from dvit_infer.models.vit.reference import VisionTransformer
 
-_FAMILIES = (lvvit, deit)  # LV-ViT first: its trunk's keys are a DeiT's too
+_FAMILIES = (LVVIT, DEIT)  # LV-ViT first: its trunk's keys are a DeiT's too
 
 
 def list_archs() -> list[str]:
@@ -52,8 +53,8 @@ def recognise(
     if family is None:
         first = next(iter(reading.shapes))
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
-    if arch is not None and ARCHS[arch].family != family.FAMILY:
-        raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.FAMILY}")
+    if arch is not None and ARCHS[arch].family != family.name:
+        raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.name}")
     saved_as = checkpoint.said.get("weights") if checkpoint.is_saved_engine else None
     weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
     config = replace(family.read(reading, arch, options), weights=weights)
@@ -79,7 +80,7 @@ def build_reference(config: Config, checkpoint: Checkpoint) -> VisionTransformer
     Raises:
         InputError: a key is missing, unexpected or of another shape than the config asks for.
     """
-    family = next(f for f in _FAMILIES if config.family == f.FAMILY)
+    family = next(f for f in _FAMILIES if config.family == f.name)
     with torch.device("meta"):
         model: VisionTransformer = family.reference(config)
     _check(checkpoint, {key: tuple(value.shape) for key, value in model.state_dict().items()}, config)

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from dvit_infer.onnx.session import OnnxRunner, input_dtype, open_session
-from dvit_infer.models.checkpoint import HEADER_KEY
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.config import Config
-from dvit_infer.utils.devices import resolve_device
 from dvit_infer.errors import InputError
-from dvit_infer.models.header import saved_config
-from dvit_infer.utils.files import check_name
 from dvit_infer.graph import Graph, Node
+from dvit_infer.models.header import HEADER_KEY, saved_config
+from dvit_infer.onnx.runner import OnnxRunner
+from dvit_infer.onnx.session import input_dtype, open_session
+from dvit_infer.utils.devices import resolve_device
+from dvit_infer.utils.files import check_name
 
 
 def is_onnx(source: object) -> bool:
@@ -58,13 +58,13 @@ class OnnxEngine(Classifier):
     def own_tensors(self) -> dict[str, torch.Tensor]:
         import onnx
 
-        from dvit_infer.onnx.export import weights_of
+        from dvit_infer.onnx.probe import weights_of
 
         return weights_of(onnx.load(os.fspath(self.path)))  # int8 ones as what they stand for
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
+        from dvit_infer.onnx.probe import weights_of
         from dvit_infer.onnx.writer import onnx_model
-        from dvit_infer.onnx.export import weights_of
 
         return weights_of(onnx_model(graph, uint8=self.only_uint8))
 

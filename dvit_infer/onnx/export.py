@@ -1,31 +1,25 @@
 """ONNX files: written whole from an engine, checked, with what they say of themselves; read to look inside."""
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from dvit_infer.models.checkpoint import HEADER_KEY, header_text
-from dvit_infer.utils.devices import resolve_dtype
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
+from dvit_infer.models.header import HEADER_KEY, header_text
+from dvit_infer.utils.devices import resolve_dtype
 from dvit_infer.utils.files import check_output, whole_files
 from dvit_infer.utils.packages import need
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
-
-# A protobuf message holds 2 GiB at most; weights of larger models go into a file beside it.
-LARGEST = 2**31 - 2**20
-_EXTERNAL_FROM = 1024  # bytes: smaller tensors stay, among them shapes that readers have to see
 
 
 def export_onnx(
@@ -92,6 +86,7 @@ def write_onnx(
     need("format: onnx", "onnx", *(["onnxruntime"] if quantize else []), extra="dvit-infer[onnx]")
     import onnx
 
+    from dvit_infer.onnx.probe import save
     from dvit_infer.onnx.writer import onnx_model
 
     if not isinstance(engine, Engine):
@@ -120,7 +115,7 @@ def write_onnx(
 def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict[str, str]:
     """What a file says of itself, as text: JSON where it is no single word."""
     from dvit_infer import __version__
-    from dvit_infer.images.decode import preprocess_for
+    from dvit_infer.images.preprocess import preprocess_for
 
     config = engine.config
     preprocess = preprocess_for(config)
@@ -149,80 +144,3 @@ def _digest(model: "onnx.ModelProto") -> str:
         digest.update(tensor.name.encode())
         digest.update(tensor.raw_data)
     return digest.hexdigest()
-
-
-def save(model: "onnx.ModelProto", path: Path, inline: bool = False) -> None:
-    """Write a model, the weights of a large one beside it as `<name>.data`."""
-    import onnx
-
-    if model.ByteSize() > LARGEST:
-        data = f"{path.name}.data"
-        onnx.external_data_helper.convert_model_to_external_data(model, location=data, size_threshold=_EXTERNAL_FROM)
-        model = onnx.external_data_helper.write_external_data_tensors(model, os.fspath(path.parent))
-    if inline:
-        model = _inlined(model)
-    path.write_bytes(model.SerializeToString())
-
-
-def _inlined(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The model without its local functions; `onnx.inliner` leaves their domain behind."""
-    import onnx.inliner
-
-    inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model)
-    used = {node.domain for node in inlined.graph.node} | {""}
-    domains = [entry for entry in inlined.opset_import if entry.domain in used]
-    del inlined.opset_import[:]
-    inlined.opset_import.extend(domains)
-    return inlined
-
-
-@contextlib.contextmanager
-def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | bytes"]:
-    """The model of a file that also gives the values `outputs` and, if `given`, takes every stage's choice as an input.
-
-    Raises:
-        InputError: it cannot be read, or has no such values.
-    """
-    need(f"{path}", "onnx", extra="dvit-infer[onnx]")
-    import onnx
-
-    try:
-        model = _inlined(onnx.load(os.fspath(path)))
-    except Exception as error:  # protobuf's and onnx's own have no common base
-        raise InputError(f"{path}: cannot be read as ONNX: {error}") from None
-    graph = model.graph
-    known = {value.name: value for value in [*graph.value_info, *graph.output]}
-    if missing := [name for name in outputs if name not in known]:
-        raise InputError(f"{path}: has no value {missing[0]}; dvit-convert writes files that have")
-    present = {value.name for value in graph.output}
-    graph.output.extend(known[name] for name in outputs if name not in present)
-    if given:
-        choices = [name for name in known if name.startswith("prune.") and name.endswith("/index")]
-        for node in graph.node:
-            for position, name in enumerate(node.output):
-                if name in choices:
-                    node.output[position] = f"{name}/own"
-        graph.input.extend(known[name] for name in choices)
-    if model.ByteSize() <= LARGEST:
-        yield model.SerializeToString()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder) / "probe.onnx")
-        yield Path(folder) / "probe.onnx"
-
-
-def weights_of(model: "onnx.ModelProto") -> dict[str, torch.Tensor]:
-    """A model's floating point weights by name; for quantised ones, what they stand for: scale * (q - zero point)."""
-    import numpy as np
-    from onnx import numpy_helper
-
-    arrays: dict[str, Any] = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found = {}
-    for name, array in arrays.items():
-        stem = name.removesuffix("_quantized")
-        if stem != name:
-            zero, scale = arrays[f"{stem}_zero_point"], arrays[f"{stem}_scale"]
-            found[stem] = torch.from_numpy((array.astype(np.float32) - zero.astype(np.float32)) * scale)
-        elif array.dtype.kind == "f" and not name.endswith("_scale"):
-            found[name] = torch.from_numpy(np.array(array))
-    return found

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.images.tensors import normalise
 from dvit_infer.utils.packages import need
 
 EXTRA = "dvit-infer[onnx]"
@@ -131,92 +129,3 @@ def _reason(error: Exception) -> str:
     text = text.removeprefix("[ONNXRuntimeError] : ").split(" : ", 2)[-1]
     text = re.split(r" ?/onnxruntime_src/| Please fix", text)[0] or text
     return text if len(text) < 250 else f"{text[:250]} ..."
-
-
-class OnnxRunner:
-    """Runs a file that the ONNX backend wrote; its values are named after the graph's nodes.
-
-    Kept sets that are given, or asked for where the file has no output for them, and values of nodes come from a probe:
-    the same model with other inputs and outputs, made the first time it is needed (for which `onnx` is needed).
-
-    Attributes:
-        how: what runs it, in words.
-        session: that of the file.
-    """
-
-    def __init__(self, session: Any, path: Path, config: Config, device: torch.device) -> None:
-        self.session, self._path, self._config, self._device = session, path, config, device
-        self.how = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
-        self._dtype = input_dtype(self.session)
-        self._kept = [f"kept_{stage}" for stage in range(len(config.num_keep))]
-        self._has_kept = {value.name for value in self.session.get_outputs()} >= set(self._kept)
-        self._probes: dict[tuple[bool, tuple[str, ...]], Any] = {}
-
-    @property
-    def own_bytes(self) -> int:
-        """Unknown: ONNX Runtime does not tell."""
-        return 0
-
-    def release(self) -> None:
-        """Give back memory that calls have left to the next; it is ONNX Runtime's."""
-
-    def __call__(
-        self,
-        images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
-        return_kept: bool = True,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits (B, K) float32 and kept original positions, a stage each; arguments as every runner's.
-
-        Raises:
-            ValueError: `watch` is given (`node_values` shows what is inside), or float pictures to a file of uint8.
-        """
-        if watch is not None:
-            raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
-        given = {"images": self.prepare(images)}
-        if kept is not None:
-            return self.node_values(images, kept, ())["logits"], list(kept)
-        wanted = self._kept if return_kept and self._has_kept else []
-        logits, *chosen = run_session(self.session, given, ["logits", *wanted], str(self._path))
-        if wanted or not return_kept:
-            return logits, chosen
-        # The answer is the file's own, whatever the probe is asked.
-        names = [f"prune.{stage}/index" for stage in range(len(self._kept))]
-        chosen = run_session(self._probe(False, tuple(names)), given, names, str(self._path)) if names else []
-        for stage in range(1, len(chosen)):
-            chosen[stage] = chosen[stage - 1].gather(1, chosen[stage])
-        return logits, chosen
-
-    def node_values(
-        self, images: torch.Tensor, kept: Sequence[torch.Tensor], names: Sequence[str]
-    ) -> dict[str, torch.Tensor]:
-        """The logits and the named values, with the kept sets given: original positions, a stage each."""
-        given = {"images": self.prepare(images)}
-        before: torch.Tensor | None = None
-        for stage, positions in enumerate(kept):
-            index = positions if before is None else torch.searchsorted(before, positions)
-            given[f"prune.{stage}/index"], before = index.to(self._device), positions
-        wanted = ["logits", *(name for name in names if name != "logits")]
-        found = run_session(self._probe(bool(kept), tuple(wanted[1:])), given, wanted, str(self._path))
-        return dict(zip(wanted, found, strict=True))
-
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures as the file wants them: normalised in its dtype, or uint8 with the channels last."""
-        if self._dtype != torch.uint8:
-            assert self._dtype is not None
-            images = images.to(self._device)
-            if images.dtype == torch.uint8:
-                images = normalise(images, self._config.mean, self._config.std)
-            return images.to(self._dtype).contiguous()
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images: {str(images.dtype)[6:]}; {self._path.name} takes uint8 pictures only")
-        return images.to(self._device).permute(0, 2, 3, 1).contiguous()
-
-    def _probe(self, given: bool, outputs: tuple[str, ...]) -> Any:
-        if (given, outputs) not in self._probes:
-            from dvit_infer.onnx.export import probed
-
-            with probed(self._path, given, outputs) as model:
-                self._probes[given, outputs] = open_session(model, self._device, str(self._path))
-        return self._probes[given, outputs]

@@ -11,10 +11,10 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dvit_infer.onnx.prune_tokens import DOMAIN, NAME, prune_tokens_function
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Prune
+from dvit_infer.onnx.prune_tokens import DOMAIN, NAME, prune_tokens_function
 
 IR_VERSION = 10
 OPSETS = (20, 21)  # from 20 on there is Gelu

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from dvit_infer.utils.devices import slug
 from dvit_infer.ops.fallback import EVERY, SETTING, may_run, setting
+from dvit_infer.utils.devices import slug
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dvit_infer.utils.devices import is_out_of_memory
 from dvit_infer.errors import InputError, KernelError
+from dvit_infer.utils.devices import is_out_of_memory
 
 SETTING = "DVIT_KERNELS"
 REPORT = "please report this line and the output of `python -m torch.utils.collect_env` to the project"

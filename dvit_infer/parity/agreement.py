@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.parity.verification import MARGIN, MOST_RMS, RMS_FACTOR
 from dvit_infer.models.vit.reference import EvalOutput
+from dvit_infer.parity.verification import MARGIN, MOST_RMS, RMS_FACTOR
 
 # Of the logits' rms. float32: the largest error; rounding is far below, another function far above. Reduced dtypes:
 # the rms error of half of the pictures, where it is not more than RMS_FACTOR times plain PyTorch's own.

@@ -7,13 +7,14 @@ import torch
 
 from dvit_infer.backends.torch import as_asked
 from dvit_infer.classifier import Classifier, Source
-from dvit_infer.utils.devices import CHUNK
 from dvit_infer.engine import Engine, checkpoint_of, folded_graph
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import build_reference
 from dvit_infer.graph import Graph, Node
-from dvit_infer.images.tensors import normalise, sample_images, sample_pictures
+from dvit_infer.images.synthetic import sample_images, sample_pictures
+from dvit_infer.images.tensors import normalise
+from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import EvalOutput, VisionTransformer
+from dvit_infer.utils.devices import CHUNK
 from dvit_infer.utils.tables import table
 
 LOGIT_TOLERANCE = 1e-4  # float32

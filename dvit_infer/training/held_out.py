@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from dvit_infer.config import Config
-from dvit_infer.images.tensors import normalise
-from dvit_infer.images.decode import preprocess_for
+from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
+from dvit_infer.images.tensors import normalise
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.training.distributed import World
 from dvit_infer.training.student import set_training

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvit_infer.models.checkpoint import load_torch
 from dvit_infer.errors import InputError
-from dvit_infer.utils.files import whole_file
+from dvit_infer.models.checkpoint import load_torch
 from dvit_infer.training.settings import Settings
+from dvit_infer.utils.files import whole_file
 
 KEY = "training"  # what a finished file does not have
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import build_reference, recognise
-from dvit_infer.models.registry import reading as check
+from dvit_infer.models import facts as check
+from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.reading import Note
+from dvit_infer.models.registry import build_reference, recognise
 from dvit_infer.models.vit.layers import Attention, Predictor
 from dvit_infer.models.vit.reference import VisionTransformer
 

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dvit_infer.utils.files import whole_file
 from dvit_infer.benchmark.report.charts import latency, nodes, sweeps, throughput
 from dvit_infer.benchmark.report.figures import Chart, label_ways
 from dvit_infer.benchmark.report.tables import LIMIT_COLUMNS, MODEL_COLUMNS, NODE_COLUMNS, table
 from dvit_infer.benchmark.results import as_version_2
+from dvit_infer.utils.files import whole_file
 
 HERE = Path(__file__).parent
 

@@ -1,15 +1,18 @@
-"""What DeiT and LV-ViT checkpoints have in common: how their trunk, their predictors and their sizes are read."""
+"""DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without: how they are told and read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config, Method
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import reading as check
+from dvit_infer.models import facts as check
 from dvit_infer.models.arch import ARCHS, Arch
 from dvit_infer.models.reading import Reading
+from dvit_infer.models.vit.deit import DeiT
+from dvit_infer.models.vit.lvvit import LVViT
+from dvit_infer.models.vit.reference import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     return config
 
 
-def trunk_arguments(config: Config) -> dict[str, Any]:
+def _trunk_arguments(config: Config) -> dict[str, Any]:
     """What the reference models of both families are built with."""
     return {
         "patch_size": config.patch_size,
@@ -116,6 +119,54 @@ def trunk_arguments(config: Config) -> dict[str, Any]:
         "num_keep": config.num_keep,
         "predictor_eps": config.predictor_eps,
     }
+
+
+class Family(NamedTuple):
+    """What the registry asks of a family.
+
+    Attributes:
+        name: as `Config.family` has it.
+        matches: whether keys and shapes are those of such a checkpoint.
+        read: the config of one; takes a reading, the architecture asked for and the options of `recognise`.
+        reference: the reference model of a config.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Reading, str | None, Mapping[str, Any]], Config]
+    reference: Callable[[Config], VisionTransformer]
+
+
+def _has_blocks(shapes: Mapping[str, Any]) -> bool:
+    return any(key.startswith("blocks.") for key in shapes)
+
+
+def _has_stem(shapes: Mapping[str, Any]) -> bool:
+    return any(key.startswith(("patch_embed.conv", "patch_embed.bn", "aux_head.")) for key in shapes)
+
+
+def _read_deit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
+    trunk = Trunk("deit", 1e-6, patch_of_kernel=1, class_heads=("head", "head_dist"))
+    return read_config(reading, trunk, arch, options)
+
+
+def _read_lvvit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
+    places = [(f"patch_embed.{layer}.weight", 0) for layer in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")]
+    stem_dim = reading.vote("the stem's width", places)
+    trunk = Trunk("lvvit", 1e-5, 2, ("head", "aux_head"), stem_dim, has_skip_lam=True)
+    return read_config(reading, trunk, arch, options)
+
+
+def _deit(config: Config) -> DeiT:
+    return DeiT(**_trunk_arguments(config), num_prefix=config.num_prefix)
+
+
+def _lvvit(config: Config) -> LVViT:
+    return LVViT(**_trunk_arguments(config), stem_dim=config.stem_dim, skip_lam=config.skip_lam)
+
+
+DEIT = Family("deit", _has_blocks, _read_deit, _deit)
+LVVIT = Family("lvvit", _has_stem, _read_lvvit, _lvvit)
 
 
 def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:

@@ -1,0 +1,1 @@
+"""Measure candidates side by side: timing, result rows, comparison, roofline, report."""

@@ -1,0 +1,57 @@
+"""What a comparison found: rows, speed-ups, and whether all candidates compute one function."""
+
+from dataclasses import dataclass
+
+from dvit_infer.benchmark.timing import Row
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What pruning made of what it could: at one keep rate, over the dense engine in the same run."""
+
+    keep_rate: float
+    num_keep: tuple[int, ...]
+    gmacs: float
+    images_per_s: float
+    speedup: float
+    ceiling: float  # the ratio of the MACs of the two graphs as run
+
+    def __str__(self) -> str:
+        return (
+            f"pruned over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the MACs of the two "
+            f"graphs as run allow: {self.speedup / self.ceiling:.1%} realised"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured at one batch size.
+
+    Attributes:
+        rows: one a way.
+        gains: one for every keep rate of the engine, if the dense engine ran too.
+        strays: the ways that compute another function, each with its error; a check that failed.
+        unchecked: ways of which these pictures do not say whether they compute the same one.
+        noise: a line that says so if the machine was noisy.
+    """
+
+    rows: list[Row]
+    gains: list[Gain]
+    strays: list[str]
+    unchecked: list[str]
+    noise: str | None
+
+    @property
+    def verdict(self) -> str:
+        if self.strays:
+            return f"NOT the same function as the reference: {'; '.join(self.strays)}"
+        if self.unchecked:
+            names = ", ".join(self.unchecked)
+            return (
+                f"not checked whether {names} computes the same function: in no picture is the choice of tokens clear"
+            )
+        exact = [row for row in self.rows if row.variant != "int8"]
+        largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
+        reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
+        but = "" if len(exact) == len(self.rows) else " but int8, which only comes near it,"
+        return f"all ways{but} compute the same function: largest error of a logit {largest:.1e}{reduced}"

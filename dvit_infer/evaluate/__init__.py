@@ -1,0 +1,1 @@
+"""Many images through one model: accuracy, predictions, pictures of what was kept."""

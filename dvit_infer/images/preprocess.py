@@ -1,0 +1,84 @@
+"""A decoded image cut to the size of a model's input, as its family was evaluated."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from dvit_infer.config import Config
+from dvit_infer.errors import InputError
+
+MAX_ASPECT = 8  # of the part of a picture that is resized, over the part that is kept
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes a model's input.
+
+    Attributes:
+        image_size: (H, W) of the model's pictures.
+        crop_pct: what is kept of the resized picture's shorter side, 0.1 to 1.
+        warp: resize straight to `image_size` instead, whatever the picture's shape.
+
+    Raises:
+        InputError: `crop_pct` is out of range.
+    """
+
+    image_size: tuple[int, int]
+    crop_pct: float = 0.875
+    warp: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.crop_pct <= 1:
+            raise InputError(f"crop_pct: {self.crop_pct:g} is not between 0.1 and 1")
+
+    def __str__(self) -> str:
+        return f"{self.image_size[0]}x{self.image_size[1]}, {'warped' if self.warp else f'crop {self.crop_pct:g}'}"
+
+    def crop(self, picture: Image.Image) -> Image.Image:
+        """The RGB picture, resized (bicubic, antialiased) so that it covers `image_size` / `crop_pct`, and its middle.
+
+        For square sizes torchvision's `Resize(int(S / crop_pct), BICUBIC)` and `CenterCrop(S)`, to the bit, but for
+        pictures so elongated that most of them would be resized only to be cut away: they are cut first.
+        """
+        height, width = self.image_size
+        if self.warp:
+            return picture.resize((width, height), Image.Resampling.BICUBIC)
+        rows, columns = int(height / self.crop_pct), int(width / self.crop_pct)
+        picture = _shortened(picture, rows, columns)
+        if picture.height * columns <= picture.width * rows:
+            size = rows * picture.width // picture.height, rows
+        else:
+            size = columns, columns * picture.height // picture.width
+        resized = picture.resize(size, Image.Resampling.BICUBIC)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        return resized.crop((left, top, left + width, top + height))
+
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        """`crop` as (3, H, W) uint8."""
+        return np.ascontiguousarray(np.asarray(self.crop(picture)).transpose(2, 0, 1))
+
+
+def _shortened(picture: Image.Image, rows: int, columns: int) -> Image.Image:
+    """The middle of a picture, at most `MAX_ASPECT` times as elongated as `rows` x `columns`."""
+    width = min(picture.width, max(1, MAX_ASPECT * columns * picture.height // rows))
+    height = min(picture.height, max(1, MAX_ASPECT * rows * picture.width // columns))
+    if (width, height) == picture.size:
+        return picture
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def preprocess_for(config: Config) -> Preprocess:
+    """What the model says of itself, else what its family was evaluated with.
+
+    DynamicViT (Rao et al. 2021, `datasets.py`) takes crops of 0.875 for all its models, and at 384 pixels and more
+    warps without cropping; DeiT 0.875; LV-ViT (token labeling, `models/lvvit.py`) 0.9 for T and S, 1.0 for M and L.
+    """
+    if config.crop_pct is not None:
+        return Preprocess(config.image_size, config.crop_pct)
+    if config.prune_at:
+        return Preprocess(config.image_size, warp=min(config.image_size) >= 384)
+    if config.family == "lvvit":
+        return Preprocess(config.image_size, 0.9 if config.depth <= 16 else 1.0)
+    return Preprocess(config.image_size)

@@ -1,0 +1,94 @@
+"""Facts of a model, each checked to be possible where a file or a user states it; the message names where."""
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from dvit_infer.config import METHODS, Method
+from dvit_infer.errors import InputError
+
+MAX_PATCHES = 1 << 14  # one head's attention weights of one picture are then 1 GiB
+
+
+def text_of(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple | list):
+        return ",".join(map(text_of, value))
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:80])  # it may come from the file
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def positive_int(what: str, value: Any) -> int:
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or not 1 <= value < 1 << 40:
+        raise InputError(f"{what}: {value!r} is no positive whole number")
+    return int(value)
+
+
+def positive_float(what: str, value: Any) -> float:
+    if not is_number(value) or not 1e-30 < value < 1e30:
+        raise InputError(f"{what}: {value!r} is no positive number")
+    return float(value)
+
+
+def keep_rate(what: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value <= 1:
+        raise InputError(f"{what}: {value!r} is no share of tokens to keep; a number above 0, at most 1, is expected")
+    return float(value)
+
+
+def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, ...]:
+    """Strictly increasing block indices, one for every predictor."""
+    indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
+        raise InputError(f"{what}: {value!r} are no block indices")
+    indices = tuple(map(int, indices))
+    for index in indices:
+        if not 0 <= index < depth:
+            raise InputError(f"{what}: there is no block {index}; the model has blocks 0 to {depth - 1}")
+    if list(indices) != sorted(set(indices)):
+        raise InputError(f"{what}: {text_of(indices)} is not strictly increasing")
+    if len(indices) != count:
+        raise InputError(f"{what}: {len(indices)} given ({text_of(indices)}), but the weights hold {count} predictors")
+    return indices
+
+
+def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
+    """(height, width), both multiples of the patch."""
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2:
+        raise InputError(f"{what}: {value!r} is no size; one number or height and width are expected")
+    height, width = (positive_int(what, side) for side in sides)
+    if height % patch or width % patch:
+        raise InputError(f"{what}: {height}x{width} is no multiple of the patch size {patch}")
+    if (height // patch) * (width // patch) > MAX_PATCHES:
+        raise InputError(f"{what}: {height}x{width} is too large: over {MAX_PATCHES} patches, each attending to all")
+    return height, width
+
+
+def crop_pct(what: str, value: Any) -> float | None:
+    if value is not None and (not is_number(value) or not 0.1 <= value <= 1):
+        raise InputError(f"{what}: {value!r} is not between 0.1 and 1")
+    return None if value is None else float(value)
+
+
+def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else ()
+    good = all(is_number(v) and abs(v) < 1e30 and (v > 0 or not positive) for v in values)
+    if len(values) != 3 or not good:
+        raise InputError(f"{what}: {value!r} are no three {'positive ' if positive else ''}numbers, one a channel")
+    return tuple(map(float, values))
+
+
+def method(what: str, value: Any, has_predictors: bool, name: str) -> Method:
+    if value == "none":
+        return "none"
+    if value != "predictor":
+        raise InputError(f"{what}: {value!r} is not one of {', '.join(METHODS)}")
+    if not has_predictors:
+        raise InputError(f"{what}: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
+    return "predictor"

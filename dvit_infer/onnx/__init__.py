@@ -1,0 +1,1 @@
+"""Leave Python: graphs written as ONNX files, and run by ONNX Runtime."""

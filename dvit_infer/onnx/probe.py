@@ -1,0 +1,97 @@
+"""ONNX models as files: saved, with weights beside where they are large, and read again for what is in them."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dvit_infer.errors import InputError
+from dvit_infer.utils.packages import need
+
+if TYPE_CHECKING:
+    import onnx
+
+# A protobuf message holds 2 GiB at most; weights of larger models go into a file beside it.
+LARGEST = 2**31 - 2**20
+_EXTERNAL_FROM = 1024  # bytes: smaller tensors stay, among them shapes that readers have to see
+
+
+def save(model: "onnx.ModelProto", path: Path, inline: bool = False) -> None:
+    """Write a model, the weights of a large one beside it as `<name>.data`."""
+    import onnx
+
+    if model.ByteSize() > LARGEST:
+        data = f"{path.name}.data"
+        onnx.external_data_helper.convert_model_to_external_data(model, location=data, size_threshold=_EXTERNAL_FROM)
+        model = onnx.external_data_helper.write_external_data_tensors(model, os.fspath(path.parent))
+    if inline:
+        model = _inlined(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def _inlined(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The model without its local functions; `onnx.inliner` leaves their domain behind."""
+    import onnx.inliner
+
+    inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model)
+    used = {node.domain for node in inlined.graph.node} | {""}
+    domains = [entry for entry in inlined.opset_import if entry.domain in used]
+    del inlined.opset_import[:]
+    inlined.opset_import.extend(domains)
+    return inlined
+
+
+@contextlib.contextmanager
+def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | bytes"]:
+    """The model of a file that also gives the values `outputs` and, if `given`, takes every stage's choice as an input.
+
+    Raises:
+        InputError: it cannot be read, or has no such values.
+    """
+    need(f"{path}", "onnx", extra="dvit-infer[onnx]")
+    import onnx
+
+    try:
+        model = _inlined(onnx.load(os.fspath(path)))
+    except Exception as error:  # protobuf's and onnx's own have no common base
+        raise InputError(f"{path}: cannot be read as ONNX: {error}") from None
+    graph = model.graph
+    known = {value.name: value for value in [*graph.value_info, *graph.output]}
+    if missing := [name for name in outputs if name not in known]:
+        raise InputError(f"{path}: has no value {missing[0]}; dvit-convert writes files that have")
+    present = {value.name for value in graph.output}
+    graph.output.extend(known[name] for name in outputs if name not in present)
+    if given:
+        choices = [name for name in known if name.startswith("prune.") and name.endswith("/index")]
+        for node in graph.node:
+            for position, name in enumerate(node.output):
+                if name in choices:
+                    node.output[position] = f"{name}/own"
+        graph.input.extend(known[name] for name in choices)
+    if model.ByteSize() <= LARGEST:
+        yield model.SerializeToString()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder) / "probe.onnx")
+        yield Path(folder) / "probe.onnx"
+
+
+def weights_of(model: "onnx.ModelProto") -> dict[str, torch.Tensor]:
+    """A model's floating point weights by name; for quantised ones, what they stand for: scale * (q - zero point)."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    arrays: dict[str, Any] = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    found = {}
+    for name, array in arrays.items():
+        stem = name.removesuffix("_quantized")
+        if stem != name:
+            zero, scale = arrays[f"{stem}_zero_point"], arrays[f"{stem}_scale"]
+            found[stem] = torch.from_numpy((array.astype(np.float32) - zero.astype(np.float32)) * scale)
+        elif array.dtype.kind == "f" and not name.endswith("_scale"):
+            found[name] = torch.from_numpy(np.array(array))
+    return found

@@ -1,0 +1,1 @@
+"""Is it the same function? Engines held against the reference model."""
