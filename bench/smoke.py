@@ -1,0 +1,60 @@
+"""The first half minute on a GPU: does DeiT-S/0.7 run in every form that a forward has, correctly, and how fast?
+
+    PYTHONPATH=.:kernels python bench/smoke.py --out smoke.json [--dry]
+
+In bfloat16 at batch 256 and 1: launched one by one, in a CUDA graph, with programmatic launches, as two branches. Each
+fails by itself; logits are held against the reference with its kept sets given, and by the engine's own choice.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from forwards import PLAIN, Expected, checkpoint, forward_of, with_programmatic, with_two_branches
+from rows import Part, Row, Rows, arguments, device_for
+
+from dvit_infer.timing import interleave
+
+VARIANTS = {
+    "not captured": PLAIN,
+    "captured": PLAIN,
+    "programmatic": with_programmatic(PLAIN),
+    "two branches": with_two_branches(PLAIN),
+}
+SECONDS, WARM_UP_S = 1.0, 0.2
+
+
+def one(source: dict[str, Any], variant: str, expected: Expected, seconds: float) -> Iterator[Row]:
+    """The row of one form of the forward; a wrong answer has no time."""
+    batch, device = len(expected.images), expected.logits.device
+    forward = forward_of(source, VARIANTS[variant], expected, variant=variant, captured=variant != "not captured")
+    logits = forward.call()
+    if why := expected.disagreement(logits, forward.given()):
+        yield {**forward.identity(batch), "failed": why}
+        return
+    timing = interleave({variant: forward.call}, device, seconds, warm_up=WARM_UP_S if seconds else 0.0)[variant]
+    yield forward.row(batch, timing, logits, expected)
+    if batch == 1 and variant == "captured":
+        print(f"  what runs it: {forward.engine.runner.how}", flush=True)
+
+
+def main() -> int:
+    given = arguments(__doc__, 30).parse_args()
+    device = device_for(given.dry)
+    dtype = torch.float32 if given.dry else torch.bfloat16
+    source = checkpoint("dynamicvit-deit-s", given.dry)
+    part, status = Part(Rows(given.out, given.add), device, given.budget), 0
+    for batch in (2, 1) if given.dry else (256, 1):
+        expected = Expected.of(source, batch, device, dtype)
+        variants = [v for v in VARIANTS if batch > 1 or v != "two branches"]
+        jobs = [
+            (f"{v}, batch {batch}", lambda v=v, e=expected: one(source, v, e, 0.0 if given.dry else SECONDS))
+            for v in variants
+        ]
+        status |= part.run(jobs)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
