@@ -1,8 +1,10 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
-# `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
-# (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
+# `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is (PYTHON=), which
+# needs torch, triton and pytest, in BUDGET seconds; ONLY=smoke,models runs some parts. Results go to $OUT, else to
+# bench/results/<gpu>; DVIT_COMMIT names the commit where there is no .git. `make gpu-second` measures what is to be
+# tried next beside what is there.
 # `make native` builds and tests the native library of kernels/csrc: as it is shipped, under AddressSanitizer and
 # UBSan, under ThreadSanitizer, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
@@ -11,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench proof gpu native aot clean
+.PHONY: demo test bench proof gpu gpu-second gpu-cache native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -57,8 +59,14 @@ native:
 	@if ! command -v nvcc >/dev/null; then echo "make native: nvcc is not here, so the CUDA side was not compiled"; else \
 	set -x; cmake -S . -B build/native-cuda -DDVIT_CUDA=ON $(STRICT) && $(call BUILD_NATIVE,build/native-cuda) -R api; fi
 
+BUDGET ?= 540
+SUITE := PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py
+
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py
+	$(SUITE) --budget '$(BUDGET)' $(if $(ONLY),--only '$(ONLY)')
+
+gpu-second:
+	$(SUITE) --budget 170 --only second,sanitizer
 
 # Another Triton goes into a venv of its own that sees the rest of .venv behind it.
 AOT := $(if $(TRITON),build/triton-$(TRITON),.venv)

@@ -252,18 +252,20 @@ def _us(call: Callable[[], object], device: torch.device, expected: float) -> fl
 PARTS = (gaps, peaks, cache, patch_embedding, activations, stem, float8)
 
 
+def measured(part: Callable[[torch.device, Sizes], Iterator[Row]], device: torch.device, sizes: Sizes) -> Iterator[Row]:
+    """The rows of one of `PARTS`, said to be measured: a row of limits may be derived."""
+    for row in part(device, sizes):
+        yield {"runtime": "measured", **row}
+
+
 def main() -> int:
     parser = arguments(__doc__, 45)
     names = ",".join(part.__name__ for part in PARTS)
     parser.add_argument("--only", default=names, help="(default: %(default)s)")
     given = parser.parse_args()
     device, sizes = device_for(given.dry), DRY if given.dry else Sizes()
-
-    def rows(part: Callable[[torch.device, Sizes], Iterator[Row]]) -> Iterator[Row]:
-        for row in part(device, sizes):
-            yield {**row, "runtime": "measured"}
-
-    jobs = [(part.__name__, lambda part=part: rows(part)) for part in PARTS if part.__name__ in given.only.split(",")]
+    parts = [part for part in PARTS if part.__name__ in given.only.split(",")]
+    jobs = [(part.__name__, lambda part=part: measured(part, device, sizes)) for part in parts]
     return Part(Rows(given.out, given.add), device, given.budget).run(jobs)
 
 
