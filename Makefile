@@ -5,6 +5,7 @@
 # needs torch, triton and pytest, in BUDGET seconds; ONLY=smoke,models runs some parts. Results go to $OUT, else to
 # bench/results/<gpu>; DVIT_COMMIT names the commit where there is no .git. `make gpu-second` measures what is to be
 # tried next beside what is there.
+# `make gpu-cache` compiles that suite's kernels beforehand, into build/gpu-cache, to be taken along.
 # `make native` builds and tests the native library of kernels/csrc: as it is shipped, under AddressSanitizer and
 # UBSan, under ThreadSanitizer, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
@@ -67,6 +68,21 @@ gpu:
 
 gpu-second:
 	$(SUITE) --budget 170 --only second,sanitizer
+
+# What a GPU machine finds there, of which an image may be known and nothing else: Triton for CPython 3.12.
+CACHE_TRITON ?= 3.6.0
+CACHE_PYTHON ?= 3.12
+CACHE_FOR := build/triton-$(CACHE_TRITON)-python-$(CACHE_PYTHON)
+PLATFORMS := $(foreach n,28 27 17,--platform manylinux_2_$(n)_x86_64)
+
+gpu-cache: build/triton-$(CACHE_TRITON)/.ready $(CACHE_FOR)/.ready
+	env -u TRITON_INTERPRET PYTHONPATH=.:kernels:bench build/triton-$(CACHE_TRITON)/bin/python bench/kernel_cache_build.py --for $(CACHE_FOR)
+
+$(CACHE_FOR)/.ready: $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --only-binary=:all: \
+	  --implementation cp --python-version $(CACHE_PYTHON) $(PLATFORMS) 'triton==$(CACHE_TRITON)'
+	touch $@
 
 # Another Triton goes into a venv of its own that sees the rest of .venv behind it.
 AOT := $(if $(TRITON),build/triton-$(TRITON),.venv)

@@ -1,4 +1,4 @@
-"""The suite for a GPU, on a CPU: its whole order in a dry run, bad input, what stays when a part fails or is cut off."""
+"""The suite for a GPU, on a CPU: its whole order in a dry run, bad input, what stays of a part that is cut off."""
 
 import json
 import os
