@@ -11,6 +11,7 @@ from typing import TextIO
 
 ROOT = Path(__file__).parent.parent
 CUT_OFF = 124  # exit status of a command that took too long
+DRY = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # environment of a part in a dry run
 PATIENCE_S = 2.0  # from asking a command to end until it is killed
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -104,8 +103,7 @@ def run_parts(parts: Sequence[str], out: Path, end: float, dry: bool, log: Log) 
         if part in BY_TESTS:
             status = BY_TESTS[part](seconds, log, dry)
         else:
-            dry_variables = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if dry else {}
-            status = children.run(command(part, out, seconds, dry), seconds, log, dry_variables)
+            status = children.run(command(part, out, seconds, dry), seconds, log, children.DRY if dry else None)
         outcome = {0: "done", CUT_OFF: "CUT OFF; what it had measured stays"}.get(status, f"FAILED, status {status}")
         log(f"== {part}: {outcome}, {time.monotonic() - start:.0f} s")
         if status != 0:
@@ -133,7 +131,6 @@ def suite(given: argparse.Namespace) -> int:
             (out / name).unlink(missing_ok=True)
     if not given.dry:
         log(card())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends with this process
     found = run_parts(parts, out, start + budget, given.dry, log)
     for what, names in found.items():
         if names:

@@ -39,7 +39,7 @@ def _pytest(*arguments: str) -> list[str]:
 def tests(seconds: float, say: Say, dry: bool) -> int:
     """The tests of the kernels and the engine, by as many processes as there are cores."""
     if dry:
-        return children.run(_pytest(*DRY_TESTS), seconds, say)
+        return children.run(_pytest(*DRY_TESTS), seconds, say, children.DRY)
     spread = []
     if importlib.util.find_spec("xdist"):  # in the order given: what comes first says most
         spread = ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "load", "--maxschedchunk", "2"]

@@ -34,8 +34,7 @@ def short(key: str) -> str:
 def pack(cache: Path, manifest: dict[str, Any], path: Path) -> int:
     """Pack what a launch reads of Triton's cache: binaries and their metadata. Returns the number of kernels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = sorted(f for f in cache.glob("*/*") if f.suffix in (".cubin", ".json", ".so") and f.name[:2] != "__")
-    kept += sorted(cache.glob("*/__triton_launcher*.so"))
+    kept = sorted(f for f in cache.glob("*/*") if f.suffix in (".cubin", ".json") and f.name[:2] != "__")
     count = sum(file.suffix == ".cubin" for file in kept)
     with tarfile.open(path, "w:xz") as archive:
         text = json.dumps({**manifest, "kernels": count}).encode()

@@ -96,7 +96,8 @@ def recorded() -> Iterator[Launch]:
                     # 128: a half of two branches. 2: what an engine may be tried on. uint8: DeiT takes it as it is.
                     for batch, dtype in ((256, BF16), (1, BF16), (128, BF16), (2, BF16), (256, torch.uint8)):
                         if dtype == BF16 or runner.takes_uint8:
-                            runner(torch.zeros(1, 3, 224, 224, dtype=dtype).expand(batch, -1, -1, -1))
+                            image = torch.zeros(1, 3, *engine.config.image_size, dtype=dtype)
+                            runner(image.expand(batch, -1, -1, -1))
             yield from found
             print(f"{arch}, {method}: {len(found)} launches", flush=True)
             found.clear()

@@ -14,7 +14,7 @@ from dvit_infer import timing
 from dvit_infer.results import environment, write_json
 
 FIGURES = ("batch", "images_per_s", "p50_ms", "us", "tflops", "tb_per_s", "max_error", "max_logit_error")
-FIGURES = (*FIGURES, "top1_agreement", "speedup", "share")  # what a line of the log shows of a row
+FIGURES = (*FIGURES, "max_difference", "top1_agreement", "speedup", "share")  # what a line of the log shows of a row
 OFTEN_S = 0.5  # a file is written no more often, but at the end of a job
 Row = Mapping[str, Any]
 Job = Callable[[], Iterable[Row]]

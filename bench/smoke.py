@@ -3,7 +3,8 @@
     PYTHONPATH=.:kernels python bench/smoke.py --out smoke.json [--dry]
 
 In bfloat16 at batch 256 and 1: launched one by one, in a CUDA graph, with programmatic launches, as two branches. Each
-fails by itself; logits are held against the reference with its kept sets given, and by the engine's own choice.
+fails by itself; logits are held against the reference with its kept sets given, and by the engine's own choice. How
+far they are from those of the first form is written too: only two branches may take other tiles, and differ.
 """
 
 import sys
@@ -25,18 +26,21 @@ VARIANTS = {
 SECONDS, WARM_UP_S = 1.0, 0.2
 
 
-def one(source: dict[str, Any], variant: str, expected: Expected, seconds: float) -> Iterator[Row]:
-    """The row of one form of the forward; a wrong answer has no time."""
+def one(
+    source: dict[str, Any], variant: str, expected: Expected, seconds: float, seen: list[torch.Tensor]
+) -> Iterator[Row]:
+    """The row of one form of the forward; a wrong answer has no time. `seen` holds logits of the forms before."""
     batch, device = len(expected.images), expected.logits.device
     forward = forward_of(source, VARIANTS[variant], expected, variant=variant, captured=variant != "not captured")
+    print(f"  {forward.engine.runner.how}", flush=True)
     logits = forward.call()
     if why := expected.disagreement(logits, forward.given()):
         yield {**forward.identity(batch), "failed": why}
         return
+    seen.append(logits)
     timing = interleave({variant: forward.call}, device, seconds, warm_up=WARM_UP_S if seconds else 0.0)[variant]
-    yield forward.row(batch, timing, logits, expected)
-    if batch == 1 and variant == "captured":
-        print(f"  what runs it: {forward.engine.runner.how}", flush=True)
+    difference = (logits - seen[0]).abs().max().item()
+    yield {**forward.row(batch, timing, logits, expected), "max_difference": difference}
 
 
 def main() -> int:
@@ -46,10 +50,10 @@ def main() -> int:
     source = checkpoint("dynamicvit-deit-s", given.dry)
     part, status = Part(Rows(given.out, given.add), device, given.budget), 0
     for batch in (2, 1) if given.dry else (256, 1):
-        expected = Expected.of(source, batch, device, dtype)
+        expected, seen = Expected.of(source, batch, device, dtype), []
         variants = [v for v in VARIANTS if batch > 1 or v != "two branches"]
         jobs = [
-            (f"{v}, batch {batch}", lambda v=v, e=expected: one(source, v, e, 0.0 if given.dry else SECONDS))
+            (f"{v}, batch {batch}", lambda v=v, e=expected, s=seen: one(source, v, e, 0.0 if given.dry else SECONDS, s))
             for v in variants
         ]
         status |= part.run(jobs)

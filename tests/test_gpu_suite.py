@@ -336,3 +336,38 @@ def test_compiled_kernels_are_unpacked_where_triton_finds_them(packed, tmp_path,
     monkeypatch.setattr("triton.runtime.cache.triton_key", lambda: "another Triton")
     assert "MISS, Triton's key is " in kernel_cache.unpack(packed)
     assert "MISS, none were taken along" in kernel_cache.unpack(tmp_path / "nothing.tar.xz")
+
+
+@pytest.mark.interpreter
+def test_launches_are_recorded_and_nothing_is_launched(monkeypatch):
+    """Every kernel of a forward, its tensors without memory, with programmatic launches and without."""
+    build = pytest.importorskip("kernel_cache_build")
+    monkeypatch.setattr(build, "ARCHS", ("dynamicvit-deit-s", "dynamicvit-lvvit-s"))
+    monkeypatch.setattr(build, "checkpoint", lambda arch, dry: checkpoint(arch, True))
+    launches = list(build.recorded())
+    names = {launch.kernel.__name__ for launch in launches}
+    assert names >= {"_linear_kernel", "_attention_kernel", "_project_kernel", "_score_kernel", "_select_kernel"}
+    assert names >= {"_patch_embedding_kernel"}
+    assert {launch.arguments["PDL"] for launch in launches} == {True, False}
+    tensors = [v for launch in launches for v in launch.arguments.values() if isinstance(v, torch.Tensor)]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert torch.uint8 in {tensor.dtype for tensor in tensors}
+
+
+def test_a_key_is_that_of_another_triton_of_the_same_version_alone(tmp_path):
+    build = pytest.importorskip("kernel_cache_build")
+    import triton
+    from triton.runtime.cache import triton_key
+
+    here, other = Path(triton.__file__).parent, tmp_path / "triton"
+    (other / "_C").mkdir(parents=True)
+    for entry in here.iterdir():
+        if entry.name != "_C":
+            (other / entry.name).symlink_to(entry)
+    (other / "_C" / "libtriton.so").write_bytes(b"of another Python")
+    key = build.key_for(tmp_path)
+    assert key != triton_key()
+    assert len(key) == len(triton_key())
+    (other / "__init__.py").unlink()
+    with pytest.raises(SystemExit, match=r"__init__\.py: is not the same as Triton"):
+        build.key_for(tmp_path)
