@@ -85,6 +85,15 @@ def under(choices: Choices, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
+def programmatic(choices: Choices) -> contextlib.AbstractContextManager[None]:
+    """Inside, launches are programmatic ones if the choices say so and the GPU has them."""
+    if not (choices.programmatic and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)):
+        return contextlib.nullcontext()
+    from dvit_kernels.launch import programmatic_launches
+
+    return programmatic_launches(True)
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a model should answer for some images: the reference's in float32, and plain PyTorch's error in the dtype.
@@ -155,9 +164,7 @@ class Forward:
         return replace(self, variant=variant, call=under(self.choices, call))
 
     def row(self, batch: int, timing: Timing, logits: torch.Tensor, expected: Expected) -> dict[str, Any]:
-        config = self.engine.config
         return {
-            **{"model": config.arch, "keep_rate": config.keep_rate if config.method != "none" else 1.0},
             **self.identity(batch),
             **timing.rates(batch),
             "gmacs": self.engine.graph.gflops,
@@ -167,9 +174,10 @@ class Forward:
         }
 
     def identity(self, batch: int) -> dict[str, Any]:
-        dtype = str(self.engine.dtype).removeprefix("torch.")
+        config, dtype = self.engine.config, str(self.engine.dtype).removeprefix("torch.")
+        model = {"model": config.arch, "keep_rate": 1.0 if config.method == "none" else config.keep_rate}
         where = {"device": self.engine.device.type, "dtype": dtype, "batch": batch}
-        return {"op": "forward", "runtime": self.runtime, "variant": self.variant, **where}
+        return {"op": "forward", **model, "runtime": self.runtime, "variant": self.variant, **where}
 
 
 def forward_of(
@@ -185,9 +193,13 @@ def forward_of(
     dense = {"method": "none"} if runtime == "dense" else {}
     engine = engine_under(choices, source, device, dtype=dtype, **dense)
     images, kept = expected.images, None if dense else expected.kept
-    given = under(choices, lambda: engine(images, kept=kept))  # never captured: it has an argument more
+
+    def given() -> torch.Tensor:  # never captured, so programmatic launches are asked for here
+        with programmatic(choices):
+            return engine(images, kept=kept)
+
     call = (lambda: engine(images)) if captured else (lambda: engine.runner.runner(images)[0])
-    return Forward(runtime, variant, choices, engine, under(choices, call), given)
+    return Forward(runtime, variant, choices, engine, under(choices, call), under(choices, given))
 
 
 PLAIN = Choices()

@@ -1,5 +1,6 @@
 """What the suite needs of a machine, said in one line before anything starts."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ def check_machine() -> None:
     if capability < OLDEST:
         name, found = torch.cuda.get_device_name(), ".".join(map(str, capability))
         raise InputError(f"{name}: compute capability {found}; the kernels need 8.0 or later")
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("Triton is not installed for this Python; the suite needs it")
     compiler = os.environ.get("CC") or "gcc"
     if shutil.which(compiler) is None and (os.environ.get("CC") or shutil.which("clang") is None):
         raise InputError("there is no C compiler here, gcc, clang or $CC; Triton needs one to launch kernels")

@@ -8,6 +8,7 @@ compiles as ever.
 import hashlib
 import io
 import json
+import lzma
 import tarfile
 import time
 from pathlib import Path
@@ -50,6 +51,13 @@ def unpack(path: Path = PACKED) -> str:
     """Unpack into Triton's cache if the kernels are for the Triton and the GPU that are here; the line that says so."""
     if not path.exists():
         return "compiled kernels: MISS, none were taken along (make gpu-cache makes them)"
+    try:
+        return f"compiled kernels: {_unpacked(path)}"
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, ValueError, LookupError) as error:
+        return f"compiled kernels: MISS, {path} cannot be read ({str(error) or type(error).__name__})"
+
+
+def _unpacked(path: Path) -> str:
     import torch
     from triton.runtime.cache import triton_key
 
@@ -57,22 +65,22 @@ def unpack(path: Path = PACKED) -> str:
     target = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "no GPU"
     start = time.monotonic()
     with tarfile.open(path) as archive:
-        manifest = json.loads(archive.extractfile(archive.next()).read())
+        manifest = json.load(archive.extractfile(MANIFEST))
         for what, wanted, found in (
             ("Triton's key", manifest["triton_key"], here),
             ("the GPU", manifest["target"], target),
         ):
             if wanted != found:
-                return f"compiled kernels: MISS, {what} is {found}, they are for {wanted}; kernels compile as needed"
-        archive.extractall(cache_folder(), filter="data")
-        names = [name for name in archive.getnames() if name.endswith(".json") and name != MANIFEST]
-    for name in names:
-        _write_group(cache_folder() / name)
-    (cache_folder() / MANIFEST).unlink()
+                return f"MISS, {what} is {found}, they are for {wanted}; kernels compile as needed"
+        files = [member for member in archive.getmembers() if member.name != MANIFEST]
+        archive.extractall(cache_folder(), files, filter="data")
+    for member in files:
+        if member.name.endswith(".json"):
+            _write_group(cache_folder() / member.name)
     changed = sum(manifest["sources"].get(name) != value for name, value in fingerprint().items())
     part = f" in part, {changed} files of kernels have changed since" if changed else ""
     taken = time.monotonic() - start
-    return f"compiled kernels: HIT{part}: {manifest['kernels']} for Triton's key {here} on {target}, {taken:.1f} s"
+    return f"HIT{part}: {manifest['kernels']} for Triton's key {here} on {target}, {taken:.1f} s"
 
 
 def _write_group(metadata: Path) -> None:

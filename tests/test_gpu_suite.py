@@ -345,6 +345,9 @@ def test_compiled_kernels_are_unpacked_where_triton_finds_them(packed, tmp_path,
     monkeypatch.setattr("triton.runtime.cache.triton_key", lambda: "another Triton")
     assert "MISS, Triton's key is " in kernel_cache.unpack(packed)
     assert "MISS, none were taken along" in kernel_cache.unpack(tmp_path / "nothing.tar.xz")
+    for content in (b"", b"no archive", packed.read_bytes()[:90]):
+        (tmp_path / "broken.tar.xz").write_bytes(content)
+        assert "broken.tar.xz cannot be read (" in kernel_cache.unpack(tmp_path / "broken.tar.xz")
 
 
 @pytest.mark.interpreter
