@@ -98,6 +98,7 @@ class Attention:
 
 
 Shape = Linear | Attention
+Tile = LinearTile | AttentionTile
 
 
 def shapes_of(model: Model, batch: int, dtype: torch.dtype) -> Iterator[Shape]:
@@ -187,3 +188,9 @@ def attention_tiles(n: int, head_dim: int, dtype: torch.dtype) -> list[Attention
                 found.append(AttentionTile(block_m, *chunks, num_warps=warps, programs=programs))
     found += [AttentionTile(64, 64, num_warps=4, num_stages=2), AttentionTile(128, 64, num_warps=8, num_stages=2)]
     return list(dict.fromkeys(found))
+
+
+def tiles_of(shape: Shape, dtype: torch.dtype, dry: bool) -> Sequence[Tile]:
+    if isinstance(shape, Linear):
+        return linear_tiles(shape, dtype, dry)
+    return attention_tiles(shape.tokens, shape.head_dim, dtype)[: 2 if dry else None]

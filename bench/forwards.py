@@ -141,7 +141,7 @@ def typical_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Forward:
-    """One way of running a model: its row's `runtime` and `variant`, and the calls.
+    """A model as it is run: its row's `runtime` and `variant`, and the calls.
 
     Attributes:
         call: () -> logits, on the images of an `Expected`.

@@ -52,7 +52,8 @@ ASKED_FOR = ("second", "more")  # parts that run only where --only names them
 LEAST = {"native": 45, "sanitizer": 30}  # seconds below which a part is not begun; else LEAST_S
 LEAST_S = 4.0
 MARGIN_S = 4.0  # before its end, a script begins no more
-FILES = {"capture": "models", "choices": "models", "lvvit": "models", "more": "models"}  # else the part's own name
+# Scripts that run several parts, into one file; else both are called as the part is.
+FILES = {"capture": "models", "choices": "models", "lvvit": "models", "more": "models"}
 BY_TESTS: dict[str, Callable[[float, Callable[[str], None], bool], int]] = {
     "tests": gpu_tests.tests,
     "native": gpu_tests.native_tests,
@@ -74,7 +75,7 @@ class Log:
 
 def command(part: str, out: Path, seconds: float, dry: bool) -> list[str]:
     """The script of a part, with its options."""
-    script = "models" if FILES.get(part) == "models" or part == "models" else part
+    script = FILES.get(part, part)
     options = {
         "models": ["--part", part],
         "tune": ["--choices", str(out / "choices.json")],

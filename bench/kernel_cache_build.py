@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import triton
 from aot import source
-from candidates import PLAN, linears, shapes_of
+from candidates import PLAN, linears, shapes_of, tiles_of
+from compile_ahead import launch_of
 from dvit_kernels.launch import Launch, programmatic_launches
 from dvit_kernels.linear import linear_launch
 from forwards import checkpoint
@@ -32,7 +33,6 @@ from kernel_cache import PACKED, fingerprint, pack, short
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
-from tune import launch_of, tiles_of
 
 import dvit_infer as dvit
 from dvit_infer.backends.triton import TritonRunner

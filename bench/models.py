@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels python bench/models.py --part models --out models.json [--budget 60] [--dry]
 
-Random weights, keep rate 0.7, bfloat16. Parts: `models`, the headline, by the default choices; `capture`, the ways of
+Random weights, keep rate 0.7, bfloat16. Parts: `models`, the headline, by the default choices; `capture`, variants of
 capturing a forward beside the plain one; `choices`, what bench/tune.py chose beside the defaults; `lvvit`, LV-ViT-S and
 its stem's share; `more`, other batches and torch.compile, which takes minutes.
 """
@@ -70,7 +70,7 @@ class Models:
             yield "LV-ViT-S, its stem", self.share_of_stem
         for batch in (256, 1):
             if part == "capture":
-                yield f"ways to capture, batch {batch}", lambda b=batch: self.ways_to_capture(self.batch(b))
+                yield f"capture, batch {batch}", lambda b=batch: self.capture_variants(self.batch(b))
             if part == "choices":
                 yield f"measured choices, batch {batch}", lambda b=batch: self.by_choices(DEIT_S, self.batch(b))
         if part == "choices":
@@ -88,11 +88,11 @@ class Models:
                 if outcome.strays:
                     raise RuntimeError(f"{arch}, batch {batch}: {outcome.verdict}")
 
-    def ways_to_capture(self, batch: int) -> Iterator[Row]:
-        """The engine with each way of capturing, and from uint8 images, beside the plain one."""
+    def capture_variants(self, batch: int) -> Iterator[Row]:
+        """The engine captured in each variant, and from uint8 images, beside the plain one."""
         source = checkpoint(DEIT_S, self.dry)
         expected = Expected.of(source, batch, self.device, self.dtype)
-        ways = {
+        variants = {
             "programmatic": with_programmatic(PLAIN),
             "two branches": with_two_branches(PLAIN),
             "programmatic, two branches": with_programmatic(with_two_branches(PLAIN)),
@@ -100,7 +100,7 @@ class Models:
         }
         plain, images = forward_of(source, PLAIN, expected), expected.images
         forwards = [plain, plain.beside("not captured", lambda: plain.engine.runner.runner(images)[0])]
-        for variant, choices in ways.items():
+        for variant, choices in variants.items():
             if batch > 1 or "branches" not in variant:
                 forwards.append(forward_of(source, choices, expected, variant=variant))
         pixels = (images.float() * 40 + 120).clamp(0, 255).byte()
@@ -114,9 +114,9 @@ class Models:
             return
         source, measured = checkpoint(arch, self.dry), read_choices(self.choices)
         expected = Expected.of(source, batch, self.device, self.dtype)
-        ways = {None: PLAIN, "measured choices": measured}
-        engines = [forward_of(source, choices, expected, variant=variant) for variant, choices in ways.items()]
-        dense = [forward_of(source, choices, expected, "dense", variant) for variant, choices in ways.items()]
+        variants = {None: PLAIN, "measured choices": measured}
+        engines = [forward_of(source, choices, expected, variant=variant) for variant, choices in variants.items()]
+        dense = [forward_of(source, choices, expected, "dense", variant) for variant, choices in variants.items()]
         yield from self.interleaved(engines, expected, engines[0], unchecked=dense)
 
     def interleaved(

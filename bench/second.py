@@ -4,7 +4,7 @@
 
 Registers bounded at 128 a thread where 130 to 175 leave room for one program a multiprocessor; the tile of the first
 launch of prune_tokens; forms of GELU behind fc1, and LV-ViT's stem with bias and ReLU in cuDNN
-(both of bench/machine.py).
+(both of bench/layers.py).
 """
 
 import itertools
@@ -20,9 +20,9 @@ from dvit_kernels.linear_tma import PAIRED
 from dvit_kernels.patch_embedding import patch_embedding_launch
 from dvit_kernels.prune_tokens import prune_tokens_launches
 from launches import microseconds
-from machine import DRY as DRY_MACHINE
-from machine import Sizes as MachineSizes
-from machine import activations, measured, stem
+from layers import DRY as DRY_LAYERS
+from layers import Sizes as LayerSizes
+from layers import activations, measured, stem
 from rows import Part, Row, Rows, arguments, device_for
 from triton import cdiv
 
@@ -140,13 +140,13 @@ def patch_embedding(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 def main() -> int:
     given = arguments(__doc__, 120).parse_args()
     device, sizes = device_for(given.dry), Sizes(given.dry)
-    machine = DRY_MACHINE if given.dry else MachineSizes()
+    layers = DRY_LAYERS if given.dry else LayerSizes()
     jobs: dict[str, Callable[[], Any]] = {
         "linears": lambda: linears(device, sizes),
         "predictor": lambda: predictor(device, sizes),
         "patch embedding": lambda: patch_embedding(device, sizes),
-        "forms of GELU behind fc1": lambda: measured(activations, device, machine),
-        "LV-ViT's stem": lambda: measured(stem, device, machine),
+        "forms of GELU behind fc1": lambda: measured(activations, device, layers),
+        "LV-ViT's stem": lambda: measured(stem, device, layers),
     }
     return Part(Rows(given.out, given.add), device, given.budget).run(jobs.items())
 

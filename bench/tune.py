@@ -8,11 +8,9 @@ measured too. Inputs are random and rotate among buffers larger than the L2 cach
 Triton's interpreter, which shows that it runs and says nothing about time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import multiprocessing
-import multiprocessing.pool
 import os
 import sys
 import time
@@ -21,26 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_candidates import attention_candidates
 from candidates import (
     DRY_PLAN,
     PLAN,
-    PYTORCH,
-    Attention,
     Linear,
     Shape,
-    attention_tiles,
     by,
     linear_candidates,
-    linear_tiles,
     shapes_of,
+    tiles_of,
 )
-from dvit_kernels.attention import AttentionTile, attention_launch, launch_attention
-from dvit_kernels.linear import LinearTile, linear_launch
+from compile_ahead import compile_ahead
 from launches import copies, microseconds
 from rows import Job, Part, Row, Rows, arguments, device_for
 
-from dvit_infer.ops.attention import attention
-from dvit_infer.ops.choices import using
 from dvit_infer.results import environment, write_json
 
 MARGIN = 1.03  # how much faster than the default another candidate must be to replace it
@@ -51,14 +44,7 @@ SHOWN = 4  # of the candidates for a shape, the fastest
 WRONG = "wrong"
 WORKERS = 12  # that compile ahead
 
-Tile = LinearTile | AttentionTile
 Candidates = Mapping[str, Sequence[Callable[[], Any]]]
-
-
-def tiles_of(shape: Shape, dtype: torch.dtype, dry: bool) -> Sequence[Tile]:
-    if isinstance(shape, Linear):
-        return linear_tiles(shape, dtype, dry)
-    return attention_tiles(shape.tokens, shape.head_dim, dtype)[: 2 if dry else None]
 
 
 def measure(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
@@ -101,53 +87,6 @@ def answer(calls: Sequence[Callable[[], Any]]) -> torch.Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
-def attention_candidates(
-    shape: Attention, dtype: torch.dtype, device: torch.device, tiles: Sequence[AttentionTile]
-) -> Candidates:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    size = shape.batch, shape.tokens, 3, shape.heads, shape.head_dim
-    moved = shape.batch * shape.tokens * 4 * shape.heads * shape.head_dim * dtype.itemsize
-    qkv = [torch.randn(*size, device=device, dtype=dtype) for _ in range(copies(moved, device))]
-    scale = shape.head_dim**-0.5
-
-    def sdpa(one: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            q, k, v = (t.transpose(1, 2) for t in one.unbind(2))
-            return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-
-    def by_pytorch(one: torch.Tensor) -> torch.Tensor:
-        with using(PYTORCH):
-            return attention(*one.unbind(2), scale)
-
-    found: dict[str, list[Callable[[], Any]]] = {"pytorch": [functools.partial(by_pytorch, one) for one in qkv]}
-    if device.type == "cuda":
-        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-        for name, backend in backends.items():
-            found[f"sdpa {name}"] = [functools.partial(sdpa, one, backend) for one in qkv]
-        if varlen := _varlen(shape.batch, shape.tokens, device):
-            found["varlen"] = [functools.partial(varlen, one.flatten(0, 1)) for one in qkv]
-    for tile in tiles:
-        found[by(tile)] = [functools.partial(launch_attention, *one.unbind(2), scale, tile=tile) for one in qkv]
-    return found
-
-
-def _varlen(batch: int, n: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """torch's own attention for ragged batches, where it has one."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    lengths = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device)
-
-    def run(packed: torch.Tensor) -> torch.Tensor:
-        q, k, v = packed.unbind(1)
-        return varlen_attn(q, k, v, lengths, lengths, n, n)
-
-    return run
-
-
 def choose(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[str]]:
     """The choice of each shape, and the kinds of launches that have none because batch 1 was not measured.
 
@@ -176,49 +115,6 @@ def _kind(row: Row) -> tuple[tuple[str, Any], ...]:
     """What a choice is looked up by, but for its size."""
     keys = ("in", "out", "does") if row["op"] == "linear" else ("queries", "tokens", "head_dim")
     return tuple((key, row[key]) for key in ("op", "dtype", *keys))
-
-
-def compile_ahead(pool: multiprocessing.pool.Pool, shapes: Sequence[Shape], dtype: torch.dtype) -> Callable[[], None]:
-    """Start to compile the shapes' kernels, in processes of their own; returns a call that waits for them."""
-    # Rows are not compiled in: linears that differ in nothing else share their kernels.
-    jobs = {
-        (dataclasses.replace(shape, batch=1, rows=64) if isinstance(shape, Linear) else shape, tile): None
-        for shape in shapes
-        for tile in tiles_of(shape, dtype, False)
-    }
-    done = pool.starmap_async(compile_only, [(*job, dtype) for job in jobs], chunksize=1)
-    return done.wait
-
-
-def compile_only(shape: Shape, tile: Tile, dtype: torch.dtype) -> None:
-    """Compile a candidate's kernel for this GPU; nothing is launched, which would disturb what is being timed."""
-    with contextlib.suppress(Exception):  # what cannot be compiled is reported where it is measured
-        launch = launch_of(shape, tile, dtype)
-        launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
-
-
-def launch_of(shape: Shape, tile: Tile, dtype: torch.dtype) -> Any:
-    """The candidate's launch, on tensors without memory."""
-
-    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    if isinstance(shape, Attention):
-        qkv = empty(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
-        return attention_launch(*qkv.unbind(2), shape.head_dim**-0.5, tile=tile)[0]
-    parts = shape.dim_in // (128 if shape.dim_in % 128 == 0 else 32)
-    return linear_launch(
-        empty(shape.rows, shape.dim_in),
-        empty(shape.dim_out, shape.dim_in),
-        empty(shape.dim_out),
-        empty(shape.rows, shape.dim_out) if shape.residual else None,
-        empty(shape.dim_out, dtype=torch.float32) if shape.norm else None,
-        empty(shape.rows, parts, 2, dtype=torch.float32) if shape.norm else None,
-        1e-6,
-        shape.activation,
-        stats_block=tile.block_n if shape.residual else 0,
-        tile=tile,
-    )[0]
 
 
 def shown(row: Row) -> str:

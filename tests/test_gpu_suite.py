@@ -72,27 +72,33 @@ def test_the_second_run_walks_too(tmp_path):
 
 
 @pytest.mark.parametrize("budget", ["0", "-5", "soon", "nan", "inf", ""])
-def test_a_budget_that_is_none(budget, tmp_path):
-    done = suite("--dry", "--out", str(tmp_path / "out"), f"--budget={budget}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: BUDGET: {budget!r} is no number of seconds; more than 0 are needed, 540 are usual\n"
+def test_a_budget_that_is_none(budget, tmp_path, capsys):
+    assert gpu.main(["--dry", "--out", str(tmp_path / "out"), f"--budget={budget}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: BUDGET: {budget!r} is no number of seconds; more than 0 are needed, 540 are usual\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_one_line_each(tmp_path, monkeypatch):
-    done = suite("--only", "smoke,nonsense")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ONLY: 'nonsense' is no part of the suite; these are: smoke, models, ")
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line_each(tmp_path, capsys):
+    def error(*argv: str) -> str:
+        assert gpu.main(argv) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        return err
+
+    expected = "error: ONLY: 'nonsense' is no part of the suite; these are: smoke, models, "
+    assert error("--only", "smoke,nonsense").startswith(expected)
     (tmp_path / "file").write_text("")
-    done = suite("--dry", "--out", str(tmp_path / "file" / "out"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"error: {tmp_path}/file/out: results cannot be written there (Not a directory)")
+    expected = f"error: {tmp_path}/file/out: results cannot be written there (Not a directory)"
+    assert error("--dry", "--out", str(tmp_path / "file" / "out")).startswith(expected)
     if not torch.cuda.is_available():
-        done = suite("--out", str(tmp_path / "none"))
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert done.stderr.startswith("error: there is no NVIDIA GPU here")
+        assert error("--out", str(tmp_path / "none")).startswith("error: there is no NVIDIA GPU here")
         assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--nonsense"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense\n"
 
 
 @pytest.fixture
