@@ -1,6 +1,6 @@
 """Hold one result file against an earlier one of the same machine; exit status 1 on a regression.
 
-    python bench/compare.py OLD.json NEW.json
+    python bench/compare.py OLD.json NEW.json      # of version 1 or 2, each
 
 A row is a regression if it is slower by more than the noise of the two files, or its answer is further off. What both
 files measured of PyTorch alone (the reference, eager) tells how much faster or slower the machine was: taken out.
@@ -13,14 +13,14 @@ import statistics
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.errors import InputError
+from dvit_infer.results import read_results
 from dvit_infer.tables import table
 
-NAMES = ("op", "model", "keep_rate", "how", "mode", "device", "dtype", "batch", "shape")
+NAMES = ("op", "model", "keep_rate", "runtime", "variant", "device", "dtype", "batch", "shape")
 OF_PYTORCH = ("reference", "eager")
 LEAST = 0.03  # the least noise believed: what medians of quiet runs differ by
 FURTHER_OFF, ROUNDING = 3.0, 1e-4  # an answer is further off by this factor, where it is no longer rounding
@@ -48,22 +48,17 @@ def read(path: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], Measured]]:
     """Environment and rows of a result file.
 
     Raises:
-        InputError: it cannot be read, or is no result file of this version.
+        InputError: it cannot be read, is of an unknown version, or is no result file.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no JSON ({error})") from None
+    content = read_results(path)
     try:
         where, rows = content["environment"], content["rows"]
         where["machine"], where.get("commit")
         found = {_name(row): _measured(row) for row in rows if _is_timed(row)}
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{path}: is no result file of this version ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}: is no result file ({type(error).__name__}: {error})") from None
     if not found:
-        raise InputError(f"{path}: is no result file of this version (no row in it has a time)")
+        raise InputError(f"{path}: is no result file (no row in it has a time)")
     return where, found
 
 
@@ -73,7 +68,7 @@ def _name(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _is_timed(row: Mapping[str, Any]) -> bool:
     """What the machine was measured to do at best is none of this project's doing."""
-    return ("us" in row or "images_per_s" in row) and not str(row.get("how")).startswith("measured limit")
+    return ("us" in row or "images_per_s" in row) and not str(row.get("runtime")).startswith("measured limit")
 
 
 def _measured(row: Mapping[str, Any]) -> Measured:
@@ -114,15 +109,15 @@ def _compare(options: argparse.Namespace) -> int:
     common = [name for name in old if name in new]
     if not common:
         raise InputError(f"{options.new}: has no row in common with {options.old}")
-    how = NAMES.index("how")
-    steady = [new[n].us / old[n].us for n in common if json.loads(n[how]) in OF_PYTORCH]
+    runtime = NAMES.index("runtime")
+    steady = [new[n].us / old[n].us for n in common if json.loads(n[runtime]) in OF_PYTORCH]
     drift = statistics.median(steady) if steady else 1.0
     rows, regressions = [], []
     for name in common:
         before, after = old[name], new[name]
         ratio = after.us / before.us / drift
         noise = _noise(before, after)
-        is_ours = json.loads(name[how]) not in OF_PYTORCH
+        is_ours = json.loads(name[runtime]) not in OF_PYTORCH
         slower = is_ours and noise is not None and ratio > 1 + noise
         verdict = " and ".join(["slower"] * slower + ["further off"] * _is_further_off(before, after))
         label = " ".join(str(json.loads(part)) for part in name if part != "null")

@@ -6,7 +6,9 @@ The reference in bfloat16 runs both ways that people use: under autocast, and ca
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import dvit_infer as dvit
 from dvit_infer.families.example import example_checkpoint
 from dvit_infer.graph import build_graph
 from dvit_infer.images import sample_images
-from dvit_infer.results import environment, write_results
+from dvit_infer.results import environment, write_json
 from dvit_infer.tables import table
 from dvit_infer.timing import Row, interleave
 
@@ -26,11 +28,11 @@ ARCH = "dynamicvit-deit-s"
 class Way(NamedTuple):
     """One way to run the model, the name of the way it is held against, and what its answers should be."""
 
-    how: str
-    mode: str | None
+    runtime: str
+    variant: str | None
     dtype: str
     call: Callable[[torch.Tensor], torch.Tensor]
-    gflops: float
+    gmacs: float
     params: int
     held_mib: Callable[[], float]
     baseline: str
@@ -38,7 +40,7 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.how, self.mode, self.dtype)))
+        return " ".join(filter(None, (self.runtime, self.variant, self.dtype)))
 
 
 def ways() -> Iterator[Way]:
@@ -46,11 +48,11 @@ def ways() -> Iterator[Way]:
     reference = dvit.load_reference(checkpoint)
     cast = dvit.load_reference(checkpoint).to(torch.bfloat16)
     engines = {
-        (how, dtype): dvit.convert(checkpoint, device="cpu", dtype=dtype, method=method)
+        (runtime, dtype): dvit.convert(checkpoint, device="cpu", dtype=dtype, method=method)
         for dtype in ("float32", "bfloat16")
-        for how, method in (("dense", "none"), ("engine", None))
+        for runtime, method in (("dense", "none"), ("engine", None))
     }
-    gflops = build_graph(reference, engines["engine", "float32"].config).gflops
+    gmacs = build_graph(reference, engines["engine", "float32"].config).gflops
 
     def eager(images: torch.Tensor) -> torch.Tensor:
         return reference.evaluate(images).logits
@@ -65,21 +67,22 @@ def ways() -> Iterator[Way]:
     float32, bfloat16 = "reference float32", "reference autocast bfloat16"
     params = sum(p.numel() for p in reference.parameters())
     dense_params = params - sum(p.numel() for p in reference.score_predictor.parameters())
-    for mode, dtype, call, itemsize in (
+    for variant, dtype, call, itemsize in (
         (None, "float32", eager, 4),
         ("autocast", "bfloat16", autocast, 4),
         ("cast", "bfloat16", as_cast, 2),
     ):
         against = float32 if dtype == "float32" else bfloat16
         mib = params * itemsize / 2**20
-        yield Way("reference", mode, dtype, call, gflops, params, lambda mib=mib: mib, against, eager)
-    for (how, dtype), engine in engines.items():
-        print(f"{how}, {dtype}: {engine.runner.how}")
-        right = eager if how == "engine" else engines["dense", "float32"]
+        yield Way("reference", variant, dtype, call, gmacs, params, lambda mib=mib: mib, against, eager)
+    for (runtime, dtype), engine in engines.items():
+        print(f"{runtime}, {dtype}: {engine.runner.how}")
+        right = eager if runtime == "engine" else engines["dense", "float32"]
         against = float32 if dtype == "float32" else bfloat16
-        own = dense_params if how == "dense" else params
-        mode = None if f"in {dtype}" in engine.runner.how else "float32 arithmetic"
-        yield Way(how, mode, dtype, engine, engine.graph.gflops, own, lambda e=engine: held_mib(e), against, right)
+        own = dense_params if runtime == "dense" else params
+        variant = None if f"in {dtype}" in engine.runner.how else "float32 arithmetic"
+        held = functools.partial(held_mib, engine)
+        yield Way(runtime, variant, dtype, engine, engine.graph.gflops, own, held, against, right)
 
 
 def held_mib(engine: dvit.Engine) -> float:
@@ -96,14 +99,14 @@ def rows(all_ways: list[Way], batch: int, seconds: float) -> Iterator[Row]:
         timing, logits, right = timings[way.name], way.call(images).float(), way.right(images)
         yield Row(
             model=ARCH,
-            keep_rate=1.0 if way.how == "dense" else 0.7,
-            how=way.how,
-            mode=way.mode,
+            keep_rate=1.0 if way.runtime == "dense" else 0.7,
+            runtime=way.runtime,
+            variant=way.variant,
             device="cpu",
             dtype=way.dtype,
             batch=batch,
             **timing.rates(batch),
-            gflops=way.gflops,
+            gmacs=way.gmacs,
             params=way.params,
             peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.held_mib(),
             max_logit_error=(logits - right).abs().max().item(),
@@ -111,9 +114,10 @@ def rows(all_ways: list[Way], batch: int, seconds: float) -> Iterator[Row]:
             baseline=way.baseline,
             speedup=timing.speedup_over(timings[way.baseline]),
         )
+    ours = {(way.runtime, way.dtype): way for way in all_ways if way.runtime != "reference"}
     for dtype in ("float32", "bfloat16"):
-        pruned, dense = (next(w for w in all_ways if (w.how, w.dtype) == (how, dtype)) for how in ("engine", "dense"))
-        ratio, ceiling = timings[pruned.name].speedup_over(timings[dense.name]), dense.gflops / pruned.gflops
+        pruned, dense = ours["engine", dtype], ours["dense", dtype]
+        ratio, ceiling = timings[pruned.name].speedup_over(timings[dense.name]), dense.gmacs / pruned.gmacs
         print(f"batch {batch}, {dtype}: pruned over dense {ratio:.3f} x, {ratio / ceiling:.1%} of the {ceiling:.3f} x")
 
 
@@ -126,10 +130,10 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     all_ways = list(ways())
     found = [row for batch in given.batch.split(",") for row in rows(all_ways, int(batch), given.seconds)]
-    columns = (">batch", "how", "dtype", ">images/s", ">p20", ">p80", ">speed-up", "over", ">max error")
+    columns = (">batch", "runtime", "dtype", ">images/s", ">p20", ">p80", ">speed-up", "over", ">max error")
     cells = [
         (
-            *(str(row.batch), " ".join(filter(None, (row.how, row.mode))), row.dtype, f"{row.images_per_s:.1f}"),
+            *(str(row.batch), " ".join(filter(None, (row.runtime, row.variant))), row.dtype, f"{row.images_per_s:.1f}"),
             *(f"{row.p20_images_per_s:.1f}", f"{row.p80_images_per_s:.1f}", f"{row.speedup:.2f} x", row.baseline),
             f"{row.max_logit_error:.1e}",
         )
@@ -139,7 +143,7 @@ def main() -> None:
     where = environment()
     out = Path(__file__).parent / "results" / str(where["machine"]) / "cpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_results(out, where, found)
+    write_json(out, {"environment": where, "rows": [asdict(row) for row in found]})
     print(f"wrote {out}")
 
 

@@ -18,7 +18,8 @@ Source = str | Path | Mapping[str, Any]
 class Runner(Protocol):
     """What runs a model for one batch that fits."""
 
-    how: str
+    @property
+    def how(self) -> str: ...
 
     @property
     def own_bytes(self) -> int: ...

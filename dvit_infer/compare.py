@@ -45,15 +45,15 @@ class Gain:
 
     keep_rate: float
     num_keep: tuple[int, ...]
-    gflops: float
+    gmacs: float
     images_per_s: float
     speedup: float
-    ceiling: float  # the ratio of the multiply-adds of the two graphs as run
+    ceiling: float  # the ratio of the MACs of the two graphs as run
 
     def __str__(self) -> str:
         return (
-            f"pruned over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the multiply-adds of "
-            f"the two graphs as run allow: {self.speedup / self.ceiling:.1%} realised"
+            f"pruned over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the MACs of the two "
+            f"graphs as run allow: {self.speedup / self.ceiling:.1%} realised"
         )
 
 
@@ -84,7 +84,7 @@ class Outcome:
             return (
                 f"not checked whether {names} computes the same function: in no picture is the choice of tokens clear"
             )
-        exact = [row for row in self.rows if row.mode != "int8"]
+        exact = [row for row in self.rows if row.variant != "int8"]
         largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
         reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
         but = "" if len(exact) == len(self.rows) else " but int8, which only comes near it,"
@@ -245,13 +245,13 @@ class Comparison:
             Gain(
                 keep_rate=way.keep_rate,
                 num_keep=way.config.num_keep,
-                gflops=way.gflops,
+                gmacs=way.gmacs,
                 images_per_s=timings[name].rates(batch)["images_per_s"],
                 speedup=timings[name].speedup_over(timings["dense"]),
-                ceiling=dense.gflops / way.gflops,
+                ceiling=dense.gmacs / way.gmacs,
             )
             for name, way in self._ways.items()
-            if way.how == "engine"
+            if way.runtime == "engine"
         ]
 
     def _row(
@@ -262,13 +262,13 @@ class Comparison:
         return Row(
             model=self.config.arch,
             keep_rate=way.keep_rate,
-            how=way.how,
-            mode=way.mode,
+            runtime=way.runtime,
+            variant=way.variant,
             device=self.device.type,
             dtype=self.subject.dtype_name,
             batch=batch,
             **timing.rates(batch),
-            gflops=way.gflops,
+            gmacs=way.gmacs,
             params=self.subject.params(way.is_dense),
             peak_mib=None if timing.peak_mib is None or held is None else timing.peak_mib + held,
             max_logit_error=(logits - right).abs().max().item(),
@@ -290,8 +290,8 @@ def _blaming(name: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if name in OURS or name.startswith("engine") else ways.blaming(name)
 
 
-def fvcore_gflops(model: torch.nn.Module, images: torch.Tensor) -> float | None:
-    """Multiply-adds in 10^9 a picture as fvcore counts them in the reference; None where it is not installed."""
+def fvcore_gmacs(model: torch.nn.Module, images: torch.Tensor) -> float | None:
+    """GMACs an image as fvcore counts them in the reference; None where it is not installed."""
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:

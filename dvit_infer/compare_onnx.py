@@ -38,7 +38,7 @@ class OnnxOutcome(Outcome):
     def verdict(self) -> str:
         if self.strays:
             return f"the runtimes do NOT agree: {'; '.join(self.strays)}"
-        agree = f"all runtimes agree with {self.rows[0].how}; " if len(self.rows) > 1 else ""
+        agree = f"all runtimes agree with {self.rows[0].runtime}; " if len(self.rows) > 1 else ""
         return agree + self.unknown
 
 
@@ -63,7 +63,7 @@ class OnnxComparison:
         session = open_session(self.path, self.device, str(path))
         facts = session.get_modelmeta().custom_metadata_map
         self.facts: Mapping[str, str] = {key: _printable(value) for key, value in facts.items()}
-        self._rate, self._gflops, self._params = (_number(self.facts, key) for key in ("keep_rate", "gflops", "params"))
+        self._rate, self._gmacs, self._params = (_number(self.facts, key) for key in ("keep_rate", "gflops", "params"))
         self._input, self.fixed_batch, self._shape, self.notes = _input_of(str(path), session)
         self._dtype = input_dtype(session)
         if self._dtype not in _PICTURES:
@@ -145,21 +145,21 @@ class OnnxComparison:
     @property
     def unknown(self) -> str:
         """What the file cannot say."""
-        if self._gflops is not None:
+        if self._gmacs is not None:
             return "not known: whether its answers are right, for the file holds no reference (the checkpoint does)"
-        return "not known: its multiply-adds, its weights, what it prunes, whether its answers are right"
+        return "not known: its MACs, its weights, what it prunes, whether its answers are right"
 
     def _row(self, name: str, batch: int, rates: Mapping[str, float], timings: Mapping[str, Any]) -> Row:
         return Row(
             model=self.facts.get("arch", self.path.name),
             keep_rate=self._rate,
-            how=name,
-            mode=None,
+            runtime=name,
+            variant=None,
             device=self.device.type,
             dtype=self._precision,
             batch=batch,
             **rates,
-            gflops=self._gflops,
+            gmacs=self._gmacs,
             params=None if self._params is None else int(self._params),
             peak_mib=None,
             max_logit_error=None,

@@ -38,8 +38,13 @@ class Engine(Classifier):
         graph = folded_graph(config, checkpoint, device, dtype)
         super().__init__(config, runner_for(graph), device, dtype)
         self.notes = list(notes)
-        self.graph = replace(graph, how=self.runner.how)
+        self._graph = graph
         self._checkpoint = checkpoint
+
+    @property
+    def graph(self) -> Graph:
+        """What runs it may change at its first call, where a kernel fails."""
+        return replace(self._graph, how=self.runner.how)
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.

@@ -1,15 +1,23 @@
 """Names of files, and writing one so that it is there whole or not at all."""
 
 import contextlib
+import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dvit_infer.errors import InputError
 
 _UMASK = os.umask(0o022)  # it can only be read by setting it, which is the process's: once, while importing
 os.umask(_UMASK)
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can do without: XDG_CACHE_HOME, else ~/.cache; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvit_infer"
 
 
 def check_name(path: str | Path, what: str = "") -> Path:
@@ -98,3 +106,17 @@ def whole_files(path: str | Path, what: str) -> Iterator[Path]:
                 target.with_name(f"{target.name}.data").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{what}: {path}: {error.strerror or error}") from None
+
+
+def whole_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all; what is not finite becomes null, which JSON has a word for."""
+    with whole_file(path, "json") as part:
+        part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

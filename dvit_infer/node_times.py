@@ -28,7 +28,7 @@ class Limits:
     """What this machine was measured to do at best.
 
     Attributes:
-        flops_per_s: of the best matrix product, 2 a multiply-add.
+        flops_per_s: of the best matrix product, 2 a MAC.
         bytes_per_s: read and written by a copy of `copied` bytes.
         product, shape: what that matrix product was: by what, and rows, inner size, columns.
     """
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class NodeTime:
-    """A node's median time for a batch, and its floor: its multiply-adds or its bytes at the measured limits.
+    """A node's median time for a batch, and its floor: its MACs or its bytes at the measured limits.
 
     Bytes are counted as if nothing stayed in a cache; a node whose floor is memory's may run below it where much does.
     """
@@ -57,7 +57,7 @@ class NodeTime:
     seconds: float
     p20_s: float
     p80_s: float
-    gflops: float  # multiply-adds in 10^9
+    gmacs: float
     bytes_moved: int
     floor_s: float
     bound: str  # 'compute' or 'memory'
@@ -174,7 +174,7 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
         {
             "op": t.node.name,
             "kind": t.node.kind,
-            "how": "engine",
+            "runtime": "engine",
             "model": config.arch,
             "keep_rate": 1.0 if config.method == "none" else config.keep_rate,
             "dtype": str(engine.dtype).removeprefix("torch."),
@@ -184,7 +184,7 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
             "p20_us": t.p20_s * 1e6,
             "p80_us": t.p80_s * 1e6,
             "max_error": t.max_error,
-            "gflops": t.gflops,
+            "gmacs": t.gmacs,
             "mib": t.bytes_moved / 2**20,
             "floor_us": t.floor_s * 1e6,
             "bound": t.bound,
@@ -196,11 +196,11 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
 
 def limit_rows(limits: Limits, dtype: torch.dtype) -> list[dict[str, Any]]:
     """The measured limits as rows of a result file."""
-    kind = {"how": f"measured limit: {limits.product}", "dtype": str(dtype).removeprefix("torch."), "batch": None}
+    kind = {"runtime": f"measured limit: {limits.product}", "dtype": str(dtype).removeprefix("torch."), "batch": None}
     product_us = 2e6 * math.prod(limits.shape) / limits.flops_per_s
     product = {"op": "matrix product", **kind, "shape": list(limits.shape), "us": product_us, "max_error": None}
     copy_us = 2e6 * limits.copied / limits.bytes_per_s
-    copy = {"op": "copy", **kind, "how": "measured limit: copy", "dtype": "uint8", "shape": [limits.copied]}
+    copy = {"op": "copy", **kind, "runtime": "measured limit: copy", "dtype": "uint8", "shape": [limits.copied]}
     return [
         product | {"tflops": limits.flops_per_s / 1e12},
         copy | {"us": copy_us, "max_error": 0.0, "gb_per_s": limits.bytes_per_s / 1e9},

@@ -82,12 +82,12 @@ def onnx_int8_way(subject: Subject) -> Way:
     return replace(_of_converted(subject, "int8", quantize_int8), approximate=True)
 
 
-def _of_converted(subject: Subject, mode: str, change: "Callable[[ModelProto], ModelProto]") -> Way:
+def _of_converted(subject: Subject, variant: str, change: "Callable[[ModelProto], ModelProto]") -> Way:
     from dvit_infer.backends.onnx import onnx_model
 
     graph = folded_graph(subject.config, subject.checkpoint, torch.device("cpu"), subject.dtype)
     call = _session_call(subject, change(onnx_model(graph)).SerializeToString())
-    return replace(_of_runtime(subject, "onnxruntime", call), mode=mode, gflops=graph.gflops)
+    return replace(_of_runtime(subject, "onnxruntime", call), variant=variant, gmacs=graph.gflops)
 
 
 def _check_served(subject: Subject) -> None:
@@ -140,8 +140,8 @@ def openvino_call(model: Path | bytes, precision: str) -> Call:
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
 
 
-def _of_runtime(subject: Subject, how: str, call: Call) -> Way:
-    return Way(how, None, subject.config, call, subject.plain_gflops, lambda: None)
+def _of_runtime(subject: Subject, runtime: str, call: Call) -> Way:
+    return Way(runtime, None, subject.config, call, subject.plain_gmacs, lambda: None)
 
 
 def _exported(subject: Subject, dtype: torch.dtype) -> bytes:

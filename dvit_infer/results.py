@@ -1,27 +1,27 @@
-"""Result files: rows and the environment they were measured in, as JSON, whole or not at all."""
+"""Result files: rows and the environment they were measured in, as JSON. Reading one takes no torch."""
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from dvit_infer.errors import InputError
+from dvit_infer.files import whole_json
 
-from dvit_infer.devices import slug
-from dvit_infer.files import whole_file
-from dvit_infer.timing import Row
+VERSION = 2
+NAMES_SINCE_1 = {"how": "runtime", "mode": "variant", "gflops": "gmacs"}  # of the same values: gflops counted MACs too
 
 
 def environment() -> dict[str, str | None]:
     """Where a measurement was taken; stands in every result file."""
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": machine_name(gpu),
@@ -36,6 +36,10 @@ def environment() -> dict[str, str | None]:
 
 def machine_name(gpu: str | None) -> str:
     """A short name that may be a folder's: of the GPU, else of the CPU and its threads."""
+    import torch
+
+    from dvit_infer.devices import slug
+
     return slug(gpu or f"{_cpu()} {torch.get_num_threads()} threads")
 
 
@@ -72,20 +76,38 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def write_results(path: Path, where: Mapping[str, str | None], rows: Sequence[Row]) -> None:
-    """Write rows and the environment they were measured in."""
-    write_json(path, {"environment": where, "rows": [asdict(row) for row in rows]})
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all; what is not finite becomes null, which JSON has a word for."""
-    with whole_file(path, "json") as part:
-        part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    """Write a result file, {"environment": {...}, "rows": [...]} and its version, whole or not at all."""
+    whole_json(path, {"version": VERSION, **content})
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Return the content of a result file, its rows as version 2 names them.
+
+    Raises:
+        InputError: naming the file: it cannot be read, is no result file, or of a version that is not known.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is no JSON ({error})") from None
+    return as_version_2(content, str(path))
+
+
+def as_version_2(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the content of a result file of version 1, which did not say so, or 2 as version 2.
+
+    Raises:
+        InputError: beginning with `name`: it is no result file, or of another version.
+    """
+    try:
+        version = content.get("version", 1)
+        if version not in (1, VERSION):
+            raise InputError(f"{name}: is a result file of version {version!r:.20}; 1 and {VERSION} can be read")
+        renamed = NAMES_SINCE_1 if version == 1 else {}
+        rows = [{renamed.get(key, key): value for key, value in row.items()} for row in content["rows"]]
+        return {**content, "version": VERSION, "environment": content["environment"], "rows": rows}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{name}: is no result file ({type(error).__name__}: {error})") from None

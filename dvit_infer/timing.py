@@ -20,15 +20,15 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 @dataclass(frozen=True)
 class Row:
-    """One measured way of running one model; rates are pictures a second, times milliseconds a batch.
+    """One measured candidate: a model and what runs it; rates are images a second, times milliseconds a batch.
 
     None: not known, as of an ONNX file that says nothing of itself and comes without a reference.
     """
 
     model: str
     keep_rate: float | None
-    how: str
-    mode: str | None
+    runtime: str
+    variant: str | None
     device: str
     dtype: str
     batch: int
@@ -37,7 +37,7 @@ class Row:
     p80_images_per_s: float
     p50_ms: float
     p99_ms: float
-    gflops: float | None  # multiply-adds in 10^9 of the graph as run
+    gmacs: float | None  # multiply-accumulates in 10^9 of the graph as run, which papers call GFLOPs
     params: int | None
     peak_mib: float | None  # of its weights and what a call allocates at most
     max_logit_error: float | None

@@ -28,10 +28,10 @@ class Way:
     """One way to run the model.
 
     Attributes:
-        how, mode: its name in result files.
+        runtime, variant: its name in result files.
         config: of the model it runs; method 'none' where that is the dense twin.
         call: (B, 3, H, W) on the device in the dtype -> logits (B, K).
-        gflops: multiply-adds in 10^9 of the graph it runs.
+        gmacs: MACs in 10^9 of the graph it runs.
         held_mib: what it holds between calls, weights and buffers; None: a runtime that does not tell.
         given: as call, with kept sets, a stage each; None: it chooses by itself alone.
         prepare: makes of the pictures, once, what call takes.
@@ -39,11 +39,11 @@ class Way:
         approximate: its answers are not meant to be the reference's to rounding (int8).
     """
 
-    how: str
-    mode: str | None
+    runtime: str
+    variant: str | None
     config: Config
     call: Call
-    gflops: float
+    gmacs: float
     held_mib: Callable[[], float | None]
     given: Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor] | None = None
     prepare: Call = lambda images: images
@@ -95,14 +95,14 @@ class Subject:
         return build_reference(self.config, self.checkpoint).to(self.device, self.dtype)
 
     @functools.cached_property
-    def plain_gflops(self) -> float:
+    def plain_gmacs(self) -> float:
         return build_graph(self.plain, self.config).gflops
 
     def params(self, dense: bool) -> int:
         return self.checkpoint.params(dense)
 
 
-def engine_way(subject: Subject, config: Config, how: str = "engine") -> Way:
+def engine_way(subject: Subject, config: Config, runtime: str = "engine") -> Way:
     """Our engine, by the given config."""
     notes: Sequence[Note] = subject.notes
     engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
@@ -110,8 +110,8 @@ def engine_way(subject: Subject, config: Config, how: str = "engine") -> Way:
     held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # A result file has to tell whether the native library pruned (DVIT_PRUNE): nothing else in a row would.
-    mode = "native" if "by native" in engine.runner.how else None
-    return Way(how, mode, config, engine, engine.graph.gflops, held, given, engine=engine)
+    variant = "native" if "by native" in engine.runner.how else None
+    return Way(runtime, variant, config, engine, engine.graph.gflops, held, given, engine=engine)
 
 
 def dense_way(subject: Subject) -> Way:
@@ -130,19 +130,19 @@ def sdpa_way(subject: Subject) -> Way:
     return _of_plain(subject, "sdpa", fused)
 
 
-def _of_plain(subject: Subject, how: str, model: VisionTransformer) -> Way:
+def _of_plain(subject: Subject, runtime: str, model: VisionTransformer) -> Way:
     weights = mib(model.parameters())
 
     def given(images: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         return model.evaluate(images, kept).logits
 
     call = lambda images: model.evaluate(images).logits  # noqa: E731
-    return Way(how, None, subject.config, call, subject.plain_gflops, lambda: weights, given)
+    return Way(runtime, None, subject.config, call, subject.plain_gmacs, lambda: weights, given)
 
 
 def compiled_way(subject: Subject) -> Way:
-    mode = "max-autotune" if subject.device.type == "cuda" else "default"
-    compiled = torch.compile(subject.plain, mode=mode, dynamic=False)
+    variant = "max-autotune" if subject.device.type == "cuda" else "default"
+    compiled = torch.compile(subject.plain, mode=variant, dynamic=False)
     sizes: set[int] = set()
 
     def call(images: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def compiled_way(subject: Subject) -> Way:
         return logits
 
     weights = mib(subject.plain.parameters())
-    return Way("compile", mode, subject.config, call, subject.plain_gflops, lambda: weights)
+    return Way("compile", variant, subject.config, call, subject.plain_gmacs, lambda: weights)
 
 
 @contextlib.contextmanager

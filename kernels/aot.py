@@ -25,7 +25,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TABLE = Path(__file__).with_name("AOT.md")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HOPPER = 90  # the first with programmatic dependent launch, and with tensor descriptors
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block: CUDA programming guide, table 27
+# CUDA programming guide, table 27: bytes a block, and what all blocks of a multiprocessor share; a block takes 1 KiB
+# more than it asks for. Registers are handed out to a thread in eights.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {capability: limit + 1024 for capability, limit in SHARED_LIMIT.items()}
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor, of all three
 NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -75,7 +79,8 @@ def name(launch: Launch) -> str:
     constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
     values = [f"{c}={given[c]}" for c in constants] + ["PDL"] * bool(given["PDL"])
     words = [launch.kernel.__name__, *dtypes, *without, *strides, *values]
-    return " ".join([*words, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
+    words += [f"warps={launch.num_warps}", f"stages={launch.num_stages}"]
+    return " ".join([*words, f"maxnreg={launch.maxnreg}"] if launch.maxnreg else words)
 
 
 def runs_on(launch: Launch, capability: int) -> bool:
@@ -85,21 +90,37 @@ def runs_on(launch: Launch, capability: int) -> bool:
 
 
 class Usage(NamedTuple):
-    """Registers a thread, shared memory a block in bytes, stack a thread in bytes: where spilled registers go."""
+    """What a program takes of a multiprocessor.
+
+    Attributes:
+        registers: a thread.
+        shared: bytes a program.
+        stack: bytes a thread, where spilled registers go.
+        programs: how many fit on a multiprocessor at a time.
+    """
 
     registers: int
     shared: int
     stack: int
+    programs: int
+
+
+def programs(capability: int, registers: int, shared: int, threads: int) -> int:
+    """How many programs of so many threads a multiprocessor holds at a time."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    return min(by_registers, SHARED[capability] // (shared + 1024), THREADS // threads, BLOCKS)
 
 
 def compile_for(launch: Launch, capability: int) -> Usage:
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
+    target, options = GPUTarget("cuda", capability, 32), launch.options_for(capability)
+    compiled = triton.compile(source(launch), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1])
-    return Usage(registers, compiled.metadata.shared, stack)
+    shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
+    return Usage(registers, shared, stack, programs(capability, registers, shared, threads))
 
 
 @functools.cache
@@ -123,12 +144,13 @@ def measured(line: str, capability: int) -> tuple[str, int, Usage | str]:
 
 def section(results: dict[str, dict[int, Usage]]) -> str:
     """The table of one Triton version."""
-    columns = [f"sm_{capability}" for capability in SHARED_LIMIT]
+    columns = [f"sm_{capability}" for capability in SHARED_LIMIT] + ["programs a multiprocessor"]
     lines = [f"## Triton {triton.__version__}", "", " | ".join(["| kernel", *columns]) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for line, cells in sorted(results.items()):
-        values = ("{} / {} / {}".format(*cells[c]) if c in cells else "not there" for c in SHARED_LIMIT)
-        lines.append(" | ".join([f"| {line}", *values]) + " |")
+        used = ("{} / {} / {}".format(*cells[c]) if c in cells else "not there" for c in SHARED_LIMIT)
+        fit = " / ".join(str(cells[c].programs) if c in cells else "-" for c in SHARED_LIMIT)
+        lines.append(" | ".join([f"| {line}", *used, fit]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,8 +158,9 @@ HEADER = """# Kernels compiled ahead of time
 
 Made by `make aot UPDATE=1` for the installed Triton, `make aot UPDATE=1 TRITON=3.6.0` for another. `make aot` fails
 when a kernel does not compile, spills, asks for more shared memory than the target has, or differs from its line here.
-A cell is registers a thread / shared memory a block in bytes / stack a thread in bytes, which is where registers spill.
-They say nothing about time.
+A cell is registers a thread / shared memory a program in bytes / stack a thread in bytes, which is where registers
+spill. The last column is how many programs fit on a multiprocessor at a time, on each of the three. They say nothing
+about time.
 """
 
 

@@ -77,6 +77,7 @@ def linear_tma(rows: int, c: int, hidden: int) -> Iterator[Launch]:
     yield normalised(3 * c, "none", LinearTile(128, 128, 64, 8, 4, PREFETCHING))
     yield normalised(hidden, "gelu_tanh", LinearTile(128, 128, 64, 8, 3, PAIRED))
     yield added(LinearTile(128, 128, 64, 8, 4, PREFETCHING))
+    yield added(LinearTile(128, 128, 64, 8, 2, PAIRED, 128))
 
 
 def candidates() -> Iterator[Launch]:
@@ -107,8 +108,8 @@ def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
     weight = torch.empty(1000, c, dtype=dtype, device="meta")
     sums = torch.empty(1000, device="meta")
     yield linear_launch(x[:, 2:], weight, weight[:, 0], None, sums, None, 1e-6, out_dtype=torch.float32)[0]
-    for tma in (PREFETCHING, PAIRED):
-        weight, tile = torch.empty(c, 4 * c, dtype=dtype, device="meta"), LinearTile(128, 128, 64, 8, 3, tma)
+    for tile in (LinearTile(128, 128, 64, 8, 3, PREFETCHING), LinearTile(128, 128, 64, 8, 2, PAIRED, 128)):
+        weight = torch.empty(c, 4 * c, dtype=dtype, device="meta")
         hidden = torch.empty(batch, 67, 4 * c, dtype=dtype, device="meta")
         yield linear_launch(hidden, weight, weight[:, 0], x[:, 2:], stats_block=128, tile=tile)[0]
 

@@ -11,6 +11,9 @@ from golden_cases import official_checkpoint
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on CPU tensors
 
+# A kernel that fails is to fail its test, not to be replaced; tests/test_fallback.py takes this away.
+os.environ["DVIT_KERNELS"] = "require"
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs in the background, and all below it

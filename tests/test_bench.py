@@ -18,7 +18,7 @@ from dvit_infer.compare import Comparison
 from dvit_infer.ways import Way
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
-NODE = "op kind how model keep_rate dtype batch shape us p20_us p80_us max_error gflops mib floor_us bound share"
+NODE = "op kind runtime model keep_rate dtype batch shape us p20_us p80_us max_error gmacs mib floor_us bound share"
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def test_peers_compute_the_same_function(tiny_lvvit, capsys):
     pytest.importorskip("openvino")
     rows = run(tiny_lvvit, "--batch", "3,1", "--compare", "sdpa,onnxruntime,openvino")
     names = ["sdpa", "onnxruntime", "openvino", "engine"]
-    assert [(row["batch"], row["how"]) for row in rows] == [(b, name) for b in (3, 1) for name in names]
+    assert [(row["batch"], row["runtime"]) for row in rows] == [(b, name) for b in (3, 1) for name in names]
     for row in rows:
         assert 0 < row["max_logit_error"] < 2e-4
         assert row["baseline"] == "sdpa"
-        assert (row["peak_mib"] is None) == (row["how"] in ("onnxruntime", "openvino"))
+        assert (row["peak_mib"] is None) == (row["runtime"] in ("onnxruntime", "openvino"))
     out = capsys.readouterr()
     assert out.out.count("all ways compute the same function") == 2
     assert "by fvcore's count" in out.out
@@ -60,7 +60,7 @@ def test_peers_compute_the_same_function(tiny_lvvit, capsys):
 def test_openvino_in_bfloat16(tiny, capsys):
     pytest.importorskip("openvino")
     rows = run(tiny, "--batch", "2", "--compare", "reference,openvino", "--dtype", "bfloat16")
-    assert [(row["how"], row["dtype"]) for row in rows] == [
+    assert [(row["runtime"], row["dtype"]) for row in rows] == [
         (n, "bfloat16") for n in ("reference", "openvino", "engine")
     ]
     assert all(row["max_logit_error"] > 0 for row in rows)
@@ -86,7 +86,7 @@ def test_the_dense_twin_of_timm(tiny, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(peers, "_need", lambda *packages: None)
     rows = run(tiny, "--batch", "2", "--compare", "timm,dense")
-    assert [(row["how"], row["keep_rate"]) for row in rows] == [("dense", 1.0), ("timm", 1.0), ("engine", 0.7)]
+    assert [(row["runtime"], row["keep_rate"]) for row in rows] == [("dense", 1.0), ("timm", 1.0), ("engine", 0.7)]
     assert all(row["max_logit_error"] < 1e-4 for row in rows)
     assert rows[1]["params"] == rows[0]["params"] < rows[2]["params"]
     assert given.pop("norm_layer")(64).eps == 1e-6
@@ -106,9 +106,9 @@ def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
     """1% more in one weight of the engine: exit 1, which way is named."""
     usual = compare.ways.engine_way
 
-    def spoiled(subject, config, how="engine") -> Way:
-        way = usual(subject, config, how)
-        if how == "engine":
+    def spoiled(subject, config, runtime="engine") -> Way:
+        way = usual(subject, config, runtime)
+        if runtime == "engine":
             way.engine.graph.nodes[-1].weights["head.weight"].mul_(1.01)
         return way
 
@@ -123,8 +123,8 @@ def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch
     """A near tie that falls the other way costs plain PyTorch as much as a head that is 20% off."""
     usual = compare.ways.engine_way
 
-    def spoiled(subject, config, how="engine") -> Way:
-        way = usual(subject, config, how)
+    def spoiled(subject, config, runtime="engine") -> Way:
+        way = usual(subject, config, runtime)
         way.engine.graph.nodes[-1].weights["head.weight"].mul_(1.2)
         return way
 
@@ -144,7 +144,7 @@ def test_every_size_of_batch_is_compiled(monkeypatch):
         return graph.forward
 
     model = dvit.load_reference(official_checkpoint("tiny-deit-r0.7-s1"), assume={"num_heads": 2})
-    subject = types.SimpleNamespace(plain=model, plain_gflops=0.0, config=None, device=torch.device("cpu"))
+    subject = types.SimpleNamespace(plain=model, plain_gmacs=0.0, config=None, device=torch.device("cpu"))
     usual = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: usual(model, backend=backend, dynamic=dynamic))
     way = compare.ways.compiled_way(subject)
@@ -192,14 +192,14 @@ def test_a_peer_that_fails_is_named_in_one_line(tiny, capsys, monkeypatch):
 
 def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
     rows = run(tiny, "--batch", "2", "--sweep", "0.5:0.9:0.2", "--compare", "reference")
-    assert [(row["how"], row["keep_rate"]) for row in rows] == [
+    assert [(row["runtime"], row["keep_rate"]) for row in rows] == [
         ("reference", 0.7),
         ("dense", 1.0),
         *(("engine", rate) for rate in (0.5, 0.7, 0.9)),
     ]
-    gflops = [row["gflops"] for row in rows if row["how"] == "engine"]
-    assert gflops == sorted(gflops)
-    assert gflops[-1] < rows[1]["gflops"]
+    gmacs = [row["gmacs"] for row in rows if row["runtime"] == "engine"]
+    assert gmacs == sorted(gmacs)
+    assert gmacs[-1] < rows[1]["gmacs"]
     assert all(row["max_logit_error"] < 1e-4 for row in rows)
     assert "98,49,24" in (out := capsys.readouterr().out)
     assert "realised" in out
@@ -210,17 +210,20 @@ def test_nodes_are_held_against_measured_limits(tiny, capsys):
     models = [row for row in rows if "op" not in row]
     nodes = [row for row in rows if "share" in row]
     limits = {row["op"]: row for row in rows if "op" in row and "share" not in row}
-    engine = next(row for row in models if row["how"] == "engine")
+    engine = next(row for row in models if row["runtime"] == "engine")
     assert all(list(row) == NODE.split() for row in nodes)
+    usual = {"op", "runtime", "dtype", "batch", "shape", "us", "max_error"}
+    assert [row.keys() - usual for row in limits.values()] == [{"tflops"}, {"gb_per_s"}]
+    assert all(usual <= row.keys() for row in limits.values())
     assert [row["kind"] for row in nodes].count("prune") == 3
-    assert sum(row["gflops"] for row in nodes) == pytest.approx(100 * engine["gflops"])
+    assert sum(row["gmacs"] for row in nodes) == pytest.approx(100 * engine["gmacs"])
     assert sum(row["share"] for row in nodes) == pytest.approx(1.0)
     assert all(row["us"] > 0 for row in nodes)
     # The embedding and all but the predictors' scores stand in the reference too.
     assert sum(row["max_error"] is not None and row["max_error"] < 1e-4 for row in nodes) == len(nodes)
     flops, moved = limits["matrix product"]["tflops"] * 1e12, limits["copy"]["gb_per_s"] * 1e9
     for row in nodes:
-        least = {"compute": 2 * row["gflops"] * 1e9 / flops, "memory": row["mib"] * 2**20 / moved}
+        least = {"compute": 2 * row["gmacs"] * 1e9 / flops, "memory": row["mib"] * 2**20 / moved}
         assert row["floor_us"] == pytest.approx(max(least.values()) * 1e6)
         assert least[row["bound"]] == max(least.values())
     # Weights are read once for each of the two parts that 100 pictures are cut into.
@@ -237,7 +240,7 @@ def test_nodes_of_a_dense_model(tiny):
     torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
     rows = run("dense.pth", "--batch", "1", "--nodes", "--compare", "reference")
     assert {row["kind"] for row in rows if "share" in row} == {"embed", "attention", "mlp", "head"}
-    assert [row["how"] for row in rows if "op" not in row] == ["reference", "dense"]
+    assert [row["runtime"] for row in rows if "op" not in row] == ["reference", "dense"]
 
 
 def test_a_report_is_written(tiny, capsys):

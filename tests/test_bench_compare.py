@@ -14,22 +14,22 @@ compare = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(compare)
 
 
-def op(how: str, us: float, spread: float = 0.02, error: float = 1e-6) -> dict:
+def op(runtime: str, us: float, spread: float = 0.02, error: float = 1e-6) -> dict:
     ends = {"p20_us": us * (1 - spread / 2), "p80_us": us * (1 + spread / 2)}
-    same = {"op": "attention", "how": how, "dtype": "float32", "batch": 8, "shape": [197, 6, 64]}
+    same = {"op": "attention", "runtime": runtime, "dtype": "float32", "batch": 8, "shape": [197, 6, 64]}
     return same | {"us": us, **ends, "max_error": error}
 
 
-def model(how: str, rate: float, spread: float = 0.02, error: float = 1e-6) -> dict:
+def model(runtime: str, rate: float, spread: float = 0.02, error: float = 1e-6) -> dict:
     ends = {"p20_images_per_s": rate * (1 - spread / 2), "p80_images_per_s": rate * (1 + spread / 2)}
-    same = {"model": "dynamicvit-deit-s", "keep_rate": 0.7, "how": how, "mode": None, "device": "cpu"}
+    same = {"model": "dynamicvit-deit-s", "keep_rate": 0.7, "runtime": runtime, "variant": None, "device": "cpu"}
     same |= {"dtype": "float32", "batch": 8}
     return same | {"images_per_s": rate, **ends, "max_logit_error": error}
 
 
 def write(name: str, rows: list[dict], machine: str = "here") -> str:
     where = {"machine": machine, "commit": name}
-    Path(name).write_text(json.dumps({"environment": where, "rows": rows}))
+    Path(name).write_text(json.dumps({"version": 2, "environment": where, "rows": rows}))
     return name
 
 
@@ -39,7 +39,7 @@ def status(old: list[dict], new: list[dict], capsys) -> SimpleNamespace:
     return SimpleNamespace(code=code, out=out.out, err=out.err)
 
 
-@pytest.mark.parametrize("row", [op, lambda how, us, *rest: model(how, 1e4 / us, *rest)])
+@pytest.mark.parametrize("row", [op, lambda runtime, us, *rest: model(runtime, 1e4 / us, *rest)])
 def test_slower_beyond_the_noise_is_a_regression(row, capsys):
     old = [row("op", 100.0), row("eager", 200.0)]
     assert status(old, [row("op", 102.0), row("eager", 200.0)], capsys).code == 0
@@ -113,11 +113,31 @@ def test_rows_of_one_file_alone_are_counted(capsys):
         "[" * 200000,
     ],
 )
-def test_what_is_no_result_file_of_this_version(content, capsys):
+def test_what_is_no_result_file(content, capsys):
     good = write("good.json", [op("op", 1.0)])
     Path("bad.json").write_text(content)
     for files in (["bad.json", good], [good, "bad.json"]):
         assert "bad.json" in fails(compare, files, capsys)
+
+
+def test_a_file_of_version_1_is_held_against_one_of_version_2(capsys):
+    new = [model("engine", 30.0) | {"variant": "native"}, op("op", 100.0), op("eager", 200.0)]
+    old_names = {"runtime": "how", "variant": "mode"}
+    old = [{old_names.get(key, key): value for key, value in row.items()} for row in new]
+    Path("old.json").write_text(json.dumps({"environment": {"machine": "here"}, "rows": old}))
+    slower = [new[0], op("op", 120.0), new[2]]
+    for files in (["old.json", write("new.json", new)], ["new.json", "old.json"]):
+        assert compare.main(files) == 0
+        assert "only in" not in capsys.readouterr().out
+    assert compare.main(["old.json", write("slower.json", slower)]) == 1
+    assert "1 regressions: attention op float32" in capsys.readouterr().err
+
+
+def test_a_file_of_another_version_is_refused(capsys):
+    good = write("good.json", [op("op", 1.0)])
+    Path("later.json").write_text(json.dumps({**json.loads(Path(good).read_text()), "version": 3}))
+    for files in (["later.json", good], [good, "later.json"]):
+        assert "later.json: is a result file of version 3" in fails(compare, files, capsys)
 
 
 def test_a_commit_need_not_be_known(capsys):

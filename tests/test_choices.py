@@ -21,8 +21,12 @@ KIND = {"in": 384, "out": 1152, "does": "norm"}
 def test_the_nearest_size_of_the_same_kind():
     choices = Choices(ROWS)
     near, far = Choice("pytorch"), Choice("triton", (128, 128, 64, 8, 3))
-    sizes = (1, 197, 3000, 3200, 50432, 10**7)
+    sizes = (50, 197, 788, 12608, 50432, 201728)
     assert [choices.of("linear", torch.bfloat16, n, **KIND) for n in sizes] == [near, near, near, far, far, far]
+    for beyond in (1, 49, 789, 3000, 12607, 201729, 10**7):  # over four times from what was measured
+        assert choices.of("linear", torch.bfloat16, beyond, **KIND) == Choice("triton")
+    closer = Choices((*ROWS, ROWS[0] | {"size": 300, "by": "triton"}))
+    assert [closer.of("linear", torch.bfloat16, n, **KIND).by for n in (197, 240, 250)] == ["pytorch"] * 2 + ["triton"]
     for other in ({**KIND, "does": "norm+gelu"}, {**KIND, "out": 384}):
         assert choices.of("linear", torch.bfloat16, 197, **other) == Choice("triton")
     assert choices.of("linear", torch.float16, 197, **KIND) == Choice("triton")
@@ -33,7 +37,8 @@ def test_the_default():
     assert Choices().of("linear", torch.float16, 5, **KIND) == Choice("triton")
     assert Choices().of("linear", torch.float32, 5, **KIND) == Choice("pytorch")
     assert Choices(otherwise="triton").of("linear", torch.float32, 5, **KIND) == Choice("triton")
-    assert Choices(ROWS, otherwise="triton").of("linear", torch.bfloat16, 5, **KIND) == Choice("pytorch")
+    assert Choices(ROWS, otherwise="triton").of("linear", torch.bfloat16, 100, **KIND) == Choice("pytorch")
+    assert Choices(ROWS, otherwise="pytorch").of("linear", torch.bfloat16, 5, **KIND) == Choice("pytorch")
 
 
 def test_given_choices_hold_inside_only():

@@ -15,8 +15,8 @@ import dvit_infer as dvit
 from dvit_infer.cli import bench, convert
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
-SCHEMA = """model keep_rate how mode device dtype batch images_per_s p20_images_per_s p80_images_per_s p50_ms p99_ms
-    gflops params peak_mib max_logit_error top1_agreement baseline speedup"""
+SCHEMA = """model keep_rate runtime variant device dtype batch images_per_s p20_images_per_s p80_images_per_s
+    p50_ms p99_ms gmacs params peak_mib max_logit_error top1_agreement baseline speedup"""
 
 
 def test_convert_writes_a_verified_file(checkpoint, capsys):
@@ -92,21 +92,22 @@ def test_bench_measures_side_by_side(checkpoint, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("realised") == 2
     content = json.loads(Path("rows.json").read_text())
-    assert content.keys() == {"environment", "rows"}
+    assert (content["version"], content.keys()) == (2, {"version", "environment", "rows"})
     assert content["environment"].keys() == {"machine", "gpu", "driver", "torch", "triton", "commit", "date"}
     rows = content["rows"]
-    assert [(r["batch"], r["how"]) for r in rows] == [(b, h) for b in (3, 1) for h in ("reference", "dense", "engine")]
-    assert list(rows[0]) == SCHEMA.split()
+    names = ("reference", "dense", "engine")
+    assert [(row["batch"], row["runtime"]) for row in rows] == [(batch, name) for batch in (3, 1) for name in names]
     for row in rows:
+        assert list(row) == SCHEMA.split()
         assert row["max_logit_error"] < 1e-4
         assert row["top1_agreement"] == 1.0
         assert row["images_per_s"] == pytest.approx(row["batch"] / row["p50_ms"] * 1e3)
         assert row["p20_images_per_s"] <= row["images_per_s"] <= row["p80_images_per_s"]
-        assert row["keep_rate"] == (1.0 if row["how"] == "dense" else 0.7)
+        assert row["keep_rate"] == (1.0 if row["runtime"] == "dense" else 0.7)
         assert row["baseline"] == "reference"
     reference, dense, engine = rows[:3]
     assert reference["speedup"] == 1.0
-    assert engine["gflops"] < reference["gflops"] < dense["gflops"]
+    assert engine["gmacs"] < reference["gmacs"] < dense["gmacs"]
     assert dense["params"] < engine["params"] == reference["params"]
 
 
@@ -120,11 +121,11 @@ def test_bench_of_a_dense_model_and_of_chosen_rows(tmp_path, capsys, monkeypatch
         "d.pth",
     )
     assert bench.main(["d.pth", "--device", "cpu", "--batch", "2", "--json", "d.json"]) == 0
-    assert [row["how"] for row in json.loads(Path("d.json").read_text())["rows"]] == ["reference", "dense"]
+    assert [row["runtime"] for row in json.loads(Path("d.json").read_text())["rows"]] == ["reference", "dense"]
     torch.save(official_checkpoint("tiny-deit-r0.7-s1") | {"args": {"num_heads": 2}}, "p.pth")
     assert bench.main(["p.pth", "--device", "cpu", "--batch", "2", "--compare", "dense", "--json", "p.json"]) == 0
     rows = json.loads(Path("p.json").read_text())["rows"]
-    assert [(row["how"], row["baseline"]) for row in rows] == [("dense", "dense"), ("engine", "dense")]
+    assert [(row["runtime"], row["baseline"]) for row in rows] == [("dense", "dense"), ("engine", "dense")]
 
 
 def test_bench_against_the_compiled_reference(checkpoint, capsys, monkeypatch):
@@ -137,8 +138,8 @@ def test_bench_against_the_compiled_reference(checkpoint, capsys, monkeypatch):
     assert bench.main(argv) == 0
     assert "compile (default)" in capsys.readouterr().out
     rows = json.loads(Path("c.json").read_text())["rows"]
-    assert [(row["how"], row["mode"]) for row in rows] == [("compile", "default"), ("engine", None)]
-    assert rows[0]["gflops"] > rows[1]["gflops"]
+    assert [(row["runtime"], row["variant"]) for row in rows] == [("compile", "default"), ("engine", None)]
+    assert rows[0]["gmacs"] > rows[1]["gmacs"]
     assert all(row["max_logit_error"] < 1e-4 for row in rows)
     assert modes == ["default"]
 

@@ -76,7 +76,7 @@ def test_numbers_are_those_of_a_plain_loop(pictures, checkpoint, capsys):
     assert row["top5"] == pytest.approx(200 / 3)
     assert row["reference_top1"] == pytest.approx(100 / 3)
     assert (row["top1_agreement"], row["confusion"]) == (1.0, [[4, 0], [0, 8]])
-    assert (row["how"], row["batch"], row["device"], row["dtype"]) == ("engine", 7, "cpu", "float32")
+    assert (row["runtime"], row["batch"], row["device"], row["dtype"]) == ("engine", 7, "cpu", "float32")
     assert row["model"] == dvit.convert(checkpoint, device="cpu", **SIZE).config.arch
     assert min(row[name] for name in ("decode_images_per_s", "model_images_per_s")) > 0
     assert row["images_per_s"] is None  # beside the reference it would be that of decoding ahead
@@ -125,7 +125,7 @@ def test_dense_saved_files_and_crops(pictures, checkpoint, capsys):
     assert "3 class folders for 10 classes: taken as classes 0 to 2, in the folders' order" in out
     assert "64x64, crop 0.5" in out
     row = json.loads(Path("d.json").read_text())["rows"][0]
-    assert (row["how"], row["keep_rate"], row["top1_agreement"]) == ("dense", 1.0, 1.0)
+    assert (row["runtime"], row["keep_rate"], row["top1_agreement"]) == ("dense", 1.0, 1.0)
     model = reference_of(engine, checkpoint)
     assert not model(torch.zeros(1, 3, 64, 64), return_kept=True)[1]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats, layer_norm_launch, row_stats_launch
-from kernel_helpers import WHERE, rms, run_guarded
+from kernel_helpers import WHERE, assert_same_sums, rms, run_guarded
 from test_layer_norm import exact_norm, exact_stats, make_rows, make_vectors
 
 from dvit_infer.ops.layer_norm import layer_norm_ref, row_stats_ref
@@ -66,9 +66,9 @@ def test_any_strides(device, dtype):
     )
     for x in views:
         y = launch_layer_norm(x)
-        assert torch.equal(y, launch_layer_norm(x.contiguous()))
+        assert_same_sums(y, launch_layer_norm(x.contiguous()))
         assert y.is_contiguous()
-        assert torch.equal(launch_row_stats(x), launch_row_stats(x.contiguous()))
+        assert_same_sums(launch_row_stats(x), launch_row_stats(x.contiguous()))
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)

@@ -234,7 +234,7 @@ def test_dvit_bench_says_who_prunes(tmp_path, capsys):
     assert bench.main([*given, "--json", str(tmp_path / "b.json")]) == 0
     assert "prune_tokens by native (CPU)" in capsys.readouterr().out
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert {row["how"]: row["mode"] for row in rows} == {"reference": None, "dense": None, "engine": "native"}
+    assert {row["runtime"]: row["variant"] for row in rows} == {"reference": None, "dense": None, "engine": "native"}
 
 
 def test_only_native_can_be_asked_for(monkeypatch):

@@ -20,10 +20,10 @@ def test_bench_runs_a_file(model, capsys):
     assert "not known: whether its answers are right" in out
     assert "all runtimes agree" in out
     rows = json.loads(Path("b.json").read_text())["rows"]
-    assert [(row["how"], row["batch"]) for row in rows] == [
-        (how, batch) for batch in (1, 3) for how in ("onnxruntime", "openvino")
+    assert [(row["runtime"], row["batch"]) for row in rows] == [
+        (runtime, batch) for batch in (1, 3) for runtime in ("onnxruntime", "openvino")
     ]
-    assert all(row["gflops"] and row["params"] and row["max_logit_error"] is None for row in rows)
+    assert all(row["gmacs"] and row["params"] and row["max_logit_error"] is None for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_bench_runs_a_foreign_file_and_says_what_it_cannot_know(shape, element, 
     assert bench.main([path, "--seconds", "0", "--device", "cpu", "--json", "b.json", "--report", "b.html"]) == 0
     out = capsys.readouterr().out
     assert says in out
-    assert "not known: its multiply-adds, its weights, what it prunes, whether its answers are right" in out
+    assert "not known: its MACs, its weights, what it prunes, whether its answers are right" in out
     (row,) = json.loads(Path("b.json").read_text())["rows"]
-    assert (row["how"], row["gflops"], row["keep_rate"]) == ("onnxruntime", None, None)
+    assert (row["runtime"], row["gmacs"], row["keep_rate"]) == ("onnxruntime", None, None)
 
 
 def test_bench_takes_no_number_on_trust(capsys):
@@ -51,7 +51,7 @@ def test_bench_takes_no_number_on_trust(capsys):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     (row,) = json.loads(Path("b.json").read_text())["rows"]
-    assert (row["gflops"], row["keep_rate"]) == (None, None)
+    assert (row["gmacs"], row["keep_rate"]) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,23 @@ def test_plotly_knows_every_word_of_the_figures():
 
 
 def test_only_what_the_rows_allow_is_drawn():
-    found = parts(*(model_row(how, 8) for how in WAYS))
+    found = parts(*(model_row(runtime, 8) for runtime in WAYS))
     assert found.texts["h2"] == ["Speed and accuracy", "Images/s", "Latency"]
     assert len(traces(found.figures[0], "bar")) == len(WAYS)
     assert parts(*node_rows()).texts["h2"][0].startswith("Time per node")
     assert parts(*limit_rows()).texts["h2"] == ["Measured limits of this machine"]
     assert parts().texts["p"] == ["There are no rows."]
-    other = [row | {"how": "kernel"} for row in limit_rows()]
+    other = [row | {"runtime": "kernel"} for row in limit_rows()]
     assert parts(*other).texts["h2"] == ["Single ops"]
+
+
+def test_a_file_of_version_1_gives_the_same_page():
+    new = full()
+    old_names = {"runtime": "how", "variant": "mode", "gmacs": "gflops"}
+    rows = [{old_names.get(key, key): value for key, value in row.items()} for row in new["rows"]]
+    assert page({"environment": new["environment"], "rows": rows}) == page(new)
+    with pytest.raises(InputError, match="version 3"):
+        page(new | {"version": 3})
 
 
 def test_lines_and_bars_carry_the_rows():
@@ -98,7 +107,7 @@ def test_lines_and_bars_carry_the_rows():
         *(f"engine, keep {rate}" for rate in RATES if rate != 0.7),
     }
     for row in full()["rows"]:
-        if "op" in row or row["how"] != "dense":
+        if "op" in row or row["runtime"] != "dense":
             continue
         at = by_name["dense"]["x"].index(row["batch"])
         assert by_name["dense"]["y"][at] == row["images_per_s"]
@@ -110,14 +119,14 @@ def test_lines_and_bars_carry_the_rows():
     assert {t["marker"]["color"] for t in traces(latency[0], "bar")} == {t["line"]["color"] for t in lines["data"]}
 
 
-def test_the_sweep_has_the_dense_row_and_what_multiply_adds_allow():
+def test_the_sweep_has_the_dense_row_and_what_macs_allow():
     dense = model_row("dense", 8)
     rows = [dense, *(model_row("engine", 8, rate) for rate in reversed(RATES))]
     engine, point, allowed = parts(*rows).figures[-1]["data"]
     assert engine["x"] == list(RATES)
     assert (point["x"], point["y"]) == ([1.0], [dense["images_per_s"]])
     assert allowed["x"] == [*RATES, 1.0]
-    expected = [dense["images_per_s"] * dense["gflops"] / model_row("engine", 8, rate)["gflops"] for rate in RATES]
+    expected = [dense["images_per_s"] * dense["gmacs"] / model_row("engine", 8, rate)["gmacs"] for rate in RATES]
     assert allowed["y"] == pytest.approx([*expected, dense["images_per_s"]])
     (alone,) = parts(*rows[1:]).figures[-1]["data"]  # without a dense row nothing says what is allowed
     assert alone["x"] == list(RATES)
@@ -153,7 +162,7 @@ def test_ways_that_differ_in_nothing_but_model_or_dtype_have_names_of_their_own(
 
 
 def test_nothing_of_a_file_is_markup(tmp_path):
-    rows = [model_row("engine", 8, model=EVIL, mode=EVIL, baseline=EVIL), model_row(EVIL, 8, dtype=EVIL)]
+    rows = [model_row("engine", 8, model=EVIL, variant=EVIL, baseline=EVIL), model_row(EVIL, 8, dtype=EVIL)]
     rows += [row | {"op": EVIL, "kind": EVIL, "bound": EVIL, "model": EVIL} for row in node_rows()[:2]]
     rows += [row | {"op": EVIL} for row in limit_rows()]
     found = parts(*rows, machine=EVIL, commit="{{figures}}")
@@ -172,11 +181,11 @@ def test_nothing_of_a_file_is_markup(tmp_path):
 
 @pytest.mark.parametrize("unknown", [None, float("nan"), float("inf"), "many", True])
 def test_unknown_values_are_dashes_and_gaps(unknown):
-    keys = ("images_per_s", "p20_images_per_s", "p99_ms", "gflops", "peak_mib", "top1_agreement", "speedup", "params")
-    rows: list[dict[str, Any]] = [model_row(how, batch) for how in WAYS for batch in BATCHES]
+    keys = ("images_per_s", "p20_images_per_s", "p99_ms", "gmacs", "peak_mib", "top1_agreement", "speedup", "params")
+    rows: list[dict[str, Any]] = [model_row(runtime, batch) for runtime in WAYS for batch in BATCHES]
     rows[0] = rows[0] | dict.fromkeys(keys, unknown)
     rows += [model_row("engine", 1, 0.5), *node_rows()]
-    rows[-1] = rows[-1] | {"us": unknown, "floor_us": unknown, "bound": None, "gflops": unknown, "shape": None}
+    rows[-1] = rows[-1] | {"us": unknown, "floor_us": unknown, "bound": None, "gmacs": unknown, "shape": None}
     found = parts(*rows)
     assert found.texts["td"].count("-") >= len(keys)
     assert found.figures[0]["data"][0]["y"][0] is None

@@ -85,7 +85,7 @@ def test_a_heading_sorts_numbers_up_and_then_down(opened, table, heading):
 
 def test_text_sorts_too_and_what_is_unknown_stays_last(opened):
     place = opened.locator("table").nth(0)
-    place.get_by_role("button", name="way", exact=True).click()
+    place.get_by_role("button", name="runtime", exact=True).click()
     ways = place.locator("tbody tr td:first-child").all_text_contents()
     assert ways == sorted(ways)
     for _ in range(2):
@@ -125,7 +125,7 @@ def test_the_dark_scheme_changes_page_and_charts(opened):
 
 
 def test_strange_texts_are_shown_as_they_are(browser, tmp_path):
-    rows = [model_row("engine", 8, mode="<b>bold</b> & </script>"), model_row("dense", 8)]
+    rows = [model_row("engine", 8, variant="<b>bold</b> & </script>"), model_row("dense", 8)]
     write_report(tmp_path / "odd.html", content(*rows))
     tab = browser.new_page()
     said: list[str] = []

@@ -4,9 +4,22 @@ import json
 
 import pytest
 import torch
+from commands import ROOT
 
-from dvit_infer.files import whole_file
-from dvit_infer.results import environment, machine_name, write_json
+from dvit_infer.errors import InputError
+from dvit_infer.files import whole_file, whole_json
+from dvit_infer.results import environment, machine_name, read_results, write_json
+
+MODEL = {"model": "dynamicvit-deit-s", "keep_rate": 0.7, "batch": 8, "images_per_s": 32.0, "baseline": "reference"}
+OP = {"op": "blocks.0.mlp", "dtype": "float32", "batch": 8, "shape": [[8, 197, 384], [8, 197, 384]], "us": 9.5}
+VERSION_1 = [
+    MODEL | {"how": "compile", "mode": "default", "gflops": 2.987611968},
+    OP | {"how": "engine", "gflops": 0.232},
+]
+VERSION_2 = [
+    MODEL | {"runtime": "compile", "variant": "default", "gmacs": 2.987611968},
+    OP | {"runtime": "engine", "gmacs": 0.232},
+]
 
 
 def test_environment_is_complete():
@@ -35,9 +48,36 @@ def test_a_copy_without_git_is_told_its_commit(monkeypatch):
 
 
 def test_files_are_whole_or_not_there(tmp_path):
-    write_json(tmp_path / "a.json", {"a": 1})
-    write_json(tmp_path / "a.json", {"a": [1, float("nan")]})
+    whole_json(tmp_path / "a.json", {"a": 1})
+    whole_json(tmp_path / "a.json", {"a": [1, float("nan")]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b", "out") as part:
         part.write_text(f"{1 / 0}")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("said", [{}, {"version": 1}])
+def test_version_1_is_read_as_version_2(said, tmp_path):
+    where = {"machine": "here", "commit": None}
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps({**said, "environment": where, "rows": VERSION_1}))
+    write_json(new, {"environment": where, "rows": VERSION_2})
+    assert json.loads(new.read_text()) == {"version": 2, "environment": where, "rows": VERSION_2}
+    assert read_results(old) == read_results(new) == json.loads(new.read_text())
+
+
+@pytest.mark.parametrize("version", [3, 0, "2", None, [2], 10**50])
+def test_another_version_is_refused(version, tmp_path):
+    path = tmp_path / "later.json"
+    path.write_text(json.dumps({"version": version, "environment": {}, "rows": []}))
+    with pytest.raises(InputError, match=r"later\.json: is a result file of version .{1,20}; 1 and 2 can be read"):
+        read_results(path)
+
+
+def test_committed_results_are_read_and_keep_their_numbers():
+    files = [path for path in (ROOT / "bench" / "results").glob("*/*.json") if path.name != "ceilings.json"]
+    assert files
+    for path in files:
+        before, after = json.loads(path.read_text())["rows"], read_results(path)["rows"]
+        assert [list(row.values()) for row in after] == [list(row.values()) for row in before]
+        assert not {"how", "mode", "gflops"} & set().union(*after)

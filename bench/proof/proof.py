@@ -26,10 +26,11 @@ from pictures import write
 
 import dvit_infer as dvit
 from dvit_infer.accuracy import measure_accuracy
+from dvit_infer.files import whole_json
 from dvit_infer.pictures.classes import LabelledFolder, labelled_folder
 from dvit_infer.pictures.decode import preprocess_for
 from dvit_infer.pictures.stream import Entry, batches, decode, pixels
-from dvit_infer.results import environment, write_json
+from dvit_infer.results import environment, read_results
 from dvit_infer.training import saving
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,7 +56,7 @@ def main() -> None:
         shutil.rmtree(BUILD, ignore_errors=True)
         BUILD.mkdir(parents=True)
         begun = {"commit": environment()["commit"], "recipe": recipe}
-        write_json(BUILD / "begun.json", begun)
+        whole_json(BUILD / "begun.json", begun)
     seconds: dict[str, float] = json.loads(_text(BUILD / "seconds.json") or "{}")
 
     def stage(name: str, result: Path, work: Callable[[], object]) -> None:
@@ -64,7 +65,7 @@ def main() -> None:
             start = time.perf_counter()
             work()
             seconds[name] = time.perf_counter() - start
-            write_json(BUILD / "seconds.json", seconds)
+            whole_json(BUILD / "seconds.json", seconds)
 
     dense, train, test = BUILD / "dense.pth", BUILD / "train", BUILD / "test"
     tuned = [BUILD / f"digits-0.7-{seed}.pth" for seed in SEEDS]
@@ -79,7 +80,7 @@ def main() -> None:
     stage("dvit-bench", bench, lambda: _run(*arguments, "--compare", "reference,dense"))
     found: dict[str, Any] = {}
     stage("counting", BUILD / "nothing", lambda: found.update(_counted(dense, tuned, test)))
-    rows = json.loads(bench.read_text())["rows"]
+    rows = read_results(bench)["rows"]
     content = {
         "environment": environment(),
         "begun_at_commit": begun["commit"],
@@ -87,7 +88,7 @@ def main() -> None:
         **_costs(rows),
         "seconds": seconds,
     }
-    write_json(BUILD / "proof.json", content)
+    whole_json(BUILD / "proof.json", content)
     shown = [path for i, path in enumerate(sorted(test.glob("*/*.png"), key=lambda path: path.name)) if i in SHOWN]
     dvit.draw_kept(dvit.load(saved), [str(path) for path in shown]).save(BUILD / "kept.png")
     print(json.dumps(content, indent=1))
@@ -168,14 +169,14 @@ def _random_top1(engine: dvit.Engine, folder: LabelledFolder) -> float:
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Multiply-adds and images/s of both, of one run with alternating calls."""
-    by = {row["how"]: row for row in rows if row.get("how") in ("engine", "dense")}
+    """GMACs (`gflops` in proof.json) and images/s of both, of one run with alternating calls."""
+    by = {row["runtime"]: row for row in rows if row.get("runtime") in ("engine", "dense")}
     pruned, dense = by["engine"], by["dense"]
     return {
         "batch": pruned["batch"],
         "dtype": pruned["dtype"],
-        "dense_gflops": dense["gflops"],
-        "pruned_gflops": pruned["gflops"],
+        "dense_gflops": dense["gmacs"],
+        "pruned_gflops": pruned["gmacs"],
         "dense_images_per_s": dense["images_per_s"],
         "pruned_images_per_s": pruned["images_per_s"],
     }

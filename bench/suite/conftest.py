@@ -71,13 +71,13 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Iterable[Any
 
 def _op_row(info: dict[str, Any], seconds: np.ndarray) -> dict[str, Any]:
     p20, p50, p80 = np.percentile(seconds, [20, 50, 80]) * 1e6
-    keys = {key: info[key] for key in ("op", "how", "dtype", "batch", "shape")}
+    keys = {key: info[key] for key in ("op", "runtime", "dtype", "batch", "shape")}
     return keys | {"us": p50, "p20_us": p20, "p80_us": p80, "max_error": info["max_error"]}
 
 
 def _model_row(info: dict[str, Any], seconds: np.ndarray) -> dict[str, Any]:
-    keys = {key: info[key] for key in ("model", "keep_rate", "how", "mode", "device", "dtype", "batch")}
-    after = {key: info[key] for key in ("gflops", "params", "peak_mib")}
+    keys = {key: info[key] for key in ("model", "keep_rate", "runtime", "variant", "device", "dtype", "batch")}
+    after = {key: info[key] for key in ("gmacs", "params", "peak_mib")}
     error = {"max_logit_error": info["max_error"], "top1_agreement": info["top1_agreement"]}
     # pytest-benchmark times one after the other: a ratio of theirs is none of interleaved runs, as dvit-bench's is.
     return keys | Timing(seconds, None).rates(info["batch"]) | after | error | {"baseline": None, "speedup": None}

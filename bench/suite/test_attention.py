@@ -21,12 +21,12 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [197, 138, 97, 68])
-@pytest.mark.parametrize("how", ["eager", "sdpa", "op"])
-def test_attention(tokens, how, device, dtype, batch, timed):
+@pytest.mark.parametrize("runtime", ["eager", "sdpa", "op"])
+def test_attention(tokens, runtime, device, dtype, batch, timed):
     shape = batch, tokens, 3, HEADS, HEAD_DIM
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
     q, k, v = qkv.unbind(2)
-    ways = {"eager": plain, "sdpa": sdpa, "op": lambda q, k, v: attention(q, k, v, SCALE)}
+    candidates = {"eager": plain, "sdpa": sdpa, "op": lambda q, k, v: attention(q, k, v, SCALE)}
     right = plain(*(t.float() for t in (q, k, v)))
-    row = {"op": "attention", "how": how, "batch": batch, "shape": [tokens, HEADS, HEAD_DIM]}
-    timed(lambda: ways[how](q, k, v), right, f"attention, {tokens} tokens", **row)
+    row = {"op": "attention", "runtime": runtime, "batch": batch, "shape": [tokens, HEADS, HEAD_DIM]}
+    timed(lambda: candidates[runtime](q, k, v), right, f"attention, {tokens} tokens", **row)

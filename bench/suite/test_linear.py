@@ -18,8 +18,8 @@ LINEARS = {
 
 @pytest.mark.parametrize("tokens", [197, 68])
 @pytest.mark.parametrize("name", LINEARS)
-@pytest.mark.parametrize("how", ["eager", "op"])
-def test_linear(tokens, name, how, device, dtype, batch, timed):
+@pytest.mark.parametrize("runtime", ["eager", "op"])
+def test_linear(tokens, name, runtime, device, dtype, batch, timed):
     dim_in, dim_out, norm, activation, has_residual = LINEARS[name]
     generator = torch.Generator().manual_seed(tokens)
     shapes = (batch, tokens, dim_in), (dim_out, dim_in), (dim_out,), (batch, tokens, dim_out)
@@ -39,7 +39,7 @@ def test_linear(tokens, name, how, device, dtype, batch, timed):
         return linear(x, weight, bias, added, weight_sum, None, EPS, activation)[0]
 
     tensors = x, weight, bias, residual
-    ways = {"eager": eager, "op": op}
+    candidates = {"eager": eager, "op": op}
     right = eager(*(t.float() for t in tensors))
-    row = {"op": f"linear, {name}", "how": how, "batch": batch, "shape": [tokens, dim_in, dim_out]}
-    timed(lambda: ways[how](*tensors), right, f"linear, {name}, {tokens} tokens", **row)
+    row = {"op": f"linear, {name}", "runtime": runtime, "batch": batch, "shape": [tokens, dim_in, dim_out]}
+    timed(lambda: candidates[runtime](*tensors), right, f"linear, {name}, {tokens} tokens", **row)

@@ -23,10 +23,10 @@ def subject() -> Subject:
 
 
 @pytest.mark.parametrize("size", ["one", "many"])
-@pytest.mark.parametrize("how", WAYS)
-def test_model(size, how, subject, batch, timed):
+@pytest.mark.parametrize("runtime", WAYS)
+def test_model(size, runtime, subject, batch, timed):
     count = 1 if size == "one" else batch
-    way = WAYS[how](subject)
+    way = WAYS[runtime](subject)
     images = sample_images(count, subject.config.image_size, seed=2)
     right = evaluate(build_reference(way.config, subject.checkpoint).to(subject.device), images).logits
     images = images.to(subject.device, subject.dtype)
@@ -38,11 +38,11 @@ def test_model(size, how, subject, batch, timed):
         f"{subject.config.arch}, batch {count}",
         model=subject.config.arch,
         keep_rate=way.keep_rate,
-        how=how,
-        mode=None,
+        runtime=runtime,
+        variant=None,
         device=subject.device.type,
         batch=count,
-        gflops=way.gflops,
+        gmacs=way.gmacs,
         params=subject.params(way.is_dense),
         peak_mib=None,
         top1_agreement=agreement,

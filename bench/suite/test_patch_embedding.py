@@ -12,8 +12,8 @@ PATCH, DIM, TOKENS = 16, 384, 197
 
 
 @pytest.mark.parametrize("pictures", ["float", "uint8"])
-@pytest.mark.parametrize("how", ["eager", "op"])
-def test_patch_embedding(pictures, how, device, dtype, batch, timed):
+@pytest.mark.parametrize("runtime", ["eager", "op"])
+def test_patch_embedding(pictures, runtime, device, dtype, batch, timed):
     generator = torch.Generator().manual_seed(0)
     shapes = (DIM, 3, PATCH, PATCH), (DIM,), (1, 1, DIM), (1, TOKENS, DIM)
     weight, bias, prefix, pos_embed = (0.05 * torch.randn(s, generator=generator).to(device) for s in shapes)
@@ -29,6 +29,6 @@ def test_patch_embedding(pictures, how, device, dtype, batch, timed):
         patches = F.conv2d(x, w, b, stride=PATCH).flatten(2).transpose(1, 2)
         return torch.cat([first.expand(len(x), -1, -1), patches], dim=1) + position
 
-    ways = {"eager": lambda: eager(images, dtype), "op": lambda: patch_embedding(images, *packed[:2], PATCH)}
-    row = {"op": f"patch embedding, {pictures}", "how": how, "batch": batch, "shape": [224, 224, DIM]}
-    timed(ways[how], eager(images, torch.float32), f"patch embedding, {pictures}", **row)
+    candidates = {"eager": lambda: eager(images, dtype), "op": lambda: patch_embedding(images, *packed[:2], PATCH)}
+    row = {"op": f"patch embedding, {pictures}", "runtime": runtime, "batch": batch, "shape": [224, 224, DIM]}
+    timed(candidates[runtime], eager(images, torch.float32), f"patch embedding, {pictures}", **row)

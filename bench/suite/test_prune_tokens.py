@@ -24,8 +24,8 @@ def eager(predictor: torch.nn.Module, x: torch.Tensor, num_keep: int) -> torch.T
 
 
 @pytest.mark.parametrize("stage", range(len(STAGES)))
-@pytest.mark.parametrize("how", ["eager", "op"])
-def test_prune_tokens(stage, how, predictors, device, dtype, batch, timed):
+@pytest.mark.parametrize("runtime", ["eager", "op"])
+def test_prune_tokens(stage, runtime, predictors, device, dtype, batch, timed):
     n, num_keep = STAGES[stage]
     x = torch.randn(batch, n + 1, 384, generator=torch.Generator().manual_seed(stage)).to(device, dtype)
     predictor = predictors[stage].to(device, dtype)
@@ -35,6 +35,6 @@ def test_prune_tokens(stage, how, predictors, device, dtype, batch, timed):
         "op": lambda: torch.ops.dvit.prune_tokens(x, packed, num_keep, 1, EPS)[0],
     }
     # Near ties may fall either way in bfloat16; the op's own answer is held to the reference by the tests.
-    right = calls["eager" if dtype == torch.float32 else how]().float()
-    row = {"op": "prune_tokens", "how": how, "batch": batch, "shape": [n + 1, 384, num_keep]}
-    timed(calls[how], right, f"prune_tokens, stage {stage}", **row)
+    right = calls["eager" if dtype == torch.float32 else runtime]().float()
+    row = {"op": "prune_tokens", "runtime": runtime, "batch": batch, "shape": [n + 1, 384, num_keep]}
+    timed(calls[runtime], right, f"prune_tokens, stage {stage}", **row)

@@ -3,16 +3,26 @@
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
 from dvit_infer.backends.torch import TorchRunner
+from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
-from dvit_infer.ops.choices import runs_triton
+from dvit_infer.ops.choices import why_not_triton
+from dvit_infer.ops.fallback import SETTING, setting
 
 
 def runner_for(graph: Graph) -> TorchRunner | CapturedRunner:
-    """What runs the graph where its weights are."""
+    """What runs the graph where its weights are.
+
+    Raises:
+        InputError: DVIT_KERNELS is something else than require or off; it is require, and the GPU runs no kernels.
+    """
+    asked = setting()
     if graph.device.type == "cpu":
         return CpuRunner(graph)
-    if not runs_triton(graph.device):
-        return CapturedRunner(TorchRunner(graph))
+    why_not = why_not_triton(graph.device)
+    if why_not and asked == "require":
+        raise InputError(f"{SETTING}: {asked} cannot be had: {why_not}")
+    if why_not:
+        return CapturedRunner(TorchRunner(graph, why_not))
     from dvit_infer.backends.triton import TritonRunner
 
     return CapturedRunner(TritonRunner(graph))

@@ -1,6 +1,7 @@
 """CUDA graphs: a forward captured once for each size of batch, replayed as one launch.
 
-A graph works in memory of its own: pictures are copied in, answers out. So that few graphs serve all batches, a batch
+A graph works in memory of its own: images are copied in, or in large batches their tokens made there, and answers are
+copied out. So that few graphs serve all batches, a batch
 is padded up to the next of `BUCKETS`; pictures do not feel each other, and what the padding holds is not returned.
 """
 
@@ -65,28 +66,41 @@ class CapturedForward:
     def __init__(self, runner: TorchRunner, batch: int, dtype: torch.dtype, shared: "_Shared") -> None:
         torch.cuda.empty_cache()  # as the capture does: what is reserved after it is then comparable
         reserved = torch.cuda.memory_reserved(runner.device)
-        self._images = torch.zeros(batch, 3, *runner.config.image_size, dtype=dtype, device=runner.device)
+        apart = runner.embeds_apart_from
+        self._runner = runner if apart is not None and batch >= apart else None  # what embeds before each replay
+        shape = (batch, 3, *runner.config.image_size) if self._runner is None else (batch, *runner.nodes[0].out_shape)
+        dtype_in = dtype if self._runner is None else runner.dtype
+        self._input = torch.zeros(shape, dtype=dtype_in, device=runner.device)
         self._shared, self._graph, warm = shared, torch.cuda.CUDAGraph(), shared.warm
         warm.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm):
             # Kernels are compiled and libraries set up, and a GPU with too little memory says so.
+            with _programmatic(runner.device):
+                for size in {batch, *self._branches(runner.device, batch)}:
+                    runner.check(size, dtype)
             self._run(runner, batch, warm, warm)
         warm.synchronize()
         with torch.cuda.graph(self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"):
             self._logits, self._chosen = self._run(runner, batch, shared.stream, shared.beside)
         self.own_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
 
+    @staticmethod
+    def _branches(device: torch.device, batch: int) -> tuple[int, ...]:
+        """Images of two halves that are to run side by side; none where they are not."""
+        first = choices_for(device).two_branches_from
+        return () if first is None or batch < max(2, first) else (batch // 2, batch - batch // 2)
+
     def _run(self, runner: TorchRunner, batch: int, stream: torch.cuda.Stream, beside: torch.cuda.Stream) -> Answers:
+        forward = runner if self._runner is None else runner.from_tokens
         with _programmatic(runner.device):
-            first = choices_for(runner.device).two_branches_from
-            if first is None or batch < max(2, first):
-                return runner(self._images)
+            if not self._branches(runner.device, batch):
+                return forward(self._input)
             # Two halves side by side: where one has too few tiles left for all multiprocessors, the other fills them.
             beside.wait_stream(stream)
             try:
                 with torch.cuda.stream(beside):
-                    logits, chosen = runner(self._images[batch // 2 :])
-                first_logits, first_chosen = runner(self._images[: batch // 2])
+                    logits, chosen = forward(self._input[batch // 2 :])
+                first_logits, first_chosen = forward(self._input[: batch // 2])
             finally:  # also when memory runs out: a capture has to be joined to be ended
                 stream.wait_stream(beside)
             stages = zip(first_chosen, chosen, strict=True)
@@ -96,7 +110,10 @@ class CapturedForward:
         """Answers for the pictures, on the current stream. One thread at a time."""
         stream, count = torch.cuda.current_stream(), len(images)
         stream.wait_event(self._shared.free)  # an earlier call may have been on another stream
-        self._images[:count].copy_(images)
+        if self._runner is None:
+            self._input[:count].copy_(images)
+        else:
+            self._runner.embed_into(images, self._input[:count])
         self._graph.replay()
         logits = self._logits[:count].clone()
         chosen = [stage[:count].clone() for stage in self._chosen] if return_kept else []
@@ -129,7 +146,6 @@ class CapturedRunner:
 
     def __init__(self, runner: TorchRunner, capture: Callable[[int, torch.dtype], Forward] | None = None) -> None:
         self.runner = runner
-        self.how = f"{runner.how}, in CUDA graphs"
         self._capture = capture or self._captured
         self._forwards: OrderedDict[tuple[int, torch.dtype], Forward] = OrderedDict()
         self._lock = threading.Lock()
@@ -137,6 +153,10 @@ class CapturedRunner:
 
     def __reduce__(self) -> tuple[type["CapturedRunner"], tuple[TorchRunner]]:
         return CapturedRunner, (self.runner,)
+
+    @property
+    def how(self) -> str:
+        return f"{self.runner.how}, in CUDA graphs"
 
     @property
     def own_bytes(self) -> int:

@@ -19,23 +19,34 @@ Watch = Callable[[Node, torch.Tensor], None]
 class TorchRunner:
     """Runs a graph. What a device does in its own way is a method of its own: norm, linear, add_linear, attend, prune.
 
+    Args:
+        graph: what it runs.
+        why: it is this one that does, where kernels could be expected; shown with `how`.
+
     Attributes:
         how: what runs it, in words.
         prunes_by: what runs prune_tokens.
         config: the model's.
         device, dtype: of the weights.
-        takes_uint8: whether `run` normalises uint8 pictures itself.
+        takes_uint8: whether `run` normalises uint8 images itself.
+        embeds_apart_from: images of a batch from which a captured forward begins at the tokens, which `embed_into`
+            makes of the caller's images: that spares their copy. None: always at the images.
     """
 
     takes_uint8 = False
+    embeds_apart_from: int | None = None
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, why: str = "") -> None:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
         by = {op.how(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
         self.prunes_by = " and ".join(sorted(by))
-        self.how = self.told("PyTorch", usually="PyTorch")
+        self._how = self.told(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
+
+    @property
+    def how(self) -> str:
+        return self._how
 
     def told(self, how: str, usually: str) -> str:
         """`how`, and what runs prune_tokens where that is not what it usually is."""
@@ -69,6 +80,20 @@ class TorchRunner:
         with as_asked(self.device, self.dtype):
             return self.run(images, kept, watch)
 
+    def check(self, batch: int, dtype: torch.dtype) -> None:
+        """Find out, before a forward of so many images of that dtype is captured, that what it runs answers right."""
+
+    def embed_into(self, images: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write what the first node makes of images (B, 3, H, W) into `tokens` (B, P+N, C)."""
+        images = self.prepare(images)
+        with as_asked(self.device, self.dtype):
+            tokens.copy_(getattr(self, self.nodes[0].kind)(self.nodes[0], images))
+
+    def from_tokens(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run what follows the first node; results as those of a call."""
+        with as_asked(self.device, self.dtype):
+            return self.run(tokens, None, None, self.nodes[1:])
+
     def release(self) -> None:
         """Give back memory that calls have left to the next; there is none."""
 
@@ -77,11 +102,16 @@ class TorchRunner:
         return prepare(images, self.config, self.device, self.dtype)
 
     def run(
-        self, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
+        self,
+        x: torch.Tensor,
+        kept: Sequence[torch.Tensor] | None,
+        watch: Watch | None,
+        nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run all nodes, or the last ones, which are `nodes`, on what those before have made."""
         chosen: list[torch.Tensor] = []
         positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
-        for node in self.nodes:
+        for node in self.nodes if nodes is None else nodes:
             if isinstance(node, Prune):
                 given = None if kept is None else kept[len(chosen)]
                 x, positions = self.prune_to(node, x, positions, given)
@@ -108,7 +138,7 @@ class TorchRunner:
         x = F.conv2d(x, w["weight"], w.get("bias"), stride=node.stride, padding=w["weight"].shape[-1] // 2)
         if "bn.weight" in w:
             x = F.batch_norm(x, w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], eps=node.eps)
-        return x.relu()
+        return x.relu_()
 
     def embed(self, node: Embed, x: torch.Tensor) -> torch.Tensor:
         w = node.weights

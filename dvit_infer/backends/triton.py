@@ -5,15 +5,21 @@ from itertools import pairwise
 
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
+from dvit_kernels.launch import is_programmatic
 
+from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.devices import is_out_of_memory
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.attention import attention
-from dvit_infer.ops.choices import choices_for
+from dvit_infer.ops.choices import DTYPES, choices_for
+from dvit_infer.ops.fallback import replaced
 from dvit_infer.ops.linear import free_stats_block, linear, row_sums
-from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
+from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
 
+# By bytes copied: 18 us at 3 TB/s, what launching a kernel by itself takes. Derived, not measured yet.
+EMBED_APART_FROM = 128
 _NORMALISED = {Attention: ("qkv", "q", "kv"), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}
 
 
@@ -44,9 +50,15 @@ class TritonRunner(TorchRunner):
             node.name: self._packed_embedding(node, uint8=False) for node in graph.nodes if isinstance(node, Embed)
         }
         self.takes_uint8 = not self._stem
+        self.embeds_apart_from = None if self._stem else EMBED_APART_FROM
+        # BatchNorm is folded; in float32 cuDNN would have to be kept from TF32 by another setting.
+        fuses = self.device.type == "cuda" and self.dtype != torch.float32
+        self._fused_convolutions = {node.name for node in graph.nodes if isinstance(node, Convolution) and fuses}
         self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
         known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
-        self.how = self.told(f"Triton and cuBLAS, {known}", usually="Triton")
+        self._how = self.told(f"Triton and cuBLAS, {known}", usually="Triton")
+        self.checks_kernels = self.device.type == "cuda"
+        self._checked: set[tuple[int, bool, bool]] = set()
 
     def __reduce__(self) -> tuple[type["TritonRunner"], tuple[Graph]]:
         return TritonRunner, (self._graph,)
@@ -64,6 +76,28 @@ class TritonRunner(TorchRunner):
             w["weight"], w["bias"], w["prefix"], w["pos_embed"], self.dtype, mean, std, channels_last=self._stem
         )
 
+    @property
+    def how(self) -> str:
+        failed = replaced(self.device)
+        return f"{self._how}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._how
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        kept: Sequence[torch.Tensor] | None = None,
+        watch: Watch | None = None,
+        return_kept: bool = True,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As for any runner; the first call for a size of batch checks the kernels that it takes."""
+        self.check(len(images), images.dtype)
+        return super().__call__(images, kept, watch, return_kept)
+
+    def check(self, batch: int, dtype: torch.dtype) -> None:
+        takes = batch, dtype == torch.uint8 and self.takes_uint8, is_programmatic()
+        if self.checks_kernels and takes not in self._checked and not _is_captured(self.device):
+            self._checked.add(takes)
+            check_kernels(self._graph, *takes, super().__call__)
+
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """As for any runner; but the patch embedding takes uint8 as it is, and any strides."""
         if images.dtype == torch.uint8 and self.takes_uint8:
@@ -71,12 +105,16 @@ class TritonRunner(TorchRunner):
         return super().prepare(images)
 
     def run(
-        self, x: torch.Tensor, kept: Sequence[torch.Tensor] | None, watch: Watch | None
+        self,
+        x: torch.Tensor,
+        kept: Sequence[torch.Tensor] | None,
+        watch: Watch | None,
+        nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         chosen: list[torch.Tensor] = []
         positions: torch.Tensor | None = None
         stats: torch.Tensor | None = None  # of x's rows, where the launch before has left them
-        for node, following in pairwise([*self.nodes, None]):
+        for node, following in pairwise([*(self.nodes if nodes is None else nodes), None]):
             left: torch.Tensor | None = None
             if isinstance(node, Prune):
                 x, positions = self.prune_to(node, x, positions, None if kept is None else kept[len(chosen)])
@@ -94,11 +132,38 @@ class TritonRunner(TorchRunner):
 
     def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
         # cuDNN's convolutions on tensor cores want channels last, and would turn their input round at every call.
-        return super().convolution(node, x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if node.name in self._fused_convolutions:
+            # With bias and ReLU behind the product; PyTorch's own call adds the bias and takes the ReLU in two more
+            # passes over the result.
+            w, size = node.weights["weight"], node.weights["weight"].shape[-1]
+            settings = [node.stride] * 2, [size // 2] * 2, [1, 1], 1  # stride, padding, dilation, groups
+            try:
+                y: torch.Tensor = torch.cudnn_convolution_relu(x, w, node.weights.get("bias"), *settings)
+                return y
+            except RuntimeError as error:  # cuDNN has no such engine for every number of channels
+                if is_out_of_memory(error):
+                    raise
+                self._fused_convolutions.discard(node.name)
+        return super().convolution(node, x)
 
     def embed(self, node: Embed, x: torch.Tensor) -> torch.Tensor:
-        packed = self._embed_uint8 if x.dtype == torch.uint8 else self._embed[node.name]
-        return patch_embedding(x, packed[0], packed[1], node.weights["weight"].shape[-1], channels_last=self._stem)
+        return patch_embedding(x, *self._embedding(node, x.dtype))
+
+    def embed_into(self, images: torch.Tensor, tokens: torch.Tensor) -> None:
+        node = self.nodes[0]
+        if not isinstance(node, Embed):
+            super().embed_into(images, tokens)
+            return
+        # Any dtype and strides as they are: the kernel rounds to its weight's dtype.
+        takes = images.dtype == torch.uint8 or images.dtype in DTYPES
+        images = images.to(self.device) if takes else self.prepare(images)
+        patch_embedding_into(tokens, images, *self._embedding(node, images.dtype))
+
+    def _embedding(self, node: Embed, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int, bool]:
+        """What `patch_embedding` takes behind images of that dtype."""
+        weight, table = self._embed_uint8 if dtype == torch.uint8 else self._embed[node.name]
+        return weight, table, node.weights["weight"].shape[-1], self._stem
 
     def _attention(
         self, node: Attention, x: torch.Tensor, stats: torch.Tensor | None, following: Node | None
@@ -153,6 +218,10 @@ class TritonRunner(TorchRunner):
             block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out)
         out, left = linear(y, w, b, x, stats_block=block)
         return out, left if block else None
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _channels_last(node: Convolution) -> Convolution:

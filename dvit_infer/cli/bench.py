@@ -17,9 +17,7 @@ SECONDS = 12.0  # of measuring at every batch size
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="dvit-bench", description="Measure a model: images/s, latency, multiply-adds, speed-up, error."
-    )
+    parser = Parser(prog="dvit-bench", description="Measure a model: images/s, latency, MACs, speed-up, error.")
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
@@ -48,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.cli.bench_tables import heading, report_of
-    from dvit_infer.compare import USUAL, Comparison, fvcore_gflops
+    from dvit_infer.compare import USUAL, Comparison, fvcore_gmacs
     from dvit_infer.compare_onnx import OnnxComparison
     from dvit_infer.errors import InputError
     from dvit_infer.files import check_output
     from dvit_infer.node_times import limit_rows, measure_limits
     from dvit_infer.node_times import rows as node_rows
     from dvit_infer.onnx_engine import is_onnx
-    from dvit_infer.results import environment, write_json
+    from dvit_infer.results import VERSION, environment, write_json
 
     outs = {
         what: check_output(name, what, not_this=options.model)
@@ -82,13 +80,13 @@ def _bench(options: argparse.Namespace) -> int:
             given = USUAL if names is None else names
             comparison = Comparison(options.model, given, options.device, options.dtype, options.sweep or ())
             batches = batches or [256 if comparison.device.type == "cuda" else 8]
-            counted = fvcore_gflops(comparison.reference, comparison.images(1).to(comparison.device))
+            counted = fvcore_gmacs(comparison.reference, comparison.images(1).to(comparison.device))
             limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
         comparison.check_memory(max(batches))
     where = environment()
     print(heading(comparison, where))
     if counted is not None:
-        print(f"the reference has {counted:.3f} x 10^9 multiply-adds by fvcore's count")
+        print(f"the reference has {counted:.3f} GMACs by fvcore's count")
     outcomes: dict[int, Outcome] = {}
     nodes: dict[int, list[NodeTime]] = {}
     try:
@@ -107,7 +105,7 @@ def _bench(options: argparse.Namespace) -> int:
             rows += node_rows(times, comparison.engine, batch)
         rows += limit_rows(limits, comparison.subject.dtype)
         print(limits)
-    content = {"environment": where, "rows": rows}
+    content = {"version": VERSION, "environment": where, "rows": rows}
     if "json" in outs:
         write_json(outs["json"], content)
         print(f"wrote {options.json}")

@@ -34,20 +34,20 @@ def _parts(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTim
 
 def _ways(rows: Sequence[Row]) -> str:
     columns = (
-        *(">batch", "how", ">keep rate", ">images/s", ">p20", ">p80", ">p50 ms", ">p99 ms", ">10^9 madds"),
+        *(">batch", "runtime", ">keep rate", ">images/s", ">p20", ">p80", ">p50 ms", ">p99 ms", ">GMACs"),
         *(">speed-up", ">peak MiB", ">max error", ">top-1"),
     )
     cells = [
         (
             str(row.batch),
-            row.how if row.mode is None else f"{row.how} ({row.mode})",
+            row.runtime if row.variant is None else f"{row.runtime} ({row.variant})",
             _known(row.keep_rate, "g"),
             f"{row.images_per_s:.1f}",
             f"{row.p20_images_per_s:.1f}",
             f"{row.p80_images_per_s:.1f}",
             f"{row.p50_ms:.2f}",
             f"{row.p99_ms:.2f}",
-            _known(row.gflops, ".3f"),
+            _known(row.gmacs, ".3f"),
             f"{row.speedup:.2f} x",
             _known(row.peak_mib, ".0f"),
             _known(row.max_logit_error, ".1e"),
@@ -63,12 +63,12 @@ def _known(value: float | None, how: str) -> str:
 
 
 def _gains(gains: Sequence[Gain], batch: int) -> str:
-    columns = ("keep rate", "patches kept", ">10^9 madds", ">images/s", ">over dense", ">allowed", ">realised")
+    columns = ("keep rate", "patches kept", ">GMACs", ">images/s", ">over dense", ">allowed", ">realised")
     cells = [
         (
             f"{gain.keep_rate:g}",
             ",".join(map(str, gain.num_keep)),
-            f"{gain.gflops:.3f}",
+            f"{gain.gmacs:.3f}",
             f"{gain.images_per_s:.1f}",
             f"{gain.speedup:.3f} x",
             f"{gain.ceiling:.3f} x",
@@ -76,20 +76,20 @@ def _gains(gains: Sequence[Gain], batch: int) -> str:
         )
         for gain in gains
     ]
-    return table(columns, cells, title=f"batch {batch}: pruned over dense engine, and what the multiply-adds allow")
+    return table(columns, cells, title=f"batch {batch}: pruned over dense engine, and what the MACs allow")
 
 
 def _nodes(times: Sequence[NodeTime], batch: int) -> str:
     spent, floor = sum(t.seconds for t in times), sum(t.floor_s for t in times)
     columns = (
-        *("node", "kind", ">10^9 madds", ">MiB", ">floor us", "bound by", ">us", ">of its floor", ">share"),
+        *("node", "kind", ">GMACs", ">MiB", ">floor us", "bound by", ">us", ">of its floor", ">share"),
         ">max error",
     )
     rows = [
         (
             t.node.name,
             t.node.kind,
-            f"{t.gflops:.3f}",
+            f"{t.gmacs:.3f}",
             f"{t.bytes_moved / 2**20:.1f}",
             f"{t.floor_s * 1e6:.0f}",
             t.bound,
@@ -101,7 +101,7 @@ def _nodes(times: Sequence[NodeTime], batch: int) -> str:
         for t in times
     ]
     total = (
-        *("total", "", f"{sum(t.gflops for t in times):.3f}", f"{sum(t.bytes_moved for t in times) / 2**20:.1f}"),
+        *("total", "", f"{sum(t.gmacs for t in times):.3f}", f"{sum(t.bytes_moved for t in times) / 2**20:.1f}"),
         *(f"{floor * 1e6:.0f}", "", f"{spent * 1e6:.0f}", f"{floor / spent:.0%}", "100.0%", ""),
     )
     title = f"batch {batch}: time of every node; its floor at the measured limits, as if caches kept nothing"

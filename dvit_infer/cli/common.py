@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from dvit_infer.errors import InputError
+from dvit_infer.errors import InputError, KernelError
 
 # Arguments of the library that a command has as options: in messages they are called as the user wrote them.
 _OPTIONS = re.compile(
@@ -46,6 +46,8 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     except InputError as error:
         named = _OPTIONS.sub(lambda found: "--" + found[1].replace("_", "-"), str(error))
         return _failed(_ASSUMED.sub("--assume ", named))
+    except KernelError as error:
+        return _failed(str(error), 1)
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as if SIGPIPE had ended it

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
-    from dvit_infer.files import check_output
-    from dvit_infer.results import environment, write_json
+    from dvit_infer.files import check_output, whole_json
+    from dvit_infer.results import environment
     from dvit_infer.tables import table
 
     write = _onnx if options.format == "onnx" else _safetensors
@@ -75,7 +75,7 @@ def _convert(options: argparse.Namespace) -> int:
                 few = written.device.type == "cpu" and written.precision != "int8"
                 report = dvit.verify(written, options.checkpoint, num_images=8 if few else 64)
             if json_out is not None:
-                write_json(json_out, {"environment": environment(), **_found(engine, report)})
+                whole_json(json_out, {"environment": environment(), **_found(engine, report)})
             if report is not None and not report.passed:
                 raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))

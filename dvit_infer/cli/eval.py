@@ -76,7 +76,7 @@ def _row(engine: "Classifier", found: "Accuracy") -> dict[str, Any]:
     row = {
         "model": engine.config.arch,
         "keep_rate": 1.0 if dense else engine.config.keep_rate,
-        "how": "dense" if dense else "engine",
+        "runtime": "dense" if dense else "engine",
         "device": engine.device.type,
         "dtype": _name(engine.dtype),
         "batch": found.batch,

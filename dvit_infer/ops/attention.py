@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
+from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
 
 OP = "dvit::attention"
 
@@ -129,7 +130,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, queries: int, t
 
 
 def _supported(device: torch.device, head_dim: int) -> bool:
-    if not runs_triton(device):
+    if not runs_triton(device, "attention"):
         return False
     from dvit_kernels.attention import supports  # here: Triton takes a while to import
 
@@ -154,9 +155,30 @@ def _anywhere(*arguments: Any, **named: Any) -> torch.Tensor:
         choice = Choice("triton" if _supported(q.device, head_dim) else "pytorch")
     if choice.by == "pytorch":
         return attention_ref(*call)
+    return by_kernel(
+        "attention",
+        q.device,
+        lambda: _by_kernel(call, choice),
+        lambda: attention_ref(*call),
+        lambda out: _fault(call, out),
+        (*call, choice),
+    )
+
+
+def _by_kernel(call: _Call, choice: Choice) -> torch.Tensor:
     from dvit_kernels.attention import AttentionTile, launch_attention
 
     return launch_attention(*call, tile=AttentionTile(*choice.tile) if choice.tile else None)
+
+
+def _fault(call: _Call, out: torch.Tensor) -> str | None:
+    """What is wrong with the kernel's result, looked at in some images; in all tokens of a ragged batch."""
+    few = call
+    if call.cu_seqlens is None:
+        some = some_of(call.q)
+        bias = None if call.bias is None else call.bias[some]
+        few, out = call._replace(q=call.q[some], k=call.k[some], v=call.v[some], bias=bias), out[some]
+    return strays(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]

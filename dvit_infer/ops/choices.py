@@ -8,14 +8,14 @@ A file holds, beside where it was measured, rows such as
      "by": "pytorch"}
 
 and how whole forwards are captured. `bench/tune.py` writes it. A shape that was not measured takes the row of the same
-kind nearest to it in size (rows, or heads of all pictures); nothing is tried out while a model runs.
+kind nearest to it in size (rows, or heads of all images), if that is within a factor of `REACH`: what is best for
+50,000 rows starts too few programs for 197. Beyond it defaults decide; nothing is tried out while a model runs.
 """
 
 import contextlib
 import functools
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,9 +25,11 @@ from typing import Any
 import torch
 
 from dvit_infer.devices import slug
+from dvit_infer.ops.fallback import EVERY, SETTING, may_run, setting
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
+REACH = 4.0  # how many times larger or smaller than a measured launch another may be and still go its way
 FOLDER = Path(__file__).with_name("measured")
 
 
@@ -63,12 +65,17 @@ class Choices:
         if key not in self._found:
             wanted = {"op": op, "dtype": str(dtype).removeprefix("torch."), **kind}
             rows = [row for row in self.rows if wanted.items() <= row.items()]
-            if rows:
-                row = min(rows, key=lambda row: abs(math.log(row["size"] / max(1, size))))
+            row = min(rows, key=lambda row: _times(row["size"], size), default=None)
+            if row is not None and _times(row["size"], size) <= REACH:
                 self._found[key] = Choice(row["by"], tuple(row["tile"]) if row.get("tile") else None)
             else:
                 self._found[key] = Choice(self.otherwise or ("pytorch" if dtype == torch.float32 else "triton"))
         return self._found[key]
+
+
+def _times(one: int, other: int) -> float:
+    """How many times the larger is the smaller."""
+    return max(one, other) / max(1, min(one, other))
 
 
 _given: ContextVar[Choices | None] = ContextVar("given", default=None)
@@ -101,11 +108,23 @@ def _is_recent(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Whether kernels run there."""
+def why_not_triton(device: torch.device) -> str | None:
+    """Why no kernel runs there, in words; None: kernels do, unless one is given up on."""
+    if setting() == "off":
+        return f"{SETTING}=off"
     if device.type != "cuda":
-        return _given.get() is not None
-    return HAS_TRITON and _is_recent(device)
+        return None if _given.get() is not None else f"kernels are for NVIDIA GPUs, not for {device.type}"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not _is_recent(device):
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has {found}"
+    return None
+
+
+def runs_triton(device: torch.device, op: str = EVERY) -> bool:
+    """Whether kernels run there; that of one op, where it is named."""
+    return why_not_triton(device) is None and may_run(op, device)
 
 
 def read_choices(path: Path) -> Choices:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
+from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
 
 OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 
@@ -25,7 +26,8 @@ def layer_norm_ref(
 
 def row_stats_ref(x: torch.Tensor) -> torch.Tensor:
     """The op in plain PyTorch; arguments as `row_stats`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous().float()  # summed in one order, whatever the strides
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # summed in one order, whatever the strides
+    rows = rows if x.dtype == torch.float64 else rows.float()
     mean = rows.mean(dim=1, keepdim=True)
     squares = (rows - mean).square().sum(dim=1, keepdim=True)
     return torch.stack([mean, squares], dim=2)
@@ -51,9 +53,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
         raise ValueError(f"layer_norm: eps is {eps}, 0 or more is expected")
 
 
-def how(device: torch.device, c: int) -> str:
-    """What runs the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
-    if not runs_triton(device):
+def how(device: torch.device, c: int, op: str = "layer_norm") -> str:
+    """What runs one of the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
+    if not runs_triton(device, op):
         return "PyTorch"
     from dvit_kernels.layer_norm import supports
 
@@ -72,9 +74,20 @@ def _run(
     _check(x, weight, bias, eps)
     if how(x.device, x.shape[-1]) == "PyTorch":
         return layer_norm_ref(x, weight, bias, eps)
-    from dvit_kernels.layer_norm import launch_layer_norm  # here: Triton takes a while to import
 
-    return launch_layer_norm(x, weight, bias, eps)
+    def kernel() -> torch.Tensor:
+        from dvit_kernels.layer_norm import launch_layer_norm  # here: Triton takes a while to import
+
+        return launch_layer_norm(x, weight, bias, eps)
+
+    def fault(y: torch.Tensor) -> str | None:
+        rows = some_of(x)
+        few = x[rows], weight, bias, eps
+        return strays(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
+
+    return by_kernel(
+        "layer_norm", x.device, kernel, lambda: layer_norm_ref(x, weight, bias, eps), fault, (x, weight, bias)
+    )
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
@@ -88,11 +101,20 @@ def _fake(
 @torch.library.impl(STATS_OP, "CompositeExplicitAutograd")
 def _run_stats(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
-    if how(x.device, x.shape[-1]) == "PyTorch":
+    if how(x.device, x.shape[-1], "row_stats") == "PyTorch":
         return row_stats_ref(x)
-    from dvit_kernels.layer_norm import launch_row_stats  # here: Triton takes a while to import
 
-    return launch_row_stats(x)
+    def kernel() -> torch.Tensor:
+        from dvit_kernels.layer_norm import launch_row_stats  # here: Triton takes a while to import
+
+        return launch_row_stats(x)
+
+    def fault(stats: torch.Tensor) -> str | None:
+        some = some_of(x)
+        found = stats.view(*x.shape[:-1], 1, 2)[some].reshape(-1, 1, 2)
+        return strays(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
+
+    return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))
 
 
 @torch.library.register_fake(STATS_OP)  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
+from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
 
 OP = "dvit::linear"
@@ -96,7 +97,8 @@ def linear_ref(
 
 
 def _block_stats(y: torch.Tensor, stats_block: int) -> torch.Tensor:
-    parts = y.reshape(-1, y.shape[-1] // stats_block, stats_block).float()
+    parts = y.reshape(-1, y.shape[-1] // stats_block, stats_block)
+    parts = parts if y.dtype == torch.float64 else parts.float()
     mean = parts.mean(dim=2)
     return torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
 
@@ -151,7 +153,7 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int, does: str) -> Choice:
     """How a linear of that size goes on that device; `does` is what surrounds it, as `does_what` says."""
-    if not runs_triton(device):
+    if not runs_triton(device, "linear"):
         return Choice("pytorch")
     kind: dict[str, int | str] = {"in": dim_in, "out": dim_out, "does": does}  # "in" is no name Python takes
     return choices_for(device).of("linear", dtype, rows, **kind)
@@ -190,13 +192,28 @@ def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows = call.x.numel() // dim_in
     choice = choose(call.x.device, call.x.dtype, rows, dim_in, dim_out, does)
     if choice.by == "pytorch":
-        if norm and runs_triton(call.x.device):
-            call = call._replace(x=layer_norm(call.x, eps=call.eps), weight_sum=None)
-        return linear_ref(*call)
-    from dvit_kernels.linear import LinearTile, launch_linear, stats_blocks  # here: Triton takes a while to import
-
+        return _by_pytorch(call)
     if norm and call.stats is None and rows >= ROW_STATS_FROM:
         call = call._replace(stats=row_stats(call.x))
+    return by_kernel(
+        "linear",
+        call.x.device,
+        lambda: _by_kernel(call, choice),
+        lambda: _by_pytorch(call),
+        lambda result: _fault(call, *result),
+        (*call, choice),
+    )
+
+
+def _by_pytorch(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    if call.weight_sum is not None and runs_triton(call.x.device):
+        call = call._replace(x=layer_norm(call.x, eps=call.eps), weight_sum=None)
+    return linear_ref(*call)
+
+
+def _by_kernel(call: _Call, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+    from dvit_kernels.linear import LinearTile, launch_linear, stats_blocks  # here: Triton takes a while to import
+
     tile = LinearTile(*choice.tile) if choice.tile else None
     if call.stats_block in (0, tile and tile.block_n):
         return launch_linear(*call, tile=tile)
@@ -204,6 +221,21 @@ def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return launch_linear(*call)
     y, _ = launch_linear(*call._replace(stats_block=0), tile=tile)
     return y, _block_stats(y, call.stats_block)
+
+
+def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
+    """What is wrong with the kernel's result, looked at in some rows."""
+    some = some_of(call.x)
+    residual = None if call.residual is None else call.residual[some]
+    few = call._replace(x=call.x[some], residual=residual, stats=None, stats_block=0)
+    exact, _ = linear_ref(*_Call(*map(widened, few._replace(out_dtype=None))))
+    if fault := strays(y[some], linear_ref(*few)[0], exact):
+        return fault
+    if not call.stats_block:
+        return None
+    rows = y[some]
+    left = y_stats.view(*y.shape[:-1], *y_stats.shape[1:])[some].reshape(-1, *y_stats.shape[1:])
+    return strays(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
+from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
 
 OP = "dvit::patch_embedding"
 _CENTRE = 128  # a byte less this is exact in float16 and bfloat16
@@ -86,16 +87,17 @@ def pack_patch_embedding(
 def patch_embedding_ref(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
-    """The op in plain PyTorch, its product in float32; arguments as `patch_embedding`."""
+    """The op in plain PyTorch, its product in float32 (of a float64 weight in float64); arguments as the op's."""
     b, channels, height, width = images.shape
     p = patch_size
     # Rounded to the weight's dtype, as the product takes them, which holds the bytes exactly.
-    pixels = images.float() - _CENTRE if images.dtype == torch.uint8 else images.to(weight.dtype).float()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    pixels = images.to(wide) - _CENTRE if images.dtype == torch.uint8 else images.to(weight.dtype).to(wide)
     patches = pixels.reshape(b, channels, height // p, p, width // p, p)
     patches = patches.permute((0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5))
     n = (height // p) * (width // p)
     first = table.shape[0] - n
-    tokens = patches.reshape(b, n, weight.shape[1]) @ weight.float().t() + table[first:]
+    tokens = patches.reshape(b, n, weight.shape[1]) @ weight.to(wide).t() + table[first:]
     return torch.cat([table[:first].expand(b, -1, -1), tokens], dim=1).to(weight.dtype)
 
 
@@ -121,7 +123,7 @@ def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patc
 
 def how(device: torch.device, channels: int, height: int, width: int) -> str:
     """What runs the op there on pictures of that size: 'Triton' or 'PyTorch'."""
-    if not runs_triton(device):
+    if not runs_triton(device, "patch_embedding"):
         return "PyTorch"
     from dvit_kernels.patch_embedding import supports
 
@@ -138,12 +140,39 @@ def _run(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
     _check(images, weight, table, patch_size)
+    return _embedded(images, weight, table, patch_size, channels_last, None)
+
+
+def _embedded(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    patch_size: int,
+    channels_last: bool,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """The op, by the kernel or by PyTorch; into `out`, where it is given."""
+
+    def plain() -> torch.Tensor:
+        tokens = patch_embedding_ref(images, weight, table, patch_size, channels_last)
+        return tokens if out is None else out.copy_(tokens)
+
     _, channels, height, width = images.shape
     if how(images.device, channels, height, width) == "PyTorch":
-        return patch_embedding_ref(images, weight, table, patch_size, channels_last)
-    from dvit_kernels.patch_embedding import launch_patch_embedding  # here: Triton takes a while to import
+        return plain()
 
-    return launch_patch_embedding(images, weight, table, patch_size, channels_last)
+    def kernel() -> torch.Tensor:
+        from dvit_kernels.patch_embedding import launch_patch_embedding  # here: Triton takes a while to import
+
+        return launch_patch_embedding(images, weight, table, patch_size, channels_last, out)
+
+    def fault(tokens: torch.Tensor) -> str | None:
+        some = some_of(images)
+        few = images[some], weight, table, patch_size, channels_last
+        exact = patch_embedding_ref(images[some], widened(weight), widened(table), patch_size, channels_last)
+        return strays(tokens[some], patch_embedding_ref(*few), exact)
+
+    return by_kernel("patch_embedding", images.device, kernel, plain, fault, (images, weight, patch_size))
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
@@ -186,3 +215,23 @@ def patch_embedding(
     op = torch.ops.dvit.patch_embedding.default
     tokens: torch.Tensor = op(images, weight, table, patch_size, channels_last)
     return tokens
+
+
+def patch_embedding_into(
+    out: torch.Tensor,
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    patch_size: int,
+    channels_last: bool = False,
+) -> None:
+    """Write the op's result into `out`, (B, P+N, C) in the weight's dtype, contiguous; the rest as `patch_embedding`.
+
+    For callers who replay what follows from where `out` is; neither traced nor exported.
+    """
+    _check(images, weight, table, patch_size)
+    shape = images.shape[0], table.shape[0], weight.shape[0]
+    if out.shape != shape or out.dtype != weight.dtype or not out.is_contiguous() or out.device != images.device:
+        found = f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        raise ValueError(f"patch_embedding: out is {found}; {shape} in {weight.dtype}, contiguous, is expected")
+    _embedded(images, weight, table, patch_size, channels_last, out)

@@ -6,6 +6,7 @@ too (native.py). `torch.ops.dvit.prune_tokens` exists once this module is import
 `import dvit_infer` after `import torch`.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from dvit_infer.errors import InputError
 from dvit_infer.ops.choices import DTYPES, runs_triton
+from dvit_infer.ops.fallback import by_kernel, some_of, widened
 
 OP = "dvit::prune_tokens"
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
@@ -78,20 +80,22 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ge
 def score_tokens_ref(
     patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float, linear: Callable[..., torch.Tensor] = _linear
 ) -> torch.Tensor:
-    """(B, N, C) patch tokens -> (B, N) float32 difference of the keep and drop logits.
+    """(B, N, C) patch tokens -> (B, N) difference of the keep and drop logits, float32 (of float64 tokens float64).
 
     `linear(x, weight, bias, gelu)` is what multiplies by w1, the own half of w2, and w3.
     """
     w1, _, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = packed
     dtype, half = patches.dtype, patches.shape[-1] // 2
+    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     normed = F.layer_norm(patches, patches.shape[-1:], eps=eps)
     hidden = linear(normed, w1, b1.to(dtype), gelu=True)
     # The mean half is the same for every token of a picture: one vector, taken through its part of the layer once.
-    mean = hidden[..., half:].float().mean(dim=1, keepdim=True)
-    shared = F.linear(mean, w2_mean.float(), b2)
+    mean = hidden[..., half:].to(wide).mean(dim=1, keepdim=True)
+    shared = F.linear(mean, w2_mean.to(wide), b2)
     hidden = F.gelu(linear(hidden[..., :half], w2_own, None) + shared.to(dtype))
     hidden = linear(hidden, w3, b3.to(dtype), gelu=True)
-    return hidden.float() @ w4 + b4
+    return hidden.to(wide) @ w4 + b4
 
 
 def select_tokens_ref(score: torch.Tensor, num_keep: int) -> torch.Tensor:
@@ -156,7 +160,7 @@ def how(device: torch.device, n: int, c: int) -> str:
             return f"native ({device.type.upper()})"
     elif asked:
         raise InputError(f"DVIT_PRUNE: {asked!r}; native can be asked for, or nothing")
-    if not runs_triton(device):
+    if not runs_triton(device, "prune_tokens"):
         return "PyTorch"
     from dvit_kernels.prune_tokens import supports
 
@@ -182,9 +186,52 @@ def _run(
         from dvit_infer.ops import native
 
         return native.prune_tokens(x, packed, num_keep, num_prefix, eps)
-    from dvit_kernels.prune_tokens import launch_prune_tokens  # here: Triton takes a while to import
 
-    return launch_prune_tokens(x, packed, num_keep, num_prefix, eps)
+    def kernel() -> tuple[torch.Tensor, torch.Tensor]:
+        from dvit_kernels.prune_tokens import launch_prune_tokens  # here: Triton takes a while to import
+
+        return launch_prune_tokens(x, packed, num_keep, num_prefix, eps)
+
+    return by_kernel(
+        "prune_tokens",
+        x.device,
+        kernel,
+        lambda: prune_tokens_ref(x, packed, num_keep, num_prefix, eps),
+        lambda result: _fault(x, packed, num_prefix, eps, *result),
+        (x, num_keep, num_prefix),
+    )
+
+
+def _fault(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    num_prefix: int,
+    eps: float,
+    kept_x: torch.Tensor,
+    index: torch.Tensor,
+) -> str | None:
+    """What is wrong with the kernels' result, looked at in some images.
+
+    Scores are rounded, so that tokens near the cut may change places: a token that stays may score less than the best
+    one that goes by what twice PyTorch's own rounding can do to both.
+    """
+    some = some_of(x)
+    kept_x, index, x = kept_x[some], index[some], x[some]
+    n, num_keep = x.shape[1] - num_prefix, index.shape[1]
+    if index.min() < 0 or index.max() >= n or (index.diff(dim=1) <= 0).any():
+        return f"answers wrongly: the kept tokens are not ascending positions from 0 to {n - 1}"
+    if not torch.equal(kept_x, gather_tokens_ref(x, index, num_prefix)):
+        return "answers wrongly: rows that stay are no copies"
+    patches = x[:, num_prefix:]
+    exact = score_tokens_ref(widened(patches), [widened(t) for t in packed], eps)
+    rounding = (score_tokens_ref(patches, packed, eps).double() - exact).abs().max() + 1e-6 * exact.abs().max()
+    stays = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, index, True)
+    lowest = exact.masked_fill(~stays, math.inf).amin(dim=1)
+    highest = exact.masked_fill(stays, -math.inf).amax(dim=1)
+    lost = (highest - lowest).max().item() if num_keep < n else 0.0
+    if lost <= 4 * rounding.item():
+        return None
+    return f"answers wrongly: a token that goes scores {lost:.1e} more than one that stays"
 
 
 @torch.library.register_fake(OP)  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ from dvit_infer.files import whole_file
 from dvit_infer.report.charts import latency, nodes, sweeps, throughput
 from dvit_infer.report.figures import Chart, label_ways
 from dvit_infer.report.tables import LIMIT_COLUMNS, MODEL_COLUMNS, NODE_COLUMNS, table
+from dvit_infer.results import as_version_2
 
 HERE = Path(__file__).parent
 
@@ -20,12 +21,12 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         path: where to; `files.check_output` has seen it.
-        content: what `dvit-bench --json` writes, {"environment": {...}, "rows": [...]}. Model rows give the table of
+        content: what `dvit-bench --json` writes, of version 1 or 2. Model rows give the table of
             speeds beside accuracies, images/s against batch, latency and, with several keep rates, their sweep; rows
             with "op" and "floor_us" give time for each node of the graph; other op rows a table each kind.
 
     Raises:
-        InputError: naming the report and the path: the disk is full, say.
+        InputError: naming the report: the content is no result file's, or of another version; the disk is full, say.
     """
     text = page(content)
     with whole_file(path, "report") as part:
@@ -36,12 +37,13 @@ def page(content: Mapping[str, Any]) -> str:
     """The HTML of a result file; what stands in it from the content is escaped, none of it is markup."""
     from plotly.offline import get_plotlyjs
 
+    content = as_version_2(content, "report")
     environment: Mapping[str, Any] = content["environment"]
     models = [row for row in content["rows"] if "op" not in row]
     ops = [row for row in content["rows"] if "op" in row]
     graph = [row for row in ops if "floor_us" in row]
     other = [row for row in ops if "floor_us" not in row]
-    limits = [row for row in other if str(row.get("how")).startswith("measured")]
+    limits = [row for row in other if str(row.get("runtime")).startswith("measured")]
     single = [row for row in other if row not in limits]
 
     figures: list[dict[str, Any]] = []
@@ -63,14 +65,11 @@ def page(content: Mapping[str, Any]) -> str:
         )
         parts.append(_section("Latency", note, _drawn(latency(models, ways), figures)))
         if swept := sweeps(models):
-            note = (
-                "Dotted: what multiply-adds allow, images/s of the dense engine times its multiply-adds over those "
-                "at the keep rate."
-            )
+            note = "Dotted: what MACs allow, images/s of the dense engine times its MACs over those at the keep rate."
             parts.append(_section("Keep-rate sweep", note, _drawn(swept, figures)))
     for title, chart, rows in nodes(graph):
         note = (
-            "Bars: time of each node, in the order of the graph. Ticks: its floor, its multiply-adds or its bytes "
+            "Bars: time of each node, in the order of the graph. Ticks: its floor, its MACs or its bytes "
             "at the measured limits of this machine, as if caches kept nothing: a floor by memory can be gone below."
         )
         body = _drawn([chart], figures) + table(title, NODE_COLUMNS, rows)

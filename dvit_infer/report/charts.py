@@ -11,7 +11,7 @@ ARROW = {"symbol": "triangle-right", "size": 11, "color": "--text"}
 
 
 def throughput(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
-    """Images/s against batch, a line a way; with one size of batch, a bar a way."""
+    """Images/s against batch, a line a candidate; with one size of batch, a bar a candidate."""
     batches = sorted({row["batch"] for row in rows})
     if len(batches) == 1:
         data = [
@@ -20,7 +20,7 @@ def throughput(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
         ]
         axis = {"title": titled("images/s"), "rangemode": "tozero"}
         drawn = figure(data, EDGE + BAR * len(rows), axis, bars([ways[id(row)].label for row in rows]))
-        return [Chart(drawn, f"batch {batches[0]}", "images/s of every way")]
+        return [Chart(drawn, f"batch {batches[0]}", "images/s of every candidate")]
     lines: dict[Way, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["batch"]):
         lines.setdefault(ways[id(row)], []).append(row)
@@ -46,11 +46,11 @@ def throughput(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
     }
     yaxis = {"title": titled("images/s"), "rangemode": "tozero"}
     drawn = figure(data, 440, xaxis, yaxis, showlegend=True)
-    return [Chart(drawn, "", "images/s against batch, a line a way")]
+    return [Chart(drawn, "", "images/s against batch, a line a candidate")]
 
 
 def latency(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
-    """p50 and p99 of every way, a chart a size of batch, for their scales are far apart."""
+    """p50 and p99 of every candidate, a chart a size of batch, for their scales are far apart."""
     charts = []
     for batch in sorted({row["batch"] for row in rows}):
         those = [row for row in rows if row["batch"] == batch]
@@ -70,7 +70,7 @@ def latency(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
             data.append(arrows | {"y": beyond, "marker": ARROW, "hovertemplate": "%{customdata}<extra></extra>"})
             axis |= {"range": [0, end * 1.05]}
         drawn = figure(data, EDGE + BAR * len(those), axis, bars(names))
-        charts.append(Chart(drawn, f"batch {batch}", f"p50 and p99 of every way at batch {batch}"))
+        charts.append(Chart(drawn, f"batch {batch}", f"p50 and p99 of every candidate at batch {batch}"))
     return charts
 
 
@@ -82,8 +82,8 @@ def sweeps(rows: Sequence[Row]) -> list[Chart]:
     several = {key[:3] for key in groups}
     charts = []
     for key, group in sorted(groups.items(), key=lambda item: item[0][3]):
-        engine = sorted((row for row in group if row["how"] == "engine"), key=lambda row: row["keep_rate"])
-        dense = [row for row in group if row["how"] == "dense"][:1]
+        engine = sorted((row for row in group if row["runtime"] == "engine"), key=lambda row: row["keep_rate"])
+        dense = [row for row in group if row["runtime"] == "dense"][:1]
         if len({row["keep_rate"] for row in engine}) < 2:
             continue
         data = [_swept("engine", engine), *(_swept("dense", [row]) for row in dense)]
@@ -92,11 +92,11 @@ def sweeps(rows: Sequence[Row]) -> list[Chart]:
                 {
                     "type": "scatter",
                     "mode": "lines",
-                    "name": "what multiply-adds allow",
+                    "name": "what MACs allow",
                     "x": [rate for rate, _ in allowed],
                     "y": [value for _, value in allowed],
                     "line": {"color": "--text", "width": 2, "dash": DASHES[2]},
-                    "hovertemplate": "multiply-adds allow %{y:,.1f} images/s<extra></extra>",
+                    "hovertemplate": "MACs allow %{y:,.1f} images/s<extra></extra>",
                 }
             )
         rates = [row["keep_rate"] for row in [*engine, *dense]]
@@ -108,27 +108,27 @@ def sweeps(rows: Sequence[Row]) -> list[Chart]:
     return charts
 
 
-def _swept(how: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _swept(runtime: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers" if len(rows) > 1 else "markers",
-        "name": how,
+        "name": runtime,
         "x": [row["keep_rate"] for row in rows],
         "y": [number(row["images_per_s"]) for row in rows],
-        "error_y": _whiskers(rows, f"--{how}"),
-        "line": {"color": f"--{how}", "width": 2},
-        "marker": {"color": f"--{how}", "symbol": SYMBOLS[how], "size": 9},
+        "error_y": _whiskers(rows, f"--{runtime}"),
+        "line": {"color": f"--{runtime}", "width": 2},
+        "marker": {"color": f"--{runtime}", "symbol": SYMBOLS[runtime], "size": 9},
         "hovertemplate": "%{fullData.name}, keep rate %{x}: %{y:,.1f} images/s<extra></extra>",
     }
 
 
 def _allowed(engine: Sequence[Row], dense: Sequence[Row]) -> list[tuple[float, float]]:
-    """(keep rate, images/s) if time went by multiply-adds alone, from the dense engine's; [] where it is not known."""
-    speed, work = (number(dense[0][key]) if dense else None for key in ("images_per_s", "gflops"))
+    """(keep rate, images/s) if time went by MACs alone, from the dense engine's; [] where it is not known."""
+    speed, work = (number(dense[0][key]) if dense else None for key in ("images_per_s", "gmacs"))
     if speed is None or work is None:
         return []
-    known = [(row["keep_rate"], number(row["gflops"])) for row in engine]
-    return [(rate, speed * work / gflops) for rate, gflops in [*known, (dense[0]["keep_rate"], work)] if gflops]
+    known = [(row["keep_rate"], number(row["gmacs"])) for row in engine]
+    return [(rate, speed * work / gmacs) for rate, gmacs in [*known, (dense[0]["keep_rate"], work)] if gmacs]
 
 
 def nodes(rows: Sequence[Row]) -> Iterator[tuple[str, Chart, Sequence[Row]]]:

@@ -9,7 +9,7 @@ from dvit_infer.report.tables import number
 Row = Mapping[str, Any]
 
 VARIANTS = ("", "-open", "-open-dot", "-dot")  # of a mark
-# A colour and a mark for each `how`, the same in every chart and every report; a name that is not here is the last.
+# A colour and a mark for each `runtime`, the same in every chart and every report; a name that is not here is the last.
 SYMBOLS = {
     "engine": "circle",
     "dense": "square",
@@ -30,7 +30,7 @@ FLAT: dict[str, Any] = {"fixedrange": True, "gridcolor": "--grid", "zerolinecolo
 
 @dataclass(frozen=True)
 class Way:
-    """How a way of running a model is named and drawn; ways of one `how` differ in their mark and dash."""
+    """How a candidate is named and drawn; those of one `runtime` differ in their mark and dash."""
 
     label: str
     color: str
@@ -48,19 +48,19 @@ class Chart:
 
 
 def label_ways(rows: Sequence[Row]) -> dict[int, Way]:
-    """The way of each model row, by the row's id(): its how, mode and keep rate, and what else sets rows apart."""
+    """The way of each model row, by the row's id(): its runtime, variant, keep rate, and what else sets rows apart."""
     apart = [key for key in ("model", "dtype", "device") if len({row.get(key) for row in rows}) > 1]
     ways: dict[tuple[Any, ...], Way] = {}
     seen: dict[str, int] = {}
     found = {}
     for row in rows:
-        key = tuple(row.get(name) for name in ("how", "mode", "keep_rate", *apart))
+        key = tuple(row.get(name) for name in ("runtime", "variant", "keep_rate", *apart))
         if key not in ways:
-            how, rate = str(row.get("how")), number(row.get("keep_rate"))
-            name = how if row.get("mode") is None else f"{how} ({row['mode']})"
+            runtime, rate = str(row.get("runtime")), number(row.get("keep_rate"))
+            name = runtime if row.get("variant") is None else f"{runtime} ({row['variant']})"
             kept = [] if rate is None or rate == 1 else [f"keep {rate:g}"]
             label = ", ".join([name, *kept, *(str(row.get(key)) for key in apart)])
-            style = how if how in SYMBOLS else "other"
+            style = runtime if runtime in SYMBOLS else "other"
             nth = seen[style] = seen.get(style, -1) + 1
             mark = SYMBOLS[style] + VARIANTS[nth % len(VARIANTS)]
             ways[key] = Way(label, f"--{style}", mark, DASHES[nth % len(DASHES)])

@@ -43,7 +43,7 @@ MODEL_COLUMNS = (
     Column("p99_ms", "p99 ms", _digits(2)),
     Column("p20_images_per_s", "p20 images/s", _digits(1)),
     Column("p80_images_per_s", "p80 images/s", _digits(1)),
-    Column("gflops", "10⁹ multiply-adds", _digits(3)),
+    Column("gmacs", "GMACs", _digits(3)),
     Column("params", "10⁶ weights", lambda value: f"{value / 1e6:,.2f}"),
     Column("peak_mib", "peak MiB", _digits(0)),
 )
@@ -56,13 +56,13 @@ NODE_COLUMNS = (
     Column("floor_us", "floor µs", _digits(1)),
     Column("over_floor", "time over floor", _times),
     Column("bound", "bound by"),
-    Column("gflops", "10⁹ multiply-adds", _digits(3)),
+    Column("gmacs", "GMACs", _digits(3)),
     Column("mib", "MiB moved", _digits(2)),
     Column("max_error", "max error", _error),
 )
 LIMIT_COLUMNS = (
     Column("op", "op"),
-    Column("how", "how"),
+    Column("runtime", "runtime"),
     Column("dtype", "dtype"),
     Column("batch", "batch", _digits(0)),
     Column("shape", "shape"),
@@ -83,8 +83,8 @@ def number(value: object) -> float | None:
 def table(
     name: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None
 ) -> str:
-    """An HTML table in a box of its own that scrolls; with `labels`, a first column "way" has them."""
-    headings = [*(["way"] if labels is not None else []), *(column.heading for column in columns)]
+    """An HTML table in a box of its own that scrolls; with `labels`, a first column "runtime" has them."""
+    headings = [*(["runtime"] if labels is not None else []), *(column.heading for column in columns)]
     texts = [*([True] if labels is not None else []), *(column.show is None for column in columns)]
     head = "".join(
         f'<th scope="col"{"" if text else _RIGHT}><button type="button">{escape(heading)}</button></th>'

@@ -27,15 +27,42 @@ def programmatic_launches(on: bool) -> Iterator[None]:
         _programmatic.reset(before)
 
 
+def is_programmatic() -> bool:
+    """Whether launches built here are."""
+    return _programmatic.get()
+
+
+SMALL_TILE = tl.constexpr(2048)  # elements of a tile of results, up to which what its epilogue reads fits beside it
+
+
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """First in every kernel: with PDL, wait until all kernels before have finished, and let the next one start.
+    """In every kernel before it reads what a launch has made or writes anything, and never in a loop.
 
-    Every program waits, whether it reads or not: one that did not could let a later kernel past an earlier one.
+    With PDL: wait until all kernels before have finished, and let the next one start. Weights are no launch's work, so
+    that they can be read, or asked for, before it. Every program waits, whether it reads or not: one that did not could
+    let a later kernel past an earlier one. In a loop Triton would move pipelined loads before it.
     """
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_rows(ptr, block, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Ask the L2 cache for a block of ROWS rows of a contiguous (HEIGHT, WIDTH) matrix: one run of memory, in lines."""
+    line: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
+    lines: tl.constexpr = (ROWS * WIDTH + line - 1) // line
+    at = tl.minimum(tl.arange(0, triton.next_power_of_2(lines)) * line, ROWS * WIDTH - 1)
+    address = ptr + tl.minimum(block * (ROWS * WIDTH) + at, HEIGHT * WIDTH - 1)
+    prefetch: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(prefetch, "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+def _capability() -> int:
+    """Of the current device; without one, as in the interpreter, the one that kernels are written for."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -43,11 +70,13 @@ class Launch:
     """What `kernel[grid](**arguments)` would run.
 
     Attributes:
-        kernel: a `triton.jit` function that begins with `wait_for_inputs(PDL)`.
+        kernel: a `triton.jit` function that calls `wait_for_inputs(PDL)`.
         grid: programs, along up to three axes.
         arguments: tensors, descriptors of tensors and numbers by the kernel's own argument names (None where it takes
             none); its constexpr ones are compiled in.
         num_warps, num_stages: as Triton takes them.
+        maxnreg: registers a thread at most on Hopper, so that more programs share a multiprocessor; 0: the compiler's
+            choice, as on other GPUs, whose compiler would spill others.
     """
 
     kernel: Any  # Triton's decorator has no types
@@ -55,6 +84,7 @@ class Launch:
     arguments: dict[str, torch.Tensor | TensorDescriptor | int | float | str | None]
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
 
     @classmethod
     def of(
@@ -64,18 +94,24 @@ class Launch:
         *,
         num_warps: int,
         num_stages: int,
+        maxnreg: int = 0,
         **arguments: torch.Tensor | TensorDescriptor | int | float | str | None,
     ) -> Self:
-        return cls(kernel, grid, arguments | {"PDL": _programmatic.get()}, num_warps, num_stages)
+        return cls(kernel, grid, arguments | {"PDL": _programmatic.get()}, num_warps, num_stages, maxnreg)
 
     @property
     def options(self) -> dict[str, int | bool]:
         """Of the compiler. Triton 3.10 will not fuse multiply and add unless told to."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options |= {"maxnreg": self.maxnreg} if self.maxnreg else {}
         return options | ({"launch_pdl": True} if self.arguments["PDL"] else {})
 
+    def options_for(self, capability: int) -> dict[str, int | bool]:
+        """The same for one GPU: 90 is compute capability 9.0."""
+        return {name: value for name, value in self.options.items() if name != "maxnreg" or capability // 10 == 9}
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+        self.kernel[self.grid](**self.arguments, **self.options_for(_capability()))
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:

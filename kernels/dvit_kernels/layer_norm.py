@@ -4,6 +4,8 @@ Both find the mean first and the squared deviations from it second, in float32 o
 to rounding, however far from zero the rows are.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +95,7 @@ def _in_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _common(x: torch.Tensor) -> tuple[tuple[int], dict[str, torch.Tensor | int]]:
+def _common(x: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments that both kernels have, for x of shape (B, n, C)."""
     b, n, c = x.shape
     block_c = triton.next_power_of_2(c)
@@ -109,7 +111,7 @@ def layer_norm_launch(
     y = x.new_empty(x.shape)
     grid, common = _common(_in_rows(x))
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    given = {"weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "eps": eps}
+    given: dict[str, Any] = {"weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "eps": eps}
     return Launch.of(_layer_norm_kernel, grid, num_warps=4, num_stages=1, **common, **given), y
 
 

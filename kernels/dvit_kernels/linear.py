@@ -12,8 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from dvit_kernels.launch import Launch, run, wait_for_inputs
-from dvit_kernels.linear_epilogue import columns, finish, row_offset
+from dvit_kernels.launch import SMALL_TILE, Launch, prefetch_rows, run, wait_for_inputs
+from dvit_kernels.linear_epilogue import (
+    columns,
+    finish,
+    load_columns,
+    load_many_stats,
+    load_residual,
+    load_stats,
+    row_offset,
+)
 from dvit_kernels.linear_tma import _linear_tma_kernel, can_describe, operands, programs
 
 ENOUGH_PROGRAMS = 128  # about one a multiprocessor of a large GPU
@@ -27,6 +35,7 @@ class LinearTile:
         block_m, block_n, block_k: rows, columns and inner size of a block.
         num_warps, num_stages: of a program, and of its pipeline.
         tma: 0: one program a tile; else operands by TMA where they can be, in one of the ways of linear_tma.py.
+        maxnreg: as of a `Launch`.
     """
 
     block_m: int
@@ -35,6 +44,7 @@ class LinearTile:
     num_warps: int
     num_stages: int
     tma: int = 0
+    maxnreg: int = 0
 
 
 # Largest first, each with unspilled registers (AOT.md); which is best where, only a measurement can say.
@@ -42,8 +52,10 @@ TILES = (
     LinearTile(128, 128, 64, 8, 3),
     LinearTile(64, 128, 64, 4, 3),
     LinearTile(64, 64, 64, 8, 4),
-    LinearTile(32, 64, 64, 4, 4),
-    LinearTile(32, 32, 64, 4, 4),
+    # For few rows: 384 channels are all on their way before the first product, 1536 in 12 steps.
+    LinearTile(32, 64, 128, 4, 4),
+    LinearTile(32, 32, 128, 4, 4),
+    LinearTile(16, 32, 128, 2, 4),
 )
 FLOAT32_TILE = LinearTile(32, 64, 16, 4, 2)  # products on plain cores, from registers
 
@@ -75,8 +87,9 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_inputs(PDL)
     find_stats: tl.constexpr = w_sum_ptr is not None and stats_ptr is None
+    # A small tile has registers left: what its epilogue reads is then asked for before the product, not behind it.
+    early: tl.constexpr = BLOCK_M * BLOCK_N <= SMALL_TILE and w_ptr.dtype.element_ty != tl.float32
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
     # Blocks of one tile of rows follow each other: x is read from memory once, and all of w stays in the L2 cache.
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -86,9 +99,23 @@ def _linear_kernel(
     live = row < rows
     offset = row_offset(row, x_tokens, stride_xb, stride_xn, DIM_IN)
 
+    bias, w_sum, residual = None, None, None
+    if early:
+        if bias_ptr is not None:
+            bias = load_columns(bias_ptr, col, there)
+        if w_sum_ptr is not None:
+            w_sum = load_columns(w_sum_ptr, col, there)
+        if PDL:
+            prefetch_rows(w_ptr, block_n, BLOCK_N, DIM_OUT, DIM_IN)
+    wait_for_inputs(PDL)
+    if early and residual_ptr is not None:
+        mask = live[:, None] & there[None, :]
+        residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)  # of deviations from the mean so far
+    if early and stats_ptr is not None:
+        mean, squares = load_many_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS, triton.next_power_of_2(PARTS))
     for k in range(0, DIM_IN, BLOCK_K):
         x_mask, w_mask = live[:, None], there[None, :]
         if DIM_IN % BLOCK_K:
@@ -107,15 +134,19 @@ def _linear_kernel(
             mean += delta * (count / (k + count))
             squares += tl.sum(deviation * deviation, axis=1) + delta * delta * (k * (count / (k + count)))
 
+    if not early and stats_ptr is not None:
+        mean, squares = load_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS)
     finish(
         acc,
         mean,
         squares,
+        bias,
+        w_sum,
+        residual,
         row,
         block_n,
         bias_ptr,
         w_sum_ptr,
-        stats_ptr,
         residual_ptr,
         y_ptr,
         y_stats_ptr,
@@ -126,7 +157,6 @@ def _linear_kernel(
         eps,
         DIM_IN,
         DIM_OUT,
-        PARTS,
         ACTIVATION,
         BLOCK_N,
     )
@@ -216,7 +246,7 @@ def linear_launch(
         tile = _plain(tile, x.dtype)
     blocks = tile.block_m, tile.block_n, tile.block_k
     common |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
-    common |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    common |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.maxnreg}
     count = triton.cdiv(rows, tile.block_m) * triton.cdiv(dim_out, tile.block_n)
     if tile.tma:
         read = operands(x, weight, rows, row_stride, blocks, tile.tma)

@@ -36,7 +36,7 @@ def columns(block_n, DIM_OUT: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _given_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
+def load_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
     """Mean and sum of squared deviations of whole rows, out of those of their PARTS blocks of PART columns."""
     at = stats_ptr + row.to(tl.int64) * (2 * PARTS)
     mean = tl.load(at, mask=live, other=0.0)
@@ -49,15 +49,46 @@ def _given_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
+def load_many_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr):
+    """The same with a row's parts side by side in PADDED columns: two loads, where `load_stats` has a chain of them.
+
+    Parts are of one size, so that the mean is that of their means, and the deviations of these add to the squares.
+    """
+    part = tl.arange(0, PADDED)
+    at = stats_ptr + (row.to(tl.int64) * (2 * PARTS))[:, None] + 2 * part[None, :]
+    inside = live[:, None] & (part < PARTS)[None, :]
+    means = tl.load(at, mask=inside, other=0.0)
+    squares = tl.load(at + 1, mask=inside, other=0.0)
+    mean = tl.sum(means, axis=1) / PARTS
+    delta = tl.where(inside, means - mean[:, None], 0.0)
+    return mean, tl.sum(squares + PART * delta * delta, axis=1)
+
+
+@triton.jit
+def load_columns(ptr, col, there):
+    """A vector's values for the columns of a block, in float32."""
+    return tl.load(ptr + col, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_residual(residual_ptr, row, col, mask, tokens, stride_b, stride_n, DIM_OUT: tl.constexpr):
+    """A block of what is added to the result, in float32."""
+    at = row_offset(row, tokens, stride_b, stride_n, DIM_OUT)[:, None] + col[None, :]
+    return tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def finish(
     acc,  # (rows of the block, BLOCK_N) float32, x w^T
-    mean,  # of the rows of x, and the sums of their squared deviations; read only without stats_ptr
+    mean,  # of the rows of x, and the sums of their squared deviations; read only with w_sum_ptr
     squares,
+    bias,  # of the block's columns; this and the next two None where they are loaded here
+    w_sum,
+    residual,  # of the block
     row,  # numbers of the rows
     block_n,  # number of the block of columns
     bias_ptr,
     w_sum_ptr,
-    stats_ptr,
     residual_ptr,
     y_ptr,
     y_stats_ptr,
@@ -68,7 +99,6 @@ def finish(
     eps,
     DIM_IN: tl.constexpr,
     DIM_OUT: tl.constexpr,
-    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -76,22 +106,21 @@ def finish(
     col, there = columns(block_n, DIM_OUT, BLOCK_N)
     live = row < rows
     if w_sum_ptr is not None:
-        if stats_ptr is not None:
-            mean, squares = _given_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS)
-        w_sum = tl.load(w_sum_ptr + col, mask=there, other=0.0)
+        if w_sum is None:
+            w_sum = load_columns(w_sum_ptr, col, there)
         acc = tl.math.rsqrt(squares / DIM_IN + eps)[:, None] * (acc - mean[:, None] * w_sum[None, :])
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + col, mask=there, other=0.0).to(tl.float32)[None, :]
+        if bias is None:
+            bias = load_columns(bias_ptr, col, there)
+        acc += bias[None, :]
     acc = activate(acc, ACTIVATION)
     mask = live[:, None] & there[None, :]
-    to = (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :]
     if residual_ptr is not None:
-        at = to  # mostly: one set of addresses then serves both, and fits in registers
-        if stride_rn is not None:
-            at = row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)[:, None] + col[None, :]
-        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if residual is None:
+            residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
+        acc += residual
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + to, y, mask=mask)
+    tl.store(y_ptr + (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :], y, mask=mask)
     if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
         y = y.to(tl.float32)  # of what the next launch will read, rounded
         part_mean = tl.sum(y, axis=1) / BLOCK_N

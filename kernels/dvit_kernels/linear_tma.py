@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dvit_kernels.launch import wait_for_inputs
-from dvit_kernels.linear_epilogue import columns, finish, row_offset
+from dvit_kernels.linear_epilogue import columns, finish, load_residual, load_stats
 
 MULTIPROCESSORS = 132  # of an H100 SXM or an H200; what is compiled ahead of time and interpreted
 # Values of `LinearTile.tma`. One program a multiprocessor that fetches for its next tile while it finishes one; two
@@ -60,22 +60,26 @@ def _linear_tma_kernel(
         row = first + tl.arange(0, BLOCK_M)
         if residual_first:
             col, there = columns(block_n, DIM_OUT, BLOCK_N)
-            at = residual_ptr + row_offset(row, residual_tokens, stride_rb, stride_rn, DIM_OUT)
             mask = (row < rows)[:, None] & there[None, :]
-            acc = tl.load(at[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+            acc = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, DIM_IN, BLOCK_K):
             acc = tl.dot(x.load([first, k]), w.load([block_n * BLOCK_N, k]).T, acc)
+        mean, squares = None, None
+        if w_sum_ptr is not None:
+            mean, squares = load_stats(stats_ptr, row, row < rows, PARTS, DIM_IN // PARTS)
         finish(
             acc,
+            mean,
+            squares,
+            None,
             None,
             None,
             row,
             block_n,
             bias_ptr,
             w_sum_ptr,
-            stats_ptr,
             None if residual_first else residual_ptr,
             y_ptr,
             y_stats_ptr,
@@ -86,7 +90,6 @@ def _linear_tma_kernel(
             eps,
             DIM_IN,
             DIM_OUT,
-            PARTS,
             ACTIVATION,
             BLOCK_N,
         )

@@ -107,7 +107,12 @@ def supports(channels: int, height: int, width: int) -> bool:
 
 
 def patch_embedding_launch(
-    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    patch_size: int,
+    channels_last: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[Launch, torch.Tensor]:
     """The launch and the tensor it fills. Arguments as `launch_patch_embedding`."""
     b, channels, height, width = images.shape
@@ -115,7 +120,7 @@ def patch_embedding_launch(
     patches_x = width // p
     n = height // p * patches_x
     tokens = table.shape[0]
-    out = weight.new_empty(b, tokens, c)
+    out = weight.new_empty(b, tokens, c) if out is None else out
 
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
         images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -128,6 +133,7 @@ def patch_embedding_launch(
         sizes, strides = (p, channels), (stride_y, stride_x, stride_c)
 
     # Block sizes are those that keep registers unspilled (AOT.md); none has been timed yet.
+    maxnreg = 0
     if weight.dtype == torch.float32:  # products on plain cores, from registers: smaller tiles
         block_m, block_n, block_k, num_warps, num_stages = 64, 64, 16, 8, 3
     elif b * n <= 4096:  # too few rows to fill a GPU with large tiles
@@ -135,6 +141,7 @@ def patch_embedding_launch(
     else:
         block_m, block_n, block_k, num_warps = 128, 128 if c >= 256 else 64, 64, 8
         num_stages = 2 if images.dtype == torch.float32 else 3  # so that two programs share a multiprocessor's memory
+        maxnreg = 128 if images.dtype == torch.float32 else 0  # and its registers: two fewer than the compiler takes
     launch = Launch.of(
         _patch_embedding_kernel,
         (triton.cdiv(b * n, block_m) * triton.cdiv(c, block_n),),
@@ -162,12 +169,18 @@ def patch_embedding_launch(
         BLOCK_K=block_k,
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=maxnreg,
     )
     return launch, out
 
 
 def launch_patch_embedding(
-    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    patch_size: int,
+    channels_last: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `dvit::patch_embedding` as one Triton launch on the pictures' device and its current stream.
 
@@ -176,6 +189,7 @@ def launch_patch_embedding(
         weight, table: what `pack_patch_embedding` returned, on the pictures' device.
         patch_size: p, which divides H and W.
         channels_last: as the weight was packed; made for pictures whose channel stride is 1.
+        out: where the result goes, contiguous; None: into new memory.
 
     Returns:
         (B, P+N, C) in the weight's dtype, as `dvit::patch_embedding`.
@@ -196,6 +210,6 @@ def launch_patch_embedding(
     if table.ndim != 2 or table.shape[0] < n or table.shape[1] != weight.shape[0]:
         fits = f"at least {n} rows of {weight.shape[0]} fit"
         raise ValueError(f"launch_patch_embedding: table has shape {tuple(table.shape)}, {fits}")
-    launch, out = patch_embedding_launch(images, weight, table, patch_size, channels_last)
+    launch, tokens = patch_embedding_launch(images, weight, table, patch_size, channels_last, out)
     run([launch], images.device)
-    return out
+    return tokens

@@ -9,10 +9,15 @@ import torch
 import triton
 
 from dvit_kernels.launch import Launch, run
+from dvit_kernels.linear import ENOUGH_PROGRAMS, LinearTile
 from dvit_kernels.score_tokens import _project_kernel, _score_kernel
 from dvit_kernels.select_tokens import RANK_TOKENS, _select_kernel
 
 MAX_TOKENS, MIN_DIM, MAX_DIM = 1024, 64, 1024
+# Of the first launch, largest first, each with unspilled registers (AOT.md). The first has three programs a
+# multiprocessor: while one is at its epilogue, which is as long as its product, the others multiply.
+TILES = (LinearTile(64, 128, 64, 4, 3), LinearTile(64, 64, 64, 4, 3), LinearTile(32, 32, 128, 4, 3))
+FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # products on plain cores, from registers
 
 
 def supports(n: int, c: int) -> bool:
@@ -29,12 +34,8 @@ def prune_tokens_launches(
     w1, w1_sum, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = (t.contiguous() for t in packed)
     if x.stride(2) != 1:
         x = x.contiguous()
-    full_rate = x.dtype != torch.float32  # float32 products run on plain cores, from registers: smaller tiles
-    few = b * n <= 4096  # too few rows to fill a GPU with large tiles
-
-    # Block sizes are those that keep registers unspilled (AOT.md); none has been timed yet.
-    tile_m = min(64 if few or not full_rate else 128, max(16, triton.next_power_of_2(n)))
-    block_n = 64 if few or not full_rate or c < 256 else 128
+    tile = _project_tile(b * n, c, x.dtype)
+    tile_m = min(tile.block_m, max(16, triton.next_power_of_2(n)))
     tiles = triton.cdiv(b * n, tile_m)
     segments = min(tile_m, (tile_m - 2) // n + 2)  # pictures that a tile can touch
     hidden = x.new_empty(b * n, half)
@@ -45,7 +46,7 @@ def prune_tokens_launches(
 
     project = Launch.of(
         _project_kernel,
-        (tiles * triton.cdiv(c, block_n),),
+        (tiles * triton.cdiv(c, tile.block_n),),
         x_ptr=x,
         w1_ptr=w1,
         w1_sum_ptr=w1_sum,
@@ -61,12 +62,21 @@ def prune_tokens_launches(
         DIM=c,
         SEGMENTS=segments,
         BLOCK_M=tile_m,
-        BLOCK_N=block_n,
-        BLOCK_K=_divisor(c, 64 if full_rate else 16),
-        num_warps=4 if few and full_rate else 8,
-        num_stages=3,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=_divisor(c, tile.block_k),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
-    block_m = 64 if full_rate else 16
+    half_precision = x.dtype != torch.float32
+    if not half_precision:
+        block_m, block_h, block_k = 16, 16, 16
+    elif b * triton.cdiv(n, 64) >= ENOUGH_PROGRAMS:
+        block_m, block_h, block_k = 64, 64, 64
+    else:
+        block_m, block_h, block_k = 16, *((64, 32) if c <= 384 else (32, 64))
+    touched = triton.next_power_of_2((n + tile_m - 2) // tile_m + 1)
+    # A few registers fewer than the compiler takes, and a multiprocessor holds two programs; where none would spill.
+    can_pair = block_m == 64 and (c <= 384 or (c <= 512 and touched <= 4))
     score_tokens = Launch.of(
         _score_kernel,
         (b * triton.cdiv(n, block_m),),
@@ -84,13 +94,14 @@ def prune_tokens_launches(
         DIM=c,
         SEGMENTS=segments,
         TILE_M=tile_m,
-        TILES=triton.next_power_of_2((n + tile_m - 2) // tile_m + 1),
+        TILES=touched,
         BLOCK_M=block_m,
-        BLOCK_H=64 if full_rate else 16,
-        BLOCK_K=_divisor(half, 64 if full_rate else 16),
+        BLOCK_H=block_h,
+        BLOCK_K=_divisor(half, block_k),
         BLOCK_Q=max(16, triton.next_power_of_2(c // 4)),
-        num_warps=8 if full_rate else 4,
-        num_stages=3 if full_rate else 2,
+        num_warps=8 if half_precision else 4,
+        num_stages=3 if half_precision else 2,
+        maxnreg=128 if can_pair else 0,
     )
     block_tokens, block_rows = max(32, triton.next_power_of_2(n)), 16
     # Few pictures: a program for every block of rows. Many: two a picture, so that choosing is not repeated so often.
@@ -149,6 +160,15 @@ def launch_prune_tokens(
     launches, kept_x, index = prune_tokens_launches(x, packed, num_keep, num_prefix, eps)
     run(launches, x.device)
     return kept_x, index
+
+
+def _project_tile(rows: int, c: int, dtype: torch.dtype) -> LinearTile:
+    """The largest tile of the first launch with enough programs to go round."""
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    tiles = TILES if c >= 256 else TILES[1:]  # of narrow models half of the widest would be padding
+    enough = (t for t in tiles if triton.cdiv(rows, t.block_m) * triton.cdiv(c, t.block_n) >= ENOUGH_PROGRAMS)
+    return next(enough, tiles[-1])
 
 
 def _divisor(size: int, most: int) -> int:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.activations import gelu_erf, gelu_exact
-from dvit_kernels.launch import wait_for_inputs
+from dvit_kernels.launch import SMALL_TILE, prefetch_rows, wait_for_inputs
+from dvit_kernels.linear_epilogue import load_columns
 
 
 @triton.jit(do_not_specialize=["batch", "n_tokens", "num_prefix"])
@@ -39,7 +40,6 @@ def _project_kernel(
     PDL: tl.constexpr,
 ):
     """gelu(LN(x) w1^T + b1): the own half of every token, and the mean half's sums by (tile of rows, picture in it)."""
-    wait_for_inputs(PDL)
     half: tl.constexpr = DIM // 2
     blocks_n: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // blocks_n
@@ -53,6 +53,13 @@ def _project_kernel(
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
 
+    # As in linear.py: small tiles ask for what their epilogue reads before the product.
+    early: tl.constexpr = BLOCK_M * BLOCK_N <= SMALL_TILE and w1_ptr.dtype.element_ty != tl.float32
+    if early:
+        w1_sum, b1 = load_columns(w1_sum_ptr, col, col < DIM), load_columns(b1_ptr, col, col < DIM)
+        if PDL:
+            prefetch_rows(w1_ptr, block_n, BLOCK_N, DIM, DIM)
+    wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)  # of deviations from the mean so far
@@ -69,8 +76,8 @@ def _project_kernel(
         squares += tl.sum(deviation * deviation, axis=1) + delta * delta * (k * (BLOCK_K / (k + BLOCK_K)))
 
     rstd = tl.math.rsqrt(squares / DIM + eps)
-    w1_sum = tl.load(w1_sum_ptr + col, mask=col < DIM, other=0.0)
-    b1 = tl.load(b1_ptr + col, mask=col < DIM, other=0.0)
+    if not early:
+        w1_sum, b1 = load_columns(w1_sum_ptr, col, col < DIM), load_columns(b1_ptr, col, col < DIM)
     y = rstd[:, None] * (acc - mean[:, None] * w1_sum[None, :]) + b1[None, :]
     y = gelu_exact(y, hidden_ptr.dtype.element_ty)
 
@@ -83,6 +90,13 @@ def _project_kernel(
             member = live & (image == first + segment)
             total = tl.sum(tl.where(member[:, None], y, 0.0), axis=0)
             tl.store(sums_ptr + (tile * SEGMENTS + segment).to(tl.int64) * half + col - half, total, mask=averaged)
+
+
+@triton.jit
+def _last_layer(b3_ptr, w4_ptr, b4_ptr, col, width):
+    """The vectors behind the third product."""
+    b3, w4 = load_columns(b3_ptr, col, col < width), load_columns(w4_ptr, col, col < width)
+    return b3, w4, tl.load(b4_ptr)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -108,8 +122,7 @@ def _score_kernel(
     BLOCK_Q: tl.constexpr,  # at least C/4
     PDL: tl.constexpr,
 ):
-    """The difference of the two logits, for BLOCK_M tokens of one picture."""
-    wait_for_inputs(PDL)
+    """The difference of the two logits, for BLOCK_M tokens of one image."""
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     half: tl.constexpr = DIM // 2
     quarter: tl.constexpr = DIM // 4
@@ -123,7 +136,11 @@ def _score_kernel(
     inner = tl.arange(0, BLOCK_K)
     quarters = tl.arange(0, BLOCK_Q)
 
-    # Where the picture's sums are: in the tiles of the first launch that it touches.
+    early: tl.constexpr = BLOCK_M * BLOCK_Q <= SMALL_TILE
+    if early:
+        b3, w4, b4 = _last_layer(b3_ptr, w4_ptr, b4_ptr, quarters, quarter)
+    wait_for_inputs(PDL)
+    # Where the image's sums are: in the tiles of the first launch that it touches.
     tile = first_tile + tl.arange(0, TILES)
     touched = (tile <= last_tile)[:, None]
     segment = tile * SEGMENTS + image - tile * TILE_M // n_tokens
@@ -149,7 +166,7 @@ def _score_kernel(
         fits = (quarters[None, :] < quarter) & (col[:, None] < half)
         w3 = tl.load(w3_ptr + quarters[None, :] * half + col[:, None], mask=fits, other=0.0)
         acc3 = tl.dot(z, w3, acc3, input_precision="ieee")
-    b3 = tl.load(b3_ptr + quarters, mask=quarters < quarter, other=0.0)
-    w4 = tl.load(w4_ptr + quarters, mask=quarters < quarter, other=0.0)
-    score = tl.sum(gelu_erf(acc3 + b3[None, :]) * w4[None, :], axis=1) + tl.load(b4_ptr)
+    if not early:
+        b3, w4, b4 = _last_layer(b3_ptr, w4_ptr, b4_ptr, quarters, quarter)
+    score = tl.sum(gelu_erf(acc3 + b3[None, :]) * w4[None, :], axis=1) + b4
     tl.store(score_ptr + row, score, mask=live)

@@ -1,0 +1,299 @@
+"""Kernels that fail or answer wrongly give way to PyTorch's operators, with one warning; in Triton's interpreter."""
+
+import errno
+import importlib
+import warnings
+
+import pytest
+import torch
+from golden_cases import answers, official_checkpoint, options, pictures
+from kernel_helpers import needs_loops
+
+import dvit_infer as dvit
+from dvit_infer.backends.kernel_check import check_kernels
+from dvit_infer.backends.triton import TritonRunner
+from dvit_infer.errors import InputError, KernelError
+from dvit_infer.ops import fallback
+from dvit_infer.ops.attention import attention
+from dvit_infer.ops.choices import Choices, using
+from dvit_infer.ops.layer_norm import layer_norm, row_stats
+from dvit_infer.ops.linear import linear, row_sums
+from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
+
+pytestmark = pytest.mark.interpreter
+TRITON, PYTORCH, CPU = Choices(otherwise="triton"), Choices(otherwise="pytorch"), torch.device("cpu")
+TINY = "tiny-deit-r0.7-s1"
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it(monkeypatch, tmp_path):
+    """Nothing set, nothing given up on, nothing remembered."""
+    monkeypatch.delenv("DVIT_KERNELS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fallback, "_given_up", {})
+
+
+def make_rows(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_linear(dim_in, dim_out, dtype):
+    return (make_rows(dim_out, dim_in, seed=3) * 0.2).to(dtype), make_rows(dim_out, seed=4).to(dtype)
+
+
+def call_linear(dtype):
+    x, (weight, bias) = make_rows(3, 5, 32).to(dtype), make_linear(32, 48, dtype)
+    return linear(x, weight, bias, make_rows(3, 5, 48, seed=2).to(dtype), row_sums(weight))[0]
+
+
+def call_statistics(dtype):
+    """Those that a linear leaves."""
+    x, (weight, bias) = make_rows(3, 5, 32).to(dtype), make_linear(32, 64, dtype)
+    return linear(x, weight, bias, stats_block=64)[1]
+
+
+def call_attention(dtype):
+    return attention(*make_rows(2, 7, 3 * 2 * 16).to(dtype).view(2, 7, 3, 2, 16).unbind(2))
+
+
+def call_patch_embedding(dtype):
+    weight, table = (make_rows(*size) for size in ((32, 3, 4, 4), (1, 7, 32)))
+    packed = pack_patch_embedding(weight, None, make_rows(1, 1, 32), table, dtype)
+    return patch_embedding(make_rows(3, 3, 8, 12), *packed, 4)
+
+
+def call_prune_tokens(dtype):
+    state, half = {}, 32
+    for seed, (name, shape) in enumerate(
+        {
+            **{"in_conv.0.weight": (64,), "in_conv.0.bias": (64,), "in_conv.1.weight": (64, 64)},
+            **{"in_conv.1.bias": (64,), "out_conv.0.weight": (half, 64), "out_conv.0.bias": (half,)},
+            **{"out_conv.2.weight": (16, half), "out_conv.2.bias": (16,), "out_conv.4.weight": (2, 16)},
+            "out_conv.4.bias": (2,),
+        }.items()
+    ):
+        state[name] = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+    return dvit.prune_tokens(make_rows(3, 21, 64).to(dtype), state, 12)[0]
+
+
+# Op, where its launcher is, a call of it, which of the launcher's results is made wrong.
+OPS = [
+    pytest.param("linear", "linear", call_linear, 0, id="linear"),
+    pytest.param("linear", "linear", call_statistics, 1, id="statistics"),
+    pytest.param("attention", "attention", call_attention, None, id="attention"),
+    pytest.param("layer_norm", "layer_norm", lambda d: layer_norm(make_rows(3, 5, 40).to(d)), None, id="layer_norm"),
+    pytest.param("row_stats", "layer_norm", lambda d: row_stats(make_rows(7, 5, 40).to(d)), None, id="row_stats"),
+    pytest.param("patch_embedding", "patch_embedding", call_patch_embedding, None, id="patch_embedding"),
+    pytest.param("prune_tokens", "prune_tokens", call_prune_tokens, 0, id="prune_tokens"),
+]
+
+
+class CompilationError(Exception):
+    """Stands for the compiler's own kind."""
+
+
+def does_not_compile(out):
+    raise CompilationError("error: at 1:0: no such layout")
+
+
+def does_not_launch(out):
+    raise RuntimeError("Triton Error [CUDA]: invalid argument")
+
+
+def one_nan(out):
+    out = out.clone()
+    out.view(-1)[0] = float("nan")
+    return out
+
+
+def one_percent_off(out):
+    return out * 1.01
+
+
+def all_of(launcher, fault, which):
+    """The launcher with a fault in one of its results; and how often it was called."""
+    calls = []
+
+    def faulty(*given, **named):
+        calls.append(1)
+        out = launcher(*given, **named)
+        return fault(out) if which is None else tuple(fault(o) if i == which else o for i, o in enumerate(out))
+
+    return faulty, calls
+
+
+def break_kernel(monkeypatch, op, module, fault, which):
+    home, name = importlib.import_module(f"dvit_kernels.{module}"), f"launch_{op}"
+    faulty, calls = all_of(getattr(home, name), fault, which)
+    monkeypatch.setattr(home, name, faulty)
+    return calls
+
+
+@pytest.mark.parametrize("fault", [does_not_compile, does_not_launch, one_nan, one_percent_off])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("op", "module", "call", "which"), OPS)
+def test_a_kernel_that_fails_is_replaced(monkeypatch, op, module, call, which, dtype, fault):
+    calls = break_kernel(monkeypatch, op, module, fault, which)
+    expected = call(dtype)  # on a CPU by PyTorch
+    with using(TRITON), fallback.checking():
+        with pytest.warns(RuntimeWarning, match=f"the kernel of {op} on cpu .*please report") as told:
+            got = call(dtype)
+        assert len(told) == len(calls) == 1
+        torch.testing.assert_close(got, expected, equal_nan=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(call(dtype), expected, equal_nan=False)
+    assert len(calls) == 1  # for the life of the process
+    assert fallback.replaced(CPU) == [op]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("op", "module", "call", "which"), OPS)
+def test_a_kernel_that_answers_right_stays(op, module, call, which, dtype):
+    with using(TRITON), fallback.checking(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(dtype)
+    assert fallback.replaced(CPU) == []
+
+
+def test_prune_tokens_that_keeps_others_is_replaced(monkeypatch):
+    def keep_the_first(x, packed, num_keep, num_prefix, eps):
+        return x[:, : num_prefix + num_keep].contiguous(), torch.arange(num_keep).repeat(len(x), 1)
+
+    expected = call_prune_tokens(torch.float32)
+    monkeypatch.setattr("dvit_kernels.prune_tokens.launch_prune_tokens", keep_the_first)
+    with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match="scores .* more than one that stays"):
+        assert torch.equal(call_prune_tokens(torch.float32), expected)
+
+
+def engine_by_kernels(dtype="float32"):
+    engine = dvit.convert(official_checkpoint(TINY), device="cpu", dtype=dtype, **options(TINY))
+    with using(TRITON):
+        engine.runner = TritonRunner(engine.graph)
+    engine.runner.checks_kernels = True
+    return engine
+
+
+@needs_loops
+def test_an_engine_answers_right_and_says_so(monkeypatch, tmp_path):
+    break_kernel(monkeypatch, "attention", "attention", one_percent_off, None)
+    expected, _, _ = answers(TINY)
+    engine = engine_by_kernels()
+    assert "in place of" not in str(engine.graph)
+    with using(TRITON):
+        with pytest.warns(RuntimeWarning, match="the kernel of attention") as told:
+            logits = engine(pictures(TINY)[:1])
+        assert (logits - expected[:1]).abs().max() < 2e-5
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine(pictures(TINY)[:1])
+    assert len(told) == 1
+    assert "PyTorch in place of attention, which failed" in str(engine.graph)
+    assert not (tmp_path / "cache").exists()  # what failed is looked at again
+
+
+@needs_loops
+def test_what_passed_is_remembered(monkeypatch, tmp_path):
+    graph, seen = engine_by_kernels().graph, []
+    forward = seen.append
+    with using(TRITON):
+        for _ in range(2):
+            check_kernels(graph, 3, False, False, forward)
+        assert [tuple(images.shape) for images in seen] == [(3, 3, *graph.config.image_size)]
+        assert torch.equal(seen[0][0], seen[0][2])
+        assert not torch.equal(seen[0][0], seen[0][1])
+        (marker,) = (tmp_path / "cache" / "dvit_infer" / "kernels").iterdir()
+        assert {"gpu", "driver", "torch", "triton", "dvit_infer"} <= set(marker.read_text().split('"'))
+        check_kernels(graph, 2, False, False, forward)  # another size takes other tiles
+        check_kernels(graph, 2, True, False, forward)
+        check_kernels(graph, 2, False, True, forward)
+        monkeypatch.setattr("dvit_infer.backends.kernel_check._system", lambda device: {"triton": "3.99"})
+        check_kernels(graph, 3, False, False, forward)
+    assert len(seen) == 5
+    assert seen[2].dtype == torch.uint8
+
+
+@needs_loops
+def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with using(TRITON):
+        for seen in ([], []):
+            check_kernels(engine_by_kernels().graph, 1, False, False, seen.append)
+            assert len(seen) == 1
+
+
+@needs_loops
+def test_a_captured_forward_may_begin_at_the_tokens():
+    """Tokens made in memory that is there, of images in any dtype and strides, give the answers of a plain call."""
+    engine, images = engine_by_kernels(), pictures(TINY)[:1]
+    runner = engine.runner
+    tokens = torch.full((1, *runner.nodes[0].out_shape), float("nan"))
+    raw = (images * 60 + 120).clamp(0, 255).to(torch.uint8)
+    with using(PYTORCH):  # the patch embedding is a kernel in any case
+        for given in (images.double().transpose(2, 3).contiguous().transpose(2, 3), raw):
+            expected, kept = runner(given)
+            runner.embed_into(given, tokens)
+            logits, chosen = runner.from_tokens(tokens)
+            torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
+            assert all(torch.equal(a, b) for a, b in zip(chosen, kept, strict=True))
+    plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
+    plain.runner.embed_into(images, tokens)
+    assert torch.equal(plain.runner.from_tokens(tokens)[0], plain(images))
+
+
+@pytest.mark.parametrize("fault", [does_not_compile, one_percent_off])
+def test_required_kernels_that_fail_are_an_error(monkeypatch, fault):
+    monkeypatch.setenv("DVIT_KERNELS", "require")
+    break_kernel(monkeypatch, "attention", "attention", fault, None)
+    with using(TRITON), fallback.checking(), pytest.raises(KernelError, match=r"attention on cpu .*=require forbids"):
+        call_attention(torch.float32)
+
+
+def test_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("DVIT_KERNELS", "off")
+    calls = break_kernel(monkeypatch, "attention", "attention", does_not_launch, None)
+    with using(TRITON):
+        call_attention(torch.float32)
+    assert calls == []
+
+
+def test_an_unknown_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("DVIT_KERNELS", "on")
+    with pytest.raises(InputError, match=r"^DVIT_KERNELS: 'on'; require or off can be asked for, or nothing$"):
+        dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "no C compiler"),
+        (PermissionError(errno.EACCES, "Permission denied", "/home/me/.triton"), "cannot write to /home/me/.triton"),
+        (OSError(errno.EROFS, "Read-only file system", "/home/me/.triton"), "cannot write to /home/me/.triton"),
+    ],
+)
+def test_what_ails_every_kernel_is_told_once(monkeypatch, error, says):
+    def ails(out):
+        raise error
+
+    for op in ("attention", "linear"):
+        break_kernel(monkeypatch, op, op, ails, None)
+    with using(TRITON):
+        with pytest.warns(RuntimeWarning, match=f"every kernel on cpu fails: .*{says}") as told:
+            call_attention(torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call_linear(torch.float32)
+            layer_norm(make_rows(3, 40))
+    assert len(told) == 1
+    assert "report" not in str(told[0].message)
+
+
+def test_too_little_memory_is_no_fault_of_the_kernel(monkeypatch):
+    def is_short(out):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    break_kernel(monkeypatch, "attention", "attention", is_short, None)
+    with using(TRITON), pytest.raises(torch.OutOfMemoryError):
+        call_attention(torch.float32)
+    assert fallback.replaced(CPU) == []
