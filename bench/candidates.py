@@ -25,11 +25,14 @@ MORE_TILES = (
     LinearTile(128, 64, 64, 4, 4),
     LinearTile(64, 256, 64, 8, 3),
     LinearTile(16, 64, 128, 4, 4),
-    LinearTile(32, 32, 128, 4, 4),
+    LinearTile(64, 64, 64, 4, 4),
+    LinearTile(32, 64, 64, 4, 4),
+    LinearTile(32, 32, 64, 4, 4),
     LinearTile(128, 128, 64, 8, 3, PREFETCHING),
     LinearTile(128, 128, 64, 8, 4, PREFETCHING),
     LinearTile(128, 256, 64, 8, 3, PREFETCHING),
     LinearTile(128, 128, 64, 8, 3, PAIRED),
+    LinearTile(128, 128, 64, 8, 3, PAIRED, maxnreg=128),  # where 132 registers would leave room for one program
 )
 MANY_ROWS = 4096  # from here on programs may stay for several tiles
 SPILLING = ((128, 64, 16), (128, 128), (256,))  # chunks of keys: with 128 queries and 4 warps 80 to 576 bytes on sm_90
@@ -130,7 +133,11 @@ def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTil
         first = default_tile(shape.rows, shape.dim_out, dtype, default_stats_block(shape.rows, shape.dim_out, dtype))
     least, most = (64 if many else 0), 2 * shape.rows
     by_tma = many and dtype != torch.float32
-    others = [t for t in (*TILES, *MORE_TILES) if t != first and least <= t.block_m <= most and (by_tma or not t.tma)]
+    others = [
+        t
+        for t in dict.fromkeys((*TILES, *MORE_TILES))
+        if t != first and least <= t.block_m <= most and (by_tma or not t.tma)
+    ]
     return [first, *(t for t in others[: 1 if dry else None] if shape.dim_out % t.block_n == 0)]
 
 

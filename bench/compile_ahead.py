@@ -28,7 +28,13 @@ def compile_only(shape: Shape, tile: Tile, dtype: torch.dtype) -> None:
     """Compile a candidate's kernel for this GPU; nothing is launched, which would disturb what is being timed."""
     with contextlib.suppress(Exception):  # what cannot be compiled is reported where it is measured
         launch = launch_of(shape, tile, dtype)
-        launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
+        compile_launch(launch, *torch.cuda.get_device_capability())
+
+
+def compile_launch(launch: Launch, major: int, minor: int) -> None:
+    """Compile a launch for the driver that Triton has, of that compute capability, or find it in Triton's cache."""
+    options = launch.options_for(10 * major + minor)
+    launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **options)
 
 
 def launch_of(shape: Shape, tile: Tile, dtype: torch.dtype) -> Launch:

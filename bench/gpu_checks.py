@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dvit_infer.errors import InputError
+from dvit_infer.ops.fallback import setting
 
 OLDEST = (8, 0)  # compute capability
 
@@ -21,6 +22,7 @@ def check_machine() -> None:
     if capability < OLDEST:
         name, found = torch.cuda.get_device_name(), ".".join(map(str, capability))
         raise InputError(f"{name}: compute capability {found}; the kernels need 8.0 or later")
+    setting()  # DVIT_KERNELS, if it is anything that it cannot be
     if importlib.util.find_spec("triton") is None:
         raise InputError("Triton is not installed for this Python; the suite needs it")
     compiler = os.environ.get("CC") or "gcc"

@@ -9,13 +9,14 @@ forwards run on a CPU with their launches recorded and nothing launched; a stub 
 
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 import triton
 from aot import source
 from candidates import PLAN, linears, shapes_of, tiles_of
-from compile_ahead import launch_of
+from compile_ahead import compile_launch, launch_of
 from dvit_kernels.launch import Launch, programmatic_launches
 from dvit_kernels.linear import linear_launch
 from forwards import checkpoint
@@ -78,7 +79,21 @@ def key_for(folder: Path) -> str:
 
 
 def recorded() -> Iterator[Launch]:
-    """Every launch of the suite's forwards in bfloat16, with its arguments as tensors without memory."""
+    """Every launch of the suite's forwards, with its arguments as tensors without memory."""
+    for arch in ARCHS:
+        for method in ("predictor", "none"):
+            engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=BF16, method=method)
+            for programmatic in (False, True):  # 128: a half of two branches
+                yield from launches_of(engine, (256, 1, 128), (BF16, torch.uint8), programmatic)
+    for arch, dtype in itertools.product((*ARCHS, "deit-b-distilled"), (BF16, torch.float16, torch.float32)):
+        engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=dtype)
+        yield from launches_of(engine, (64,), (dtype,), False)  # as tests verify them
+
+
+def launches_of(
+    engine: dvit.Engine, batches: Sequence[int], inputs: Sequence[torch.dtype], programmatic: bool
+) -> Iterator[Launch]:
+    """Those of forwards of so many images in these dtypes."""
     found: list[Launch] = []
 
     def record(launch: Launch) -> None:
@@ -87,20 +102,13 @@ def recorded() -> Iterator[Launch]:
                 value.zero_()  # positions that were not computed must be some
         found.append(replace(launch, arguments={name: _bare(value) for name, value in launch.arguments.items()}))
 
-    for arch in ARCHS:
-        for method in ("predictor", "none"):
-            engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=BF16, method=method)
-            for programmatic in (False, True):
-                with using(Choices(programmatic=programmatic)), _launching(record), programmatic_launches(programmatic):
-                    runner = TritonRunner(engine.graph)
-                    # 128: a half of two branches. 2: what an engine may be tried on. uint8: DeiT takes it as it is.
-                    for batch, dtype in ((256, BF16), (1, BF16), (128, BF16), (2, BF16), (256, torch.uint8)):
-                        if dtype == BF16 or runner.takes_uint8:
-                            image = torch.zeros(1, 3, *engine.config.image_size, dtype=dtype)
-                            runner(image.expand(batch, -1, -1, -1))
-            yield from found
-            print(f"{arch}, {method}: {len(found)} launches", flush=True)
-            found.clear()
+    with using(Choices(programmatic=programmatic)), _launching(record), programmatic_launches(programmatic):
+        runner = TritonRunner(engine.graph)
+        for batch, dtype in itertools.product(batches, inputs):
+            if dtype != torch.uint8 or runner.takes_uint8:
+                runner(torch.zeros(1, 3, *engine.config.image_size, dtype=dtype).expand(batch, -1, -1, -1))
+    print(f"{engine.config.arch}, {engine.config.method}, {engine.dtype}: {len(found)} launches", flush=True)
+    yield from found
 
 
 def _bare(value: Any) -> Any:
@@ -147,7 +155,7 @@ def distinct() -> list[Launch]:
     found: dict[str, Launch] = {}
     for launch in (*recorded(), *candidates()):
         made = source(launch)
-        key = (launch.kernel.__name__, made.signature, made.constants, made.attrs, launch.options)
+        key = (launch.kernel.__name__, made.signature, made.constants, made.attrs, launch.options_for(TARGET.arch))
         found.setdefault(str(key), launch)
     return list(found.values())
 
@@ -156,7 +164,7 @@ def compile_one(index: int) -> str | None:
     """Compile one of `LAUNCHES`; the compiler's complaint if there is one."""
     launch = LAUNCHES[index]
     try:
-        launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
+        compile_launch(launch, *divmod(TARGET.arch, 10))
     except Exception as error:  # a tile that does not fit is compiled, and fails, where it is measured
         return f"{launch.kernel.__name__}: {repr(error)[:200]}"
     return None

@@ -83,6 +83,7 @@ class Models:
             for batch in map(self.batch, batches):
                 outcome = comparison.measure(batch, self.seconds)
                 yield from (asdict(row) for row in outcome.rows)
+                print(f"  {comparison.runs}", flush=True)
                 for line in filter(None, (*map(str, outcome.gains), outcome.verdict, outcome.noise)):
                     print(f"  {arch}, batch {batch}: {line}", flush=True)
                 if outcome.strays:

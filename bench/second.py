@@ -45,7 +45,7 @@ class Sizes:
 
 def with_registers(launch: Launch, most: int | None) -> Callable[[], None]:
     """The launch with its registers bounded, or not, whatever it is now."""
-    options = {**launch.options, "maxnreg": most}
+    options = {**launch.options, "maxnreg": most}  # None: the compiler's choice
     return lambda: launch.kernel[launch.grid](**launch.arguments, **options)
 
 
@@ -88,17 +88,32 @@ def by_registers(op: str, launch: Launch, output: str, device: torch.device, siz
 
 
 def predictor(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """The first two launches of prune_tokens, stage by stage: registers of the second, the tile of the first."""
+    """The first two launches of prune_tokens, stage by stage: tiles of both, registers of the second."""
     for (name, c), (n, keep) in itertools.product(sizes.channels.items(), sizes.stages):
-        x = torch.randn(sizes.batch, n + 1, c, device=device).to(sizes.dtype)
-        project, score, _ = prune_tokens_launches(x, packed(c, device, sizes.dtype), keep, 1, 1e-5)[0]
-        where = f"of DeiT-{name}, {n} tokens"
-        if not sizes.dry:
-            tiles = {"128x128, 8 warps": (128, 128, 8), "64x128, 4 warps": (64, 128, 4)}
-            candidates = {name: (with_tile(project, *tile), None) for name, tile in tiles.items()}
-            yield from compared(f"projection {where}", candidates, "hidden_ptr", device, sizes)
-        project.run()
-        yield from by_registers(f"score {where}", score, "score_ptr", device, sizes)
+        weights = packed(c, device, sizes.dtype)
+        for batch in dict.fromkeys((sizes.batch, 1)):
+            x = torch.randn(batch, n + 1, c, device=device).to(sizes.dtype)
+            project, score, _ = prune_tokens_launches(x, weights, keep, 1, 1e-5)[0]
+            where = f"of DeiT-{name}, {n} tokens, batch {batch}"
+            if batch > 1:
+                tiles = {"128x128, 8 warps": (128, 128, 8), "64x128, 4 warps": (64, 128, 4)}
+                candidates = {tile: (with_tile(project, *blocks), None) for tile, blocks in tiles.items()}
+                yield from compared(f"projection {where}", candidates, "hidden_ptr", device, sizes)
+            project.run()
+            if batch > 1 or sizes.dry:
+                yield from by_registers(f"score {where}", score, "score_ptr", device, sizes)
+            else:
+                tiles = {"64 tokens a program": (64, 64, 64), "16 tokens a program": (16, 32, 64)}
+                candidates = {tile: (with_blocks(score, *blocks), None) for tile, blocks in tiles.items()}
+                yield from compared(f"score {where}", candidates, "score_ptr", device, sizes)
+
+
+def with_blocks(score: Launch, tokens: int, hidden: int, inner: int) -> Launch:
+    """The second launch of prune_tokens by blocks of so many tokens, hidden and inner channels."""
+    given = score.arguments
+    images = score.grid[0] // cdiv(given["n_tokens"], given["BLOCK_M"])
+    blocks = {"BLOCK_M": tokens, "BLOCK_H": hidden, "BLOCK_K": min(inner, given["DIM"] // 2)}
+    return replace(score, grid=(images * cdiv(given["n_tokens"], tokens),), arguments={**given, **blocks}, maxnreg=0)
 
 
 def packed(c: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

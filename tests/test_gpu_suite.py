@@ -128,6 +128,9 @@ def test_a_machine_that_will_not_do(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with pytest.raises(InputError, match=r"home/\.triton/cache, where Triton keeps kernels: Not a directory; TRITON_"):
         gpu_checks.check_machine()
+    monkeypatch.setenv("DVIT_KERNELS", "perhaps")
+    with pytest.raises(InputError, match=r"^DVIT_KERNELS: 'perhaps'; require or off"):
+        gpu_checks.check_machine()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     with pytest.raises(InputError, match=r"compute capability 7\.5; the kernels need 8\.0 or later"):
         gpu_checks.check_machine()
