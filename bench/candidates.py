@@ -76,9 +76,10 @@ class Linear:
 
     @property
     def kind(self) -> dict[str, Any]:
+        """What a row says of it: the keys of a choice, and `shape` as every result file has it."""
         does = does_what(self.norm, self.residual, self.activation)
-        shape = {"in": self.dim_in, "out": self.dim_out, "does": does}
-        return {"op": "linear", "batch": self.batch, "size": self.rows, **shape}
+        kind = {"op": "linear", "batch": self.batch, "size": self.rows, "in": self.dim_in, "out": self.dim_out}
+        return {**kind, "does": does, "shape": [self.rows, self.dim_in, self.dim_out, does]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,9 @@ class Attention:
 
     @property
     def kind(self) -> dict[str, Any]:
-        shape = {"queries": self.tokens, "tokens": self.tokens, "head_dim": self.head_dim}
-        return {"op": "attention", "batch": self.batch, "size": self.batch * self.heads, **shape}
+        size, n, dim = self.batch * self.heads, self.tokens, self.head_dim
+        kind = {"op": "attention", "batch": self.batch, "size": size, "queries": n, "tokens": n, "head_dim": dim}
+        return {**kind, "shape": [size, n, dim]}
 
 
 Shape = Linear | Attention

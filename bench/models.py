@@ -106,7 +106,7 @@ class Models:
                 forwards.append(forward_of(source, choices, expected, variant=variant))
         pixels = (images.float() * 40 + 120).clamp(0, 255).byte()
         from_uint8 = plain.beside("uint8 images", lambda: plain.engine(pixels))
-        yield from self.interleaved(forwards, expected, plain, unchecked=[from_uint8])
+        yield from self.interleaved("forward, captured", forwards, expected, plain, unchecked=[from_uint8])
 
     def by_choices(self, arch: str, batch: int) -> Iterator[Row]:
         """Engine and dense counterpart by what was measured on this GPU, beside the defaults."""
@@ -118,17 +118,17 @@ class Models:
         variants = {None: PLAIN, "measured choices": measured}
         engines = [forward_of(source, choices, expected, variant=variant) for variant, choices in variants.items()]
         dense = [forward_of(source, choices, expected, "dense", variant) for variant, choices in variants.items()]
-        yield from self.interleaved(engines, expected, engines[0], unchecked=dense)
+        yield from self.interleaved("forward, choices", engines, expected, engines[0], unchecked=dense)
 
     def interleaved(
-        self, forwards: list[Forward], expected: Expected, baseline: Forward, unchecked: list[Forward]
+        self, op: str, forwards: list[Forward], expected: Expected, baseline: Forward, unchecked: list[Forward]
     ) -> Iterator[Row]:
         """Time the forwards together, those alone whose answers are right; `unchecked` compute another function."""
         batch, logits = len(expected.images), {}
         for forward in forwards:
             found = forward.call()
             if why := expected.disagreement(found, forward.given() if forward.given else None):
-                yield {**forward.identity(batch), "failed": why}
+                yield {**forward.identity(batch), "op": op, "failed": why}
             else:
                 logits[forward.name] = found
         timed = [f for f in forwards if f.name in logits] + list(unchecked)
@@ -137,6 +137,7 @@ class Models:
         )
         for forward in timed:
             row = forward.row(batch, timings[forward.name], logits.get(forward.name, expected.logits), expected)
+            row["op"] = op
             if forward.name not in logits:
                 row |= {"max_logit_error": None, "top1_agreement": None}
             if baseline.name in timings:

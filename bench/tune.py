@@ -141,7 +141,7 @@ def main() -> int:
             for shape in shapes:
                 if shape not in seen:  # models share some
                     seen.add(shape)
-                    words = " ".join(str(value) for value in shape.kind.values())
+                    words = " ".join(map(str, (shape.kind["op"], *shape.kind["shape"])))
                     yield f"{name}: {words}", functools.partial(measure, shape, dtype, device)
             _write_choices(given.choices, part.rows.rows, where)
 
