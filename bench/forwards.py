@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from dvit_infer.parity import MOST_RMS, RMS_FACTOR, evaluate
 from dvit_infer.timing import Timing
 
 Call = Callable[[], object]
-SIZE, DRY_SIZE = 224, 32  # pixels
+PATCH = 16  # pixels
 SAME_RMS = 0.05  # of the logits' rms, by the engine's own choice of tokens: near ties may fall otherwise
 FLOAT32_RMS = 1e-4  # the same with the reference's kept sets, in float32
 
@@ -35,9 +36,9 @@ def checkpoint(arch: str, dry: bool) -> dict[str, Any]:
 
 def _tiny_checkpoint(family: str) -> dict[str, Any]:
     """64 channels, two blocks, four patches."""
-    size = (DRY_SIZE, DRY_SIZE)
+    size = (2 * PATCH, 2 * PATCH)
     config = Config(
-        **{"arch": "tiny", "family": family, "image_size": size, "trained_size": size, "patch_size": 16},
+        **{"arch": "tiny", "family": family, "image_size": size, "trained_size": size, "patch_size": PATCH},
         **{"num_classes": 10, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_dim": 128, "eps": 1e-6},
         **{"num_prefix": 1, "method": "none", "prune_at": (1,), "keep_rate": 1.0, "stem_dim": 16},
     )
@@ -113,7 +114,7 @@ class Expected:
     @classmethod
     def of(cls, source: Mapping[str, Any], batch: int, device: torch.device, dtype: torch.dtype) -> "Expected":
         reference = dvit.load_reference(source).to(device)
-        size = DRY_SIZE if device.type == "cpu" else SIZE
+        size = PATCH * math.isqrt(reference.pos_embed.shape[1] - reference.num_prefix)
         images = sample_images(batch, (size, size), seed=2).to(device)
         expected = evaluate(reference, images)
         plain = reference.to(dtype)

@@ -1,6 +1,6 @@
 """Kernels compiled beforehand (`make gpu-cache`), unpacked into Triton's cache on the machine that has the GPU.
 
-Compiling is most of a first run: 0.7 s for each of some 400 kernels. Triton finds a kernel by a key of its own files,
+Compiling is most of a first run: 0.7 s for each of some 500 kernels. Triton finds a kernel by a key of its own files,
 libtriton.so of that very Python among them, and of the kernel's source, arguments and options; where a key differs it
 compiles as ever.
 """

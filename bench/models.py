@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from forwards import (
-    DRY_SIZE,
     PLAIN,
-    SIZE,
     Call,
     Expected,
     Forward,
     checkpoint,
     chosen,
+    engine_under,
     forward_of,
     with_programmatic,
     with_two_branches,
@@ -149,12 +148,10 @@ class Models:
 
     def share_of_stem(self) -> Iterator[Row]:
         """LV-ViT-S, and its convolutions and patch embedding alone, both launched one by one."""
-        batch, source = self.batch(256), checkpoint(LVVIT_S, self.dry)
-        size = DRY_SIZE if self.dry else SIZE
-        images = sample_images(batch, (size, size)).to(self.device, self.dtype)
-        expected = Expected(images, images.new_zeros(batch, 1), [], 0.0, 0.0)
+        batch = self.batch(256)
+        engine = engine_under(PLAIN, checkpoint(LVVIT_S, self.dry), self.device, dtype=self.dtype)
+        images = sample_images(batch, engine.config.image_size).to(self.device, self.dtype)
         with chosen(PLAIN):
-            engine = forward_of(source, PLAIN, expected).engine
             whole = engine.runner.runner
             count = next(i for i, node in enumerate(engine.graph.nodes) if node.kind == "attention")
             stem: TorchRunner = type(whole)(replace(engine.graph, nodes=engine.graph.nodes[:count]))
