@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dvit_kernels.prune_tokens import launch_prune_tokens, prune_tokens_launches
-from kernel_helpers import WHERE, bits, guarded, rms, run_guarded
+from kernel_helpers import QUICK, WHERE, bits, guarded, rms, run_guarded
 from test_prune_tokens import make_predictor, make_x
 
 import dvit_infer as dvit
@@ -13,7 +13,7 @@ OUTPUTS = ("hidden_ptr", "sums_ptr", "score_ptr", "kept_ptr", "index_ptr")
 
 # B, N, P, C, K: both selections, tiles across pictures, tails of rows and columns, one token, all kept.
 SHAPES = [
-    (3, 50, 1, 64, 35),
+    pytest.param(3, 50, 1, 64, 35, marks=QUICK),
     (2, 196, 1, 96, 137),
     (1, 137, 2, 384, 96),
     (2, 49, 0, 64, 49),

@@ -64,7 +64,7 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
 
 @executes("fma", words="rn ftz")
 def _fma(machine: Machine, instruction: Instruction) -> None:
-    """The product is exact in float64; the sum is rounded there first, which once in 2^29 rounds a tie the other way."""
+    """The product is exact in float64; the sum is rounded there first, which once in 2^29 settles a tie wrongly."""
     if instruction.types[-1].size > 4:
         raise EmulationError("of float64 is not emulated")
     a, b, c = (one.astype(np.float64) for one in _numbers(machine, instruction, 3))

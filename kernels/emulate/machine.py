@@ -80,35 +80,39 @@ class Machine:
             case Symbol(name):
                 return np.asarray(self._symbol(name), kind.bits)
             case Register(name):
-                bits = self._special.get(name)
-                if bits is None:
-                    bits = self._registers.get(name)
-                if bits is None:
-                    raise EmulationError(f"{name} is read and was never written")
-                bits = bits[self.lanes]
+                held = self._special.get(name)
+                bits = (self._register(name) if held is None else held)[self.lanes]
                 return to_values(bits if bits.dtype.itemsize == kind.size else bits.astype(kind.bits), kind)
         raise EmulationError(f"{operand} cannot be read")
 
     def lanes_of(self, operand: Operand, kind: Type) -> Array:
         """Numbers (lanes,)."""
-        return np.broadcast_to(self.read(operand, kind), (self.active,))
+        values = self.read(operand, kind)
+        return values if values.ndim else np.full(self.active, values)
 
     def write(self, operand: Operand, values: Array, kind: Type) -> None:
         if operand == DISCARD:
             return
-        if not isinstance(operand, Register) or operand.name not in self.program.registers:
+        if not isinstance(operand, Register):
             raise EmulationError(f"{operand} cannot be written")
-        held = self.program.registers[operand.name]
+        register, held = self._register(operand.name), self.program.registers[operand.name]
         bits = to_bits(values, kind)
         if held.size < kind.size or (held.kind == "pred") != (kind.kind == "pred"):
             raise EmulationError(f"{operand.name} does not hold {kind.size} bytes")
         if held.size > kind.size:  # a signed number extends its sign
             bits = (bits.view(kind.values) if kind.kind == "s" else bits).astype(held.bits)
-        register = self._registers.get(operand.name)
-        if register is None:
-            poison = False if held.kind == "pred" else np.iinfo(held.bits).max
-            register = self._registers[operand.name] = np.full(self.count, poison, held.bits)
         register[self.lanes] = bits
+
+    def _register(self, name: str) -> Array:
+        """Of all lanes; NaN before it is written, which is not an error: lanes may shuffle what nobody uses."""
+        register = self._registers.get(name)
+        if register is None:
+            held = self.program.registers.get(name)
+            if held is None:
+                raise EmulationError(f"{name} is unknown")
+            poison = False if held.kind == "pred" else np.iinfo(held.bits).max
+            register = self._registers[name] = np.full(self.count, poison, held.bits)
+        return register
 
     def members(self, operand: Operand) -> tuple[Operand, ...]:
         return operand.members if isinstance(operand, Group) else (operand,)
@@ -142,5 +146,3 @@ class Machine:
     def in_warps(self, values: Array) -> Array:
         """(lanes,) as (warps, 32)."""
         return values.reshape(-1, WARP_LANES)
-
-

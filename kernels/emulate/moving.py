@@ -6,7 +6,7 @@ from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.opcodes import BLOCK, WARP, executes
 from emulate.ptx import Group, Instruction, Symbol
-from emulate.values import B32, F32, PRED, U64, Type, flush, float_to_half
+from emulate.values import B32, F32, PRED, U64, Type, float_to_half, flush
 
 
 @executes("mov")

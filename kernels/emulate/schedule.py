@@ -24,14 +24,17 @@ class Schedule:
 
     def __init__(self, machine: Machine, order: str = "together") -> None:
         self.machine = machine
-        self.code = [(one, _opcode(one)) for one in machine.program.code]
+        try:
+            self.code = [(one, _opcode(one)) for one in machine.program.code]
+        except EmulationError as error:
+            raise EmulationError(f"{machine.program.name}: {error}") from None
         self.steps = 0
         self._alive = np.ones(machine.count, np.bool_)
         self._at = np.zeros(machine.count, np.int64)  # of every lane the next instruction
         self._waiting = np.zeros(machine.count, np.bool_)
         self._released_at = -1
-        warps = range(machine.threads // 32)
-        self._turns: list[int] = {"together": [], "first": [*warps], "last": [*reversed(warps)]}[order]
+        upwards = [*range(machine.threads // 32)]
+        self._turns: list[int] = {"together": [], "first": upwards, "last": upwards[::-1]}[order]
 
     def run(self) -> None:
         with np.errstate(all="ignore"):

@@ -7,7 +7,7 @@ import numpy as np
 from emulate.errors import EmulationError
 from emulate.machine import WARP_LANES, Machine
 from emulate.opcodes import WARP, executes
-from emulate.ptx import Group, Instruction
+from emulate.ptx import Group, Instruction, Operand
 from emulate.values import B32, F32, PRED, U32, Array, half_to_float
 
 _LANE = np.arange(WARP_LANES)
@@ -95,34 +95,29 @@ def _store_matrices(machine: Machine, instruction: Instruction) -> None:
     machine.shared.store(block, at, np.ascontiguousarray(matrices).reshape(-1, 8).view(np.uint8), warp)
 
 
-def halves_of(machine: Machine, register: object, kind: str) -> Array:
-    """(warps, 32, 2) float32: the two 16-bit numbers in every lane's register."""
-    bits = np.ascontiguousarray(machine.lanes_of(register, B32)).view(np.uint16)  # type: ignore[arg-type]
-    return half_to_float(bits, kind).reshape(-1, WARP_LANES, 2)
+def halves_of(machine: Machine, registers: tuple[Operand, ...], kind: str) -> Array:
+    """(warps, 32, registers, 2) float32: the two 16-bit numbers in each of a lane's registers."""
+    bits = np.stack([machine.lanes_of(one, B32) for one in registers], axis=1)
+    return half_to_float(bits.view(np.uint16), kind).reshape(-1, WARP_LANES, len(registers), 2)
 
 
 @executes("mma.sync.aligned.m16n8k16.row.col", together=WARP)
 def _multiply_matrices(machine: Machine, instruction: Instruction) -> None:
     """16 x 16 times 16 x 8 in half precision, added to float32.
 
-    Products and sums are exact in float64 and rounded once: a GPU adds in an order, and to a width, of its own.
+    Products and sums are exact in float64 and rounded once: a GPU adds in an order, and to a width, of its own. A lane
+    has two neighbours in a row of every 8 x 8 quarter: rows are lane // 4, columns 2 * (lane % 4) and the next.
     """
     if instruction.modifiers[5:] not in (("f32", kind, kind, "f32") for kind in ("bf16", "f16")):
         raise EmulationError("is emulated of halves into float32 only")
     kind = instruction.modifiers[-2]
     to, a_registers, b_registers, c_registers = (machine.members(one) for one in instruction.operands)
-    warps = machine.active // WARP_LANES
-    a, b, c = (np.empty((warps, *shape)) for shape in ((16, 16), (16, 8), (16, 8)))
-    for i, register in enumerate(a_registers):
-        pair = halves_of(machine, register, kind)
-        for j in (0, 1):
-            a[:, ROW + 8 * (i % 2), PAIR + j + 8 * (i // 2)] = pair[:, :, j]
-    for i, register in enumerate(b_registers):
-        pair = halves_of(machine, register, kind)
-        for j in (0, 1):
-            b[:, PAIR + j + 8 * i, ROW] = pair[:, :, j]
-    for i, register in enumerate(c_registers):
-        c[:, ROW + 8 * (i // 2), PAIR + i % 2] = machine.in_warps(machine.lanes_of(register, F32))
-    result = (a @ b + c).astype(np.float32)
+    # Axes: warp, row, pair of columns, right half or not, lower half or not, column of the pair.
+    a = halves_of(machine, a_registers, kind).reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5)
+    b = halves_of(machine, b_registers, kind).reshape(-1, 8, 4, 2, 2).transpose(0, 3, 2, 4, 1)
+    c = np.stack([machine.lanes_of(one, F32) for one in c_registers], axis=1).reshape(-1, 8, 4, 2, 2)
+    product = a.reshape(-1, 16, 16).astype(np.float64) @ b.reshape(-1, 16, 8).astype(np.float64)
+    result = product + c.transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8)
+    lanes = result.astype(np.float32).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
     for i, register in enumerate(to):
-        machine.write(register, result[:, ROW + 8 * (i // 2), PAIR + i % 2].reshape(-1), F32)
+        machine.write(register, np.ascontiguousarray(lanes[:, i]), F32)
