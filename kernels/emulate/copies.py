@@ -46,12 +46,12 @@ def _copy(machine: Machine, instruction: Instruction) -> None:
     machine.shared.races.begin_copy(block, chunk, size, warp)
     if machine.early_copies:
         machine.shared.put(chunk, data)
-    machine.copies.append(_Copy(lanes, machine.groups[lanes], chunk, data))
+    machine.copies.append(_Copy(lanes, machine.copy_groups[lanes], chunk, data))
 
 
 @executes("cp.async.commit_group")
 def _commit(machine: Machine, instruction: Instruction) -> None:
-    machine.groups[machine.lanes] += 1
+    machine.copy_groups[machine.lanes] += 1
 
 
 @executes("cp.async.wait_group")
@@ -62,7 +62,7 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
 
 @executes("cp.async.wait_all")
 def _wait_all(machine: Machine, instruction: Instruction) -> None:
-    machine.groups[machine.lanes] += 1
+    machine.copy_groups[machine.lanes] += 1
     _land(machine, 0)
 
 
@@ -71,7 +71,7 @@ def _land(machine: Machine, left: int) -> None:
     waits[machine.lanes] = True
     rest: list[_Copy] = []
     for copy in machine.copies:
-        done = waits[copy.lanes] & (copy.group < machine.groups[copy.lanes] - left)
+        done = waits[copy.lanes] & (copy.group < machine.copy_groups[copy.lanes] - left)
         if done.any():
             landed = copy.of(done)
             block, warp = machine.block[landed.lanes], machine.warp[landed.lanes]

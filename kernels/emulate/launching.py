@@ -11,12 +11,14 @@ import triton
 from dvit_kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.memory import GlobalMemory
 from emulate.ptx import Program, parse
 from emulate.schedule import Schedule
+from emulate.tensors import TensorMap
 from emulate.values import Array
 
 # What each kernel stores to; everything else it may only load.
@@ -40,6 +42,7 @@ class Compiled:
 
     ptx: str
     shared: int
+    maps: tuple[dict[str, Any], ...]  # of every tensor descriptor its block, element size and swizzle
 
 
 _compiled: dict[tuple[str, ...], Compiled] = {}
@@ -53,7 +56,8 @@ def compiled_for(launch: Launch, capability: int) -> Compiled:
     if key not in _compiled:
         target = GPUTarget("cuda", capability, 32)
         kernel = triton.compile(source, target=target, options=launch.options)
-        _compiled[key] = Compiled(kernel.asm["ptx"], kernel.metadata.shared)
+        maps = tuple(getattr(kernel.metadata, "tensordesc_meta", None) or ())
+        _compiled[key] = Compiled(kernel.asm["ptx"], kernel.metadata.shared, maps)
     return _compiled[key]
 
 
@@ -86,7 +90,8 @@ def run(
     text = ptx or kernel.ptx
     program = _programs.get(text) or _programs.setdefault(text, parse(text))
     memory = GlobalMemory()
-    values, written = _place(launch, memory)
+    addresses, written = _place(launch, memory)
+    values = _arguments(launch, addresses, kernel.maps)
     # Triton adds pointers to global and to profiling scratch memory, of which these kernels have none.
     if len(program.parameters) != len(values) + 2:
         raise EmulationError(f"{program.name}: {len(program.parameters)} parameters for {len(values)} arguments")
@@ -99,39 +104,63 @@ def run(
     return schedule.steps
 
 
-def _place(launch: Launch, memory: GlobalMemory) -> tuple[list[Any], list[tuple[Array, int]]]:
-    """Put the tensors' storages into memory. The kernel's arguments; bytes of outputs, and where they are."""
+def _tensor(value: Any) -> torch.Tensor | None:
+    """The tensor of an argument that is one or describes one."""
+    value = value.base if isinstance(value, TensorDescriptor) else value
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _place(launch: Launch, memory: GlobalMemory) -> tuple[dict[int, int], list[tuple[Array, int]]]:
+    """Put the tensors' storages into memory: their addresses; bytes of outputs, and where they are."""
     outputs = OUTPUTS.get(launch.kernel.__name__)
     if outputs is None:
         raise EmulationError(f"{launch.kernel.__name__}: emulate/launching.py does not say what it stores to")
-    signature = aot.source(launch).signature
-    names = [p.name for p in launch.kernel.params if signature[p.name] != "constexpr"]
-    storages: dict[int, list[str]] = {}
-    for name in names:
-        value = launch.arguments[name]
-        if isinstance(value, torch.Tensor):
-            storages.setdefault(_key(value), []).append(name)
-    addresses: dict[int, int] = {}
-    written = []
-    for key, sharing in storages.items():
-        tensors = {name: launch.arguments[name] for name in sharing}
+    storages: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in launch.arguments.items():
+        if (tensor := _tensor(value)) is not None:
+            storages.setdefault(_key(tensor), {})[name] = tensor
+    addresses, written = {}, []
+    for key, tensors in storages.items():
         data = _bytes_of(next(iter(tensors.values())))
-        readable, writable = (np.zeros(len(data), np.bool_) for _ in range(2))
+        readable, writable = np.zeros(len(data), np.bool_), np.zeros(len(data), np.bool_)
         for name, tensor in tensors.items():
             _mark(readable, tensor)
             if name in outputs:
                 _mark(writable, tensor)
-        addresses[key] = memory.add(data, sharing, readable, writable)
+        addresses[key] = memory.add(data, list(tensors), readable, writable)
         if writable.any():
             written.append((data, addresses[key]))
     memory.seal()
-    return [_argument(launch.arguments[name], signature[name], addresses) for name in names], written
+    return addresses, written
 
 
-def _argument(value: Any, kind: str, addresses: dict[int, int]) -> int:
-    if isinstance(value, torch.Tensor):
-        return addresses[_key(value)] + value.storage_offset() * value.element_size()
-    return struct.unpack("<I", struct.pack("<f", value))[0] if kind == "fp32" else int(value)
+def _arguments(launch: Launch, addresses: dict[int, int], maps: tuple[dict[str, Any], ...]) -> list[Any]:
+    """What the kernel is called with: a descriptor becomes a map, the sizes and the strides."""
+    signature, described = aot.source(launch).signature, iter(maps)
+    found: list[Any] = []
+    for parameter in launch.kernel.params:
+        value, kind = launch.arguments[parameter.name], signature[parameter.name]
+        tensor = _tensor(value)
+        if kind == "constexpr":
+            continue
+        if tensor is None:
+            found.append(struct.unpack("<I", struct.pack("<f", value))[0] if kind == "fp32" else int(value))
+            continue
+        address = addresses[_key(tensor)] + tensor.storage_offset() * tensor.element_size()
+        if isinstance(value, TensorDescriptor):
+            found += [_map(value, address, next(described)), *value.shape, *value.strides]
+        else:
+            found.append(address)
+    return found
+
+
+def _map(descriptor: TensorDescriptor, address: int, given: dict[str, Any]) -> TensorMap:
+    if len(descriptor.shape) != 2 or descriptor.strides[1] != 1 or descriptor.padding != "zero":
+        raise EmulationError("of tensor descriptors only those of matrices, padded with zeros, are emulated")
+    (rows, columns), (block_rows, block_columns) = descriptor.shape, given["block_size"]
+    swizzled = {0: 0, 1: 32, 2: 64, 3: 128}[given["swizzle"]]  # CUtensorMapSwizzle
+    stride, block = descriptor.strides[0], (block_rows, block_columns)
+    return TensorMap(address, (rows, columns), stride, block, given["elem_size"], swizzled)
 
 
 def _key(tensor: torch.Tensor) -> int:

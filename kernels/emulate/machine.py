@@ -37,15 +37,23 @@ class Machine:
         x, y, z = (*grid, 1, 1)[:3]
         self.program, self.threads, self.blocks = program, threads, x * y * z
         self.count = self.blocks * threads
-        self.memory, self.shared = memory, SharedMemory(self.blocks, shared_bytes)
+        self.memory, self.shared = memory, SharedMemory(self.blocks, shared_bytes, threads // WARP_LANES)
         self.parameters, self.early_copies = parameters, early_copies
         self.block = np.repeat(np.arange(self.blocks), threads)
         self.thread = np.tile(np.arange(threads), self.blocks)
         self.warp = self.thread // WARP_LANES
         self.lanes: Any = slice(None)
         self.stalled: Array | None = None
-        self.copies: list[Any] = []  # what copies.py keeps between instructions
-        self.groups = np.zeros(self.count, np.int64)
+        # What copies.py, barriers.py and wgmma.py keep between instructions.
+        self.copies: list[Any] = []
+        self.copy_groups = np.zeros(self.count, np.int64)
+        self.barriers: dict[tuple[int, int], Any] = {}
+        self.products: list[Any] = []
+        self.product_groups = np.zeros(self.count, np.int64)
+        self.fenced = np.zeros(self.count, np.int64)
+        self.written = {name: np.zeros(self.count, np.int64) for name in _of_products(program)}  # when
+        self.unreadable: dict[str, Array] = {}
+        self.unwritable: dict[str, Array] = {}
         one = np.ones(self.count, np.uint32)
         self._special = {
             "%tid.x": self.thread.astype(np.uint32),
@@ -81,7 +89,8 @@ class Machine:
                 return np.asarray(self._symbol(name), kind.bits)
             case Register(name):
                 held = self._special.get(name)
-                bits = (self._register(name) if held is None else held)[self.lanes]
+                self._refuse(self.unreadable, name, "read")
+                bits = (self.register(name) if held is None else held)[self.lanes]
                 return to_values(bits if bits.dtype.itemsize == kind.size else bits.astype(kind.bits), kind)
         raise EmulationError(f"{operand} cannot be read")
 
@@ -90,12 +99,20 @@ class Machine:
         values = self.read(operand, kind)
         return values if values.ndim else np.full(self.active, values)
 
-    def write(self, operand: Operand, values: Array, kind: Type) -> None:
+    def write(self, operand: Operand, values: Array, kind: Type, moved: bool = False) -> None:
+        """Round numbers (lanes,), or one for all of them, to the type and store them in a register.
+
+        `moved` says that they were in another register: a product may use them without a fence since. LLVM puts such
+        moves behind the fence, and ptxas fences once more then (its note C7519).
+        """
         if operand == DISCARD:
             return
         if not isinstance(operand, Register):
             raise EmulationError(f"{operand} cannot be written")
-        register, held = self._register(operand.name), self.program.registers[operand.name]
+        register, held = self.register(operand.name), self.program.registers[operand.name]
+        self._refuse(self.unwritable, operand.name, "written")
+        if operand.name in self.written and not moved:
+            self.written[operand.name][self.lanes] = self.shared.races.now
         bits = to_bits(values, kind)
         if held.size < kind.size or (held.kind == "pred") != (kind.kind == "pred"):
             raise EmulationError(f"{operand.name} does not hold {kind.size} bytes")
@@ -103,7 +120,12 @@ class Machine:
             bits = (bits.view(kind.values) if kind.kind == "s" else bits).astype(held.bits)
         register[self.lanes] = bits
 
-    def _register(self, name: str) -> Array:
+    def _refuse(self, busy: dict[str, Array], name: str, what: str) -> None:
+        """Raise where a product that has not been waited for has the register."""
+        if name in busy and busy[name][self.lanes].any():
+            raise EmulationError(f"{name} is {what} while a product has it")
+
+    def register(self, name: str) -> Array:
         """Of all lanes; NaN before it is written, which is not an error: lanes may shuffle what nobody uses."""
         register = self._registers.get(name)
         if register is None:
@@ -146,3 +168,10 @@ class Machine:
     def in_warps(self, values: Array) -> Array:
         """(lanes,) as (warps, 32)."""
         return values.reshape(-1, WARP_LANES)
+
+
+def _of_products(program: Program) -> set[str]:
+    """Registers that products of a warpgroup use."""
+    products = (one for one in program.code if one.opcode.startswith("wgmma.mma_async"))
+    groups = (operand for one in products for operand in one.operands[:2] if isinstance(operand, Group))
+    return {member.name for group in groups for member in group.members if isinstance(member, Register)}

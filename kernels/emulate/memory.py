@@ -81,11 +81,11 @@ class GlobalMemory:
 class SharedMemory:
     """The shared memory of every block, all NaN at first, with the races in it found."""
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, blocks: int, size: int, warps: int) -> None:
         self.size = size
         self._stride = (size + 127) // 128 * 128 + 128
         self._data = np.full(blocks * self._stride, _POISON, np.uint8)
-        self.races = Races(blocks, self._stride)
+        self.races = Races(blocks, self._stride, warps)
 
     def load(self, block: Array, at: Array, size: int, warp: Array) -> Array:
         """(lanes, size) bytes; the lanes are of blocks and warps (lanes,)."""
@@ -98,6 +98,10 @@ class SharedMemory:
         chunk = self.chunks(block, at, size, "store")
         self.races.store(block, chunk, size, warp)
         self.put(chunk, values)
+
+    def peek(self, chunk: Array, size: int) -> Array:
+        """(chunks, size) bytes without a look at races."""
+        return _rows(self._data, size)[chunk]
 
     def put(self, chunk: Array, values: Array) -> None:
         """Write without a look at races; lanes that write one place have to agree."""

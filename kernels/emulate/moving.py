@@ -5,8 +5,9 @@ import numpy as np
 from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.opcodes import BLOCK, WARP, executes
-from emulate.ptx import Group, Instruction, Symbol
+from emulate.ptx import Group, Instruction, Operand, Register, Symbol
 from emulate.values import B32, F32, PRED, U64, Type, float_to_half, flush
+from emulate.wgmma import rename
 
 
 @executes("mov")
@@ -25,8 +26,12 @@ def _move(machine: Machine, instruction: Instruction) -> None:
         for i, member in enumerate(source.members):
             bits |= machine.read(member, part).astype(kind.bits) << kind.bits(8 * part.size * i)
         machine.write(to, bits, kind)
-    else:
-        machine.write(to, machine.read(source, kind), kind)
+    elif not (machine.products and _rename(machine, to, source)):
+        machine.write(to, machine.read(source, kind), kind, moved=True)
+
+
+def _rename(machine: Machine, to: Operand, source: Operand) -> bool:
+    return isinstance(to, Register) and isinstance(source, Register) and rename(machine, source.name, to.name)
 
 
 @executes("cvta.param", "cvta.global")

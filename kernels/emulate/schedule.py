@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from emulate import arithmetic, copies, moving, warps  # noqa: F401  (they register what they execute)
+from emulate import arithmetic, copies, moving, tensors, warps, wgmma  # noqa: F401  (they register what they execute)
 from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.opcodes import BLOCK, LANE, Opcode, opcode_of

@@ -50,12 +50,11 @@ class Type:
         return Type(self.kind, 2 * self.size)
 
 
-PRED, B16, B32, U32, B64, U64, F32 = (
+PRED, B32, S32, U32, U64, F32 = (
     Type("pred", 1),
-    Type("b", 2),
     Type("b", 4),
+    Type("s", 4),
     Type("u", 4),
-    Type("b", 8),
     Type("u", 8),
     Type("f", 4),
 )

@@ -7,7 +7,7 @@ import numpy as np
 from emulate.errors import EmulationError
 from emulate.machine import WARP_LANES, Machine
 from emulate.opcodes import WARP, executes
-from emulate.ptx import Group, Instruction, Operand
+from emulate.ptx import Instruction, Operand
 from emulate.values import B32, F32, PRED, U32, Array, half_to_float
 
 _LANE = np.arange(WARP_LANES)
@@ -49,17 +49,6 @@ def _reduce(machine: Machine, instruction: Instruction) -> None:
     values = machine.in_warps(machine.lanes_of(instruction.operands[1], kind))
     result = _REDUCTIONS[instruction.modifiers[1]](values, axis=1).astype(kind.values)
     machine.write(instruction.operands[0], np.repeat(result, WARP_LANES), kind)
-
-
-@executes("elect.sync", together=WARP)
-def _elect(machine: Machine, instruction: Instruction) -> None:
-    """Some lane of the warp: the first."""
-    to = instruction.operands[0]
-    if not isinstance(to, Group):
-        raise EmulationError("has no predicate")
-    first = np.tile(_LANE == 0, machine.active // WARP_LANES)
-    machine.write(to.members[0], np.zeros(machine.active, np.uint32), B32)
-    machine.write(to.members[1], first, PRED)
 
 
 def _matrix_rows(machine: Machine, instruction: Instruction) -> tuple[Array, Array, Array, int]:
