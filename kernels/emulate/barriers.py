@@ -8,7 +8,7 @@ import numpy as np
 from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.opcodes import WARP, executes
-from emulate.ptx import Instruction
+from emulate.ptx import Instruction, Operand
 from emulate.values import PRED, U32, Array
 
 
@@ -52,11 +52,16 @@ class Barrier:
         return True
 
 
-def _places(machine: Machine, instruction: Instruction, at: int) -> Iterator[tuple[tuple[int, int], Array]]:
-    """(Block, address) of the barriers that lanes name, and the lanes (their numbers among all)."""
+def _places(machine: Machine, operand: Operand, changed: bool = False) -> Iterator[tuple[tuple[int, int], Array]]:
+    """(Block, address) of the barriers that lanes name, and the lanes (their numbers among all).
+
+    Races for a barrier are about whether it is there: `changed` says that it comes or goes.
+    """
     lanes = np.arange(machine.count)[machine.lanes]
-    address = machine.address(instruction.operands[at], 4)
-    machine.shared.chunks(machine.block[lanes], address, 8, "mbarrier")
+    address = machine.address(operand, 4)
+    chunk = machine.shared.chunks(machine.block[lanes], address, 8, "mbarrier")
+    note = machine.shared.races.store if changed else machine.shared.races.load
+    note(machine.block[lanes], chunk, 8, machine.warp[lanes])
     places = np.stack([machine.block[lanes], address], axis=1)
     for block, place in np.unique(places, axis=0):
         yield (int(block), int(place)), lanes[(places == (block, place)).all(axis=1)]
@@ -72,7 +77,7 @@ def barrier_at(machine: Machine, place: tuple[int, int]) -> Barrier:
 @executes("mbarrier.init.shared::cta.b64")
 def _init(machine: Machine, instruction: Instruction) -> None:
     count = int(machine.read(instruction.operands[1], U32))
-    for place, lanes in _places(machine, instruction, 0):
+    for place, lanes in _places(machine, instruction.operands[0], changed=True):
         if place in machine.barriers or len(lanes) > 1:
             raise EmulationError(f"the mbarrier at shared address {place[1]:#x} is initialised twice")
         machine.barriers[place] = Barrier(count, count)
@@ -80,7 +85,7 @@ def _init(machine: Machine, instruction: Instruction) -> None:
 
 @executes("mbarrier.inval.shared::cta.b64")
 def _invalidate(machine: Machine, instruction: Instruction) -> None:
-    for place, _ in _places(machine, instruction, 0):
+    for place, _ in _places(machine, instruction.operands[0], changed=True):
         if barrier_at(machine, place).copies:
             raise EmulationError(f"copies are on their way to the mbarrier at shared address {place[1]:#x}")
         del machine.barriers[place]
@@ -89,7 +94,7 @@ def _invalidate(machine: Machine, instruction: Instruction) -> None:
 @executes("mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.arrive.shared::cta.b64")
 def _arrive(machine: Machine, instruction: Instruction) -> None:
     announced = int(machine.read(instruction.operands[2], U32)) if "expect_tx" in instruction.modifiers else 0
-    for place, lanes in _places(machine, instruction, 1):
+    for place, lanes in _places(machine, instruction.operands[1]):
         barrier = barrier_at(machine, place)
         if len(lanes) > barrier.arrivals:
             raise EmulationError(f"the mbarrier at shared address {place[1]:#x} has all its arrivals")
@@ -106,7 +111,7 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
     parity = np.empty(machine.count, np.int64)
     parity[machine.lanes] = machine.lanes_of(instruction.operands[2], U32)
     stalled = np.zeros(machine.count, np.bool_)
-    for place, lanes in _places(machine, instruction, 1):
+    for place, lanes in _places(machine, instruction.operands[1]):
         barrier = barrier_at(machine, place)
         current = parity[lanes] == barrier.phase % 2
         if current.any():

@@ -1,29 +1,18 @@
 """Products of a warpgroup (wgmma): operands described in shared memory, results there when they are waited for."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from emulate.descriptors import INNER, Matrix, described
 from emulate.errors import EmulationError
 from emulate.machine import WARP_LANES, Machine
 from emulate.opcodes import WARPGROUP, executes
-from emulate.ptx import Group, Immediate, Instruction, Register
-from emulate.tensors import swizzle
-from emulate.values import PRED, U32, U64, Array, half_to_float
+from emulate.ptx import Group, Immediate, Instruction, Operand, Register
+from emulate.values import PRED, U32, Array
 from emulate.warps import halves_of
 
-ROWS, INNER = 64, 16  # of every product
-_SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes of a row of the pattern, by the descriptor's two highest bits
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """A matrix (rows, 16) in shared memory, one for each warpgroup: chunks (groups, chunks) of 8 elements."""
-
-    chunk: Array
-    rows: int
-    transposed: bool
+ROWS = 64  # of every product
 
 
 @dataclass(frozen=True)
@@ -46,21 +35,28 @@ class _Product:
     number: Array
     results: tuple[str, ...]
     sources: tuple[str, ...]
-    a: "_Operand | Array"
-    b: _Operand
+    a: Matrix | Array
+    b: Matrix
     kind: str
     added: Array
     began: int
     renamed: list[tuple[str, str, Array]]
-    early: "tuple[Array, Array] | None" = None
+    early: tuple[Array, Array] | None = None
 
     def of(self, some: Array) -> "_Product":
-        def part(one: Any) -> Any:
-            return replace(one, chunk=one.chunk[some]) if isinstance(one, _Operand) else one[some]
-
+        a = self.a.of(some) if isinstance(self.a, Matrix) else self.a[some]
         early = self.early and (self.early[0][some], self.early[1][some])
-        parts = {name: part(getattr(self, name)) for name in ("lanes", "number", "a", "b", "added")}
-        return replace(self, **parts, early=early)
+        lanes, number, added = self.lanes[some], self.number[some], self.added[some]
+        return replace(self, lanes=lanes, number=number, a=a, b=self.b.of(some), added=added, early=early)
+
+    def matrices(self) -> list[Matrix]:
+        """Its operands in shared memory."""
+        return [one for one in (self.a, self.b) if isinstance(one, Matrix)]
+
+    def operands(self, machine: Machine) -> tuple[Array, Array]:
+        """As they are now, (groups, 64, 16) and (groups, columns, 16)."""
+        a = self.a.numbers(machine, self.kind) if isinstance(self.a, Matrix) else self.a
+        return a, self.b.numbers(machine, self.kind)
 
 
 _SHAPES = " ".join(f"m64n{n}k16" for n in range(8, 257, 8))
@@ -84,26 +80,25 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
         machine.product_groups[lanes[:, 0]],
         results,
         sources,
-        _from_registers(machine, a, kind) if in_registers else _operand(machine, a, ROWS, bool(transposed[0])),
-        _operand(machine, b, int(shape[4:-3]), bool(transposed[-1])),
+        _from_registers(machine, a, kind) if in_registers else described(machine, a, ROWS, bool(transposed[0])),
+        described(machine, b, int(shape[4:-3]), bool(transposed[-1])),
         kind,
         machine.lanes_of(added, PRED).reshape(lanes.shape)[:, 0],
         machine.shared.races.now,
         [],
     )
     warps = machine.warp[lanes[:, ::WARP_LANES]]
-    for operand in (product.a, product.b):
-        if isinstance(operand, _Operand):
-            block, each = (np.repeat(x, operand.chunk.shape[1], axis=0) for x in (machine.block[lanes[:, 0]], warps))
-            machine.shared.races.begin_product(block, operand.chunk.reshape(-1), 16, each)
+    for matrix in product.matrices():
+        block, each = (np.repeat(x, matrix.chunk.shape[1], axis=0) for x in (machine.block[lanes[:, 0]], warps))
+        machine.shared.races.begin_product(block, matrix.chunk.reshape(-1), 16, each)
     if machine.early_copies:
-        product = replace(product, early=(_numbers(machine, product.a, kind), _numbers(machine, product.b, kind)))
+        product = replace(product, early=product.operands(machine))
     machine.products.append(product)
     _mark_busy(machine)
 
 
-def _names(machine: Machine, operand: object) -> tuple[str, ...]:
-    return tuple(one.name for one in machine.members(operand) if isinstance(one, Register))  # type: ignore[arg-type]
+def _names(machine: Machine, operand: Operand) -> tuple[str, ...]:
+    return tuple(one.name for one in machine.members(operand) if isinstance(one, Register))
 
 
 def _check_fenced(machine: Machine, names: tuple[str, ...]) -> None:
@@ -118,51 +113,6 @@ def _from_registers(machine: Machine, operand: Group, kind: str) -> Array:
     """(groups, 64, 16): a warp holds 16 rows, as for mma."""
     halves = halves_of(machine, operand.members, kind).reshape(-1, 4, 8, 4, 2, 2, 2)
     return halves.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, ROWS, INNER)
-
-
-def _operand(machine: Machine, descriptor: object, rows: int, transposed: bool) -> _Operand:
-    """PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout".
-
-    Eight neighbours of a row (or, transposed, of a column) follow each other: a chunk. A swizzled pattern has 8 rows of
-    32, 64 or 128 bytes; without a swizzle it is 8 chunks one after another.
-    """
-    given = machine.lanes_of(descriptor, U64).reshape(-1, WARPGROUP)  # type: ignore[arg-type]
-    if (given != given[:, :1]).any():
-        raise EmulationError("lanes of a warpgroup have different descriptors")
-    start, leading, stride = (
-        ((given[:, 0] >> np.uint64(bit)) & np.uint64(0x3FFF)).astype(np.int64) * 16 for bit in (0, 16, 32)
-    )
-    modes = given[:, 0] >> np.uint64(62)
-    if (modes != modes[0]).any() or ((given[:, 0] >> np.uint64(49)) & np.uint64(7)).any():
-        raise EmulationError("descriptors of different kinds, or with an offset of their base, are not emulated")
-    width = _SWIZZLE[int(modes[0])]
-    leading, stride = leading[:, None, None], stride[:, None, None]
-    if transposed:  # chunks of 8 rows, each of one inner place
-        row, inner = np.arange(rows // 8)[:, None], np.arange(INNER)
-        if width:
-            offset = row % (width // 16) * 16 + row // (width // 16) * leading + inner % 8 * width + inner // 8 * stride
-        else:
-            offset = row * stride + inner % 8 * 16 + inner // 8 * leading
-    else:  # chunks of 8 inner places, each of one row
-        row, inner = np.arange(rows)[:, None], np.arange(INNER // 8)
-        if width:
-            offset = row % 8 * width + row // 8 * stride + inner * 16
-        else:
-            offset = row % 8 * 16 + row // 8 * stride + inner * leading
-    at = swizzle(start[:, None, None] + offset, width).reshape(len(given), -1)
-    block = np.repeat(machine.block[machine.lanes][::WARPGROUP], at.shape[1])
-    return _Operand(machine.shared.chunks(block, at.reshape(-1), 16, "load").reshape(at.shape), rows, transposed)
-
-
-def _numbers(machine: Machine, operand: "_Operand | Array", kind: str) -> Array:
-    """(groups, rows, 16)."""
-    if not isinstance(operand, _Operand):
-        return operand
-    groups = len(operand.chunk)
-    numbers = half_to_float(machine.shared.peek(operand.chunk.reshape(-1), 16).view(np.uint16), kind)
-    if operand.transposed:
-        return numbers.reshape(groups, operand.rows // 8, INNER, 8).swapaxes(2, 3).reshape(groups, -1, INNER)
-    return numbers.reshape(groups, operand.rows, INNER)
 
 
 @executes("wgmma.fence.sync.aligned", together=WARPGROUP)
@@ -195,10 +145,9 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
 
 def _finish(machine: Machine, product: _Product) -> None:
     """Products and sums are exact in float64 and rounded once, as those of mma."""
-    for operand in (product.a, product.b):
-        if isinstance(operand, _Operand):
-            machine.shared.races.end_product(operand.chunk.reshape(-1), 16, product.began)
-    a, b = product.early or (_numbers(machine, product.a, product.kind), _numbers(machine, product.b, product.kind))
+    for matrix in product.matrices():
+        machine.shared.races.end_product(matrix.chunk.reshape(-1), 16, product.began)
+    a, b = product.early or product.operands(machine)
     result = a.astype(np.float64) @ b.astype(np.float64).swapaxes(1, 2)
     # A warp has 16 rows: a lane, in every 8 columns, two neighbours in a row and the two 8 rows below.
     lanes = result.reshape(-1, 4, 2, 8, b.shape[1] // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
