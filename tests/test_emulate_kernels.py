@@ -10,6 +10,7 @@ from dvit_kernels.attention import AttentionTile, attention_launch
 from dvit_kernels.launch import Launch
 from dvit_kernels.layer_norm import layer_norm_launch
 from dvit_kernels.linear import LinearTile, linear_launch
+from dvit_kernels.linear_tma import PREFETCHING
 from emulate.errors import EmulationError
 from emulate.launching import OUTPUTS, compiled_for, run
 from emulate.schedule import ORDERS
@@ -37,17 +38,24 @@ def layer_norm() -> tuple[Launch, torch.Tensor]:
     return layer_norm_launch(torch.randn(5, 384, dtype=torch.bfloat16), None, None, 1e-6)
 
 
-KERNELS = [linear, single_pass, online, layer_norm]
+def by_tma() -> tuple[Launch, torch.Tensor]:
+    """Three programs for six tiles."""
+    x, weight = torch.randn(300, 192, dtype=torch.bfloat16), torch.randn(256, 192, dtype=torch.bfloat16)
+    launch, y, _ = linear_launch(x, weight, weight[:, 0], tile=LinearTile(128, 128, 64, 8, 4, PREFETCHING))
+    return dataclasses.replace(launch, grid=(3,)), y
 
 
-@pytest.mark.parametrize("make", KERNELS)
-def test_the_bits_depend_neither_on_the_order_of_warps_nor_on_when_copies_land(make):
+KERNELS = [*itertools.product([linear, single_pass, online, layer_norm], [80, 90]), (by_tma, 90)]
+
+
+@pytest.mark.parametrize(("make", "capability"), KERNELS)
+def test_the_bits_depend_neither_on_the_order_of_warps_nor_on_when_copies_land(make, capability):
     torch.manual_seed(1)
     launch, out = make()
     answers = []
     for order, early_copies in itertools.product(ORDERS, (False, True)):
         out.fill_(float("nan"))
-        run(launch, order=order, early_copies=early_copies)
+        run(launch, capability, order, early_copies)
         answers.append(out.clone())
     assert answers[0].isfinite().all()
     assert all(torch.equal(other, answers[0]) for other in answers[1:])
@@ -58,30 +66,58 @@ def mutants(ptx: str, pattern: str, weaker: str) -> list[str]:
     return [ptx[: m.start()] + m.expand(weaker) + ptx[m.end() :] for m in re.finditer(pattern, ptx)]
 
 
-@pytest.mark.parametrize("make", [linear, online])
-def test_a_wait_weakened_by_one_is_caught(make):
-    """The wait in the loop; the one behind it only sees to it that nothing is on its way when the kernel goes on."""
+COPYING = r"(ldmatrix|wgmma\.mma_async)\S* .*: (load|product) of bytes that a copy is still writing"
+READING = r"wgmma\.wait_group\S* 2: a product was still reading what was written over"
+ON_ITS_WAY = r"is read while a product has it"
+UNFENCED = r"product of what was stored with no fence of the asynchronous proxy since"
+# The one wait of a pipelined loop: that behind it only sees to it that nothing is on its way when the kernel goes on.
+IN_LOOP = r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", COPYING
+
+
+@pytest.mark.parametrize(
+    ("make", "capability", "pattern", "weaker", "message"),
+    [
+        (linear, 80, *IN_LOOP),
+        (online, 80, *IN_LOOP),
+        (linear, 90, *IN_LOOP),
+        (online, 90, *IN_LOOP),
+        (linear, 90, r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;", READING),
+        (linear, 90, r"wgmma\.wait_group\.sync\.aligned 0;", "wgmma.wait_group.sync.aligned 1;", ON_ITS_WAY),
+        (linear, 90, r"fence\.proxy\.async\.shared::cta;", "", UNFENCED),
+        (by_tma, 90, r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;", READING),
+        (
+            by_tma,
+            90,
+            r"(arrive\.expect_tx\S* _, \[%r\d+\]), 32768;",
+            r"\1, 16384;",
+            r"deadlock: lanes wait at mbarrier",
+        ),
+    ],
+)
+def test_a_weakened_wait_or_a_dropped_fence_is_caught(make, capability, pattern, weaker, message):
     launch, _ = make()
-    ptx = compiled_for(launch, 80).ptx
-    count = int(re.search(r"cp\.async\.wait_group\s+(\d+)", ptx)[1])
-    (weaker,) = mutants(ptx, rf"cp\.async\.wait_group\s+{count};", f"cp.async.wait_group {count + 1};")
-    run(launch, ptx=ptx)
-    with pytest.raises(EmulationError, match=r"kernel: ldmatrix\S* .*: load of bytes that a copy is still writing"):
-        run(launch, ptx=weaker)
+    ptx = compiled_for(launch, capability).ptx
+    run(launch, capability, ptx=ptx)
+    weakened = mutants(ptx, pattern, weaker)
+    assert weakened
+    for other in weakened:
+        with pytest.raises(EmulationError, match=f"_kernel: .*{message}"):
+            run(launch, capability, ptx=other)
 
 
 # How many barriers separate nothing that another one, or the start of the kernel, does not separate as well.
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("make", "redundant"), [(linear, 1), (single_pass, 1), (online, 2), (layer_norm, 0)])
-def test_a_dropped_barrier_is_a_race(make, redundant):
+def test_a_dropped_barrier_is_a_race(make, capability, redundant):
     torch.manual_seed(1)
     launch, out = make()
-    run(launch)
+    run(launch, capability)
     expected, caught = out.clone(), []
-    barrierless = mutants(compiled_for(launch, 80).ptx, r"bar\.sync\s+0;", "")
+    barrierless = mutants(compiled_for(launch, capability).ptx, r"bar\.sync\s+0;", "")
     assert len(barrierless) >= 4
     for ptx in barrierless:
         try:
-            run(launch, ptx=ptx)
+            run(launch, capability, ptx=ptx)
         except EmulationError as error:
             caught.append(str(error))
         else:

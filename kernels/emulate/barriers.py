@@ -106,8 +106,11 @@ def _arrive(machine: Machine, instruction: Instruction) -> None:
 
 @executes("mbarrier.try_wait.parity.shared::cta.b64")
 def _wait(machine: Machine, instruction: Instruction) -> None:
-    """Lanes whose phase has not ended stay where they are; the others see what its copies brought."""
-    machine.write(instruction.operands[0], np.ones(machine.active, np.bool_), PRED)
+    """Give up the first time, as it may; then lanes whose phase has not ended stay, others see what copies brought."""
+    again = machine.tried[machine.lanes].copy()
+    machine.write(instruction.operands[0], again, PRED)
+    machine.tried[machine.lanes] = ~again
+    machine.lanes = np.arange(machine.count)[machine.lanes][again]
     parity = np.empty(machine.count, np.int64)
     parity[machine.lanes] = machine.lanes_of(instruction.operands[2], U32)
     stalled = np.zeros(machine.count, np.bool_)
@@ -121,7 +124,7 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
             for chunk in barrier.landed:
                 machine.shared.races.see(chunk, 16, warps)
     if stalled.any():
-        machine.stalled = stalled
+        machine.stalled, machine.tried = stalled, machine.tried | stalled
 
 
 @executes("fence.proxy.async.shared::cta")

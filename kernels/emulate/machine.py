@@ -48,6 +48,7 @@ class Machine:
         self.copies: list[Any] = []
         self.copy_groups = np.zeros(self.count, np.int64)
         self.barriers: dict[tuple[int, int], Any] = {}
+        self.tried = np.zeros(self.count, np.bool_)
         self.products: list[Any] = []
         self.product_groups = np.zeros(self.count, np.int64)
         self.fenced = np.zeros(self.count, np.int64)
