@@ -70,6 +70,7 @@ COPYING = r"(ldmatrix|wgmma\.mma_async)\S* .*: (load|product) of bytes that a co
 READING = r"wgmma\.wait_group\S* 2: a product was still reading what was written over"
 ON_ITS_WAY = r"is read while a product has it"
 UNFENCED = r"product of what was stored with no fence of the asynchronous proxy since"
+STUCK = r"deadlock: lanes wait at mbarrier\.try_wait"
 # The one wait of a pipelined loop: that behind it only sees to it that nothing is on its way when the kernel goes on.
 IN_LOOP = r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", COPYING
 
@@ -90,7 +91,7 @@ IN_LOOP = r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", COPYING
             90,
             r"(arrive\.expect_tx\S* _, \[%r\d+\]), 32768;",
             r"\1, 16384;",
-            r"deadlock: lanes wait at mbarrier",
+            STUCK,
         ),
     ],
 )

@@ -11,7 +11,7 @@ from dvit_kernels.linear import (
     linear_launch,
 )
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
-from kernel_helpers import EMULATED, WHERE, check, needs_loops, rms, run_guarded
+from kernel_helpers import EMULATED, QUICK, WHERE, check, needs_loops, rms, run_guarded
 from test_linear import exact_linear, exact_stats, make_linear, make_rows
 
 from dvit_infer.ops.linear import ACTIVATIONS, linear_ref, row_sums
@@ -117,6 +117,7 @@ def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
 
 @needs_loops
 @skip_before_hopper
+@QUICK
 @pytest.mark.parametrize(("device", "dtype"), HALF)
 def test_tma_rows_do_not_feel_their_neighbours(device, dtype):
     """Neither NaN in another row of the tile, nor what stands in memory behind x and the weight."""

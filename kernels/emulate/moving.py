@@ -99,7 +99,7 @@ def _load_parameter(machine: Machine, instruction: Instruction) -> None:
     machine.write(to, np.asarray(value & ((1 << 8 * kind.size) - 1), kind.bits), Type("b", kind.size))
 
 
-@executes("ld.global", "st.global", "ld.shared", "st.shared", words="v2 v4 nc")
+@executes("ld.global", "st.global", "ld.shared", "st.shared", words="v2 v4 nc ca cg cs")
 def _access(machine: Machine, instruction: Instruction) -> None:
     loads, shared = instruction.opcode.startswith("ld"), "shared" in instruction.modifiers
     address, values = reversed(instruction.operands) if loads else instruction.operands
