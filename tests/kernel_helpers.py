@@ -23,6 +23,8 @@ EMULATED = [
     for capability in (80, 90)
     for dtype in (torch.bfloat16, torch.float16)
 ]
+# And in float32, where tests ask for it: products from registers take long.
+EMULATED_FLOAT32 = [pytest.param("cpu", torch.float32, id="sm80-float32", marks=pytest.mark.emulated(80))]
 needs_loops = pytest.mark.skipif(
     not torch.cuda.is_available()
     and triton.__version__.startswith("3.6.")

@@ -45,7 +45,6 @@ def test_lanes_load_compute_and_store():
         ("ld.shared.b32 %r9, [%r1+-8];", "load of 4 bytes outside"),
         ("cp.async.cg.shared.global [%r3], [%rd1], 0x10;", "copy of 16 bytes outside, at shared address 0x80"),
         ("cp.async.ca.shared.global [%r1], [%rd1+128], 0x4;", "load of 4 bytes outside"),
-        ("st.shared.b32 [global_smem], %r0;", "lanes store different values"),
     ],
 )
 def test_accesses_are_checked(body, message):
@@ -147,6 +146,17 @@ COPY = """
     add.s64 %rd20, %rd0, %rd11;
     st.global.b32 [%rd20], %r9;
 """
+
+
+def test_warps_may_store_only_the_same_at_one_place():
+    """Lanes of one warp may differ: the last one's value stays."""
+    body = "st.shared.b32 [global_smem], %r0; bar.sync 0; ld.shared.b32 %r9, [global_smem];"
+    body += "add.s64 %rd20, %rd0, %rd11; st.global.b32 [%rd20], %r9;"
+    assert run_ptx(body, np.zeros(32, np.uint32), shared=128).tolist() == [31] * 32
+    same = body.replace("%r0;", "7;")
+    assert run_ptx(same, np.zeros(64, np.uint32), threads=64, shared=128).tolist() == [7] * 64
+    with pytest.raises(EmulationError, match=r"race: warps store different values at one place, at shared address 0x0"):
+        run_ptx(body, np.zeros(64, np.uint32), threads=64, shared=128)
 
 
 @pytest.mark.parametrize("early_copies", [False, True])

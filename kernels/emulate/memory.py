@@ -94,21 +94,29 @@ class SharedMemory:
         return _rows(self._data, size)[chunk]
 
     def store(self, block: Array, at: Array, values: Array, warp: Array) -> None:
+        """Of lanes of a warp that write one place the last one's value stays; of several warps they have to be equal.
+
+        Which one stays a GPU leaves open. Triton has lanes store what all of them hold, and a butterfly of sums whose
+        first step became a fused multiply-add leaves them a last bit apart.
+        """
         size = values.shape[1]
         chunk = self.chunks(block, at, size, "store")
         self.races.store(block, chunk, size, warp)
-        self.put(chunk, values)
+        rows = _rows(self._data, size)
+        rows[chunk] = values
+        if (lost := (rows[chunk] != values).any(axis=1)).any():
+            self.races.check_writer(chunk[lost], size, warp[lost])
 
     def peek(self, chunk: Array, size: int) -> Array:
         """(chunks, size) bytes without a look at races."""
         return _rows(self._data, size)[chunk]
 
     def put(self, chunk: Array, values: Array) -> None:
-        """Write without a look at races; lanes that write one place have to agree."""
+        """Write what a copy brought; where two bring something to one place they have to agree."""
         rows = _rows(self._data, values.shape[1])
         rows[chunk] = values
         if (rows[chunk] != values).any():
-            raise EmulationError("lanes store different values at one address of shared memory")
+            raise EmulationError("copies of different values to one address of shared memory")
 
     def chunks(self, block: Array, at: Array, size: int, what: str) -> Array:
         """Numbers of the chunks of `size` bytes, within the memory of all blocks."""

@@ -62,6 +62,12 @@ class Races:
         self._refuse(other, cells, "race: store over what another warp loads with no barrier between")
         self._written[cells], self._writer[cells] = self.now, np.broadcast_to(warp, cells.shape)
 
+    def check_writer(self, chunk: Array, size: int, warp: Array) -> None:
+        """Raise where another warp stored something else in the same instruction."""
+        cells = self._cells(chunk, size)
+        other = self._writer[cells] != warp[:, None]
+        self._refuse(other, cells, "race: warps store different values at one place")
+
     def begin_copy(self, block: Array, chunk: Array, size: int, warp: Array) -> None:
         self.store(block, chunk, size, warp)
         self._pending[self._cells(chunk, size)] = True
