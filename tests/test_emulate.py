@@ -1,5 +1,9 @@
 """kernels/emulate refuses what a kernel must not do: accesses, races, unknown instructions, lanes that never meet."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from emulate.errors import EmulationError
@@ -8,6 +12,14 @@ from ptx_kernels import compute, run_ptx
 
 THREADS = np.arange(32, dtype=np.uint32)
 TO_OUT = "add.s64 %rd20, %rd0, %rd11;"  # this lane's element of the first array
+
+
+def test_it_is_not_packaged():
+    code = "import setuptools, distutils.core as d; print(*d.run_setup('setup.py', stop_after='init').packages)"
+    root = Path(__file__).parent.parent
+    packages = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "dvit_kernels" in packages.split()
+    assert not [name for name in packages.split() if "emulate" in name]
 
 
 def test_lanes_load_compute_and_store():
