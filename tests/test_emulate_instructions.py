@@ -121,6 +121,22 @@ def test_bfloat16_rounds_to_even():
     assert (pair == (single << 16 | np.roll(single, 1))).all()
 
 
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_pairs_of_halves(kind):
+    """Sums and products of small integers, which halves hold exactly."""
+    a, b, c = generator.integers(-9, 10, (3, 32, 2)).astype(np.float32)
+
+    def bits(x: np.ndarray) -> np.ndarray:
+        halves = x.astype(np.float16).view(np.uint16) if kind == "f16x2" else x.view(np.uint32) >> 16
+        return np.ascontiguousarray(halves).astype(np.uint16).view(np.uint32)[:, 0]
+
+    given = bits(a), bits(b), bits(c)
+    assert (compute(f"add.{kind} %r9, %r10, %r11;", *given) == bits(a + b)).all()
+    assert (compute(f"mul.rn.{kind} %r9, %r10, %r11;", *given) == bits(a * b)).all()
+    assert (compute(f"fma.rn.{kind} %r9, %r10, %r11, %r12;", *given) == bits(a * b + c)).all()
+    assert (compute(f"max.{kind} %r9, %r10, %r11;", *given) == bits(np.maximum(a, b))).all()
+
+
 @pytest.mark.parametrize(
     ("body", "source"),
     [

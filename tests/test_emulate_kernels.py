@@ -66,10 +66,10 @@ def mutants(ptx: str, pattern: str, weaker: str) -> list[str]:
     return [ptx[: m.start()] + m.expand(weaker) + ptx[m.end() :] for m in re.finditer(pattern, ptx)]
 
 
-COPYING = r"(ldmatrix|wgmma\.mma_async)\S* .*: (load|product) of bytes that a copy is still writing"
-READING = r"wgmma\.wait_group\S* 2: a product was still reading what was written over"
+COPYING = r"(ldmatrix|wgmma\.mma_async)\S* .*: (load|asynchronous read) of bytes that a copy is still writing"
+READING = r"wgmma\.wait_group\S* 2: written over what was still being read asynchronously"
 ON_ITS_WAY = r"is read while a product has it"
-UNFENCED = r"product of what was stored with no fence of the asynchronous proxy since"
+UNFENCED = r"asynchronous read of what was stored with no fence of its proxy since"
 STUCK = r"deadlock: lanes wait at mbarrier\.try_wait"
 # The one wait of a pipelined loop: that behind it only sees to it that nothing is on its way when the kernel goes on.
 IN_LOOP = r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", COPYING

@@ -109,3 +109,62 @@ def test_one_lane_of_a_warp_is_elected():
     body = "elect.sync %r9|%p1, -1; selp.b32 %r9, 1, 0, %p1; add.s64 %rd20, %rd0, %rd11; st.global.b32 [%rd20], %r9;"
     out = run_ptx(body, np.zeros(64, np.uint32), threads=64)
     assert out.reshape(2, 32).sum(axis=1).tolist() == [1, 1]
+
+
+# Every lane stores its 16 bytes of the second array to shared memory, one lane then a block of that to the result.
+STORE = """
+    mov.b64 %rd20, small_param_2;
+    add.s64 %rd21, %rd1, %rd13;
+    ld.global.v4.b32 {%r12, %r13, %r14, %r15}, [%rd21];
+    st.shared.v4.b32 [%r3], {%r12, %r13, %r14, %r15};
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    setp.eq.s32 %p1, %r0, 0;
+    mov.b32 %r10, 48; mov.b32 %r11, 8;
+    @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd20, {%r10, %r11}], [global_smem];
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group.read 0;
+"""
+
+
+def stored(width: int, change=("", ""), **options) -> tuple[np.ndarray, np.ndarray]:
+    """The result, and what went to shared memory."""
+    given = np.arange(1, 1025, dtype=np.uint16)
+    into = lambda addresses: TensorMap(addresses[0], (20, 70), 72, (ROWS, width // 2), 2, width)  # noqa: E731
+    body = STORE.replace(*change)
+    return run_ptx(body, np.zeros((20, 72), np.uint16), given, threads=128, shared=2048, maps=(into,), **options), given
+
+
+@pytest.mark.parametrize("early_copies", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_a_block_is_stored_into_a_matrix(width, order, early_copies):
+    """What of it lies outside the matrix is not."""
+    out, given = stored(width, order=order, early_copies=early_copies)
+    expected = np.zeros((20, 72), np.uint16)
+    for r in range(20 - 8):
+        for c in range(min(70 - 48, width // 2)):
+            piece = c // 8 ^ r % 8 // (128 // width)
+            expected[8 + r, 48 + c] = given[r * width // 2 + piece * 8 + c % 8]
+    assert (out == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("fence.proxy.async.shared::cta;", ""), "no fence of its proxy since"),
+        (("bar.sync 0;", ""), "race: asynchronous read of what another warp just stored"),
+        (("cp.async.bulk.wait_group.read 0;", ""), "ends while tensor copies read its shared memory"),
+        (("cp.async.bulk.wait_group.read 0;", "cp.async.bulk.wait_group.read 1;"), "ends while tensor copies read"),
+        (("cp.async.bulk.commit_group;", ""), "ends while tensor copies read its shared memory"),
+        (
+            ("cp.async.bulk.wait", "bar.sync 0; st.shared.b32 [%r1], %r0; cp.async.bulk.wait"),
+            "written over what was still",
+        ),
+        (("cp.async.bulk.wait", "st.shared.b32 [%r1], %r0; cp.async.bulk.wait"), "race: store over what another warp"),
+        (("%rd20, small_param_2", "%rd20, small_param_1"), "is no tensor map's address"),
+    ],
+)
+def test_what_a_store_of_a_block_must_not_do(change, message):
+    with pytest.raises(EmulationError, match=f"small: .*{message}"):
+        stored(128, change)

@@ -44,10 +44,12 @@ class Machine:
         self.warp = self.thread // WARP_LANES
         self.lanes: Any = slice(None)
         self.stalled: Array | None = None
-        # What copies.py, barriers.py and wgmma.py keep between instructions.
+        # What copies.py, barriers.py, tensors.py and wgmma.py keep between instructions.
         self.copies: list[Any] = []
         self.copy_groups = np.zeros(self.count, np.int64)
         self.barriers: dict[tuple[int, int], Any] = {}
+        self.stores: list[Any] = []
+        self.store_groups = np.zeros(self.count, np.int64)
         self.tried = np.zeros(self.count, np.bool_)
         self.products: list[Any] = []
         self.product_groups = np.zeros(self.count, np.int64)

@@ -64,13 +64,13 @@ def _permute_bytes(machine: Machine, instruction: Instruction) -> None:
 _TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
-@executes("cvt", words="rn ftz rzi rni rmi rpi bf16x2 f16x2")
+@executes("cvt", words="rn ftz rzi rni rmi rpi")
 def _convert(machine: Machine, instruction: Instruction) -> None:
     """Between types; two float32 to a pair of halves, the second source in the lower one."""
     to, *sources = instruction.operands
     pair = next((word[:-2] for word in instruction.modifiers if word.endswith("x2")), None)
     if pair is not None:
-        if instruction.types != (F32,) or "rn" not in instruction.modifiers:
+        if instruction.types[1:] != (F32,) or "rn" not in instruction.modifiers:
             raise EmulationError("is emulated from float32, to nearest, only")
         high, low = (float_to_half(machine.lanes_of(one, F32), pair).astype(np.uint32) for one in sources)
         return machine.write(to, low | high << np.uint32(16), B32)

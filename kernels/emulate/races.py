@@ -85,28 +85,27 @@ class Races:
         """Warps have waited for the tensor copy that wrote these chunks."""
         self._seen[self._cells(chunk, size)] |= np.bitwise_or.reduce(np.uint64(1) << warps.astype(np.uint64))
 
-    def begin_product(self, block: Array, chunk: Array, size: int, warps: Array) -> None:
-        """A product of warps (chunks, 4) begins to read."""
+    def begin_read(self, block: Array, chunk: Array, size: int, warps: Array) -> None:
+        """A product, or a tensor copy, of warps (chunks, how many) begins to read through the asynchronous proxy."""
         cells, since = self._cells(chunk, size), self._barrier[block][:, None]
-        self._refuse(self._pending[cells], cells, "product of bytes that a copy is still writing")
+        self._refuse(self._pending[cells], cells, "asynchronous read of bytes that a copy is still writing")
         written, writer = self._written[cells], self._writer[cells]
         for warp in warps.T[:, :, None]:
-            self._refuse(
-                self._from_another(cells, since, warp), cells, "race: product of what another warp just stored"
-            )
+            other = self._from_another(cells, since, warp)
+            self._refuse(other, cells, "race: asynchronous read of what another warp just stored")
         stored = writer != TENSOR
         fenced = self._fence[block[:, None], np.maximum(writer, 0)] > written
         for warp in warps.T:
             fenced |= (self._fence[block, warp] > written.T).T
         unseen = stored & (written > 0) & ~fenced
-        self._refuse(unseen, cells, "product of what was stored with no fence of the asynchronous proxy since")
+        self._refuse(unseen, cells, "asynchronous read of what was stored with no fence of its proxy since")
         self._reader[cells], self._read[cells] = SEVERAL, self.now
 
-    def end_product(self, chunk: Array, size: int, began: int) -> None:
+    def end_read(self, chunk: Array, size: int, began: int) -> None:
         """It has been waited for: nobody has written meanwhile."""
         cells = self._cells(chunk, size)
         overwritten = self._pending[cells] | (self._written[cells] > began)
-        self._refuse(overwritten, cells, "a product was still reading what was written over")
+        self._refuse(overwritten, cells, "written over what was still being read asynchronously")
         self._reader[cells], self._read[cells] = SEVERAL, self.now
 
     def _from_another(self, cells: Array, since: Array, warp: Array) -> Array:

@@ -44,6 +44,8 @@ class Schedule:
                         self._together()
                     else:
                         self._apart()
+                if self.machine.stores:
+                    raise EmulationError("ends while tensor copies read its shared memory")
             except EmulationError as error:
                 raise EmulationError(f"{self.machine.program.name}: {error}") from None
 

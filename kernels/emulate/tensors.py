@@ -9,7 +9,7 @@ from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.opcodes import executes
 from emulate.ptx import Address, Instruction
-from emulate.values import S32, U64, Array
+from emulate.values import S32, U32, U64, Array
 
 SWIZZLED_BITS = {32: 1, 64: 2, 128: 3}  # by the bytes that a row of the pattern has
 
@@ -82,6 +82,55 @@ def _load(machine: Machine, instruction: Instruction) -> None:
         if machine.early_copies:
             machine.shared.put(copy.chunk, copy.data)
         barrier_at(machine, (int(machine.block[lane]), int(places[i]))).copies.append(copy)
+
+
+@dataclass(frozen=True, eq=False)
+class _Store:
+    """A block on its way to global memory: of which lane, in its how many-th group, from and to where, since when.
+
+    `data` is what was there when it was issued, where it is not to be read at the wait.
+    """
+
+    lane: int
+    group: int
+    chunk: Array
+    at: Array
+    there: Array
+    began: int
+    data: Array | None
+
+
+@executes(f"{_NAME}.global.shared::cta.bulk_group")
+def _store(machine: Machine, instruction: Instruction) -> None:
+    """What of a block lies outside the matrix is not stored."""
+    to, source = instruction.operands
+    starts, races = machine.address(source, 4), machine.shared.races
+    for i, (lane, tensor, column, row) in enumerate(_blocks(machine, to)):
+        chunk = _chunks(machine, tensor, int(starts[i]), int(machine.block[lane]))
+        block, warp = (np.full(len(chunk), one[lane]) for one in (machine.block, machine.warp))
+        races.begin_read(block, chunk, 16, warp[:, None])
+        data = machine.shared.peek(chunk, 16) if machine.early_copies else None
+        group = int(machine.store_groups[lane])
+        machine.stores.append(_Store(lane, group, chunk, *tensor.elements(column, row), races.now, data))
+
+
+@executes("cp.async.bulk.commit_group")
+def _commit(machine: Machine, instruction: Instruction) -> None:
+    machine.store_groups[machine.lanes] += 1
+
+
+@executes("cp.async.bulk.wait_group", words="read")
+def _wait(machine: Machine, instruction: Instruction) -> None:
+    """Finish what the lanes have committed but for the last so many groups."""
+    left = int(machine.read(instruction.operands[0], U32))
+    waits = np.zeros(machine.count, np.bool_)
+    waits[machine.lanes] = True
+    for store in list(machine.stores):
+        if waits[store.lane] and store.group < machine.store_groups[store.lane] - left:
+            machine.shared.races.end_read(store.chunk, 16, store.began)
+            data = machine.shared.peek(store.chunk, 16) if store.data is None else store.data
+            machine.memory.store(store.at[store.there], data.reshape(*store.there.shape, -1)[store.there])
+            machine.stores.remove(store)
 
 
 def _blocks(machine: Machine, source: object) -> list[tuple[int, TensorMap, int, int]]:

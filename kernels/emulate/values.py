@@ -12,6 +12,7 @@ Array = NDArray[Any]
 UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # registers hold these, by size in bytes
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _FLOAT: dict[int, Any] = {2: np.float16, 4: np.float32, 8: np.float64}
+_HALF = {"f2": "f16", "bf2": "bf16"}
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
@@ -20,7 +21,7 @@ class Type:
     """A PTX type.
 
     Attributes:
-        kind: "b" (bits), "u", "s", "f", "bf" or "pred".
+        kind: "b" (bits), "u", "s", "f", "bf" or "pred"; "f2" and "bf2" are two halves in one register.
         size: in bytes; of a predicate 1.
     """
 
@@ -29,7 +30,7 @@ class Type:
 
     @property
     def is_float(self) -> bool:
-        return self.kind in ("f", "bf")
+        return self.kind in ("f", "bf", "f2", "bf2")
 
     @property
     def bits(self) -> Any:
@@ -38,10 +39,10 @@ class Type:
 
     @property
     def values(self) -> Any:
-        """NumPy's type to compute with: bfloat16 is computed in float32 and rounded when it is stored."""
+        """NumPy's type to compute with: bfloat16 and pairs are computed in float32 and rounded when they are stored."""
         if self.kind == "pred":
             return np.bool_
-        if self.kind == "bf":
+        if self.kind in ("bf", "f2", "bf2"):
             return np.float32
         return {"f": _FLOAT, "s": _SIGNED}.get(self.kind, UINT)[self.size]
 
@@ -62,9 +63,11 @@ PRED, B32, S32, U32, U64, F32 = (
 
 @functools.cache
 def type_named(name: str) -> Type | None:
-    """The type of that name in PTX, None where there is none; packed ones (f16x2) are not types here."""
+    """The type of that name in PTX, None where there is none."""
     if name == "pred":
         return PRED
+    if name in ("f16x2", "bf16x2"):
+        return Type("bf2" if name[0] == "b" else "f2", 4)
     found = re.fullmatch(r"(bf|[busf])(8|16|32|64)", name)
     if found is None or (found[1] == "f" and found[2] == "8") or (found[1] == "bf" and found[2] != "16"):
         return None
@@ -72,7 +75,9 @@ def type_named(name: str) -> Type | None:
 
 
 def to_values(bits: Array, kind: Type) -> Array:
-    """Numbers that bits of the same size stand for."""
+    """Numbers that bits of the same size stand for; of pairs (lanes, 2)."""
+    if kind.kind in ("f2", "bf2"):
+        return half_to_float(np.ascontiguousarray(bits).view(np.uint16), _HALF[kind.kind]).reshape(-1, 2)
     if kind.kind == "bf":
         return bf16_to_float(bits)
     return bits if bits.dtype == kind.values else bits.view(kind.values)
@@ -80,6 +85,8 @@ def to_values(bits: Array, kind: Type) -> Array:
 
 def to_bits(values: Array, kind: Type) -> Array:
     """Bits of numbers, rounded to the type."""
+    if kind.kind in ("f2", "bf2"):
+        return float_to_half(np.asarray(values, np.float32), _HALF[kind.kind]).view(np.uint32)[:, 0]
     if kind.kind == "bf":
         return float_to_bf16(values)
     values = np.asarray(values)

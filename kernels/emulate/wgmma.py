@@ -90,7 +90,7 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
     warps = machine.warp[lanes[:, ::WARP_LANES]]
     for matrix in product.matrices():
         block, each = (np.repeat(x, matrix.chunk.shape[1], axis=0) for x in (machine.block[lanes[:, 0]], warps))
-        machine.shared.races.begin_product(block, matrix.chunk.reshape(-1), 16, each)
+        machine.shared.races.begin_read(block, matrix.chunk.reshape(-1), 16, each)
     if machine.early_copies:
         product = replace(product, early=product.operands(machine))
     machine.products.append(product)
@@ -146,7 +146,7 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
 def _finish(machine: Machine, product: _Product) -> None:
     """Products and sums are exact in float64 and rounded once, as those of mma."""
     for matrix in product.matrices():
-        machine.shared.races.end_product(matrix.chunk.reshape(-1), 16, product.began)
+        machine.shared.races.end_read(matrix.chunk.reshape(-1), 16, product.began)
     a, b = product.early or product.operands(machine)
     result = a.astype(np.float64) @ b.astype(np.float64).swapaxes(1, 2)
     # A warp has 16 rows: a lane, in every 8 columns, two neighbours in a row and the two 8 rows below.
