@@ -45,6 +45,7 @@ def test_lanes_load_compute_and_store():
         ),
         ("add.s64 %rd20, %rd1, %rd13; ld.global.v4.b32 {%r9, %r10, %r11, %r12}, [%rd20];", "load of 16 bytes outside"),
         ("mov.b64 %rd20, 64; ld.global.b32 %r9, [%rd20];", "load of 4 bytes outside .* 0x40"),
+        ("add.s64 %rd20, %rd1, %rd11; prefetch.global.L2 [%rd20+4];", "load of 1 bytes outside .* of array 1"),
         (TO_OUT + "st.global.b32 [%rd20+4], %r0;", "store of 4 bytes outside .* byte 128 of 128 of array 0"),
         ("add.s64 %rd20, %rd1, %rd11; st.global.b32 [%rd20], %r0;", "store of 4 bytes outside .* of array 1"),
         ("add.s64 %rd20, %rd1, %rd11; ld.global.b32 %r9, [%rd20+2];", "misaligned load of 4 bytes"),

@@ -52,10 +52,11 @@ _programs: dict[str, Program] = {}
 def compiled_for(launch: Launch, capability: int) -> Compiled:
     """The launch compiled for a compute capability, 80 or 90, as Triton would at run time."""
     source = _source(launch)
-    key = source.hash(), str(capability), str(launch.options)
+    options = launch.options_for(capability)
+    key = source.hash(), str(capability), str(options)
     if key not in _compiled:
         target = GPUTarget("cuda", capability, 32)
-        kernel = triton.compile(source, target=target, options=launch.options)
+        kernel = triton.compile(source, target=target, options=options)
         maps = tuple(getattr(kernel.metadata, "tensordesc_meta", None) or ())
         _compiled[key] = Compiled(kernel.asm["ptx"], kernel.metadata.shared, maps)
     return _compiled[key]

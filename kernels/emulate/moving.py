@@ -122,6 +122,12 @@ def _access(machine: Machine, instruction: Instruction) -> None:
         machine.memory.store(at, stored)
 
 
+@executes("prefetch.global.L2")
+def _prefetch(machine: Machine, instruction: Instruction) -> None:
+    """Nothing is loaded, but what is asked for has to be there."""
+    machine.memory.load(machine.address(instruction.operands[0], 8), 1)
+
+
 @executes("bar.sync", together=BLOCK)
 def _barrier(machine: Machine, instruction: Instruction) -> None:
     if len(instruction.operands) != 1 or getattr(instruction.operands[0], "bits", None) != 0:
