@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
+# `make emulate` runs compiled kernels without a GPU, one shape of each, `make emulate ALL=1` all of their tests
+# (build/emulate keeps what was compiled).
 # `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
 # (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
 # `make native` builds and tests the native library of kernels/csrc: as it is shipped, under AddressSanitizer and
@@ -11,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench proof gpu native aot clean
+.PHONY: demo test emulate bench proof gpu native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -38,6 +40,10 @@ test: aot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --emulate quick
+
+emulate: $(READY)
+	$(BIN)/python -m pytest --emulate $(if $(ALL),all,quick)
 
 bench: $(READY)
 	mkdir -p build
