@@ -1,6 +1,8 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
+# `make emulate` runs compiled kernels without a GPU, one shape of each, `make emulate ALL=1` all of their tests
+# (build/emulate keeps what was compiled).
 # `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is (PYTHON=), which
 # needs torch, triton and pytest, in BUDGET seconds; ONLY=smoke,models runs some parts. Results go to $OUT, else to
 # bench/results/<gpu>; DVIT_COMMIT names the commit where there is no .git. `make gpu-second` measures what is to be
@@ -14,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench proof gpu gpu-second gpu-cache native aot clean
+.PHONY: demo test emulate bench proof gpu gpu-second gpu-cache native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -41,6 +43,10 @@ test: aot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --emulate quick
+
+emulate: $(READY)
+	$(BIN)/python -m pytest --emulate $(if $(ALL),all,quick)
 
 bench: $(READY)
 	mkdir -p build

@@ -13,7 +13,7 @@ from dvit_kernels.linear import (
     launch_linear,
     linear_launch,
 )
-from kernel_helpers import WHERE, assert_same_sums, check, rms, run_guarded
+from kernel_helpers import QUICK, WHERE, assert_same_sums, check, rms, run_guarded
 from test_linear import exact_linear, exact_stats, make_linear, make_rows
 from torch.nn import functional as F
 
@@ -21,7 +21,14 @@ from dvit_infer.ops.choices import Choices, using
 from dvit_infer.ops.linear import ACTIVATIONS, linear, linear_ref, row_sums
 
 # Leading sizes, C, K: tails of rows, columns and inner blocks; one row; one token a picture; more than a tile.
-SHAPES = [((3, 7), 64, 96), ((1, 1), 40, 16), ((5, 1), 72, 33), ((2, 50), 32, 64), ((70,), 144, 65), ((9,), 1, 1)]
+SHAPES = [
+    pytest.param((3, 7), 64, 96, marks=QUICK),
+    ((1, 1), 40, 16),
+    ((5, 1), 72, 33),
+    ((2, 50), 32, 64),
+    ((70,), 144, 65),
+    ((9,), 1, 1),
+]
 
 
 @pytest.mark.parametrize(("leading", "dim_in", "dim_out"), SHAPES)

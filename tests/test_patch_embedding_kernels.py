@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dvit_kernels.patch_embedding import launch_patch_embedding, patch_embedding_launch
-from kernel_helpers import WHERE, rms, run_guarded
+from kernel_helpers import QUICK, WHERE, rms, run_guarded
 from test_patch_embedding import MEAN, STD, convolved, make_pictures, make_weights
 
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding_ref
@@ -11,7 +11,7 @@ from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 # B, channels, H, W, p, C, P: odd grids, tails of rows, columns and inner blocks, tiles across and within pictures, any
 # number of prefix tokens, one picture, one patch.
 SHAPES = [
-    (3, 3, 32, 48, 16, 40, 1),
+    pytest.param(3, 3, 32, 48, 16, 40, 1, marks=QUICK),
     (1, 3, 28, 42, 14, 64, 2),
     (3, 3, 24, 16, 8, 72, 0),
     (2, 5, 27, 90, 3, 16, 1),
