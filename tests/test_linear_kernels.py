@@ -96,6 +96,19 @@ def test_every_tile_and_its_statistics(device, dtype, tile):
     check(normalised, exact_linear(y, weight, bias, norm=True, activation="gelu"), plain)
 
 
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_every_tile_finds_statistics(device, dtype, tile):
+    """Of rows of several inner blocks, out of the tiles that the product reads."""
+    if dtype == torch.float32 and device == "cuda":
+        pytest.skip("its registers would spill")
+    x = make_rows(tile.block_m + 5, 328).to(device, dtype)
+    weight, bias = (t.to(device) for t in make_linear(328, tile.block_n + 8, dtype))
+    given = weight, bias, None, row_sums(weight)
+    y, _ = launch_linear(x, *given, tile=tile)
+    check(y, exact_linear(x, weight, bias, norm=True), linear_ref(x, *given)[0])
+
+
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype):
     weight, bias = (t.to(device) for t in make_linear(64, 48, dtype))

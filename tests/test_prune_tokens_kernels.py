@@ -53,6 +53,11 @@ def test_scores_sets_and_rows(device, dtype, b, n, p, c, k):
     assert torch.equal(bits(kept_x), bits(x.cpu().gather(1, rows[..., None].expand(-1, -1, c))))
 
 
+@pytest.mark.parametrize(("device", "dtype"), EMULATED)
+def test_tiles_of_large_batches(device, dtype):
+    test_scores_sets_and_rows(device, dtype, 28, 196, 1, 384, 137)
+
+
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )

@@ -198,7 +198,7 @@ _COMPARISONS = " ".join([*_ORDERED, *_UNORDERED, "num", "nan"])
 def _compare(machine: Machine, instruction: Instruction) -> None:
     word, joined = instruction.modifiers[0], instruction.modifiers[1]
     a, b = _numbers(machine, instruction, 2)
-    nan = np.isnan(a) | np.isnan(b) if instruction.types[-1].is_float else np.bool_(False)
+    nan = np.isnan(a) | np.isnan(b) if instruction.types[-1].is_float else np.zeros_like(a, np.bool_)
     if word in ("num", "nan"):
         result = ~nan if word == "num" else nan
     else:

@@ -140,14 +140,14 @@ def _arguments(launch: Launch, addresses: dict[int, int], maps: tuple[dict[str, 
     signature, described = aot.source(launch).signature, iter(maps)
     found: list[Any] = []
     for parameter in launch.kernel.params:
-        value, kind = launch.arguments[parameter.name], signature[parameter.name]
-        tensor = _tensor(value)
+        value: Any = launch.arguments[parameter.name]
+        kind, tensor = signature[parameter.name], _tensor(value)
         if kind == "constexpr":
             continue
         if tensor is None:
             found.append(struct.unpack("<I", struct.pack("<f", value))[0] if kind == "fp32" else int(value))
             continue
-        address = addresses[_key(tensor)] + tensor.storage_offset() * tensor.element_size()
+        address = addresses[_key(tensor)] + int(tensor.storage_offset()) * tensor.element_size()
         if isinstance(value, TensorDescriptor):
             found += [_map(value, address, next(described)), *value.shape, *value.strides]
         else:

@@ -80,7 +80,8 @@ class Machine:
 
     def of_lanes(self, values: Array) -> Array:
         """An array of all lanes, of those that execute."""
-        return values[self.lanes]
+        found: Array = values[self.lanes]
+        return found
 
     def read(self, operand: Operand, kind: Type) -> Array:
         """Numbers (lanes,), or one for all of them."""

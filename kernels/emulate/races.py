@@ -110,7 +110,7 @@ class Races:
 
     def _from_another(self, cells: Array, since: Array, warp: Array) -> Array:
         """Which cells another warp has written since the barrier, or a tensor copy that this one did not wait for."""
-        other = (self._written[cells] > since) & (self._writer[cells] != warp)
+        other: Array = (self._written[cells] > since) & (self._writer[cells] != warp)
         if (landed := other & (self._writer[cells] == TENSOR)).any():
             bit = np.broadcast_to(np.uint64(1) << warp.astype(np.uint64), cells.shape)
             other &= ~(landed & (self._seen[cells] & bit != 0))
@@ -119,7 +119,8 @@ class Races:
     @staticmethod
     def _cells(chunk: Array, size: int) -> Array:
         """(chunks, cells of a chunk)."""
-        return (chunk * size)[:, None] // CELL + np.arange(max(1, size // CELL))
+        cells: Array = (chunk * size)[:, None] // CELL + np.arange(max(1, size // CELL))
+        return cells
 
     def _refuse(self, wrong: Array, cells: Array, why: str) -> None:
         if wrong.any():

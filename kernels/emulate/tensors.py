@@ -17,7 +17,8 @@ SWIZZLED_BITS = {32: 1, 64: 2, 128: 3}  # by the bytes that a row of the pattern
 def swizzle(address: Array, row_bytes: int) -> Array:
     """Where an element of a swizzled block really is: bits 4 and up are changed by as many from bit 7."""
     bits = SWIZZLED_BITS.get(row_bytes, 0)
-    return address ^ (address >> 3 & ((1 << bits) - 1) << 4)
+    place: Array = address ^ (address >> 3 & ((1 << bits) - 1) << 4)
+    return place
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ ROW, PAIR = _LANE // 4, 2 * (_LANE % 4)  # of an 8 x 8 matrix, where a lane's tw
 @executes("shfl.sync", words="bfly up down idx", together=WARP)
 def _shuffle(machine: Machine, instruction: Instruction) -> None:
     """The value of another lane; where that is beyond the clamp, the lane's own, and the predicate is false."""
-    to, value, by, clamp, _ = instruction.operands
+    to, value, *given, _ = instruction.operands
     mode = instruction.modifiers[1]
-    by, clamp = (machine.in_warps(machine.lanes_of(one, U32)).astype(np.int64) for one in (by, clamp))
+    by, clamp = (machine.in_warps(machine.lanes_of(one, U32)).astype(np.int64) for one in given)
     segment, last = clamp >> 8 & 31, clamp & 31
     first = _LANE & segment
     end = first | last & ~segment
@@ -97,7 +97,7 @@ def _multiply_matrices(machine: Machine, instruction: Instruction) -> None:
     Products and sums are exact in float64 and rounded once: a GPU adds in an order, and to a width, of its own. A lane
     has two neighbours in a row of every 8 x 8 quarter: rows are lane // 4, columns 2 * (lane % 4) and the next.
     """
-    if instruction.modifiers[5:] not in (("f32", kind, kind, "f32") for kind in ("bf16", "f16")):
+    if ".".join(instruction.modifiers[5:]) not in ("f32.bf16.bf16.f32", "f32.f16.f16.f32"):
         raise EmulationError("is emulated of halves into float32 only")
     kind = instruction.modifiers[-2]
     to, a_registers, b_registers, c_registers = (machine.members(one) for one in instruction.operands)

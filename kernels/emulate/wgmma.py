@@ -66,21 +66,20 @@ _SHAPES = " ".join(f"m64n{n}k16" for n in range(8, 257, 8))
 def _multiply(machine: Machine, instruction: Instruction) -> None:
     to, a, b, added, *immediates = instruction.operands
     shape, kind = instruction.modifiers[3], instruction.modifiers[-1]
-    if instruction.modifiers[4:] not in (("f32", half, half) for half in ("bf16", "f16")):
+    if ".".join(instruction.modifiers[4:]) not in ("f32.bf16.bf16", "f32.f16.f16"):
         raise EmulationError("is emulated of halves into float32 only")
-    in_registers = isinstance(a, Group)
     scale_a, scale_b, *transposed = (one.bits for one in immediates if isinstance(one, Immediate))
-    if (scale_a, scale_b) != (1, 1) or len(transposed) != (1 if in_registers else 2):
+    if (scale_a, scale_b) != (1, 1) or len(transposed) != (1 if isinstance(a, Group) else 2):
         raise EmulationError("is emulated without changes of sign only")
     lanes = np.arange(machine.count)[machine.lanes].reshape(-1, WARPGROUP)
-    results, sources = _names(machine, to), _names(machine, a) if in_registers else ()
+    results, sources = _names(machine, to), _names(machine, a) if isinstance(a, Group) else ()
     _check_fenced(machine, (*results, *sources))
     product = _Product(
         lanes,
         machine.product_groups[lanes[:, 0]],
         results,
         sources,
-        _from_registers(machine, a, kind) if in_registers else described(machine, a, ROWS, bool(transposed[0])),
+        _from_registers(machine, a, kind) if isinstance(a, Group) else described(machine, a, ROWS, bool(transposed[0])),
         described(machine, b, int(shape[4:-3]), bool(transposed[-1])),
         kind,
         machine.lanes_of(added, PRED).reshape(lanes.shape)[:, 0],
