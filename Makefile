@@ -1,8 +1,13 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
-# `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is
-# (PYTHON=), which needs torch, triton and pytest; results go to $OUT, else to bench/results.
+# `make emulate` runs compiled kernels without a GPU, one shape of each, `make emulate ALL=1` all of their tests
+# (build/emulate keeps what was compiled).
+# `make gpu` tests and measures on an NVIDIA GPU, from the checkout and with the Python there is (PYTHON=), which
+# needs torch, triton and pytest, in BUDGET seconds; ONLY=smoke,models runs some parts. Results go to $OUT, else to
+# bench/results/<gpu>; DVIT_COMMIT names the commit where there is no .git. `make gpu-second` measures what is to be
+# tried next beside what is there.
+# `make gpu-cache` compiles that suite's kernels beforehand, into build/gpu-cache, to be taken along.
 # `make native` builds and tests the native library of kernels/csrc: as it is shipped, under AddressSanitizer and
 # UBSan, under ThreadSanitizer, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
@@ -11,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench proof gpu native aot clean
+.PHONY: demo test emulate bench proof gpu gpu-second gpu-cache native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -38,6 +43,10 @@ test: aot
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --emulate quick
+
+emulate: $(READY)
+	$(BIN)/python -m pytest --emulate $(if $(ALL),all,quick)
 
 bench: $(READY)
 	mkdir -p build
@@ -57,8 +66,29 @@ native:
 	@if ! command -v nvcc >/dev/null; then echo "make native: nvcc is not here, so the CUDA side was not compiled"; else \
 	set -x; cmake -S . -B build/native-cuda -DDVIT_CUDA=ON $(STRICT) && $(call BUILD_NATIVE,build/native-cuda) -R api; fi
 
+BUDGET ?= 540
+SUITE := PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py
+
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py
+	$(SUITE) --budget '$(BUDGET)' $(if $(ONLY),--only '$(ONLY)')
+
+gpu-second:
+	$(SUITE) --budget 170 --only second,sanitizer
+
+# What a GPU machine finds there, of which an image may be known and nothing else: Triton for CPython 3.12.
+CACHE_TRITON ?= 3.6.0
+CACHE_PYTHON ?= 3.12
+CACHE_FOR := build/triton-$(CACHE_TRITON)-python-$(CACHE_PYTHON)
+PLATFORMS := $(foreach n,28 27 17,--platform manylinux_2_$(n)_x86_64)
+
+gpu-cache: build/triton-$(CACHE_TRITON)/.ready $(CACHE_FOR)/.ready
+	env -u TRITON_INTERPRET PYTHONPATH=.:kernels:bench build/triton-$(CACHE_TRITON)/bin/python bench/kernel_cache_build.py --for $(CACHE_FOR)
+
+$(CACHE_FOR)/.ready: $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --only-binary=:all: \
+	  --implementation cp --python-version $(CACHE_PYTHON) $(PLATFORMS) 'triton==$(CACHE_TRITON)'
+	touch $@
 
 # Another Triton goes into a venv of its own that sees the rest of .venv behind it.
 AOT := $(if $(TRITON),build/triton-$(TRITON),.venv)

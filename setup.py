@@ -55,7 +55,10 @@ if asked not in ("", "0", "1"):
     raise SystemExit(f"error: DVIT_NATIVE={asked!r}; 1 builds the native library, 0 or nothing does not")
 native = asked == "1"
 setup(
-    packages=[*find_packages(include=["dvit_infer", "dvit_infer.*"]), *find_packages("kernels")],
+    packages=[
+        *find_packages(include=["dvit_infer", "dvit_infer.*"]),
+        *find_packages("kernels", include=["dvit_kernels*"]),
+    ],
     package_dir={"dvit_kernels": "kernels/dvit_kernels"},
     package_data={
         "dvit_infer": ["py.typed", "digits-0.7.pth"],

@@ -1,8 +1,8 @@
-"""What `tune.py` measures: shapes of the models, and the ways to run each, the kernels with many tiles among them."""
+"""What `tune.py` measures: shapes of the models, and the candidates for each, kernels with many tiles among them."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from dvit_kernels.linear import TILES, LinearTile, default_stats_block, default_
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
 
 from dvit_infer.ops.choices import Choices, using
+from dvit_infer.ops.layer_norm import row_stats
 from dvit_infer.ops.linear import does_what, linear, row_sums
 
 PYTORCH = Choices(otherwise="pytorch")
@@ -24,38 +25,44 @@ MORE_TILES = (
     LinearTile(128, 64, 64, 4, 4),
     LinearTile(64, 256, 64, 8, 3),
     LinearTile(16, 64, 128, 4, 4),
-    LinearTile(32, 32, 128, 4, 4),
+    LinearTile(64, 64, 64, 4, 4),
+    LinearTile(32, 64, 64, 4, 4),
+    LinearTile(32, 32, 64, 4, 4),
     LinearTile(128, 128, 64, 8, 3, PREFETCHING),
     LinearTile(128, 128, 64, 8, 4, PREFETCHING),
     LinearTile(128, 256, 64, 8, 3, PREFETCHING),
     LinearTile(128, 128, 64, 8, 3, PAIRED),
+    LinearTile(128, 128, 64, 8, 3, PAIRED, maxnreg=128),  # where 132 registers would leave room for one program
 )
 MANY_ROWS = 4096  # from here on programs may stay for several tiles
+SPILLING = ((128, 64, 16), (128, 128), (256,))  # chunks of keys: with 128 queries and 4 warps 80 to 576 bytes on sm_90
 
 
-class Plan(NamedTuple):
-    """What to measure, in the order of its value, should the time run out.
+class Model(NamedTuple):
+    """Channels, heads, hidden channels of a block; tokens of the stages, with the class token."""
 
-    Attributes:
-        models: channels, heads and hidden channels.
-        tokens: of the stages, with the class token.
-        batches: of pictures; but of the first, every other number of tokens.
-    """
-
-    models: tuple[tuple[int, int, int], ...]
-    tokens: tuple[int, ...]
-    batches: tuple[int, ...]
+    name: str
+    channels: int
+    heads: int
+    hidden: int
+    tokens: tuple[int, ...] = (197, 138, 97, 68)
 
 
-DEIT_S, DEIT_B, LVVIT_S = (384, 6, 1536), (768, 12, 3072), (384, 6, 1152)
-MODELS = Plan((DEIT_S, DEIT_B, LVVIT_S), (197, 138, 97, 68), (256, 1, 32))
-DRY = Plan(((64, 1, 128),), (5,), (2,))
+DEIT_S, DEIT_B = Model("DeiT-S", 384, 6, 1536), Model("DeiT-B", 768, 12, 3072)
+LVVIT_S = Model("LV-ViT-S", 384, 6, 1152)
+# In the order of its value, should the time run out: a model's large batch and its batch 1, which choices need both.
+PLAN = (
+    *((model, batch) for model in (DEIT_S, DEIT_B, LVVIT_S) for batch in (256, 1)),
+    *((model._replace(tokens=model.tokens[::2]), 32) for model in (DEIT_S, DEIT_B, LVVIT_S)),
+)
+DRY_PLAN = tuple((Model("tiny", 64, 1, 128, (5,)), batch) for batch in (2, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A linear of a block."""
+    """A linear of a block, over all rows of a batch."""
 
+    batch: int
     rows: int
     dim_in: int
     dim_out: int
@@ -69,34 +76,77 @@ class Linear:
 
     @property
     def kind(self) -> dict[str, Any]:
+        """What a row says of it: the keys of a choice, and `shape` as every result file has it."""
         does = does_what(self.norm, self.residual, self.activation)
-        return {"op": "linear", "size": self.rows, "in": self.dim_in, "out": self.dim_out, "does": does}
+        kind = {"op": "linear", "batch": self.batch, "size": self.rows, "in": self.dim_in, "out": self.dim_out}
+        return {**kind, "does": does, "shape": [self.rows, self.dim_in, self.dim_out, does]}
 
 
-def linears(rows: int, c: int, hidden: int, dtype: torch.dtype) -> tuple[Linear, ...]:
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention of all tokens among themselves."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+
+    @property
+    def flops(self) -> float:
+        return 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        size, n, dim = self.batch * self.heads, self.tokens, self.head_dim
+        kind = {"op": "attention", "batch": self.batch, "size": size, "queries": n, "tokens": n, "head_dim": dim}
+        return {**kind, "shape": [size, n, dim]}
+
+
+Shape = Linear | Attention
+Tile = LinearTile | AttentionTile
+
+
+def shapes_of(model: Model, batch: int, dtype: torch.dtype) -> Iterator[Shape]:
+    """What a model's blocks launch."""
+    for n in model.tokens:
+        yield Attention(batch, n, model.heads, model.channels // model.heads)
+        yield from linears(batch, n, model.channels, model.hidden, dtype)
+
+
+def linears(batch: int, n: int, c: int, hidden: int, dtype: torch.dtype) -> tuple[Linear, ...]:
     """Those of a block."""
+    rows = batch * n
     return (
-        Linear(rows, c, 3 * c, True, "none", False),
-        Linear(rows, c, c, False, "none", True),
-        Linear(rows, c, hidden, True, CHEAPEST_GELU[dtype], False),
-        Linear(rows, hidden, c, False, "none", True),
+        Linear(batch, rows, c, 3 * c, True, "none", False),
+        Linear(batch, rows, c, c, False, "none", True),
+        Linear(batch, rows, c, hidden, True, CHEAPEST_GELU[dtype], False),
+        Linear(batch, rows, hidden, c, False, "none", True),
     )
 
 
 def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTile]:
-    """The default's first; no tile that would mostly be empty, none by TMA where the plain kernel would stand in."""
-    by_tma = shape.rows >= MANY_ROWS and dtype != torch.float32
+    """The default's first; no tile that would mostly be empty, none by TMA where the plain kernel would stand in.
+
+    Of many rows none of fewer than 64: they go by smaller instructions, in tens of thousands of programs.
+    """
+    many = shape.rows >= MANY_ROWS
     first = default_tile(shape.rows, shape.dim_out, dtype)
     if shape.residual and shape.dim_out % first.block_n:
         first = default_tile(shape.rows, shape.dim_out, dtype, default_stats_block(shape.rows, shape.dim_out, dtype))
-    others = [t for t in (*TILES, *MORE_TILES) if t != first and t.block_m <= 2 * shape.rows and (by_tma or not t.tma)]
+    least, most = (64 if many else 0), 2 * shape.rows
+    by_tma = many and dtype != torch.float32
+    others = [
+        t
+        for t in dict.fromkeys((*TILES, *MORE_TILES))
+        if t != first and least <= t.block_m <= most and (by_tma or not t.tma)
+    ]
     return [first, *(t for t in others[: 1 if dry else None] if shape.dim_out % t.block_n == 0)]
 
 
-def linear_ways(
+def linear_candidates(
     shape: Linear, dtype: torch.dtype, device: torch.device, count: int, tiles: Sequence[LinearTile]
 ) -> dict[str, list[Callable[[], Any]]]:
-    """Calls of every way, by name, over `count` buffers."""
+    """Calls of every candidate, by name, over `count` buffers."""
 
     def buffers(dim: int) -> list[torch.Tensor]:
         return [torch.randn(shape.rows, dim, device=device, dtype=dtype) for _ in range(count)]
@@ -113,17 +163,19 @@ def linear_ways(
 
     def by_pytorch(*given: Any) -> Any:
         with using(PYTORCH):
-            return linear(*given)
+            y, _ = linear(*given)
+        # The kernels leave the next LayerNorm's statistics; here a launch has to find them.
+        return y, row_stats(y) if shape.residual else None
 
-    ways = {"pytorch": [call(by_pytorch, i) for i in range(count)]}
+    candidates = {"pytorch": [call(by_pytorch, i) for i in range(count)]}
     for tile in tiles:
         block = tile.block_n if shape.residual else 0
-        ways[by(tile)] = [call(launch_linear, i, stats_block=block, tile=tile) for i in range(count)]
-    return ways
+        candidates[by(tile)] = [call(launch_linear, i, stats_block=block, tile=tile) for i in range(count)]
+    return candidates
 
 
 def by(tile: LinearTile | AttentionTile) -> str:
-    """What a way is called."""
+    """What a candidate is called."""
     return "triton " + "x".join(map(str, dataclasses.astuple(tile)))
 
 
@@ -133,12 +185,21 @@ def _stats(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attention_tiles(n: int, head_dim: int, dtype: torch.dtype) -> list[AttentionTile]:
+    """The default's first; none that spills registers on Hopper."""
     first = default_attention_tile(n, n, head_dim, dtype)
     found = [first]
     sums = {197: ((128, 64, 16), (256,), (128, 128)), 138: ((128, 16), (256,)), 97: ((64, 32, 16), (128,), (64, 64))}
     for chunks in sums.get(n, ((64, 16), (128,))):
         for block_m, warps in ((64, 4), (128, 8), (128, 4)):
+            if (block_m, warps) == (128, 4) and chunks in SPILLING:
+                continue
             for programs in (0, 1):
                 found.append(AttentionTile(block_m, *chunks, num_warps=warps, programs=programs))
     found += [AttentionTile(64, 64, num_warps=4, num_stages=2), AttentionTile(128, 64, num_warps=8, num_stages=2)]
     return list(dict.fromkeys(found))
+
+
+def tiles_of(shape: Shape, dtype: torch.dtype, dry: bool) -> Sequence[Tile]:
+    if isinstance(shape, Linear):
+        return linear_tiles(shape, dtype, dry)
+    return attention_tiles(shape.tokens, shape.head_dim, dtype)[: 2 if dry else None]

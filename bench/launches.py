@@ -31,16 +31,22 @@ def captured(calls: Sequence[Call], times: int) -> Call:
 
 
 def microseconds(
-    ways: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, expected_us: float
+    candidates: Mapping[str, Sequence[Call]], device: torch.device, seconds: float, expected_us: float
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Median microseconds of one call of every way, interleaved; and why a way could not be run, by its name."""
+    """Median microseconds of one call of every candidate, interleaved; and why one could not be run, by its name.
+
+    Raises:
+        RuntimeError: a candidate left the device unusable.
+    """
     times = 1 if device.type == "cpu" else max(4, min(400, round(REPLAY_US / max(expected_us, 1e-3))))
     ready: dict[str, Call] = {}
     failed: dict[str, str] = {}
-    for name, calls in ways.items():
+    for name, calls in candidates.items():
         try:
             ready[name] = captured(calls, times) if device.type == "cuda" else calls[0]
         except Exception as error:  # of any kind: a tile too large, a backend that is not there
             failed[name] = f"{type(error).__name__}: {str(error)[:100]!r}"
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises what no later call could get past
     timings = interleave(ready, device, seconds, warm_up=0.02) if ready else {}
     return {name: timing.rates(1)["p50_ms"] * 1e3 / times for name, timing in timings.items()}, failed

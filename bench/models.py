@@ -1,155 +1,178 @@
-"""Whole models: the engine, its dense twin, the reference eager and under torch.compile, in one interleaved run each.
+"""Whole models: the engine, its dense counterpart and the reference, each group in one interleaved run.
 
-    PYTHONPATH=.:kernels python bench/models.py --out models.json [--choices h200.json] [--budget 240]
+    PYTHONPATH=.:kernels python bench/models.py --part models --out models.json [--budget 60] [--dry]
 
-DynamicViT-DeiT-S, -DeiT-B and -LV-ViT-S at keep rate 0.7 with random weights, the targets' table; then the ways of
-capturing a forward (programmatic dependent launch, two branches) against the plain one, the stem's share of LV-ViT, and
-uint8 pictures against bfloat16 ones.
+Random weights, keep rate 0.7, bfloat16. Parts: `models`, the headline, by the default choices; `capture`, variants of
+capturing a forward beside the plain one; `choices`, what bench/tune.py chose beside the defaults; `lvvit`, LV-ViT-S and
+its stem's share; `more`, other batches and torch.compile, which takes minutes.
 """
 
-import argparse
-import json
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from forwards import (
+    PLAIN,
+    Call,
+    Expected,
+    Forward,
+    checkpoint,
+    chosen,
+    engine_under,
+    forward_of,
+    with_programmatic,
+    with_two_branches,
+)
+from rows import Job, Part, Row, Rows, arguments, device_for
 
-import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.benchmark.compare import Comparison
-from dvit_infer.benchmark.results import environment, write_json
 from dvit_infer.benchmark.timing import interleave
 from dvit_infer.images.synthetic import sample_images
-from dvit_infer.models.example import example_checkpoint
-from dvit_infer.ops.choices import Choices, choices_for, read_choices, using
-from dvit_infer.utils.tables import table
+from dvit_infer.ops.choices import Choices, read_choices
 
-# In the order of their value, should the time run out; what has to be compiled for minutes, late.
-TABLE = (
-    ("dynamicvit-deit-s", (256, 1), ("reference", "dense")),
-    ("dynamicvit-deit-b", (256,), ("reference", "dense")),
-    ("dynamicvit-lvvit-s", (256,), ("reference", "dense")),
-    ("dynamicvit-deit-s", (256,), ("reference", "compile")),
-    ("dynamicvit-deit-b", (1,), ("reference", "dense")),
-    ("dynamicvit-deit-s", (32, 64, 128, 512), ("reference", "dense")),
-)
-
-
-def compared(arch: str, batches: tuple[int, ...], names: tuple[str, ...], seconds: float) -> Iterator[dict[str, Any]]:
-    comparison = Comparison(example_checkpoint(arch), names)
-    for batch in batches:
-        outcome = comparison.measure(batch, seconds)
-        for line in filter(None, (*map(str, outcome.gains), outcome.verdict, outcome.noise)):
-            print(f"{arch}, batch {batch}: {line}", flush=True)
-        yield from (asdict(row) for row in outcome.rows)
+DEIT_S, DEIT_B, LVVIT_S = "dynamicvit-deit-s", "dynamicvit-deit-b", "dynamicvit-lvvit-s"
+TABLES = {
+    "models": ((DEIT_S, (256, 1), ("reference", "dense")), (DEIT_B, (256,), ("reference", "dense"))),
+    "lvvit": ((LVVIT_S, (256,), ("reference", "dense")),),
+    "more": (
+        (DEIT_B, (1,), ("reference", "dense")),
+        (DEIT_S, (32, 64, 128, 512), ("reference", "dense")),
+        (DEIT_S, (256,), ("reference", "compile")),
+    ),
+}
 
 
-def ways_to_capture(arch: str, batch: int, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """The engine with each way of capturing, and from uint8 pictures, against the plain one."""
-    usual = choices_for(device)
-    ways = {
-        "plain": Choices(usual.rows),
-        "programmatic": Choices(usual.rows, programmatic=True),
-        "two branches": Choices(usual.rows, two_branches_from=2),
-        "programmatic, two branches": Choices(usual.rows, programmatic=True, two_branches_from=2),
-        "defaults, nothing tuned": Choices(),
-        "cuBLAS and SDPA": Choices(otherwise="pytorch"),
-    }
-    images = sample_images(batch, (224, 224)).to(device, torch.bfloat16)
-    pixels = (images.float() * 40 + 120).clamp(0, 255).byte()
-    calls: dict[str, Callable[[], object]] = {}
-    answers = {}
-    for name, choices in ways.items():
-        if name.endswith("branches") and batch < 2:
-            continue
-        with using(choices):
-            engine = dvit.convert(example_checkpoint(arch), device=device)
-            answers[name] = engine(images)  # captured with these choices, and kept
-        calls[name] = lambda engine=engine: engine(images)
-        if name == "plain":
-            with using(choices):
-                engine(pixels)
-            calls["uint8 pictures"] = lambda engine=engine: engine(pixels)
-            calls["not captured"] = lambda engine=engine: engine.runner.runner(images)
-    timings = interleave(calls, device, seconds)
-    for name, timing in timings.items():
-        error = (answers[name] - answers["plain"]).abs().max().item() if name in answers else None
-        yield {
-            **{"op": "forward", "model": arch, "how": name, "dtype": "bfloat16", "batch": batch, "max_error": error},
-            **timing.rates(batch),
-            "speedup": timing.speedup_over(timings["plain"]),
+class Models:
+    """Jobs of the parts; sizes are tiny in a dry run.
+
+    Args:
+        seconds: for each interleaved run.
+        choices: the file that bench/tune.py left, if any.
+    """
+
+    def __init__(self, device: torch.device, dry: bool, seconds: float, choices: Path | None) -> None:
+        self.device, self.dry, self.seconds, self.choices = device, dry, 0.0 if dry else seconds, choices
+        self.dtype = torch.float32 if dry else torch.bfloat16
+
+    def batch(self, batch: int) -> int:
+        return min(batch, 2) if self.dry else batch
+
+    def jobs(self, part: str) -> Iterator[tuple[str, Job]]:
+        for arch, batches, names in TABLES.get(part, ()):
+            if "compile" not in names or not self.dry:
+                yield f"{arch}, {' and '.join(names)}", lambda row=(arch, batches, names): self.compared(*row)
+        if part == "lvvit":
+            yield "LV-ViT-S, its stem", self.share_of_stem
+        for batch in (256, 1):
+            if part == "capture":
+                yield f"capture, batch {batch}", lambda b=batch: self.capture_variants(self.batch(b))
+            if part == "choices":
+                yield f"measured choices, batch {batch}", lambda b=batch: self.by_choices(DEIT_S, self.batch(b))
+        if part == "choices":
+            yield "measured choices, DeiT-B", lambda: self.by_choices(DEIT_B, self.batch(256))
+
+    def compared(self, arch: str, batches: tuple[int, ...], names: tuple[str, ...]) -> Iterator[Row]:
+        """Rows as dvit-bench writes them, by the default choices."""
+        with chosen(PLAIN):
+            comparison = Comparison(checkpoint(arch, self.dry), names, str(self.device))
+            for batch in map(self.batch, batches):
+                outcome = comparison.measure(batch, self.seconds)
+                yield from (asdict(row) for row in outcome.rows)
+                print(f"  {comparison.runs}", flush=True)
+                for line in filter(None, (*map(str, outcome.gains), outcome.verdict, outcome.noise)):
+                    print(f"  {arch}, batch {batch}: {line}", flush=True)
+                if outcome.strays:
+                    raise RuntimeError(f"{arch}, batch {batch}: {outcome.verdict}")
+
+    def capture_variants(self, batch: int) -> Iterator[Row]:
+        """The engine captured in each variant, and from uint8 images, beside the plain one."""
+        source = checkpoint(DEIT_S, self.dry)
+        expected = Expected.of(source, batch, self.device, self.dtype)
+        variants = {
+            "programmatic": with_programmatic(PLAIN),
+            "two branches": with_two_branches(PLAIN),
+            "programmatic, two branches": with_programmatic(with_two_branches(PLAIN)),
+            "cuBLAS and SDPA": Choices(otherwise="pytorch"),
         }
+        plain, images = forward_of(source, PLAIN, expected), expected.images
+        forwards = [plain, plain.beside("not captured", lambda: plain.engine.runner.runner(images)[0])]
+        for variant, choices in variants.items():
+            if batch > 1 or "branches" not in variant:
+                forwards.append(forward_of(source, choices, expected, variant=variant))
+        pixels = (images.float() * 40 + 120).clamp(0, 255).byte()
+        from_uint8 = plain.beside("uint8 images", lambda: plain.engine(pixels))
+        yield from self.interleaved("forward, captured", forwards, expected, plain, unchecked=[from_uint8])
 
+    def by_choices(self, arch: str, batch: int) -> Iterator[Row]:
+        """Engine and dense counterpart by what was measured on this GPU, beside the defaults."""
+        if self.choices is None or not self.choices.exists():
+            print("  no choices were measured: nothing to compare", flush=True)
+            return
+        source, measured = checkpoint(arch, self.dry), read_choices(self.choices)
+        expected = Expected.of(source, batch, self.device, self.dtype)
+        variants = {None: PLAIN, "measured choices": measured}
+        engines = [forward_of(source, choices, expected, variant=variant) for variant, choices in variants.items()]
+        dense = [forward_of(source, choices, expected, "dense", variant) for variant, choices in variants.items()]
+        yield from self.interleaved("forward, choices", engines, expected, engines[0], unchecked=dense)
 
-def share_of_stem(device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """LV-ViT-S at batch 256, and its convolutions and patch embedding alone, both uncaptured."""
-    engine = dvit.convert(example_checkpoint("dynamicvit-lvvit-s"), device=device)
-    images = sample_images(256, (224, 224)).to(device, torch.bfloat16)
-    whole = engine.runner.runner if hasattr(engine.runner, "runner") else engine.runner
-    count = next(i for i, node in enumerate(engine.graph.nodes) if node.kind == "attention")
-    stem: TorchRunner = type(whole)(replace(engine.graph, nodes=engine.graph.nodes[:count]))
-    calls = {"whole": lambda: whole(images), "stem": lambda: stem(images)}
-    timings = interleave(calls, device, seconds)
-    share = 1 / timings["stem"].speedup_over(timings["whole"])
-    for name, timing in timings.items():
-        how = {"op": f"LV-ViT-S, {name}", "how": "not captured", "batch": 256, "dtype": "bfloat16"}
-        yield {**how, **timing.rates(256), "share": share if name == "stem" else 1.0}
+    def interleaved(
+        self, op: str, forwards: list[Forward], expected: Expected, baseline: Forward, unchecked: list[Forward]
+    ) -> Iterator[Row]:
+        """Time the forwards together, those alone whose answers are right; `unchecked` compute another function."""
+        batch, logits = len(expected.images), {}
+        for forward in forwards:
+            found = forward.call()
+            if why := expected.disagreement(found, forward.given() if forward.given else None):
+                yield {**forward.identity(batch), "op": op, "failed": why}
+            else:
+                logits[forward.name] = found
+        timed = [f for f in forwards if f.name in logits] + list(unchecked)
+        timings = interleave(
+            {f.name: f.call for f in timed}, self.device, self.seconds, warm_up=0.0 if self.dry else 0.5
+        )
+        for forward in timed:
+            row = forward.row(batch, timings[forward.name], logits.get(forward.name, expected.logits), expected)
+            row["op"] = op
+            if forward.name not in logits:
+                row |= {"max_logit_error": None, "top1_agreement": None}
+            if baseline.name in timings:
+                row |= {
+                    "baseline": baseline.name,
+                    "speedup": timings[forward.name].speedup_over(timings[baseline.name]),
+                }
+            yield row
+
+    def share_of_stem(self) -> Iterator[Row]:
+        """LV-ViT-S, and its convolutions and patch embedding alone, both launched one by one."""
+        batch = self.batch(256)
+        engine = engine_under(PLAIN, checkpoint(LVVIT_S, self.dry), self.device, dtype=self.dtype)
+        images = sample_images(batch, engine.config.image_size).to(self.device, self.dtype)
+        with chosen(PLAIN):
+            whole = engine.runner.runner
+            count = next(i for i, node in enumerate(engine.graph.nodes) if node.kind == "attention")
+            stem: TorchRunner = type(whole)(replace(engine.graph, nodes=engine.graph.nodes[:count]))
+            calls: dict[str, Call] = {"whole": lambda: whole(images), "stem": lambda: stem(images)}
+            timings = interleave(calls, self.device, self.seconds, warm_up=0.0 if self.dry else 0.5)
+        share = 1 / timings["stem"].speedup_over(timings["whole"])
+        for name, timing in timings.items():
+            row: dict[str, Any] = {"op": f"LV-ViT-S, {name}", "runtime": "engine", "variant": "not captured"}
+            row |= {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "batch": batch}
+            yield {**row, **timing.rates(batch), "share": share if name == "stem" else 1.0}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON, written again after every model")
-    parser.add_argument("--choices", type=Path, help="choices to measure with; default: those of this GPU")
-    parser.add_argument("--budget", type=float, default=240, help="seconds (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4, help="for each run (default: %(default)s)")
+    parser = arguments(__doc__, 60)
+    parser.add_argument("--part", choices=("models", "capture", "choices", "lvvit", "more"), default="models")
+    parser.add_argument("--choices", type=Path, help="what bench/tune.py left, for the part of that name")
+    parser.add_argument("--seconds", type=float, default=3, help="for each interleaved run (default: %(default)s)")
     given = parser.parse_args()
-    device, deadline = torch.device("cuda", 0), time.monotonic() + given.budget
-    choices = read_choices(given.choices) if given.choices and given.choices.exists() else choices_for(device)
-    where = environment()
-    rows: list[dict[str, Any]] = []
-    capture = [
-        ("ways to capture", lambda b=b: ways_to_capture("dynamicvit-deit-s", b, device, given.seconds))
-        for b in (256, 1)
-    ]
-    parts: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
-        (f"{arch} {batches}", lambda row=(arch, batches, names): compared(*row, given.seconds))
-        for arch, batches, names in TABLE
-    ]
-    parts = [*parts[:3], *capture, ("stem", lambda: share_of_stem(device, given.seconds)), *parts[3:]]
-    failed = 0
-    with using(choices):
-        for name, part in parts:
-            if time.monotonic() > deadline:
-                print(f"{name}: not measured, no time left", flush=True)
-                continue
-            try:
-                new = list(part())
-            except Exception:  # the others are still worth having
-                traceback.print_exc()
-                print(f"{name}: FAILED", flush=True)
-                failed += 1
-                continue
-            rows += new
-            write_json(given.out, {"environment": where, "rows": rows})
-            print(_shown(new), flush=True)
-    return 1 if failed else 0
-
-
-def _shown(rows: list[dict[str, Any]]) -> str:
-    columns = ("model", "how", "batch", "images_per_s", "p50_ms", "p99_ms", "gflops", "max_logit_error", "max_error")
-    columns = (*columns, "top1_agreement", "speedup", "share", "peak_mib")
-    there = [c for c in columns if any(row.get(c) is not None for row in rows)]
-    cells = [tuple(_cell(row.get(column)) for column in there) for row in rows]
-    return table(tuple(there), cells)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else json.dumps(value).strip('"')
+    device = device_for(given.dry)
+    models = Models(device, given.dry, given.seconds, given.choices)
+    return Part(Rows(given.out, given.add), device, given.budget).run(models.jobs(given.part))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ NAMES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.float64: "fp64",
 }
 
 

@@ -1,15 +1,13 @@
-"""Two threads; interrupts; no GPU: its tests skipped and kernels in Triton's interpreter; a checkpoint file."""
+"""Two threads; interrupts; no GPU: its tests skipped, kernels in Triton's interpreter; --emulate; a checkpoint file."""
 
 import os
 import signal
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from golden_cases import official_checkpoint
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on CPU tensors
 
 # A kernel that fails is to fail its test, not to be replaced; tests/test_fallback.py takes this away.
 os.environ["DVIT_KERNELS"] = "require"
@@ -20,12 +18,35 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run the kernels' tests on compiled code, executed by kernels/emulate: one shape a kernel, or all"
+    parser.addoption("--emulate", choices=("quick", "all"), help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module imports Triton, which reads the environment then."""
+    if config.getoption("emulate"):
+        emulated.configure()
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if chosen := config.getoption("emulate"):
+        return emulated.select(config, items, chosen == "quick")
     there_is = torch.cuda.is_available()
     marker, why = ("interpreter", "kernels run on the GPU here") if there_is else ("gpu", "no NVIDIA GPU here")
     for item in items:
         if marker in item.keywords:
             item.add_marker(pytest.mark.skip(reason=why))
+        if "emulated" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="compiled kernels: with --emulate"))
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("emulate"):
+        emulated.replace_launches(request.node, monkeypatch)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

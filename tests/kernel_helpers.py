@@ -17,12 +17,21 @@ WHERE = [
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
 ]
+# In place of these with --emulate: compiled for a GPU, executed on the CPU.
+EMULATED = [
+    pytest.param("cpu", dtype, id=f"sm{capability}-{str(dtype)[6:]}", marks=pytest.mark.emulated(capability))
+    for capability in (80, 90)
+    for dtype in (torch.bfloat16, torch.float16)
+]
+# And in float32, where tests ask for it: products from registers take long.
+EMULATED_FLOAT32 = [pytest.param("cpu", torch.float32, id="sm80-float32", marks=pytest.mark.emulated(80))]
 needs_loops = pytest.mark.skipif(
     not torch.cuda.is_available()
     and triton.__version__.startswith("3.6.")
     and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="Triton 3.6's interpreter cannot loop up to a tensor under NumPy 2.4",
 )
+QUICK = pytest.mark.quick  # the shape of a kernel that `--emulate quick` runs
 GUARD = 4096  # elements before and after every output
 SENTINEL = -77
 

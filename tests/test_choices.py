@@ -1,7 +1,6 @@
 """Choices: what was measured on a GPU decides, the nearest size of the same kind; where nothing was, the default."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -95,17 +94,3 @@ def test_a_linear_goes_the_chosen_way(monkeypatch):
             assert linear_op.free_stats_block(cpu, torch.float32, 6, 64, 64) == block
             linear_op.linear(x, weight, None, x, stats_block=block)
     assert [None if tile is None else tile.block_n for tile in taken] == [32, 48]
-
-
-def test_bench_scripts_that_need_a_gpu_say_so(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    from commands import run
-
-    bench = Path(__file__).parent.parent / "bench"
-    done = run(str(bench / "gpu.py"), "--out", str(tmp_path / "out"))
-    assert (done.returncode, done.stderr) == (2, "error: there is no NVIDIA GPU here; the suite needs one\n")
-    assert not (tmp_path / "out").exists()
-    done = run(str(bench / "gpu.py"), "--only", "tests,nonsense")
-    assert done.returncode == 2
-    assert "'nonsense' is not one of" in done.stderr

@@ -221,7 +221,7 @@ def test_a_full_disk_for_the_json_is_named_and_no_model_is_left(checkpoint, caps
     def full(content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dvit_infer.benchmark.results._finite", full)
+    monkeypatch.setattr("dvit_infer.utils.files._finite", full)
     assert "--json: " in fails(convert, [checkpoint, *TINY, "--json", "x.json"], capsys)
 
 

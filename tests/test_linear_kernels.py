@@ -13,7 +13,7 @@ from dvit_kernels.linear import (
     launch_linear,
     linear_launch,
 )
-from kernel_helpers import WHERE, assert_same_sums, check, rms, run_guarded
+from kernel_helpers import QUICK, WHERE, assert_same_sums, check, rms, run_guarded
 from test_linear import exact_linear, exact_stats, make_linear, make_rows
 from torch.nn import functional as F
 
@@ -21,7 +21,14 @@ from dvit_infer.ops.choices import Choices, using
 from dvit_infer.ops.linear import ACTIVATIONS, linear, linear_ref, row_sums
 
 # Leading sizes, C, K: tails of rows, columns and inner blocks; one row; one token a picture; more than a tile.
-SHAPES = [((3, 7), 64, 96), ((1, 1), 40, 16), ((5, 1), 72, 33), ((2, 50), 32, 64), ((70,), 144, 65), ((9,), 1, 1)]
+SHAPES = [
+    pytest.param((3, 7), 64, 96, marks=QUICK),
+    ((1, 1), 40, 16),
+    ((5, 1), 72, 33),
+    ((2, 50), 32, 64),
+    ((70,), 144, 65),
+    ((9,), 1, 1),
+]
 
 
 @pytest.mark.parametrize(("leading", "dim_in", "dim_out"), SHAPES)
@@ -87,6 +94,19 @@ def test_every_tile_and_its_statistics(device, dtype, tile):
     normalised, _ = launch_linear(y, *given, stats, activation="gelu", tile=tile)
     plain, _ = linear_ref(y, *given, activation="gelu")
     check(normalised, exact_linear(y, weight, bias, norm=True, activation="gelu"), plain)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_every_tile_finds_statistics(device, dtype, tile):
+    """Of rows of several inner blocks, out of the tiles that the product reads."""
+    if dtype == torch.float32 and device == "cuda":
+        pytest.skip("its registers would spill")
+    x = make_rows(tile.block_m + 5, 328).to(device, dtype)
+    weight, bias = (t.to(device) for t in make_linear(328, tile.block_n + 8, dtype))
+    given = weight, bias, None, row_sums(weight)
+    y, _ = launch_linear(x, *given, tile=tile)
+    check(y, exact_linear(x, weight, bias, norm=True), linear_ref(x, *given)[0])
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)

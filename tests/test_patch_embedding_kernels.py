@@ -2,8 +2,14 @@
 
 import pytest
 import torch
-from dvit_kernels.patch_embedding import launch_patch_embedding, patch_embedding_launch
-from kernel_helpers import WHERE, rms, run_guarded
+from dvit_kernels.patch_embedding import (
+    BYTE_TILES,
+    FLOAT32_IMAGE_TILES,
+    TILES,
+    launch_patch_embedding,
+    patch_embedding_launch,
+)
+from kernel_helpers import QUICK, WHERE, rms, run_guarded
 from test_patch_embedding import MEAN, STD, convolved, make_pictures, make_weights
 
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding_ref
@@ -11,7 +17,7 @@ from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 # B, channels, H, W, p, C, P: odd grids, tails of rows, columns and inner blocks, tiles across and within pictures, any
 # number of prefix tokens, one picture, one patch.
 SHAPES = [
-    (3, 3, 32, 48, 16, 40, 1),
+    pytest.param(3, 3, 32, 48, 16, 40, 1, marks=QUICK),
     (1, 3, 28, 42, 14, 64, 2),
     (3, 3, 24, 16, 8, 72, 0),
     (2, 5, 27, 90, 3, 16, 1),
@@ -60,6 +66,28 @@ def test_bytes(device, dtype, b, height, width, p, channels_last):
     right, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
     assert rms(tokens - right) <= rms(plain - right) + 1e-6
     assert rms(tokens - right) <= 2 * rms(patch_embedding_ref(images, *packed, p, channels_last) - right) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "tile"),
+    [
+        *((torch.uint8, tile) for tile in BYTE_TILES),
+        *((torch.float32, tile) for tile in FLOAT32_IMAGE_TILES),
+        *((None, tile) for tile in TILES),
+    ],
+)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_every_tile(device, dtype, given, tile, monkeypatch):
+    """Those of large batches too, whose products are Hopper's; of bytes, float32 and the weight's dtype (None)."""
+    if dtype == torch.float32 and device == "cuda":
+        pytest.skip("its registers would spill")
+    monkeypatch.setattr("dvit_kernels.patch_embedding._tile", lambda *given: tile)
+    weights, images = make_weights(tile.block_n + 8, 3, 8, 1, 6), (tile.block_m // 6 + 2, 3, 24, 16)
+    packed = packed_on(device, weights, dtype, *((MEAN, STD) if given == torch.uint8 else ()))
+    images = make_pictures(*images, given or dtype).to(device)
+    tokens = launch_patch_embedding(images, *packed, 8)
+    right = convolved(images, weights, torch.float64, given == torch.uint8)
+    assert rms(tokens - right) <= 2 * rms(patch_embedding_ref(images, *packed, 8) - right) + 1e-6
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)

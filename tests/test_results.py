@@ -26,7 +26,25 @@ def test_environment_is_complete():
     found = environment()
     assert found.keys() == {"machine", "gpu", "driver", "torch", "triton", "commit", "date"}
     assert found["torch"] == torch.__version__
-    assert machine_name("NVIDIA H200") == "h200"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm4-40gb"),
+        ("Intel(R) Xeon(R) Processor", "intel-xeon-processor"),
+    ],
+)
+def test_the_name_of_a_machine(gpu, name):
+    assert machine_name(gpu) == name
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("DVIT_COMMIT", "0123456789abcdef0123456789abcdef01234567")
+    assert environment()["commit"] == "0123456789ab"
 
 
 def test_files_are_whole_or_not_there(tmp_path):

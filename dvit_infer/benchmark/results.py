@@ -59,7 +59,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of this project's checkout; None when it runs from anywhere else."""
+    """Of this project's checkout, or what DVIT_COMMIT says: a copy may have come without its .git. None: neither."""
+    if os.environ.get("DVIT_COMMIT"):
+        return os.environ["DVIT_COMMIT"][:12]
     root = Path(__file__).resolve().parents[2]
     if _output("git", "-C", str(root), "rev-parse", "--show-toplevel") != str(root):
         return None

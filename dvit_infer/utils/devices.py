@@ -42,8 +42,12 @@ def chunk(device: torch.device, patches: int, channels: int) -> int:
 
 
 def slug(name: str) -> str:
-    """A processor's name as a file's: 'NVIDIA H200' becomes h200."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.removeprefix("NVIDIA ").lower())).strip("-")
+    """A processor's name as a file's: 'NVIDIA H200' becomes h200, 'NVIDIA H100 80GB HBM3' h100.
+
+    A GPU's memory is not part of it; another form of the chip is ('NVIDIA H100 PCIe' has fewer multiprocessors).
+    """
+    name = re.sub(r" \d+gb hbm\d\w?$|\(\w+\)", "", name.removeprefix("NVIDIA ").lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -24,6 +24,7 @@ from dvit_kernels.linear_epilogue import (
 )
 from dvit_kernels.linear_tma import _linear_tma_kernel, can_describe, operands, programs
 
+WGMMA_ROWS = 64  # of a tile, from which on Hopper multiplies asynchronously (wgmma)
 ENOUGH_PROGRAMS = 128  # about one a multiprocessor of a large GPU
 
 
@@ -244,6 +245,10 @@ def linear_launch(
         in_line and (weight_sum is None or stats is not None) and can_describe(x, weight, row_stride, tile.block_k)
     ):
         tile = _plain(tile, x.dtype)
+    if weight_sum is not None and stats is None and tile.block_m >= WGMMA_ROWS and x.dtype != torch.float32:
+        # Where x is summed beside a product of Hopper's, Triton gives it a buffer too few: copies for later steps land
+        # in what the product still reads. Products of fewer rows are not asynchronous.
+        tile = LinearTile(32, tile.block_n, 64, 4, 4)
     blocks = tile.block_m, tile.block_n, tile.block_k
     common |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
     common |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.maxnreg}

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import Launch, run, wait_for_inputs
+from dvit_kernels.linear import ENOUGH_PROGRAMS, LinearTile
 
 
 @triton.jit
@@ -17,6 +18,22 @@ def _as_operand(x, dtype: tl.constexpr):
         # As the low bits of the float 2^23: a conversion of bytes takes an eighth of the adders' rate.
         x = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
     return x.to(dtype)
+
+
+# Largest first, each with unspilled registers (AOT.md); none has been timed yet. Images that are converted go to
+# Hopper's product as registers, which Triton's pipeline writes over while a product still reads them (issue 9433 of
+# triton-lang/triton): such tiles have one stage, and two or more programs a multiprocessor fill each other's waits. The
+# smallest tile's product is none of Hopper's.
+_SMALL = LinearTile(32, 32, 128, 4, 3)
+TILES = (LinearTile(128, 128, 64, 8, 3), LinearTile(128, 64, 64, 8, 3), LinearTile(64, 64, 64, 8, 3), _SMALL)
+BYTE_TILES = (LinearTile(128, 128, 64, 8, 1), LinearTile(128, 64, 64, 8, 1), LinearTile(64, 64, 64, 8, 1), _SMALL)
+FLOAT32_IMAGE_TILES = (
+    LinearTile(128, 128, 32, 8, 1, maxnreg=128),
+    LinearTile(128, 64, 64, 8, 1),
+    LinearTile(64, 64, 64, 8, 1),
+    _SMALL,
+)
+FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # products on plain cores, from registers
 
 
 @triton.jit
@@ -106,6 +123,17 @@ def supports(channels: int, height: int, width: int) -> bool:
     return channels * height * width < 2**31
 
 
+def _tile(rows: int, c: int, given: torch.dtype, dtype: torch.dtype) -> LinearTile:
+    """The largest tile with enough programs to go round."""
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    converted = FLOAT32_IMAGE_TILES if given == torch.float32 else BYTE_TILES
+    tiles: tuple[LinearTile, ...] = TILES if given == dtype else converted
+    tiles = tiles if c >= 256 else tiles[1:]  # of narrow models half of the widest would be padding
+    enough = (t for t in tiles if triton.cdiv(rows, t.block_m) * triton.cdiv(c, t.block_n) >= ENOUGH_PROGRAMS)
+    return next(enough, tiles[-1])
+
+
 def patch_embedding_launch(
     images: torch.Tensor,
     weight: torch.Tensor,
@@ -132,19 +160,10 @@ def patch_embedding_launch(
     else:
         sizes, strides = (p, channels), (stride_y, stride_x, stride_c)
 
-    # Block sizes are those that keep registers unspilled (AOT.md); none has been timed yet.
-    maxnreg = 0
-    if weight.dtype == torch.float32:  # products on plain cores, from registers: smaller tiles
-        block_m, block_n, block_k, num_warps, num_stages = 64, 64, 16, 8, 3
-    elif b * n <= 4096:  # too few rows to fill a GPU with large tiles
-        block_m, block_n, block_k, num_warps, num_stages = 64, 64, 64, 8, 3
-    else:
-        block_m, block_n, block_k, num_warps = 128, 128 if c >= 256 else 64, 64, 8
-        num_stages = 2 if images.dtype == torch.float32 else 3  # so that two programs share a multiprocessor's memory
-        maxnreg = 128 if images.dtype == torch.float32 else 0  # and its registers: two fewer than the compiler takes
+    tile = _tile(b * n, c, images.dtype, weight.dtype)
     launch = Launch.of(
         _patch_embedding_kernel,
-        (triton.cdiv(b * n, block_m) * triton.cdiv(c, block_n),),
+        (triton.cdiv(b * n, tile.block_m) * triton.cdiv(c, tile.block_n),),
         images_ptr=images,
         w_ptr=weight.contiguous(),
         table_ptr=table.contiguous(),
@@ -164,12 +183,12 @@ def patch_embedding_launch(
         SIZE_2=sizes[1],
         DIM_IN=k,
         DIM_OUT=c,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        maxnreg=maxnreg,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=tile.maxnreg,
     )
     return launch, out
 

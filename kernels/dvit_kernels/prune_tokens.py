@@ -1,6 +1,6 @@
-"""prune_tokens in three launches: project, score, select and copy. Deterministic; the same kernels at any batch size.
+"""prune_tokens in three launches: project, score, select and copy; in large batches statistics of rows come first.
 
-What they compute is said where they are: score_tokens.py, select_tokens.py.
+Deterministic. What the launches compute is said where they are: score_tokens.py, select_tokens.py, layer_norm.py.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ import torch
 import triton
 
 from dvit_kernels.launch import Launch, run
-from dvit_kernels.linear import ENOUGH_PROGRAMS, LinearTile
+from dvit_kernels.layer_norm import row_stats_launch
+from dvit_kernels.linear import ENOUGH_PROGRAMS, WGMMA_ROWS, LinearTile
 from dvit_kernels.score_tokens import _project_kernel, _score_kernel
 from dvit_kernels.select_tokens import RANK_TOKENS, _select_kernel
 
 MAX_TOKENS, MIN_DIM, MAX_DIM = 1024, 64, 1024
-# Of the first launch, largest first, each with unspilled registers (AOT.md). The first has three programs a
+# For the first product, largest first, each with unspilled registers (AOT.md). The first tile has three programs a
 # multiprocessor: while one is at its epilogue, which is as long as its product, the others multiply.
 TILES = (LinearTile(64, 128, 64, 4, 3), LinearTile(64, 64, 64, 4, 3), LinearTile(32, 32, 128, 4, 3))
 FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # products on plain cores, from registers
@@ -28,7 +29,7 @@ def supports(n: int, c: int) -> bool:
 def prune_tokens_launches(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
-    """The three launches, in order, and the tensors they fill: kept_x and index. Arguments as `launch_prune_tokens`."""
+    """The launches, in order, and the tensors they fill: kept_x and index. Arguments as `launch_prune_tokens`."""
     b, n, c = x.shape[0], x.shape[1] - num_prefix, x.shape[2]
     half = c // 2
     w1, w1_sum, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = (t.contiguous() for t in packed)
@@ -44,6 +45,11 @@ def prune_tokens_launches(
     kept_x = x.new_empty(b, num_prefix + num_keep, c)
     index = x.new_empty(b, num_keep, dtype=torch.int64)
 
+    # Not found beside a product of Hopper's, for the reason that linear.py gives.
+    before, stats = [], None
+    if tile_m >= WGMMA_ROWS and x.dtype != torch.float32:
+        launch, stats = row_stats_launch(x[:, num_prefix:])
+        before = [launch]
     project = Launch.of(
         _project_kernel,
         (tiles * triton.cdiv(c, tile.block_n),),
@@ -51,6 +57,7 @@ def prune_tokens_launches(
         w1_ptr=w1,
         w1_sum_ptr=w1_sum,
         b1_ptr=b1,
+        stats_ptr=stats,
         hidden_ptr=hidden,
         sums_ptr=sums,
         stride_xb=x.stride(0),
@@ -127,13 +134,13 @@ def prune_tokens_launches(
         num_warps=4 if block_tokens <= 128 else 8,
         num_stages=1,
     )
-    return [project, score_tokens, select], kept_x, index
+    return [*before, project, score_tokens, select], kept_x, index
 
 
 def launch_prune_tokens(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `dvit::prune_tokens` as three Triton launches on x's device and its current stream.
+    """Run `dvit::prune_tokens` as three or four Triton launches on x's device and its current stream.
 
     Args:
         x: (B, P+N, C) tokens in float32, float16 or bfloat16; N up to 1024, C from 64 to 1024 in multiples of 32; any
@@ -163,7 +170,7 @@ def launch_prune_tokens(
 
 
 def _project_tile(rows: int, c: int, dtype: torch.dtype) -> LinearTile:
-    """The largest tile of the first launch with enough programs to go round."""
+    """The largest tile of the first product with enough programs to go round."""
     if dtype == torch.float32:
         return FLOAT32_TILE
     tiles = TILES if c >= 256 else TILES[1:]  # of narrow models half of the widest would be padding

@@ -3,8 +3,9 @@
 The formulas are DynamicViT's predictor (Rao et al. 2021, section 3.2) after algebra that is exact up to rounding:
 
 * LayerNorm is a rank-1 correction behind the first product: LN(x) W^T = rstd * (x W^T - mean * rowsum(W)), gain and
-  shift being folded into W and the bias. Mean and variance come out of the tiles the product reads anyway. The rounding
-  of the product, in float32, counts mean / std times.
+  shift being folded into W and the bias. Mean and variance come out of the tiles the product reads anyway; in large
+  batches a launch before has found them (layer_norm.py). The rounding of the product, in float32, counts mean / std
+  times.
 * The half of the hidden channels that is averaged over a picture never leaves the chip: its column sums do. Its part of
   the second layer is one vector a picture.
 * The last layer gives one number a token, keep minus drop; ranking needs no softmax.
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from dvit_kernels.activations import gelu_erf, gelu_exact
 from dvit_kernels.launch import SMALL_TILE, prefetch_rows, wait_for_inputs
-from dvit_kernels.linear_epilogue import load_columns
+from dvit_kernels.linear_epilogue import load_columns, load_stats
 
 
 @triton.jit(do_not_specialize=["batch", "n_tokens", "num_prefix"])
@@ -24,6 +25,7 @@ def _project_kernel(
     w1_ptr,  # (C, C)
     w1_sum_ptr,  # (C,) row sums of w1
     b1_ptr,  # (C,)
+    stats_ptr,  # (B*N, 1, 2) float32, mean and sum of squared deviations of the patch tokens; None: found here
     hidden_ptr,  # out (B*N, C/2)
     sums_ptr,  # out (tiles, SEGMENTS, C/2) float32
     stride_xb,
@@ -67,14 +69,16 @@ def _project_kernel(
         x = tl.load(x_ptr + offset[:, None] + (k + inner)[None, :], mask=live[:, None], other=0.0)
         w = tl.load(w1_ptr + col[None, :] * DIM + (k + inner)[:, None], mask=col[None, :] < DIM, other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
-        # Chan et al. 1983: stable in one pass, whatever the mean.
-        x = x.to(tl.float32)
-        chunk_mean = tl.sum(x, axis=1) / BLOCK_K
-        deviation = x - chunk_mean[:, None]
-        delta = chunk_mean - mean
-        mean += delta * (BLOCK_K / (k + BLOCK_K))
-        squares += tl.sum(deviation * deviation, axis=1) + delta * delta * (k * (BLOCK_K / (k + BLOCK_K)))
+        if stats_ptr is None:  # Chan et al. 1983: stable in one pass, whatever the mean
+            x = x.to(tl.float32)
+            chunk_mean = tl.sum(x, axis=1) / BLOCK_K
+            deviation = x - chunk_mean[:, None]
+            delta = chunk_mean - mean
+            mean += delta * (BLOCK_K / (k + BLOCK_K))
+            squares += tl.sum(deviation * deviation, axis=1) + delta * delta * (k * (BLOCK_K / (k + BLOCK_K)))
 
+    if stats_ptr is not None:
+        mean, squares = load_stats(stats_ptr, row, live, 1, DIM)
     rstd = tl.math.rsqrt(squares / DIM + eps)
     if not early:
         w1_sum, b1 = load_columns(w1_sum_ptr, col, col < DIM), load_columns(b1_ptr, col, col < DIM)

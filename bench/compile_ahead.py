@@ -1,0 +1,61 @@
+"""Candidates' kernels compiled before they are timed, by many processes: one by one would take most of the time."""
+
+import contextlib
+import dataclasses
+import multiprocessing.pool
+from collections.abc import Callable, Sequence
+
+import torch
+from candidates import Attention, Linear, Shape, Tile, tiles_of
+from dvit_kernels.attention import attention_launch
+from dvit_kernels.launch import Launch
+from dvit_kernels.linear import linear_launch
+
+
+def compile_ahead(pool: multiprocessing.pool.Pool, shapes: Sequence[Shape], dtype: torch.dtype) -> Callable[[], None]:
+    """Start to compile the shapes' kernels, in processes of their own; returns a call that waits for them."""
+    # Rows are not compiled in: linears that differ in nothing else share their kernels.
+    jobs = {
+        (dataclasses.replace(shape, batch=1, rows=64) if isinstance(shape, Linear) else shape, tile): None
+        for shape in shapes
+        for tile in tiles_of(shape, dtype, False)
+    }
+    done = pool.starmap_async(compile_only, [(*job, dtype) for job in jobs], chunksize=1)
+    return done.wait
+
+
+def compile_only(shape: Shape, tile: Tile, dtype: torch.dtype) -> None:
+    """Compile a candidate's kernel for this GPU; nothing is launched, which would disturb what is being timed."""
+    with contextlib.suppress(Exception):  # what cannot be compiled is reported where it is measured
+        launch = launch_of(shape, tile, dtype)
+        compile_launch(launch, *torch.cuda.get_device_capability())
+
+
+def compile_launch(launch: Launch, major: int, minor: int) -> None:
+    """Compile a launch for the driver that Triton has, of that compute capability, or find it in Triton's cache."""
+    options = launch.options_for(10 * major + minor)
+    launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **options)
+
+
+def launch_of(shape: Shape, tile: Tile, dtype: torch.dtype) -> Launch:
+    """The candidate's launch, on tensors without memory."""
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    if isinstance(shape, Attention):
+        qkv = empty(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+        return attention_launch(*qkv.unbind(2), shape.head_dim**-0.5, tile=tile)[0]
+    parts = shape.dim_in // (128 if shape.dim_in % 128 == 0 else 32)
+    return linear_launch(
+        empty(shape.rows, shape.dim_in),
+        empty(shape.dim_out, shape.dim_in),
+        empty(shape.dim_out),
+        empty(shape.rows, shape.dim_out) if shape.residual else None,
+        empty(shape.dim_out, dtype=torch.float32) if shape.norm else None,
+        empty(shape.rows, parts, 2, dtype=torch.float32) if shape.norm else None,
+        1e-6,
+        shape.activation,
+        stats_block=tile.block_n if shape.residual else 0,
+        tile=tile,
+    )[0]

@@ -1,0 +1,82 @@
+"""cp.async: copies from global to shared memory that land when they are waited for, and not a moment earlier."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from emulate.errors import EmulationError
+from emulate.machine import Machine
+from emulate.opcodes import executes
+from emulate.ptx import Instruction
+from emulate.values import U32, Array
+
+
+class _Copy(NamedTuple):
+    """Copies of one instruction, one a lane, that have not landed: which lanes, whose how many-th group, what where."""
+
+    lanes: Array
+    group: Array
+    chunk: Array
+    data: Array
+
+    def of(self, some: Array) -> "_Copy":
+        return _Copy(*(part[some] for part in self))
+
+
+@executes("cp.async.ca.shared.global", "cp.async.cg.shared.global")
+def _copy(machine: Machine, instruction: Instruction) -> None:
+    """4, 8 or 16 bytes a lane; those behind the source's size, where one is given, become zeros."""
+    to, source, count, *given = instruction.operands
+    size = int(machine.read(count, U32))
+    if size not in (4, 8, 16) or (size != 16 and ".cg" in instruction.opcode):
+        raise EmulationError(f"copies of {size} bytes there are not")
+    valid = machine.lanes_of(given[0], U32) if given else np.full(machine.active, size)
+    if (valid > size).any():
+        raise EmulationError("the source is larger than the copy")
+    lanes = np.arange(machine.count)[machine.lanes]
+    block, warp = machine.block[lanes], machine.warp[lanes]
+    chunk = machine.shared.chunks(block, machine.address(to, 4), size, "copy")
+    data = np.zeros((len(lanes), size), np.uint8)
+    reads = np.flatnonzero(valid)
+    at = machine.address(source, 8)[reads]
+    if (valid[reads] == size).all():
+        data[reads] = machine.memory.load(at, size)
+    else:
+        raise EmulationError("a source smaller than the copy, but not empty, is not emulated")
+    machine.shared.races.begin_copy(block, chunk, size, warp)
+    if machine.early_copies:
+        machine.shared.put(chunk, data)
+    machine.copies.append(_Copy(lanes, machine.copy_groups[lanes], chunk, data))
+
+
+@executes("cp.async.commit_group")
+def _commit(machine: Machine, instruction: Instruction) -> None:
+    machine.copy_groups[machine.lanes] += 1
+
+
+@executes("cp.async.wait_group")
+def _wait(machine: Machine, instruction: Instruction) -> None:
+    """Land what the lanes have committed but for the last so many groups; what is in no group yet stays."""
+    _land(machine, int(machine.read(instruction.operands[0], U32)))
+
+
+@executes("cp.async.wait_all")
+def _wait_all(machine: Machine, instruction: Instruction) -> None:
+    machine.copy_groups[machine.lanes] += 1
+    _land(machine, 0)
+
+
+def _land(machine: Machine, left: int) -> None:
+    waits = np.zeros(machine.count, np.bool_)
+    waits[machine.lanes] = True
+    rest: list[_Copy] = []
+    for copy in machine.copies:
+        done = waits[copy.lanes] & (copy.group < machine.copy_groups[copy.lanes] - left)
+        if done.any():
+            landed = copy.of(done)
+            block, warp = machine.block[landed.lanes], machine.warp[landed.lanes]
+            machine.shared.races.end_copy(block, landed.chunk, landed.data.shape[1], warp)
+            machine.shared.put(landed.chunk, landed.data)
+        if not done.all():
+            rest.append(copy.of(~done))
+    machine.copies[:] = rest

@@ -1,0 +1,127 @@
+"""Races in shared memory: two warps at one place, one of them writing, with nothing between them that orders them.
+
+What one warp does counts as ordered. Every access leaves a time and a warp at each two bytes it touches; an access is
+in a race if a conflicting one of another warp is later than the block's last barrier. Between its issue and its wait
+the target of a copy belongs to nobody. Tensor copies and products read and write through the asynchronous proxy: a
+product sees what was stored only behind a fence between the two. None of this depends on the order in which warps
+happen to run.
+"""
+
+import numpy as np
+
+from emulate.errors import EmulationError
+from emulate.values import Array
+
+CELL = 2  # bytes: Triton shares nothing narrower between warps
+SEVERAL, TENSOR = -1, -2  # in place of a warp: more than one has read it, a tensor copy has written it
+
+
+class Races:
+    """Who was at which cell, and when. Cells of all blocks follow each other.
+
+    Attributes:
+        now: the time, which the schedule advances with every instruction.
+    """
+
+    def __init__(self, blocks: int, stride: int, warps: int) -> None:
+        cells = blocks * stride // CELL
+        self.now = 1
+        self._stride = stride
+        self._barrier = np.zeros(blocks, np.int64)  # when each block was last all together
+        self._fence = np.zeros((blocks, warps), np.int64)  # when each warp last fenced the asynchronous proxy
+        self._written, self._read = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+        self._writer, self._reader = np.zeros(cells, np.int16), np.zeros(cells, np.int16)
+        self._pending = np.zeros(cells, np.bool_)
+        self._seen = np.zeros(cells, np.uint64)  # bit by bit the warps that waited for the tensor copy that wrote it
+
+    def barrier(self, blocks: Array) -> None:
+        self._barrier[blocks] = self.now
+
+    def fence(self, block: Array, warp: Array) -> None:
+        self._fence[block, warp] = self.now
+
+    def load(self, block: Array, chunk: Array, size: int, warp: Array) -> None:
+        """Of an instruction; the lanes are of blocks and warps (lanes,)."""
+        cells, since, warp = self._cells(chunk, size), self._barrier[block][:, None], warp[:, None]
+        self._refuse(self._pending[cells], cells, "load of bytes that a copy is still writing")
+        other = self._from_another(cells, since, warp)
+        self._refuse(other, cells, "race: load of what another warp stored with no barrier between")
+        reader = np.where((self._read[cells] > since) & (self._reader[cells] != warp), SEVERAL, warp)
+        self._reader[cells] = reader
+        self._reader[cells[self._reader[cells] != reader]] = SEVERAL  # warps that read it in one instruction
+        self._read[cells] = self.now
+
+    def store(self, block: Array, chunk: Array, size: int, warp: Array, landing: bool = False) -> None:
+        """Of an instruction, or of a copy at the end of its wait."""
+        cells, since, warp = self._cells(chunk, size), self._barrier[block][:, None], warp[:, None]
+        if not landing:
+            self._refuse(self._pending[cells], cells, "store over bytes that a copy is still writing")
+        other = self._from_another(cells, since, warp)
+        self._refuse(other, cells, "race: store over what another warp stored with no barrier between")
+        other = (self._read[cells] > since) & (self._reader[cells] != warp)
+        self._refuse(other, cells, "race: store over what another warp loads with no barrier between")
+        self._written[cells], self._writer[cells] = self.now, np.broadcast_to(warp, cells.shape)
+
+    def check_writer(self, chunk: Array, size: int, warp: Array) -> None:
+        """Raise where another warp stored something else in the same instruction."""
+        cells = self._cells(chunk, size)
+        other = self._writer[cells] != warp[:, None]
+        self._refuse(other, cells, "race: warps store different values at one place")
+
+    def begin_copy(self, block: Array, chunk: Array, size: int, warp: Array) -> None:
+        self.store(block, chunk, size, warp)
+        self._pending[self._cells(chunk, size)] = True
+
+    def end_copy(self, block: Array, chunk: Array, size: int, warp: Array) -> None:
+        self.store(block, chunk, size, warp, landing=True)
+        self._pending[self._cells(chunk, size)] = False
+
+    def end_tensor_copy(self, chunk: Array, size: int) -> None:
+        cells = self._cells(chunk, size)
+        self._pending[cells] = False
+        self._written[cells], self._writer[cells], self._seen[cells] = self.now, TENSOR, 0
+
+    def see(self, chunk: Array, size: int, warps: Array) -> None:
+        """Warps have waited for the tensor copy that wrote these chunks."""
+        self._seen[self._cells(chunk, size)] |= np.bitwise_or.reduce(np.uint64(1) << warps.astype(np.uint64))
+
+    def begin_read(self, block: Array, chunk: Array, size: int, warps: Array) -> None:
+        """A product, or a tensor copy, of warps (chunks, how many) begins to read through the asynchronous proxy."""
+        cells, since = self._cells(chunk, size), self._barrier[block][:, None]
+        self._refuse(self._pending[cells], cells, "asynchronous read of bytes that a copy is still writing")
+        written, writer = self._written[cells], self._writer[cells]
+        for warp in warps.T[:, :, None]:
+            other = self._from_another(cells, since, warp)
+            self._refuse(other, cells, "race: asynchronous read of what another warp just stored")
+        stored = writer != TENSOR
+        fenced = self._fence[block[:, None], np.maximum(writer, 0)] > written
+        for warp in warps.T:
+            fenced |= (self._fence[block, warp] > written.T).T
+        unseen = stored & (written > 0) & ~fenced
+        self._refuse(unseen, cells, "asynchronous read of what was stored with no fence of its proxy since")
+        self._reader[cells], self._read[cells] = SEVERAL, self.now
+
+    def end_read(self, chunk: Array, size: int, began: int) -> None:
+        """It has been waited for: nobody has written meanwhile."""
+        cells = self._cells(chunk, size)
+        overwritten = self._pending[cells] | (self._written[cells] > began)
+        self._refuse(overwritten, cells, "written over what was still being read asynchronously")
+        self._reader[cells], self._read[cells] = SEVERAL, self.now
+
+    def _from_another(self, cells: Array, since: Array, warp: Array) -> Array:
+        """Which cells another warp has written since the barrier, or a tensor copy that this one did not wait for."""
+        other: Array = (self._written[cells] > since) & (self._writer[cells] != warp)
+        if (landed := other & (self._writer[cells] == TENSOR)).any():
+            bit = np.broadcast_to(np.uint64(1) << warp.astype(np.uint64), cells.shape)
+            other &= ~(landed & (self._seen[cells] & bit != 0))
+        return other
+
+    @staticmethod
+    def _cells(chunk: Array, size: int) -> Array:
+        """(chunks, cells of a chunk)."""
+        cells: Array = (chunk * size)[:, None] // CELL + np.arange(max(1, size // CELL))
+        return cells
+
+    def _refuse(self, wrong: Array, cells: Array, why: str) -> None:
+        if wrong.any():
+            raise EmulationError(f"{why}, at shared address {int(cells[wrong][0]) * CELL % self._stride:#x}")
