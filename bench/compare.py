@@ -24,7 +24,7 @@ NAMES = ("op", "model", "keep_rate", "runtime", "variant", "device", "dtype", "b
 OF_PYTORCH = ("reference", "eager")
 LEAST = 0.03  # the least noise believed: what medians of quiet runs differ by
 FURTHER_OFF, ROUNDING = 3.0, 1e-4  # an answer is further off by this factor, where it is no longer rounding
-LESS_OFTEN = 0.1  # the first class is the right one for so many fewer of the pictures
+LESS_OFTEN = 0.1  # the first class is the right one for so many fewer of the images
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Measured:
         us: the median, microseconds.
         spread: how far apart its 20th and 80th percentiles are, as a share of it; None: the file does not say.
         error: of its answer; None where the file has null, which is NaN or Inf or what was not measured.
-        agreement: share of pictures with the right first class; None for single ops.
+        agreement: share of images with the right first class; None for single ops.
     """
 
     us: float

@@ -1,4 +1,4 @@
-"""What classifies pictures, whatever runs it: checks, chunks, kept sets given or returned."""
+"""What classifies images, whatever runs it: checks, chunks, kept sets given or returned."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,16 +36,16 @@ class Runner(Protocol):
 
 
 class Classifier(ABC):
-    """A model that classifies pictures and tells which patches it kept.
+    """A model that classifies images and tells which patches it kept.
 
     Attributes:
         config: what the model is (frozen).
         runner: what runs it, for one batch that fits.
         device, dtype: where and in what it runs.
-        chunk: pictures that go through it together; larger batches are cut.
+        chunk: images that go through it together; larger batches are cut.
     """
 
-    only_uint8 = False  # whether it takes no pictures but uint8
+    only_uint8 = False  # whether it takes no images but uint8
     labels: Mapping[int, str] | None = None  # names of classes, where the file has them
 
     def __init__(self, config: Config, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ class Classifier(ABC):
     def __call__(
         self, images: torch.Tensor, *, return_kept: bool = False, kept: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Classify pictures.
+        """Classify images.
 
         Args:
             images: (B, 3, H, W), any B >= 1, any device and strides; floating point is taken as normalised, uint8 is
@@ -104,7 +104,7 @@ class Classifier(ABC):
 
         Raises:
             ValueError: images or kept are of a rank, size, dtype or content that does not fit.
-            MemoryError: a GPU has no memory for even one picture.
+            MemoryError: a GPU has no memory for even one image.
         """
         check_images(images, self.config)
         stages = None if kept is None else check_kept(kept, self.config, len(images), self.device)
@@ -129,7 +129,7 @@ class Classifier(ABC):
         return (result, [torch.cat(stage) for stage in zip(*chosen, strict=True)]) if return_kept else result
 
     def _take_less(self, images: int) -> None:
-        """After a GPU had too little memory for so many pictures at a time: halve that, from now on.
+        """After a GPU had too little memory for so many images at a time: halve that, from now on.
 
         Raises:
             MemoryError: there is nothing to halve.
@@ -139,7 +139,7 @@ class Classifier(ABC):
             free = free_memory(self.device) or 0
             height, width = self.config.image_size
             raise MemoryError(
-                f"images: not one picture of {height}x{width} fits in what is free on {self.device}, "
+                f"images: not one image of {height}x{width} fits in what is free on {self.device}, "
                 f"{free / 2**20:.0f} MiB; other programs may hold the rest"
             )
         self.chunk = (images + 1) // 2

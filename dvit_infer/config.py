@@ -39,7 +39,7 @@ class Config:
     skip_lam: float = 1.0  # LV-ViT divides its residual branches by this
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    crop_pct: float | None = None  # what evaluation keeps of a picture's shorter side; None: as the family's
+    crop_pct: float | None = None  # what evaluation keeps of an image's shorter side; None: as the family's
     weights: str | None = None  # which of a checkpoint's sets of weights was taken
 
     @property

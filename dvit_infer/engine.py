@@ -26,7 +26,7 @@ from dvit_infer.utils.files import check_output, whole_file
 
 
 class Engine(Classifier):
-    """A converted model. Call it with pictures; `convert` and `load` make one.
+    """A converted model. Call it with images; `convert` and `load` make one.
 
     Attributes:
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and what runs them.

@@ -1,4 +1,4 @@
-"""Draw class folders of simple shapes on noise, for demonstrations: python examples/draw_pictures.py FOLDER [COUNT]"""
+"""Draw class folders of simple shapes on noise, for demonstrations: python examples/draw_images.py FOLDER [COUNT]"""
 
 import math
 import random
@@ -15,14 +15,14 @@ def draw(sides: int, seed: int) -> Image.Image:
     """A shape of one colour somewhere on blurred noise."""
     chance = random.Random(seed)
     small = Image.frombytes("RGB", (40, 32), chance.randbytes(40 * 32 * 3))
-    picture = small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(4))
+    image = small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(4))
     x, y = chance.uniform(100, WIDTH - 100), chance.uniform(90, HEIGHT - 90)
     radius, turn = chance.uniform(40, 80), chance.uniform(0, 2 * math.pi)
     angles = [turn + 2 * math.pi * side / sides for side in range(sides)]
     corners = [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
     color = tuple(chance.choice((30, 130, 230)) for _ in range(3))
-    ImageDraw.Draw(picture).polygon(corners, fill=color)
-    return picture
+    ImageDraw.Draw(image).polygon(corners, fill=color)
+    return image
 
 
 if __name__ == "__main__":
@@ -33,4 +33,4 @@ if __name__ == "__main__":
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             draw(sides, 1000 * place + number).save(folder / name / f"{number:03}.jpg", quality=90)
-    print(f"drew {count * len(SIDES)} pictures in {len(SIDES)} class folders of {folder}")
+    print(f"drew {count * len(SIDES)} images in {len(SIDES)} class folders of {folder}")

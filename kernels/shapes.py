@@ -97,7 +97,7 @@ def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Rows that stop before the next picture, in x and in what is added: prefix rows, an auxiliary head, by TMA."""
+    """Rows that stop before the next image, in x and in what is added: prefix rows, an auxiliary head, by TMA."""
     x = torch.empty(batch, 69, c, dtype=dtype, device="meta")
     block = default_stats_block(2 * batch, c, dtype)
     for rows in (1, 2):
@@ -115,7 +115,7 @@ def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def patch_embedding() -> Iterator[Launch]:
-    """Pictures of 224 pixels in patches of 16, in every dtype; LV-ViT's stem, of 64 channels at half of that."""
+    """Images of 224 pixels in patches of 16, in every dtype; LV-ViT's stem, of 64 channels at half of that."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     several = [(256, c, given, bf16) for c in (192, 384, 768) for given in (bf16, torch.uint8)]
     few = [(1, 384, given, bf16) for given in (bf16, torch.uint8)]

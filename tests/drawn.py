@@ -1,4 +1,4 @@
-"""Pictures for the tests of what reads pictures: drawn, odd and damaged ones."""
+"""Images for the tests of what reads images: drawn, odd and damaged ones."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def draw(seed: int, width: int = 60, height: int = 45) -> Image.Image:
 
 
 def draw_all(folder: Path, count: int, first_seed: int = 0) -> list[str]:
-    """Write `count` pictures of several sizes and formats; their paths in order."""
+    """Write `count` images of several sizes and formats; their paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for seed in range(first_seed, first_seed + count):
@@ -27,7 +27,7 @@ def draw_all(folder: Path, count: int, first_seed: int = 0) -> list[str]:
 
 def write_text(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("this is no picture\n")
+    path.write_text("this is no image\n")
     return path
 
 

@@ -61,7 +61,7 @@ def options(case_id: str) -> dict[str, Any]:
     return chosen
 
 
-def pictures(case_id: str) -> torch.Tensor:
+def case_images(case_id: str) -> torch.Tensor:
     case = CASES[case_id]
     size = case["image_size"]
     return torch.from_numpy(image(case["batch"], tuple(size) if isinstance(size, list) else size, case["seed"]))

@@ -33,7 +33,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 def foreign(path, shape=("b", 3, 32, 32), element=TensorProto.FLOAT, inputs=1):
-    """An ONNX file of another origin: pictures' means, times a matrix."""
+    """An ONNX file of another origin: images' means, times a matrix."""
     value = helper.make_tensor_value_info
     channels = 1 if shape[1] == 1 else 3
     weight = numpy_helper.from_array(np.arange(7.0 * channels, dtype=np.float32).reshape(channels, 7), "w")

@@ -1,4 +1,4 @@
-"""Small trainings: dense checkpoints of a few blocks, pictures of three classes, quick options."""
+"""Small trainings: dense checkpoints of a few blocks, images of three classes, quick options."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ TRUNK = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_patc
 
 
 def write_dense(path: Path, make: type[VisionTransformer] = DeiT, **shape) -> Path:
-    """A model of four blocks for pictures of 32 x 32; the file says how many heads it has, and how it was evaluated."""
+    """A model of four blocks for images of 32 x 32; the file says how many heads it has, and how it was evaluated."""
     with torch.device("meta"):
         model = make(**{**TRUNK, "mlp_dim": 64, "num_classes": 3, "eps": 1e-6, **shape})
     state = {k: torch.from_numpy(fill(k, tuple(v.shape), 3)) for k, v in model.state_dict().items()}
@@ -27,7 +27,7 @@ def write_dense(path: Path, make: type[VisionTransformer] = DeiT, **shape) -> Pa
 
 
 def write_folder(where: Path) -> Path:
-    """Three classes of eight pictures, of several formats and sizes."""
+    """Three classes of eight images, of several formats and sizes."""
     for label in range(3):
         draw_all(where / "abc"[label], 8, 100 * label)
     return where

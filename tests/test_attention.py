@@ -40,9 +40,9 @@ def exact(q, k, v, scale, bias=None, cu_seqlens=None, max_tokens=0):
     bias = None if bias is None else bias.cpu().double()
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        pictures = [slice(start, end) for start, end in itertools.pairwise(ends)]
-        biases = [None if bias is None else bias[p][None] for p in pictures]
-        outs = [exact(q[p][None], k[p][None], v[p][None], scale, b)[0] for p, b in zip(pictures, biases, strict=True)]
+        images = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        biases = [None if bias is None else bias[p][None] for p in images]
+        outs = [exact(q[p][None], k[p][None], v[p][None], scale, b)[0] for p, b in zip(images, biases, strict=True)]
         return torch.cat(outs)
     scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
     if bias is not None:
@@ -74,7 +74,7 @@ def test_softmax_attention_of_every_head(b, m, n, heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ragged_pictures_do_not_see_each_other(dtype):
+def test_ragged_images_do_not_see_each_other(dtype):
     *qkv, ends = make_ragged([20, 5, 1, 0, 33], 2, 32, dtype)
     for bias in (None, make_bias(1, 59)[0]):
         out = attention(*qkv, 0.3, bias, ends, 33)

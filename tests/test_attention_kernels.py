@@ -101,8 +101,8 @@ def test_ragged(device, dtype, most):
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
-def test_pictures_do_not_see_each_other(device, dtype):
-    """A NaN reaches the rows of its own picture and head, and no others."""
+def test_images_do_not_see_each_other(device, dtype):
+    """A NaN reaches the rows of its own image and head, and no others."""
     *qkv, ends = on(device, *make_ragged(RAGGED, 2, 32, dtype))
     right = launch_attention(*qkv, 0.2, None, ends, 33)
     for x in qkv[1:]:
@@ -168,7 +168,7 @@ def test_large_scores(device, dtype, keys):
         check(out, given)
 
 
-def test_no_pictures():
+def test_no_images():
     q, k, v = make_qkv(0, 5, 5, 2, 32, torch.float32)
     assert launch_attention(q, k, v, 0.2).shape == (0, 5, 2, 32)
     ends = torch.zeros(1, dtype=torch.int32)

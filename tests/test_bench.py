@@ -162,7 +162,7 @@ def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monke
 
     def measure(self, batch, *rest):
         if batch == 3:
-            raise dvit.InputError("batch: 3 pictures do not fit in memory; a smaller batch would")
+            raise dvit.InputError("batch: 3 images do not fit in memory; a smaller batch would")
         return usual(self, batch, *rest)
 
     monkeypatch.setattr(Comparison, "measure", measure)
@@ -170,7 +170,7 @@ def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monke
     assert bench.main(argv) == 2
     out = capsys.readouterr()
     assert out.out.count(" engine ") == 1
-    assert out.err == "error: --batch: 3 pictures do not fit in memory; a smaller batch would\n"
+    assert out.err == "error: --batch: 3 images do not fit in memory; a smaller batch would\n"
     assert not Path("x.json").exists()
 
 
@@ -178,7 +178,7 @@ def test_memory_is_asked_for_before_anything_is_measured(tiny, capsys, monkeypat
     monkeypatch.setattr(compare, "free_memory", lambda device: 1 << 30)
     monkeypatch.setattr(Comparison, "measure", None)
     line = fails(bench, [tiny, "--device", "cpu", "--batch", "1,100000"], capsys)
-    assert "--batch: 100000 pictures do not fit in memory" in line
+    assert "--batch: 100000 images do not fit in memory" in line
 
 
 def test_a_peer_that_fails_is_named_in_one_line(tiny, capsys, monkeypatch):
@@ -226,7 +226,7 @@ def test_nodes_are_held_against_measured_limits(tiny, capsys):
         least = {"compute": 2 * row["gmacs"] * 1e9 / flops, "memory": row["mib"] * 2**20 / moved}
         assert row["floor_us"] == pytest.approx(max(least.values()) * 1e6)
         assert least[row["bound"]] == max(least.values())
-    # Weights are read once for each of the two parts that 100 pictures are cut into.
+    # Weights are read once for each of the two parts that 100 images are cut into.
     attention = next(row for row in nodes if row["op"] == "blocks.0.attn")
     weights = 4 * (64 * 192 + 192 + 64 * 64 + 64)
     assert attention["mib"] * 2**20 == pytest.approx(100 * 2 * 197 * 64 * 4 + 2 * weights)

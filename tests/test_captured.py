@@ -153,7 +153,7 @@ def test_several_threads_get_their_own_answers(engine, captured):
 
 
 class Small:
-    """A GPU with room for so many pictures at a time."""
+    """A GPU with room for so many images at a time."""
 
     def __init__(self, runner, room):
         self.runner, self.room, self.sizes, self.released = runner, room, [], 0
@@ -203,7 +203,7 @@ def test_other_errors_are_no_lack_of_memory(engine):
         engine(sample_images(2, (224, 224)))
 
 
-def test_too_little_memory_for_one_picture_is_said(engine):
+def test_too_little_memory_for_one_image_is_said(engine):
     engine.runner = Small(engine.runner, 0)
-    with pytest.raises(MemoryError, match="not one picture of 224x224 fits in what is free on cpu"):
+    with pytest.raises(MemoryError, match="not one image of 224x224 fits in what is free on cpu"):
         engine(sample_images(2, (224, 224)))

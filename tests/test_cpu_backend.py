@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden_cases import answers, official_checkpoint, options, pictures
+from golden_cases import answers, case_images, official_checkpoint, options
 
 import dvit_infer as dvit
 from dvit_infer.backends import cpu
@@ -36,7 +36,7 @@ def _probe_anew():
 def test_every_way_gives_the_golden_answers(case_id, way):
     engine = converted(case_id, way)
     right, right_kept, _ = answers(case_id)
-    images = pictures(case_id)
+    images = case_images(case_id)
     logits, kept = engine(images, return_kept=True)
     assert (logits - right).abs().max() < 2e-5
     assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
@@ -63,7 +63,7 @@ def test_reduced_precision_passes_verify(case_id, dtype, way):
         pytest.skip("oneDNN has no bfloat16 on this processor")
     report = dvit.verify(converted(case_id, way, dtype), official_checkpoint(case_id), num_images=16)
     assert report.passed, str(report)
-    if way.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and pictures are rounded
+    if way.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and images are rounded
         assert report.rms_error < report.plain_rms_error
 
 
@@ -103,7 +103,7 @@ def test_the_choice_does_not_depend_on_the_callers_modes(monkeypatch):
 
 @pytest.mark.parametrize("way", FLOAT32, ids=str)
 def test_inference_mode_once_does_not_break_the_next_call(way):
-    engine, images = converted("tiny-deit-r0.7-s1", way), pictures("tiny-deit-r0.7-s1")
+    engine, images = converted("tiny-deit-r0.7-s1", way), case_images("tiny-deit-r0.7-s1")
     with torch.inference_mode():
         first = engine(images[:1])
     engine(images)
@@ -136,7 +136,7 @@ def test_threads_do_not_share_buffers(way):
                 assert (found - wanted).abs().max() < 1e-5
 
 
-def test_answers_outlive_the_next_call_and_pictures_stay_as_they_were():
+def test_answers_outlive_the_next_call_and_images_stay_as_they_were():
     engine = converted("tiny-deit-r0.7-s1", FLOAT32[0])
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     before = images.clone()
@@ -159,7 +159,7 @@ def test_what_it_holds_is_counted():
 
 @pytest.mark.parametrize("way", FLOAT32, ids=str)
 def test_an_engine_can_be_copied_and_pickled(way):
-    engine, images = converted("tiny-deit-r0.7-s1", way), pictures("tiny-deit-r0.7-s1")
+    engine, images = converted("tiny-deit-r0.7-s1", way), case_images("tiny-deit-r0.7-s1")
     logits = engine(images)
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert torch.equal(other(images), logits)
@@ -169,7 +169,7 @@ def test_an_unfolded_graph_runs_too():
     engine = converted("timm-deit_tiny_patch16_224", FLOAT32[0])
     plain = dvit.load_reference(official_checkpoint("timm-deit_tiny_patch16_224"))
     graph = build_graph(plain, engine.config)
-    images = pictures("timm-deit_tiny_patch16_224")
+    images = case_images("timm-deit_tiny_patch16_224")
     for way in FLOAT32:
         logits, _ = CpuRunner(replace(graph, how=""), way)(images)
         assert (logits - engine(images)).abs().max() < 2e-5

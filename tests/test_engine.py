@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept
+from golden_cases import CASES, answers, case_images, official_checkpoint, options, same_kept
 
 import dvit_infer as dvit
 from dvit_infer.models.checkpoint import read_checkpoint
@@ -23,21 +23,21 @@ def tiny() -> dvit.Engine:
 def test_agrees_with_the_golden_case(case_id, device):
     logits, kept, margin = answers(case_id)
     engine = dvit.convert(official_checkpoint(case_id), device=device, dtype="float32", **options(case_id))
-    ours, ours_kept = engine(pictures(case_id), return_kept=True)
+    ours, ours_kept = engine(case_images(case_id), return_kept=True)
     assert ours.dtype == torch.float32
     assert (ours.cpu() - logits).abs().max() < 2e-5
     assert same_kept([k.cpu() for k in ours_kept], kept, margin)
 
 
-def test_small_models_take_more_pictures_at_a_time(tiny):
+def test_small_models_take_more_images_at_a_time(tiny):
     cpu = torch.device("cpu")
     assert [chunk(cpu, 196, width) for width in (768, 384, 192, 8)] == [16, 16, 32, 256]
     assert tiny.chunk == chunk(tiny.device, 196, 64)
 
 
-def test_a_pictures_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
+def test_a_images_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "chunk", 8)
-    images = pictures(TINY).repeat(7, 1, 1, 1)[:19] + 0.01 * torch.arange(19).view(19, 1, 1, 1)
+    images = case_images(TINY).repeat(7, 1, 1, 1)[:19] + 0.01 * torch.arange(19).view(19, 1, 1, 1)
     logits, kept = tiny(images, return_kept=True)
     for batch in (1, 2, 7, 8, 9, 16, 17):
         part, part_kept = tiny(images[:batch], return_kept=True)
@@ -46,13 +46,13 @@ def test_a_pictures_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
 
 
 def test_uint8_is_normalised_inside(tiny):
-    raw = (pictures(TINY) * 60 + 120).clamp(0, 255).to(torch.uint8)
+    raw = (case_images(TINY) * 60 + 120).clamp(0, 255).to(torch.uint8)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tiny.config.mean, tiny.config.std))
     assert torch.allclose(tiny(raw), tiny((raw / 255 - mean) / std), atol=1e-5)
 
 
 def test_any_strides_and_any_floating_dtype(tiny):
-    images = pictures(TINY)
+    images = case_images(TINY)
     right = tiny(images)
     for same in (
         images.to(memory_format=torch.channels_last),
@@ -65,7 +65,7 @@ def test_any_strides_and_any_floating_dtype(tiny):
 
 
 def test_given_kept_sets(tiny):
-    images = pictures(TINY)
+    images = case_images(TINY)
     logits, kept = tiny(images, return_kept=True)
     assert torch.allclose(tiny(images, kept=kept), logits, atol=1e-6)
     reference = dvit.load_reference(official_checkpoint(TINY), **options(TINY))
@@ -98,7 +98,7 @@ def test_images_that_do_not_fit_are_refused(tiny, images, message):
 
 
 def test_kept_sets_that_do_not_fit_are_refused(tiny):
-    images = pictures(TINY)
+    images = case_images(TINY)
     _, kept = tiny(images, return_kept=True)
     gone = next(i for i in range(196) if i not in kept[0][0].tolist())
     foreign = kept[1].clone()
@@ -119,7 +119,7 @@ def test_kept_sets_that_do_not_fit_are_refused(tiny):
 
 
 def test_threads_may_share_an_engine(tiny):
-    images, right, wrong = pictures(TINY), tiny(pictures(TINY)), []
+    images, right, wrong = case_images(TINY), tiny(case_images(TINY)), []
 
     def work() -> None:
         for _ in range(3):
@@ -143,7 +143,7 @@ def test_saved_files_give_back_the_same_engine(case_id, dtype, tmp_path):
     engine.save(tmp_path / "m.safetensors")
     saved = dvit.load(tmp_path / "m.safetensors", device="cpu")
     assert saved.config == engine.config
-    assert torch.equal(saved(pictures(case_id)), engine(pictures(case_id)))
+    assert torch.equal(saved(case_images(case_id)), engine(case_images(case_id)))
     state = read_checkpoint(tmp_path / "m.safetensors").state
     assert state.keys() == source["model"].keys()
     for key, value in source["model"].items():
@@ -154,7 +154,7 @@ def test_saved_files_give_back_the_same_engine(case_id, dtype, tmp_path):
 
 def test_everything_else_can_be_built_from_a_saved_file(tiny, tmp_path):
     tiny.save(tmp_path / "m.safetensors")
-    path, images = tmp_path / "m.safetensors", pictures(TINY)
+    path, images = tmp_path / "m.safetensors", case_images(TINY)
     dense = dvit.load(path, device="cpu", method="none")
     assert torch.allclose(
         dense(images), dvit.convert(official_checkpoint(TINY), method="none", device="cpu", **options(TINY))(images)
@@ -176,7 +176,7 @@ def test_saving_over_the_file_it_came_from(tiny, tmp_path):
     tiny.save(path)
     again = dvit.load(path, device="cpu")
     again.save(path)
-    assert torch.equal(dvit.load(path, device="cpu")(pictures(TINY)), tiny(pictures(TINY)))
+    assert torch.equal(dvit.load(path, device="cpu")(case_images(TINY)), tiny(case_images(TINY)))
 
 
 def test_load_takes_only_what_save_wrote(tmp_path):
@@ -210,7 +210,7 @@ def test_dtype_and_device_are_named_when_unknown(tiny):
 def test_reduced_dtypes_keep_float32_logits_near(dtype, device):
     engine = dvit.convert(official_checkpoint(TINY), device=device, dtype=dtype, **options(TINY))
     logits, kept, _ = answers(TINY)
-    ours = engine(pictures(TINY), kept=kept)
+    ours = engine(case_images(TINY), kept=kept)
     assert ours.dtype == torch.float32
     assert (ours.cpu() - logits).abs().max() < 0.1
 
@@ -220,9 +220,9 @@ def test_pruning_before_the_first_and_the_last_block():
     for prune_at in ((0, 1, 3), (1, 2, 3), (0, 1, 2)):
         chosen = options(TINY) | {"prune_at": prune_at}
         engine, reference = dvit.convert(checkpoint, device="cpu", **chosen), dvit.load_reference(checkpoint, **chosen)
-        logits, kept = engine(pictures(TINY), return_kept=True)
+        logits, kept = engine(case_images(TINY), return_kept=True)
         with torch.no_grad():
-            right, right_kept = reference(pictures(TINY), return_kept=True)
+            right, right_kept = reference(case_images(TINY), return_kept=True)
         assert torch.allclose(logits, right, atol=2e-5)
         assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
 
@@ -230,14 +230,14 @@ def test_pruning_before_the_first_and_the_last_block():
 def test_keep_rate_of_one_keeps_everything():
     chosen = options(TINY) | {"device": "cpu"}
     engine = dvit.convert(official_checkpoint(TINY), keep_rate=1.0, **chosen)
-    logits, kept = engine(pictures(TINY), return_kept=True)
+    logits, kept = engine(case_images(TINY), return_kept=True)
     assert all(torch.equal(k, torch.arange(196).expand(3, -1)) for k in kept)
     dense = dvit.convert(official_checkpoint(TINY), method="none", **chosen)
-    assert torch.allclose(logits, dense(pictures(TINY)), atol=2e-5)
+    assert torch.allclose(logits, dense(case_images(TINY)), atol=2e-5)
 
 
 def test_autocast_around_the_call_changes_nothing(tiny):
-    images = pictures(TINY)
+    images = case_images(TINY)
     right = tiny(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tiny(images), right)

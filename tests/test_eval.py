@@ -17,7 +17,7 @@ from dvit_infer.cli import eval as command
 from dvit_infer.cli.counting import counting
 from dvit_infer.evaluate.accuracy import measure_accuracy, reference_of
 from dvit_infer.images.classes import labelled_folder, read_classes
-from dvit_infer.images.decode import open_picture
+from dvit_infer.images.decode import open_image
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.tensors import normalise
 
@@ -27,8 +27,8 @@ SIZE = {"assume": {"num_heads": 2}, "image_size": 64}
 
 
 @pytest.fixture(scope="module")
-def pictures(checkpoint, tmp_path_factory):
-    """Pictures with the reference's logits (12, 10)."""
+def image_folder(checkpoint, tmp_path_factory):
+    """Images with the reference's logits (12, 10)."""
     paths = draw_all(tmp_path_factory.mktemp("drawn"), 12)
     return paths, answers(dvit.load_reference(checkpoint, **SIZE), paths)
 
@@ -36,7 +36,7 @@ def pictures(checkpoint, tmp_path_factory):
 def answers(model, paths) -> torch.Tensor:
     crop = Preprocess((64, 64), 0.875)
     with torch.no_grad():
-        images = torch.stack([torch.from_numpy(crop(open_picture(path))) for path in paths])
+        images = torch.stack([torch.from_numpy(crop(open_image(path))) for path in paths])
         return model(normalise(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -52,8 +52,8 @@ def class_map() -> list[str]:
     return ["--classes", "map.json"]
 
 
-def test_numbers_are_those_of_a_plain_loop(pictures, checkpoint, capsys):
-    paths, logits = pictures
+def test_numbers_are_those_of_a_plain_loop(image_folder, checkpoint, capsys):
+    paths, logits = image_folder
     order = logits.argsort(dim=1, descending=True)
     labels = torch.tensor([row[(0, 3, 7)[at % 3]] for at, row in enumerate(order.tolist())])  # right, in five, outside
     sorted_into_folders(paths, labels)
@@ -85,8 +85,8 @@ def test_numbers_are_those_of_a_plain_loop(pictures, checkpoint, capsys):
     assert "by map.json" in out.out
 
 
-def test_confusion_with_a_reference_that_differs(pictures, checkpoint):
-    paths, logits = pictures
+def test_confusion_with_a_reference_that_differs(image_folder, checkpoint):
+    paths, logits = image_folder
     other = dvit.load_reference({"model": state_dict("tiny-deit", 2)}, **SIZE)
     ours, theirs = logits.argmax(dim=1), answers(other, paths).argmax(dim=1)
     labels = torch.where(torch.arange(12) % 2 == 0, ours, theirs)
@@ -105,8 +105,8 @@ def test_confusion_with_a_reference_that_differs(pictures, checkpoint):
     assert found.workers == 2
 
 
-def test_dense_saved_files_and_crops(pictures, checkpoint, capsys):
-    paths, _ = pictures
+def test_dense_saved_files_and_crops(image_folder, checkpoint, capsys):
+    paths, _ = image_folder
     sorted_into_folders(paths, torch.arange(12) % 3)
     engine = dvit.convert(checkpoint, device="cpu", method="none", **SIZE)
     engine.save("dense.safetensors")
@@ -131,14 +131,14 @@ def test_dense_saved_files_and_crops(pictures, checkpoint, capsys):
     assert not model(torch.zeros(1, 3, 64, 64), return_kept=True)[1]
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_named(checkpoint, capsys):
+def test_images_that_cannot_be_read_are_counted_and_named(checkpoint, capsys):
     draw_all(Path("photos/a"), 9)
     write_text(Path("photos/b/text.jpg"))
     write_cut(Path("photos/b/cut.jpg"))
     draw_all(Path("photos/b"), 1)
     assert command.main([str(checkpoint), "photos", *OPTIONS, "--json", "u.json"]) == 1
     out = capsys.readouterr()
-    assert out.err == "error: photos: 2 of 12 pictures cannot be read, more than 1%\n"
+    assert out.err == "error: photos: 2 of 12 images cannot be read, more than 1%\n"
     assert "cannot be read: photos/b/cut.jpg: damaged: " in out.out
     row = json.loads(Path("u.json").read_text())["rows"][0]
     assert row["images"] == 10
@@ -173,8 +173,8 @@ def test_only_ten_unreadable_ones_are_printed_and_their_names_are_harmless(check
     assert len(names) == 12
 
 
-def test_answers_that_are_not_finite_are_wrong(pictures, checkpoint):
-    paths, logits = pictures
+def test_answers_that_are_not_finite_are_wrong(image_folder, checkpoint):
+    paths, logits = image_folder
     sorted_into_folders(paths, logits.argmax(dim=1))
     class_map()
     engine = dvit.convert(checkpoint, device="cpu", **SIZE)
@@ -192,7 +192,7 @@ def test_folders_that_cannot_be_evaluated(checkpoint, capsys):
         draw_all(Path(f"many/{number}"), 1)
     Path("file.txt").touch()
     for folder, why in {
-        "empty": "class folders", "flat": "class folders", "hollow": "no picture", "many": "11 class folders",
+        "empty": "class folders", "flat": "class folders", "hollow": "no image", "many": "11 class folders",
         "none": "no such folder", "file.txt": "no folder",
     }.items():  # fmt: skip
         line = fails(command, [checkpoint, folder, *OPTIONS], capsys)
@@ -232,7 +232,7 @@ def test_a_batch_that_does_not_fit(checkpoint, capsys, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     monkeypatch.setattr("dvit_infer.engine.Engine.__call__", no_memory)
-    assert "--batch: 5 pictures do not fit" in fails(command, [checkpoint, "photos", *OPTIONS, "--batch", "5"], capsys)
+    assert "--batch: 5 images do not fit" in fails(command, [checkpoint, "photos", *OPTIONS, "--batch", "5"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_counting_on_a_terminal_leaves_stdout_alone(capsys, monkeypatch):
             return True
 
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    with counting("pictures", lambda: 40) as advance:
+    with counting("images", lambda: 40) as advance:
         advance(10)
         print("a line")
     assert "10/40" in terminal.getvalue()

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from golden_cases import answers, official_checkpoint, options, pictures
+from golden_cases import answers, case_images, official_checkpoint, options
 from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
@@ -182,11 +182,11 @@ def test_an_engine_answers_right_and_says_so(monkeypatch, tmp_path):
     assert "in place of" not in str(engine.graph)
     with using(TRITON):
         with pytest.warns(RuntimeWarning, match="the kernel of attention") as told:
-            logits = engine(pictures(TINY)[:1])
+            logits = engine(case_images(TINY)[:1])
         assert (logits - expected[:1]).abs().max() < 2e-5
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            engine(pictures(TINY)[:1])
+            engine(case_images(TINY)[:1])
     assert len(told) == 1
     assert "PyTorch in place of attention, which failed" in str(engine.graph)
     assert not (tmp_path / "cache").exists()  # what failed is looked at again
@@ -226,7 +226,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path
 @needs_loops
 def test_a_captured_forward_may_begin_at_the_tokens():
     """Tokens made in memory that is there, of images in any dtype and strides, give the answers of a plain call."""
-    engine, images = engine_by_kernels(), pictures(TINY)[:1]
+    engine, images = engine_by_kernels(), case_images(TINY)[:1]
     runner = engine.runner
     tokens = torch.full((1, *runner.nodes[0].out_shape), float("nan"))
     raw = (images * 60 + 120).clamp(0, 255).to(torch.uint8)

@@ -154,7 +154,7 @@ def test_lvvit_keys_that_do_not_belong_are_named():
         ({"image_size": 230}, "image_size: 230x230 is no multiple of the patch size 16"),
         ({"image_size": (224, 100)}, "image_size"),
         ({"image_size": 0}, "image_size"),
-        ({"image_size": 16}, "image_size: .* leaves no patch token of the 1 of a 16x16 picture"),
+        ({"image_size": 16}, "image_size: .* leaves no patch token of the 1 of a 16x16 image"),
         ({"image_size": (224, 224, 3)}, "image_size"),
         ({"image_size": 1 << 20}, "image_size"),
         ({"method": "evit"}, "method: 'evit' is not one of predictor, none"),

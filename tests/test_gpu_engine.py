@@ -99,7 +99,7 @@ def test_input_of_any_device_dtype_and_strides(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case_id", CASES)
-def test_uint8_pictures_are_normalised_inside(case_id, dtype):
+def test_uint8_images_are_normalised_inside(case_id, dtype):
     engine = converted(case_id, dtype)
     pixels = (sample_images(3, engine.config.image_size) * 40 + 120).clamp(0, 255).byte()
     images = normalise(pixels, engine.config.mean, engine.config.std)
@@ -126,7 +126,7 @@ def test_memory_full_of_nan_changes_nothing(dtype):
     assert torch.equal(fresh(images), right)
 
 
-def test_a_picture_of_nan_spoils_no_other():
+def test_a_image_of_nan_spoils_no_other():
     engine = converted()
     images = sample_images(4, (224, 224)).cuda()
     right = engine(images)
@@ -231,7 +231,7 @@ def test_too_little_memory():
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     try:
-        # Of 256 pictures the hidden channels of one MLP alone take 295 MiB, and the pictures 147.
+        # Of 256 images the hidden channels of one MLP alone take 295 MiB, and the images 147.
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 320 * 2**20) / total)
         logits = engine(images)
         assert engine.chunk < 256
@@ -239,7 +239,7 @@ def test_too_little_memory():
         engine.runner.release()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**20) / total)
-        with pytest.raises(MemoryError, match="not one picture of 224x224 fits"):
+        with pytest.raises(MemoryError, match="not one image of 224x224 fits"):
             engine(images[:1])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
-from golden_cases import CASES, FLOPS, answers, official_checkpoint, options, pictures
+from golden_cases import CASES, FLOPS, answers, case_images, official_checkpoint, options
 
 import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
@@ -31,7 +31,9 @@ def unfolded(case_id: str, **given) -> tuple[torch.nn.Module, Graph]:
 def test_multiply_adds_agree_with_fvcore_node_by_node_in_sum(case_id):
     model, graph = unfolded(case_id)
     count = (
-        FlopCountAnalysis(model, pictures(case_id)[:1]).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        FlopCountAnalysis(model, case_images(case_id)[:1])
+        .unsupported_ops_warnings(False)
+        .uncalled_modules_warnings(False)
     )
     assert graph.macs == pytest.approx(count.total(), rel=1e-3)
     by_module = count.by_module()
@@ -67,9 +69,9 @@ def test_the_class_rows_and_the_mean_half_save_what_they_should():
 def test_folded_and_unfolded_graphs_give_the_golden_answer(case_id):
     _, graph = unfolded(case_id)
     logits, _, _ = answers(case_id)
-    assert (TorchRunner(fold(graph))(pictures(case_id))[0] - logits).abs().max() < 2e-5
+    assert (TorchRunner(fold(graph))(case_images(case_id))[0] - logits).abs().max() < 2e-5
     if not graph.config.num_keep:  # an unfolded predictor is no operand of the op
-        assert (TorchRunner(graph)(pictures(case_id))[0] - logits).abs().max() < 2e-5
+        assert (TorchRunner(graph)(case_images(case_id))[0] - logits).abs().max() < 2e-5
 
 
 def test_what_is_folded_is_gone_and_noted():

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dvit_infer.ops.choices import Choices, using
 from dvit_infer.ops.linear import ACTIVATIONS, linear, linear_ref, row_sums
 
-# Leading sizes, C, K: tails of rows, columns and inner blocks; one row; one token a picture; more than a tile.
+# Leading sizes, C, K: tails of rows, columns and inner blocks; one row; one token an image; more than a tile.
 SHAPES = [
     pytest.param((3, 7), 64, 96, marks=QUICK),
     ((1, 1), 40, 16),
@@ -116,7 +116,7 @@ def test_any_strides(device, dtype):
     for x in (
         wide[::2, :, :64],
         wide[:, ::2, 64:],
-        wide[:, :1, :64],  # one row a picture, as a class token
+        wide[:, :1, :64],  # one row an image, as a class token
         wide.transpose(0, 1)[:5, :, 1:65],
         wide[..., ::2],
         wide[:1, :, :64].expand(3, -1, -1),

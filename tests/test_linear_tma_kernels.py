@@ -85,7 +85,7 @@ def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
     cases = {
         "whole": (wide[..., :c].contiguous(), True),
         "every row": (wide[..., :c], True),
-        "one picture": (wide[0, :, :c], True),
+        "one image": (wide[0, :, :c], True),
         "a class token": (wide[:, :1, :c], True),
         "some rows": (wide[:, :7, :c], False),
         "the same row": (wide[:1, :1, :c].expand(2, 4, -1), False),

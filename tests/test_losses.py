@@ -1,4 +1,4 @@
-"""What training minimises: equal to the official losses, and to itself however the pictures are shared out."""
+"""What training minimises: equal to the official losses, and to itself however the images are shared out."""
 
 from itertools import pairwise
 
@@ -30,17 +30,17 @@ def test_equals_the_official_losses(name, token_loss, per_image, total, parts, m
     assert torch.allclose(found.kept, torch.stack([d.mean() for d in out.decisions]))
 
 
-def _outputs(pictures: int, seed: int = 0) -> tuple[TrainOutput, TrainOutput, torch.Tensor]:
+def _outputs(images: int, seed: int = 0) -> tuple[TrainOutput, TrainOutput, torch.Tensor]:
     made = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=made)
 
-    decisions = [(random(pictures, 20) > 0).float().requires_grad_() for _ in RATIOS]
-    pred, tokens = random(pictures, 5).requires_grad_(), random(pictures, 20, 8).requires_grad_()
+    decisions = [(random(images, 20) > 0).float().requires_grad_() for _ in RATIOS]
+    pred, tokens = random(images, 5).requires_grad_(), random(images, 20, 8).requires_grad_()
     out = TrainOutput(pred, tokens, decisions[-1].detach(), decisions)
-    teacher = TrainOutput(random(pictures, 5), random(pictures, 20, 8), torch.ones(pictures, 20), [])
-    return out, teacher, random(pictures, 5).softmax(dim=-1)
+    teacher = TrainOutput(random(images, 5), random(images, 20, 8), torch.ones(images, 20), [])
+    return out, teacher, random(images, 5).softmax(dim=-1)
 
 
 def _part(out: TrainOutput, part: slice) -> TrainOutput:
@@ -77,7 +77,7 @@ def test_processes_with_uneven_shares_agree_with_one(per_image, token_loss):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_a_picture_of_no_weight_counts_for_nothing_whatever_is_in_it():
+def test_a_image_of_no_weight_counts_for_nothing_whatever_is_in_it():
     objective = Objective(RATIOS)
     out, teacher, targets = _outputs(4)
     without = losses(objective, _part(out, slice(0, 3)), _part(teacher, slice(0, 3)), targets[:3])

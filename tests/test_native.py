@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import answers, official_checkpoint, options, pictures
+from golden_cases import answers, case_images, official_checkpoint, options
 from kernel_helpers import bits
 from test_prune_tokens import DTYPES, make_predictor, make_x
 
@@ -182,7 +182,7 @@ def test_openmp_is_asked_for_no_more_threads_than_it_was_set_to():
 
 
 @pytest.mark.usefixtures("_library")
-def test_no_pictures():
+def test_no_images():
     packed = dvit.pack_predictor(make_predictor(64))
     kept_x, index = native.prune_tokens(torch.zeros(0, 9, 64), packed, 4, 1, 1e-5)
     assert kept_x.shape == (0, 5, 64)
@@ -283,7 +283,7 @@ def test_engines_give_the_golden_answers(case_id, way):
     engine.runner = CpuRunner(engine.runner._graph, way)
     assert engine.runner.how == f"PyTorch, {way}, prune_tokens by native (CPU)"
     right, right_kept, _ = answers(case_id)
-    logits, kept = engine(pictures(case_id), return_kept=True)
+    logits, kept = engine(case_images(case_id), return_kept=True)
     assert (logits - right).abs().max() < 2e-5
     assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
 

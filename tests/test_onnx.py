@@ -7,10 +7,10 @@ import onnx
 import onnx.inliner
 import pytest
 import torch
-from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept
+from golden_cases import CASES, answers, case_images, official_checkpoint, options, same_kept
 
 import dvit_infer as dvit
-import dvit_infer.images.tensors
+import dvit_infer.images.synthetic
 from dvit_infer.benchmark.peers import openvino_core
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.onnx.session import LEVELS, open_session, run_bound, run_session
@@ -49,14 +49,17 @@ def run(model, images, level=LEVELS[-1]):
 def float32_gives_the_official_answer(case_id, where, path):
     model = dvit.load_onnx(exported(case_id, path, kept=True), device=where)
     right, kept, margin = answers(case_id)
-    logits, found = model(pictures(case_id), return_kept=True)
+    logits, found = model(case_images(case_id), return_kept=True)
     assert (logits.cpu() - right).abs().max() <= TOLERANCE
     assert same_kept([stage.cpu() for stage in found], kept, margin)
 
 
 def float16_is_as_exact_as_plain_float16(case_id, where, path):
     model = dvit.load_onnx(exported(case_id, path, "float16"), device=where)
-    image, (right, kept, _) = pictures(case_id)[:1], answers(case_id)  # one says enough; plain float16 is slow on a CPU
+    image, (right, kept, _) = (
+        case_images(case_id)[:1],
+        answers(case_id),
+    )  # one says enough; plain float16 is slow on a CPU
     reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).to(where, torch.float16)
     given = [stage[:1] for stage in kept]
     with torch.no_grad():
@@ -78,7 +81,7 @@ def test_every_official_case(case_id, parity, where, tmp_path):
 def test_any_batch_at_every_level_of_optimisation(case_id, opset, tmp_path):
     path = exported(case_id, tmp_path / "m.onnx", kept=True, opset=opset)
     size = dvit.load_onnx(path, device="cpu").config.image_size
-    images = dvit.images.sample_images(11, size, seed=5)
+    images = dvit.images.synthetic.sample_images(11, size, seed=5)
     reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
     right = reference.evaluate(images)
     for level in LEVELS:
@@ -93,16 +96,16 @@ def test_any_batch_at_every_level_of_optimisation(case_id, opset, tmp_path):
 
 def test_writing_leaves_the_engine_as_it_was():
     engine = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
-    before = engine(pictures(TINY))
+    before = engine(case_images(TINY))
     first, second = (onnx_model(engine.graph, uint8=True, kept=True).SerializeToString() for _ in range(2))
-    assert torch.equal(engine(pictures(TINY)), before)
+    assert torch.equal(engine(case_images(TINY)), before)
     assert first == second
 
 
 def test_bound_tensors_are_read_and_written_where_they_are(tmp_path):
     session = open_session(exported(TINY, tmp_path / "m.onnx", kept=True), CPU, "test")
     wanted = ["kept_1", "logits"]
-    given = {"images": pictures(TINY)}
+    given = {"images": case_images(TINY)}
     for bound, copied in zip(run_bound(session, given, wanted), run_session(session, given, wanted), strict=True):
         assert bound.dtype == copied.dtype
         assert torch.equal(bound, copied)
@@ -178,16 +181,16 @@ def test_what_a_file_says_of_itself(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_uint8_pictures_are_normalised_inside(dtype, tmp_path):
+def test_uint8_images_are_normalised_inside(dtype, tmp_path):
     path = exported(TINY, tmp_path / "m.onnx", dtype, uint8=True)
     engine = dvit.convert(official_checkpoint(TINY), device="cpu", dtype=dtype, **options(TINY))
     model = dvit.load_onnx(path, device="cpu")
-    images = dvit.images.sample_pictures(3, engine.config.image_size, seed=3)
+    images = dvit.images.synthetic.sample_uint8_images(3, engine.config.image_size, seed=3)
     assert (model(images) - engine(images)).abs().max() <= (1e-5 if dtype == "float32" else 2e-2)
     session = open_session(path, CPU, "test")
     (logits,) = session.run(None, {"images": images.permute(0, 2, 3, 1).numpy()})
     assert np.array_equal(logits, model(images).numpy())
-    with pytest.raises(ValueError, match="takes uint8 pictures only"):
+    with pytest.raises(ValueError, match="takes uint8 images only"):
         model(images.float())
 
 
@@ -200,7 +203,7 @@ def test_inlined_it_runs_in_openvino_with_the_same_answers(case_id, tmp_path):
     assert {entry.domain for entry in model.opset_import} == {""}
     compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     right, kept, margin = answers(case_id)
-    logits, *found = (torch.from_numpy(compiled([pictures(case_id).numpy()])[i]) for i in range(4))
+    logits, *found = (torch.from_numpy(compiled([case_images(case_id).numpy()])[i]) for i in range(4))
     assert (logits - right).abs().max() <= TOLERANCE
     assert same_kept([stage.long() for stage in found], kept, margin)
 
@@ -237,15 +240,15 @@ def test_verify_finds_what_is_wrong_in_a_file(tmp_path):
 def test_kept_sets_come_out_of_a_file_that_has_no_output_for_them(tmp_path):
     model = dvit.load_onnx(exported(TINY, tmp_path / "m.onnx"), device="cpu")
     right, kept, margin = answers(TINY)
-    logits, found = model(pictures(TINY), return_kept=True)
+    logits, found = model(case_images(TINY), return_kept=True)
     assert (logits - right).abs().max() <= TOLERANCE
     assert same_kept(found, kept, margin)
     other = [stage.clone() for stage in kept]
     for stage in other:
         stage[:] = torch.arange(stage.shape[1])
     reference = dvit.load_reference(official_checkpoint(TINY), **options(TINY))
-    expected = reference.evaluate(pictures(TINY), other).logits
-    assert (model(pictures(TINY), kept=other) - expected).abs().max() <= TOLERANCE
+    expected = reference.evaluate(case_images(TINY), other).logits
+    assert (model(case_images(TINY), kept=other) - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -287,7 +290,7 @@ def test_a_link_finds_weights_beside_the_file(tmp_path, monkeypatch):
     path = exported(TINY, tmp_path / "there" / "m.onnx")
     (tmp_path / "link.onnx").symlink_to(path)
     before = dvit.load_onnx(tmp_path / "link.onnx", device="cpu")
-    assert before(pictures(TINY)).shape == answers(TINY)[0].shape
+    assert before(case_images(TINY)).shape == answers(TINY)[0].shape
     digest = list(before.digest(path))
     other = dvit.convert(official_checkpoint("tiny-deit-r0.7-s41-tame"), device="cpu", **options(TINY))
     dvit.export_onnx(other, path)  # other weights in a file beside it are another model

@@ -101,15 +101,15 @@ def test_bench_says_what_a_file_cannot_do(model, given, says, capsys):
     assert says in fails(bench, [model, *given], capsys)
 
 
-def test_bench_refuses_what_takes_no_pictures(capsys):
+def test_bench_refuses_what_takes_no_images(capsys):
     foreign("f.onnx", inputs=2)
     assert "one input (B, 3, H, W)" in fails(bench, ["f.onnx"], capsys)
     foreign("f.onnx", ("b", 1, 32, 32))
     assert "three channels" in fails(bench, ["f.onnx"], capsys)
     foreign("f.onnx", element=TensorProto.INT64)
-    assert "no picture's" in fails(bench, ["f.onnx"], capsys)
+    assert "no image's" in fails(bench, ["f.onnx"], capsys)
     path = foreign("f.onnx", (2, 3, 32, 32))
-    assert "--batch: f.onnx takes 2 pictures at a time, not 8" in fails(bench, [path, "--batch", "8"], capsys)
+    assert "--batch: f.onnx takes 2 images at a time, not 8" in fails(bench, [path, "--batch", "8"], capsys)
 
 
 def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):

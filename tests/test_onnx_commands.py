@@ -32,7 +32,7 @@ def test_convert_writes_and_verifies(checkpoint, tmp_path, capsys):
     (tmp_path / "names.json").write_text(json.dumps(["zero", "one"]))
     assert convert.main([str(checkpoint), *TINY_FACTS, *given, "--classes", "names.json"]) == 0
     out = capsys.readouterr().out
-    assert "parity passed: 8 pictures, float16 on cpu" in out
+    assert "parity passed: 8 images, float16 on cpu" in out
     assert "wrote ckpt.dvit.onnx" in out
     assert json.loads((tmp_path / "j.json").read_text())["parity"]["passed"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ckpt.dvit.onnx", "j.json", "names.json"]
@@ -83,7 +83,7 @@ def test_convert_names_a_node_that_onnx_does_not_know(checkpoint, capsys, monkey
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(checkpoint, model, package, capsys, monkeypatch):
-    find = dvit.packages.importlib.util.find_spec
+    find = dvit.utils.packages.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
     line = fails(convert, [checkpoint, *TINY_FACTS, "--format", "onnx"], capsys)
     assert f"needs {package}, not installed; pip install 'dvit-infer[onnx]' would do" in line
@@ -98,45 +98,45 @@ def test_a_missing_package_is_named(checkpoint, model, package, capsys, monkeypa
     [(None, "No such file"), (b"", "is empty"), (b"\x08\x0ahello" * 9, "cannot load it"), ("cut", "cannot load it")],
 )
 def test_a_damaged_file_is_told_in_one_line(command, content, says, model, capsys, tmp_path):
-    draw_all(tmp_path / "pictures" / "a", 1)
+    draw_all(tmp_path / "images" / "a", 1)
     if content is not None:
         (tmp_path / "bad.onnx").write_bytes(model.read_bytes()[:30000] if content == "cut" else content)
-    line = fails(command, ["bad.onnx", *([] if command is bench else ["pictures"])], capsys)
+    line = fails(command, ["bad.onnx", *([] if command is bench else ["images"])], capsys)
     assert "bad.onnx" in line
     assert says in line
 
 
 def test_eval_predict_and_viz_run_a_file_as_the_engine(model, checkpoint, capsys, tmp_path):
     for label, name in enumerate(("a", "b")):
-        draw_all(tmp_path / "pictures" / name, 3, label)
+        draw_all(tmp_path / "images" / name, 3, label)
     answers = {}
     for source in (model, checkpoint):
         more = [] if source is model else ["--assume", "num_heads=2"]
         given = ["--device", "cpu", "--workers", "0", *more]
-        assert eval.main([str(source), "pictures", *given, "--json", "e.json"]) == 0
+        assert eval.main([str(source), "images", *given, "--json", "e.json"]) == 0
         (row,) = json.loads(Path("e.json").read_text())["rows"]
         capsys.readouterr()
-        assert predict.main([str(source), "pictures", "--kept", *given]) == 0
+        assert predict.main([str(source), "images", "--kept", *given]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         answers[source] = row["top1"], [(line["image"], line["kept"], line["top5"][0]["class"]) for line in lines]
-        assert viz.main([str(source), "pictures/a/000.png", *given, "-o", "v.png"]) == 0
+        assert viz.main([str(source), "images/a/000.png", *given, "-o", "v.png"]) == 0
     assert answers[model] == answers[checkpoint]
 
 
 @pytest.mark.parametrize("command", [eval, predict])
 def test_what_a_file_is_cannot_be_changed(command, model, capsys, tmp_path):
-    draw_all(tmp_path / "pictures" / "a", 1)
-    line = fails(command, [model, "pictures", "--keep-rate", "0.5"], capsys)
+    draw_all(tmp_path / "images" / "a", 1)
+    line = fails(command, [model, "images", "--keep-rate", "0.5"], capsys)
     assert "--keep-rate: " in line
     assert "convert the checkpoint anew" in line
-    assert "was not written by dvit-convert" in fails(command, [foreign("f.onnx"), "pictures"], capsys)
+    assert "was not written by dvit-convert" in fails(command, [foreign("f.onnx"), "images"], capsys)
     if command is eval:
-        line = fails(command, [model, "pictures", "--against-reference"], capsys)
+        line = fails(command, [model, "images", "--against-reference"], capsys)
         assert "--against-reference: " in line
 
 
 def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
-    draw_all(tmp_path / "pictures" / "a", 1)
+    draw_all(tmp_path / "images" / "a", 1)
     with_kept = tmp_path / "k.onnx"
     given = [*TINY_FACTS, "--format", "onnx", "--kept", "--no-verify", "-o", str(with_kept)]
     assert convert.main([str(checkpoint), *given]) == 0
@@ -162,23 +162,23 @@ def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
         assert before in entry.value
         entry.value = entry.value.replace(before, after)
         onnx.save(content, "lies.onnx")
-        assert says in fails(eval, ["lies.onnx", "pictures"], capsys)
+        assert says in fails(eval, ["lies.onnx", "images"], capsys)
 
 
 def test_an_input_of_a_wrong_shape_is_told(model):
     loaded = dvit.load_onnx(model, device="cpu")
-    images = dvit.images.sample_images(2, (32, 32))
+    images = dvit.images.synthetic.sample_images(2, (32, 32))
     with pytest.raises(ValueError, match=r"images: shape \(2, 3, 32, 32\)"):
         loaded(images)
     with pytest.raises(dvit.InputError, match="images: ONNX Runtime: Got invalid dimensions"):
-        dvit.backends.onnxruntime.run_session(loaded.runner.session, {"images": images}, ["logits"])
+        dvit.onnx.session.run_session(loaded.runner.session, {"images": images}, ["logits"])
 
 
 def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
     given = ["--format", "onnx", "--quantize", "int8", "--kept", "--json", "j.json"]
     assert convert.main([str(checkpoint), *TINY_FACTS, *given]) == 0
     out = capsys.readouterr().out
-    assert "parity passed: 64 pictures, int8 on cpu" in out
+    assert "parity passed: 64 images, int8 on cpu" in out
     assert "all follow from the file, to half a step" in out
     parity = json.loads(Path("j.json").read_text())["parity"]
     assert 0.5 < parity["top1_agreement"] <= 1
@@ -190,7 +190,7 @@ def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
 
 
 def test_predict_needs_the_file_alone(model, capsys, tmp_path, monkeypatch):
-    draw_all(tmp_path / "pictures", 1)
+    draw_all(tmp_path / "images", 1)
     monkeypatch.setattr("dvit_infer.onnx.probe.probed", lambda *given: pytest.fail("a second model was made"))
-    assert predict.main([str(model), "pictures", "--device", "cpu", "--workers", "0"]) == 0
+    assert predict.main([str(model), "images", "--device", "cpu", "--workers", "0"]) == 0
     assert "top5" in capsys.readouterr().out

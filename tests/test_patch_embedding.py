@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def make_pictures(b: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+def make_images(b: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(b * height + width)
     if dtype == torch.uint8:
         return torch.randint(0, 256, (b, channels, height, width), generator=generator, dtype=torch.uint8)
@@ -39,7 +39,7 @@ def convolved(
     return torch.cat([prefix.expand(len(images), -1, -1), patches], dim=1) + pos_embed
 
 
-# B, channels, H, W, p, C, P: odd grids, patches of every size, no or several prefix tokens, one picture, one patch.
+# B, channels, H, W, p, C, P: odd grids, patches of every size, no or several prefix tokens, one image, one patch.
 SHAPES = [
     (3, 3, 32, 48, 16, 40, 1),
     (1, 3, 28, 42, 14, 64, 2),
@@ -56,7 +56,7 @@ def test_against_a_convolution(b, channels, height, width, p, c, num_prefix, dty
     weights = make_weights(c, channels, p, num_prefix, (height // p) * (width // p))
     packed = pack_patch_embedding(*weights, dtype, channels_last=channels_last)
     for given in (dtype, torch.float32, torch.bfloat16):
-        images = make_pictures(b, channels, height, width, given)
+        images = make_images(b, channels, height, width, given)
         tokens = patch_embedding(images, *packed, p, channels_last)
         right, plain = convolved(images, weights, torch.float64), convolved(images, weights, dtype)
         assert tokens.shape == right.shape
@@ -68,15 +68,15 @@ def test_against_a_convolution(b, channels, height, width, p, c, num_prefix, dty
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_are_normalised_in_the_weight(dtype, channels_last):
-    """Better than pictures normalised and rounded: neither the bytes nor their mean are."""
-    images, weights = make_pictures(3, 3, 64, 48), make_weights(64, 3, 16, 1, 12)
+    """Better than images normalised and rounded: neither the bytes nor their mean are."""
+    images, weights = make_images(3, 3, 64, 48), make_weights(64, 3, 16, 1, 12)
     packed = pack_patch_embedding(*weights, dtype, MEAN, STD, channels_last)
     tokens = patch_embedding(images, *packed, 16, channels_last)
     right, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
     assert rms(tokens - right) <= rms(plain - right) + 1e-6
 
 
-def test_a_picture_of_the_mean_colour_has_the_table_alone():
+def test_a_image_of_the_mean_colour_has_the_table_alone():
     """To a byte's rounding, whatever the rounding of the weight."""
     weights = make_weights(32, 3, 16, 1, 4)
     images = torch.full((1, 3, 32, 32), 51, dtype=torch.uint8)
@@ -89,7 +89,7 @@ def test_a_picture_of_the_mean_colour_has_the_table_alone():
 
 def test_packing_without_bias_and_prefix():
     weight, bias, _, pos_embed = make_weights(16, 3, 4, 0, 6)
-    images = make_pictures(2, 3, 8, 12, torch.float32)
+    images = make_images(2, 3, 8, 12, torch.float32)
     packed = pack_patch_embedding(weight, None, None, pos_embed, torch.float32)
     none = (weight, torch.zeros_like(bias), torch.zeros(1, 0, 16), pos_embed)
     assert torch.allclose(patch_embedding(images, *packed, 4), convolved(images, none, torch.float32), atol=1e-5)
@@ -98,9 +98,9 @@ def test_packing_without_bias_and_prefix():
     assert packed[1].data_ptr() != pos_embed.data_ptr()
 
 
-def test_strided_pictures_give_the_same_as_their_copy():
+def test_strided_images_give_the_same_as_their_copy():
     for dtype in (torch.uint8, torch.float32):
-        wide = make_pictures(4, 3, 40, 40, dtype)
+        wide = make_images(4, 3, 40, 40, dtype)
         packed = pack_patch_embedding(*make_weights(16, 3, 8, 1, 16), torch.float32)
         views = (
             wide[::2, :, :32, 8:],
@@ -112,7 +112,7 @@ def test_strided_pictures_give_the_same_as_their_copy():
             assert torch.equal(patch_embedding(images, *packed, 8), patch_embedding(images.contiguous(), *packed, 8))
 
 
-def test_no_pictures():
+def test_no_images():
     packed = pack_patch_embedding(*make_weights(16, 3, 8, 2, 4), torch.float32)
     assert patch_embedding(torch.zeros(0, 3, 16, 16), *packed, 8).shape == (0, 6, 16)
 
@@ -123,7 +123,7 @@ def test_opcheck(channels_last, dtype, device):
     packed = pack_patch_embedding(*make_weights(32, 3, 8, 1, 6), dtype, channels_last=channels_last)
     packed = [t.to(device) for t in packed]
     for given in (torch.uint8, dtype):
-        images = make_pictures(2, 3, 16, 24, given).to(device)
+        images = make_images(2, 3, 16, 24, given).to(device)
         for one in (images, images.contiguous(memory_format=torch.channels_last), images[:0]):
             torch.library.opcheck(torch.ops.dvit.patch_embedding.default, (one, *packed, 8, channels_last))
 
@@ -147,7 +147,7 @@ class Embed(torch.nn.Module):
 
 
 def test_compile_and_export_give_the_eager_answer():
-    embed, images = Embed(), make_pictures(3, 3, 16, 24)
+    embed, images = Embed(), make_images(3, 3, 16, 24)
     right = embed(images)
     compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
     batch_of_any_size = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}

@@ -10,12 +10,12 @@ from dvit_kernels.patch_embedding import (
     patch_embedding_launch,
 )
 from kernel_helpers import QUICK, WHERE, rms, run_guarded
-from test_patch_embedding import MEAN, STD, convolved, make_pictures, make_weights
+from test_patch_embedding import MEAN, STD, convolved, make_images, make_weights
 
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding_ref
 
-# B, channels, H, W, p, C, P: odd grids, tails of rows, columns and inner blocks, tiles across and within pictures, any
-# number of prefix tokens, one picture, one patch.
+# B, channels, H, W, p, C, P: odd grids, tails of rows, columns and inner blocks, tiles across and within images, any
+# number of prefix tokens, one image, one patch.
 SHAPES = [
     pytest.param(3, 3, 32, 48, 16, 40, 1, marks=QUICK),
     (1, 3, 28, 42, 14, 64, 2),
@@ -38,7 +38,7 @@ def test_tokens(device, dtype, b, channels, height, width, p, c, num_prefix, cha
     weights = make_weights(c, channels, p, num_prefix, (height // p) * (width // p))
     packed = packed_on(device, weights, dtype, None, None, channels_last)
     given = torch.float32 if channels_last else dtype
-    images = make_pictures(b, channels, height, width, given).to(device)
+    images = make_images(b, channels, height, width, given).to(device)
     if channels_last:
         images = images.contiguous(memory_format=NHWC)
     launch, _ = patch_embedding_launch(images, *packed, p, channels_last)
@@ -55,10 +55,10 @@ def test_tokens(device, dtype, b, channels, height, width, p, c, num_prefix, cha
 @pytest.mark.parametrize(("b", "height", "width", "p"), [(3, 32, 48, 16), (1, 28, 42, 14), (2, 24, 16, 8)])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_bytes(device, dtype, b, height, width, p, channels_last):
-    """Normalised in the weight: better than pictures normalised and rounded."""
+    """Normalised in the weight: better than images normalised and rounded."""
     weights = make_weights(72, 3, p, 1, (height // p) * (width // p))
     packed = packed_on(device, weights, dtype, MEAN, STD, channels_last)
-    images = make_pictures(b, 3, height, width).to(device)
+    images = make_images(b, 3, height, width).to(device)
     if channels_last:
         images = images.contiguous(memory_format=NHWC)
     launch, _ = patch_embedding_launch(images, *packed, p, channels_last)
@@ -84,7 +84,7 @@ def test_every_tile(device, dtype, given, tile, monkeypatch):
     monkeypatch.setattr("dvit_kernels.patch_embedding._tile", lambda *given: tile)
     weights, images = make_weights(tile.block_n + 8, 3, 8, 1, 6), (tile.block_m // 6 + 2, 3, 24, 16)
     packed = packed_on(device, weights, dtype, *((MEAN, STD) if given == torch.uint8 else ()))
-    images = make_pictures(*images, given or dtype).to(device)
+    images = make_images(*images, given or dtype).to(device)
     tokens = launch_patch_embedding(images, *packed, 8)
     right = convolved(images, weights, torch.float64, given == torch.uint8)
     assert rms(tokens - right) <= 2 * rms(patch_embedding_ref(images, *packed, 8) - right) + 1e-6
@@ -102,7 +102,7 @@ def test_every_byte_enters_exactly(device, dtype):
 @pytest.mark.parametrize("given", [torch.uint8, torch.float32])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype, given):
-    wide = make_pictures(4, 3, 40, 40, given).to(device)
+    wide = make_images(4, 3, 40, 40, given).to(device)
     views = (
         wide[::2, :, :16, 8:32],
         wide[..., ::2][:, :, 4:20, :16],
@@ -110,8 +110,8 @@ def test_any_strides(device, dtype, given):
         wide.transpose(2, 3)[..., :16, 1:25],
         wide.contiguous(memory_format=NHWC)[:, :, 3:19, 1:17],
         wide.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)[..., :16, :8],
-        make_pictures(2, 6, 16, 8, given).to(device).contiguous(memory_format=NHWC)[:, ::2],
-        make_pictures(2, 6, 16, 8, given).to(device).contiguous(memory_format=NHWC)[:, :3],
+        make_images(2, 6, 16, 8, given).to(device).contiguous(memory_format=NHWC)[:, ::2],
+        make_images(2, 6, 16, 8, given).to(device).contiguous(memory_format=NHWC)[:, :3],
     )
     for images in views:
         weights = make_weights(16, 3, 8, 1, (images.shape[2] // 8) * (images.shape[3] // 8))
@@ -123,9 +123,9 @@ def test_any_strides(device, dtype, given):
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
-def test_a_picture_does_not_feel_its_batch(device, dtype):
+def test_a_image_does_not_feel_its_batch(device, dtype):
     """Neither a NaN in its neighbour, with which it shares a tile, nor its place in the batch; nor a patch another."""
-    images = make_pictures(4, 3, 16, 24, dtype).to(device)
+    images = make_images(4, 3, 16, 24, dtype).to(device)
     packed = packed_on(device, make_weights(16, 3, 8, 1, 6), dtype)
     right = launch_patch_embedding(images, *packed, 8)
     images[1, 2, 8, 7] = float("nan")  # the first patch of the second row
@@ -138,7 +138,7 @@ def test_a_picture_does_not_feel_its_batch(device, dtype):
         assert torch.equal(launch_patch_embedding(images[i : i + 1], *packed, 8), right[i : i + 1])
 
 
-def test_no_pictures():
+def test_no_images():
     packed = packed_on("cpu", make_weights(16, 3, 8, 2, 4), torch.float32)
     assert launch_patch_embedding(torch.zeros(0, 3, 16, 16), *packed, 8).shape == (0, 6, 16)
 
@@ -178,7 +178,7 @@ def test_strides_too_wide_for_the_kernel_cost_a_copy():
 )
 def test_the_op_on_cuda_runs_the_kernel(b, channels, size, p, c, dtype, given, monkeypatch):
     weights = make_weights(c, channels, p, 1, (size // p) ** 2)
-    images = make_pictures(b, channels, size, size, given or dtype).cuda()
+    images = make_images(b, channels, size, size, given or dtype).cuda()
     normalise = given == torch.uint8 and channels == 3
     for channels_last in (False, True):
         packed = packed_on("cuda", weights, dtype, *((MEAN, STD) if normalise else (None, None)), channels_last)
@@ -199,7 +199,7 @@ def _centred(images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.gpu
 def test_a_captured_graph_gives_the_eager_answer():
     packed = packed_on("cuda", make_weights(384, 3, 16, 1, 196), torch.bfloat16, MEAN, STD)
-    images = make_pictures(3, 3, 224, 224).cuda()
+    images = make_images(3, 3, 224, 224).cuda()
     torch.ops.dvit.patch_embedding(images, *packed, 16)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -16,7 +16,7 @@ from test_eval import SIZE
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
 from dvit_infer.evaluate.predictions import model_id, predict
-from dvit_infer.images.decode import open_picture
+from dvit_infer.images.decode import open_image
 from dvit_infer.images.preprocess import Preprocess
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
@@ -41,7 +41,7 @@ def test_answers_are_the_engines(engine, checkpoint, capsys):
     assert out.err == ""
     found = lines(out.out)
     assert [line["image"] for line in found] == paths
-    images = torch.stack([torch.from_numpy(CROP(open_picture(path))) for path in paths])
+    images = torch.stack([torch.from_numpy(CROP(open_image(path))) for path in paths])
     logits, kept = engine(images, return_kept=True)
     best = logits.softmax(dim=1).topk(5)
     assert len({line["model"] for line in found}) == 1
@@ -70,7 +70,7 @@ def test_a_dense_model_keeps_no_list(checkpoint, capsys):
     assert lines(capsys.readouterr().out)[0]["kept"] == []
 
 
-def test_unreadable_pictures_have_lines_too(checkpoint, capsys):
+def test_unreadable_images_have_lines_too(checkpoint, capsys):
     draw_all(Path("d"), 3)
     write_text(Path("d/001.text.jpg"))
     write_cut(Path("d/z.jpg"))
@@ -80,7 +80,7 @@ def test_unreadable_pictures_have_lines_too(checkpoint, capsys):
     assert [line["image"] for line in found if "error" in line] == ["d/001.text.jpg", "d/z.jpg"]
     assert len(found) == 5
     assert out.err.count("\n") == 1
-    assert out.err.startswith("error: 2 of 5 pictures cannot be read, more than 1%; the first is d/001.text.jpg: ")
+    assert out.err.startswith("error: 2 of 5 images cannot be read, more than 1%; the first is d/001.text.jpg: ")
     assert command.main([str(checkpoint), "d/z.jpg", "d/001.text.jpg", *OPTIONS]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: d/z.jpg: ")
@@ -131,7 +131,7 @@ def test_a_batch_that_does_not_fit_leaves_no_file(checkpoint, capsys, monkeypatc
 
     monkeypatch.setattr("dvit_infer.engine.Engine.__call__", no_memory)
     argv = [checkpoint, "d", *OPTIONS, "--batch", "5", "-o", "r.jsonl"]
-    assert "--batch: 5 pictures do not fit" in fails(command, argv, capsys)
+    assert "--batch: 5 images do not fit" in fails(command, argv, capsys)
 
 
 def test_answers_that_are_not_finite_are_errors(engine, checkpoint):
@@ -142,7 +142,7 @@ def test_answers_that_are_not_finite_are_errors(engine, checkpoint):
     assert "NaN or Inf" in json.loads(prediction.line("m"))["error"]
 
 
-def test_an_endless_stream_of_pictures(engine):
+def test_an_endless_stream_of_images(engine):
     (path,) = draw_all(Path("d"), 1)
     taken = itertools.count()
     stream = predict(engine, (path for _ in iter(lambda: next(taken), None)), batch=4, workers=1)
@@ -191,4 +191,4 @@ def test_a_batch_that_is_larger_than_memory(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("dvit_infer.images.stream.free_memory", lambda device: 1 << 20)
     draw_all(Path("photos"), 1)
     line = fails(command, [checkpoint, "photos", *OPTIONS, "--batch", "100000"], capsys)
-    assert "--batch: 100000 pictures do not fit in memory" in line
+    assert "--batch: 100000 images do not fit in memory" in line

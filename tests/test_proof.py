@@ -14,7 +14,7 @@ from dvit_infer.training.student import make_pair, official_content
 
 sys.path.append(str(ROOT / "bench" / "proof"))
 import cluttered_digits
-from pictures import write
+from images import write
 
 FOLDER = ROOT / "bench" / "proof"
 TRAINED, DENSE = FOLDER / "digits-0.7.pth", FOLDER / "dense.pth"
@@ -23,13 +23,13 @@ SOME = 600
 
 
 @pytest.fixture(scope="module")
-def test_pictures():
-    pictures, labels = cluttered_digits.draw(SOME, "test", 5)
-    return torch.from_numpy(pictures), torch.from_numpy(labels)
+def test_images():
+    images, labels = cluttered_digits.draw(SOME, "test", 5)
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def _top1(engine: dvit.Engine, pictures: torch.Tensor, labels: torch.Tensor) -> float:
-    return 100 * (engine(pictures).argmax(dim=1) == labels).float().mean().item()
+def _top1(engine: dvit.Engine, images: torch.Tensor, labels: torch.Tensor) -> float:
+    return 100 * (engine(images).argmax(dim=1) == labels).float().mean().item()
 
 
 def test_the_result_is_what_the_project_claims():
@@ -42,11 +42,11 @@ def test_the_result_is_what_the_project_claims():
 
 
 @pytest.mark.parametrize(("path", "claimed"), [(TRAINED, "pruned_top1"), (DENSE, "dense_top1")])
-def test_the_committed_files_are_as_right_as_claimed(path, claimed, test_pictures):
+def test_the_committed_files_are_as_right_as_claimed(path, claimed, test_images):
     assert path.stat().st_size < 4 << 20
     engine = dvit.convert(path, device="cpu")
     share = PROOF[claimed] / 100
-    assert _top1(engine, *test_pictures) == pytest.approx(100 * share, abs=400 * (share * (1 - share) / SOME) ** 0.5)
+    assert _top1(engine, *test_images) == pytest.approx(100 * share, abs=400 * (share * (1 - share) / SOME) ** 0.5)
 
 
 def test_the_trained_model_passes_verification_in_both_dtypes():
@@ -55,28 +55,28 @@ def test_the_trained_model_passes_verification_in_both_dtypes():
         assert report.passed, str(report)
 
 
-def test_random_patches_would_not_do(test_pictures):
-    pictures, labels = test_pictures
+def test_random_patches_would_not_do(test_images):
+    images, labels = test_images
     engine = dvit.convert(TRAINED, device="cpu")
     order = np.random.default_rng(0).random((SOME, 64)).argsort(axis=1)
     kept = [torch.from_numpy(np.sort(order[:, :count], axis=1)) for count in engine.config.num_keep]
-    right = 100 * (engine(pictures, kept=kept).argmax(dim=1) == labels).float().mean().item()
-    assert right < _top1(engine, pictures, labels) - 10
+    right = 100 * (engine(images, kept=kept).argmax(dim=1) == labels).float().mean().item()
+    assert right < _top1(engine, images, labels) - 10
 
 
 def test_keeps_the_patches_that_show_the_digit(monkeypatch):
     monkeypatch.setattr(cluttered_digits, "PIECES", 0)
-    pictures, _ = cluttered_digits.draw(100, "test", 6)
-    _, kept = dvit.convert(TRAINED, device="cpu")(torch.from_numpy(pictures), return_kept=True)
-    light = np.clip(pictures.astype(float) - 64, 0, None).mean(axis=1).reshape(100, 8, 8, 8, 8).sum(axis=(2, 4))
+    images, _ = cluttered_digits.draw(100, "test", 6)
+    _, kept = dvit.convert(TRAINED, device="cpu")(torch.from_numpy(images), return_kept=True)
+    light = np.clip(images.astype(float) - 64, 0, None).mean(axis=1).reshape(100, 8, 8, 8, 8).sum(axis=(2, 4))
     seen = torch.from_numpy(light.reshape(100, 64)).gather(1, kept[-1]).sum()
     assert seen / light.sum() > 0.9
 
 
-def test_a_short_training_learns(tmp_path, capsys, test_pictures):
+def test_a_short_training_learns(tmp_path, capsys, test_images):
     """Predictors with random weights on the dense model, against the same after a few dozen steps."""
-    pictures, labels = cluttered_digits.draw(2560, "train", 1)
-    write(tmp_path / "train", pictures, labels)
+    images, labels = cluttered_digits.draw(2560, "train", 1)
+    write(tmp_path / "train", images, labels)
     options = [
         "--keep-rate",
         "0.7",
@@ -95,7 +95,7 @@ def test_a_short_training_learns(tmp_path, capsys, test_pictures):
     torch.save(official_content(pair.student.state_dict(), pair.args, 0), before)
     argv = [str(DENSE), str(tmp_path / "train"), "-o", str(after), "--device", "cpu", *options]
     assert train.main(argv) == 0
-    untrained, learned = (_top1(dvit.convert(path, device="cpu"), *test_pictures) for path in (before, after))
+    untrained, learned = (_top1(dvit.convert(path, device="cpu"), *test_images) for path in (before, after))
     assert learned > untrained + 10
     shares = capsys.readouterr().out.splitlines()
     assert any(line.startswith("epoch 2 of 2") for line in shares)

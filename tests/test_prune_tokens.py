@@ -102,7 +102,7 @@ def test_equal_tokens_keep_the_first():
 
 def test_a_nan_token_goes_first_and_nothing_leaves_the_row():
     predictor, x = make_predictor(64), make_x(2, 20, 1, 64)
-    x[0, 5] = float("nan")  # the mean half carries it to every score of picture 0
+    x[0, 5] = float("nan")  # the mean half carries it to every score of image 0
     index = dvit.prune_tokens(x, predictor, 7)[1]
     assert ((index >= 0) & (index < 20)).all()
     alone = dvit.prune_tokens(x[1:], predictor, 7)[1]

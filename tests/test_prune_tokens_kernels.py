@@ -12,7 +12,7 @@ from dvit_infer.ops.prune_tokens import prune_tokens_ref, score_tokens_ref, sele
 ROWS = WHERE + EMULATED_FLOAT32 if WHERE == EMULATED else WHERE
 OUTPUTS = ("hidden_ptr", "sums_ptr", "score_ptr", "kept_ptr", "index_ptr")
 
-# B, N, P, C, K: both selections, tiles across pictures, tails of rows and columns, one token, all kept.
+# B, N, P, C, K: both selections, tiles across images, tails of rows and columns, one token, all kept.
 SHAPES = [
     pytest.param(3, 50, 1, 64, 35, marks=QUICK),
     (2, 196, 1, 96, 137),
@@ -109,7 +109,7 @@ def test_any_strides_of_the_first_two_dimensions(device, dtype):
 
 
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
-def test_a_picture_does_not_feel_its_batch(device, dtype):
+def test_a_image_does_not_feel_its_batch(device, dtype):
     """Neither a NaN in its neighbour, with which it shares a tile, nor its place in the batch."""
     x, packed = make_x(4, 20, 1, 64, dtype).to(device), predictor_on(device, 64, dtype)
     _, index = launch_prune_tokens(x, packed, 9, 1, 1e-5)
@@ -137,7 +137,7 @@ def test_tokens_far_from_zero(device, dtype):
     assert rms(outputs["score_ptr"].cpu() - right) <= 2 * rms(plain - right) + amplified
 
 
-def test_no_pictures_and_no_prefix():
+def test_no_images_and_no_prefix():
     packed = predictor_on("cpu", 64, torch.float32)
     kept_x, index = launch_prune_tokens(torch.zeros(0, 9, 64), packed, 4, 0, 1e-5)
     assert kept_x.shape == (0, 4, 64)

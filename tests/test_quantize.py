@@ -1,4 +1,4 @@
-"""Int8 ONNX models: what stays as it was, how far their answers stray; pictures to calibrate with."""
+"""Int8 ONNX models: what stays as it was, how far their answers stray; images to calibrate with."""
 
 import logging
 import tempfile
@@ -47,12 +47,12 @@ def images(engine: dvit.Engine, count: int, seed: int = 0) -> np.ndarray:
     return image(count, engine.config.image_size, seed)
 
 
-def run(model: onnx.ModelProto, pictures: np.ndarray, level: str = "ENABLE_ALL") -> list[np.ndarray]:
+def run(model: onnx.ModelProto, given: np.ndarray, level: str = "ENABLE_ALL") -> list[np.ndarray]:
     settings = ort.SessionOptions()
     settings.log_severity_level, settings.intra_op_num_threads = 3, 2
     settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
     session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    return session.run(OUTPUTS, {"images": pictures})
+    return session.run(OUTPUTS, {"images": given})
 
 
 def strays(logits: np.ndarray, right: np.ndarray) -> float:
@@ -85,15 +85,15 @@ def test_only_the_linears_change(float32, quantised, kind):
     assert len(matrices) == len(linears)
 
 
-def test_opset_21_and_bytes_as_pictures(engine):
+def test_opset_21_and_bytes_as_images(engine):
     float32 = onnx_model(engine.graph_in(torch.float32), kept=True, opset=21, uint8=True)
-    pictures = np.random.default_rng(0).integers(0, 256, (3, *engine.config.image_size, 3), dtype=np.uint8)
-    right = run(float32, pictures)
-    for calibration in (None, [pictures]):
+    given = np.random.default_rng(0).integers(0, 256, (3, *engine.config.image_size, 3), dtype=np.uint8)
+    right = run(float32, given)
+    for calibration in (None, [given]):
         model = quantize_int8(float32, calibration)
         onnx.checker.check_model(model, full_check=True)
         assert model.opset_import == float32.opset_import
-        assert strays(run(model, pictures)[0], right[0]) < 0.1
+        assert strays(run(model, given)[0], right[0]) < 0.1
 
 
 def test_a_dense_model(engine):
@@ -107,9 +107,9 @@ def test_a_dense_model(engine):
 @pytest.mark.parametrize("batch", [1, 3, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_stay_close(engine, float32, quantised, kind, batch):
-    pictures = images(engine, batch, seed=7)
-    logits, *kept = run(quantised[kind], pictures)
-    right, *right_kept = run(float32, pictures)
+    given = images(engine, batch, seed=7)
+    logits, *kept = run(quantised[kind], given)
+    right, *right_kept = run(float32, given)
     assert strays(logits, right) < 0.1
     assert all(overlap(ours, theirs) > 0.9 for ours, theirs in zip(kept, right_kept, strict=True))
 
@@ -118,17 +118,17 @@ def test_answers_stay_close(engine, float32, quantised, kind, batch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimisation_changes_no_more_than_a_rounding(engine, quantised, kind, level):
     """A last digit of float32 may fall on the other side of a step of int8, by which answers then differ."""
-    pictures = images(engine, 3, seed=7)
-    logits, *kept = run(quantised[kind], pictures, level)
-    right, *right_kept = run(quantised[kind], pictures)
+    given = images(engine, 3, seed=7)
+    logits, *kept = run(quantised[kind], given, level)
+    right, *right_kept = run(quantised[kind], given)
     assert strays(logits, right) < 0.05
     assert all(overlap(ours, theirs) > 0.95 for ours, theirs in zip(kept, right_kept, strict=True))
 
 
-def test_ranges_fixed_by_calibration_leave_pictures_independent(engine, quantised):
-    pictures = images(engine, 3, seed=7)
-    logits, *kept = run(quantised["static"], np.concatenate([pictures, 2 * pictures]))
-    alone, *kept_alone = run(quantised["static"], pictures)
+def test_ranges_fixed_by_calibration_leave_images_independent(engine, quantised):
+    given = images(engine, 3, seed=7)
+    logits, *kept = run(quantised["static"], np.concatenate([given, 2 * given]))
+    alone, *kept_alone = run(quantised["static"], given)
     assert strays(logits[:3], alone) < 1e-5
     assert all(np.array_equal(ours[:3], theirs) for ours, theirs in zip(kept, kept_alone, strict=True))
 
@@ -154,7 +154,7 @@ def test_leaves_nothing_behind(engine, float32, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_calibration_pictures_are_those_the_model_takes(engine, tmp_path):
+def test_calibration_images_are_those_the_model_takes(engine, tmp_path):
     for name in ("a", "b/c"):
         draw_all(tmp_path / name, 10)
     write_text(tmp_path / "a" / "text.png")
@@ -177,8 +177,8 @@ def test_calibration_pictures_are_those_the_model_takes(engine, tmp_path):
 def test_a_folder_that_cannot_calibrate_is_named(engine, tmp_path):
     with pytest.raises(dvit.InputError, match=r"^calibrate: .*nowhere: there is no such"):
         calibration_batches(tmp_path / "nowhere", engine.config)
-    with pytest.raises(dvit.InputError, match=f"^calibrate: {tmp_path}: no picture"):
+    with pytest.raises(dvit.InputError, match=f"^calibrate: {tmp_path}: no image"):
         calibration_batches(tmp_path, engine.config)
     write_text(tmp_path / "text.png")
-    with pytest.raises(dvit.InputError, match=f"^calibrate: {tmp_path}: none of 1 pictures can be read"):
+    with pytest.raises(dvit.InputError, match=f"^calibrate: {tmp_path}: none of 1 images can be read"):
         list(calibration_batches(tmp_path, engine.config))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_cases import CASES, answers, official_checkpoint, options, pictures, same_kept, training_case
+from golden_cases import CASES, answers, case_images, official_checkpoint, options, same_kept, training_case
 from torch.nn import functional as F
 
 import dvit_infer as dvit
@@ -15,7 +15,7 @@ from dvit_infer.models.vit.layers import softmax_with_policy
 def test_agrees_with_the_golden_case(case_id):
     logits, kept, margin = answers(case_id)
     model = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
-    ours, ours_kept = model(pictures(case_id), return_kept=True)
+    ours, ours_kept = model(case_images(case_id), return_kept=True)
     assert (ours - logits).abs().max() < 2e-5
     assert same_kept(ours_kept, kept, margin)
 
@@ -24,12 +24,12 @@ def test_agrees_with_the_golden_case(case_id):
 def test_given_kept_sets_are_used():
     case_id = "tiny-deit-r0.7-s1"
     model = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
-    logits, kept = model(pictures(case_id), return_kept=True)
-    again, same = model(pictures(case_id), return_kept=True, kept=kept)
+    logits, kept = model(case_images(case_id), return_kept=True)
+    again, same = model(case_images(case_id), return_kept=True, kept=kept)
     assert torch.equal(logits, again)
     assert all(torch.equal(a, b) for a, b in zip(kept, same, strict=True))
     others = [torch.arange(stage.shape[1]).expand_as(stage) for stage in kept]
-    changed, chosen = model(pictures(case_id), return_kept=True, kept=others)
+    changed, chosen = model(case_images(case_id), return_kept=True, kept=others)
     assert not torch.allclose(changed, logits, atol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(chosen, others, strict=True))
 
@@ -56,7 +56,7 @@ def test_training_forward_agrees_with_the_golden_case(name, monkeypatch):
 def test_training_reaches_every_weight():
     case_id = "tiny-deit-r0.7-s1"
     model = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).train()
-    out = model(pictures(case_id))
+    out = model(case_images(case_id))
     (out.pred.sum() + out.tokens.sum() + sum(d.mean() for d in out.decisions)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -91,7 +91,7 @@ def _noise(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_given_noise_is_used_as_gumbel_softmax_uses_its_own(monkeypatch):
-    model, images = _student(), pictures(CASE)
+    model, images = _student(), case_images(CASE)
     noise = _noise(images)
     given = model(images, noise=noise)
     (given.tokens.square().mean() + given.decisions[-1].mean()).backward()
@@ -110,8 +110,8 @@ def test_given_noise_is_used_as_gumbel_softmax_uses_its_own(monkeypatch):
 
 
 @torch.no_grad()
-def test_decisions_follow_from_each_pictures_own_noise():
-    model, images = _student(), pictures(CASE)
+def test_decisions_follow_from_each_images_own_noise():
+    model, images = _student(), case_images(CASE)
     noise, swapped = _noise(images), torch.arange(len(images)).flip(0)
     right = model(images, noise=noise).decisions
     found = model(images[swapped], noise=noise[:, swapped]).decisions
@@ -124,7 +124,7 @@ def test_decisions_follow_from_each_pictures_own_noise():
 
 
 def test_gradients_reach_the_predictors_fused_or_not_and_agree():
-    images = pictures(CASE)
+    images = case_images(CASE)
     found = []
     for fused in (False, True):
         model = _student(fused)

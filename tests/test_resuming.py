@@ -17,7 +17,7 @@ from test_predict import OPTIONS, lines
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
 from dvit_infer.evaluate.results_file import results
-from dvit_infer.images.decode import open_picture
+from dvit_infer.images.decode import open_image
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 
@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(checkpoint, capsys):
 
 
 def same(ours: list[dict], theirs: list[dict]) -> None:
-    """Equal but for the last digits: a picture's batch may be another."""
+    """Equal but for the last digits: an image's batch may be another."""
     for a, b in zip(ours, theirs, strict=True):
         if "top5" in a:
             shares = [[answer.pop("probability") for answer in line["top5"]] for line in (a, b)]
@@ -56,7 +56,7 @@ def test_what_is_done_is_not_done_again(checkpoint, monkeypatch):
     assert command.main([*argv, *paths[:3], paths[0]]) == 0
     assert [line["image"] for line in lines(Path("r.jsonl").read_text())] == paths[:3]
     opened = []
-    monkeypatch.setattr("dvit_infer.images.stream.open_picture", lambda path: opened.append(path) or open_picture(path))
+    monkeypatch.setattr("dvit_infer.images.stream.open_image", lambda path: opened.append(path) or open_image(path))
     assert command.main([*argv, "d"]) == 0
     assert opened == paths[3:]
     assert [line["image"] for line in lines(Path("r.jsonl").read_text())] == paths
@@ -113,9 +113,9 @@ def test_results_never_replace_the_model(checkpoint, capsys):
     shutil.copy(checkpoint, "m.pth")
     assert "input itself" in fails(command, ["m.pth", "d", *OPTIONS, "-o", "m.pth"], capsys)
     assert Path("m.pth").read_bytes() == checkpoint.read_bytes()
-    picture = Path("d/000.png").read_bytes()
+    image = Path("d/000.png").read_bytes()
     assert "line 1: is no line" in fails(command, ["m.pth", "d", *OPTIONS, "-o", "d/000.png"], capsys)
-    assert Path("d/000.png").read_bytes() == picture
+    assert Path("d/000.png").read_bytes() == image
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):

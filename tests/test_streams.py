@@ -1,4 +1,4 @@
-"""Many pictures: found in order and in bounded memory, decoded in worker processes, as far ahead as is needed."""
+"""Many images: found in order and in bounded memory, decoded in worker processes, as far ahead as is needed."""
 
 import contextlib
 import itertools
@@ -18,8 +18,8 @@ from drawn import draw, draw_all, write_text
 
 import dvit_infer as dvit
 from dvit_infer.images import find
-from dvit_infer.images.decode import open_picture
-from dvit_infer.images.find import find_pictures
+from dvit_infer.images.decode import open_image
+from dvit_infer.images.find import find_images
 from dvit_infer.images.path_set import Names
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import AHEAD, AT_ONCE, Entry, batches, decode, pixels, running
@@ -37,23 +37,23 @@ def touch(*names: str) -> None:
 
 def test_folders_are_searched_in_order():
     touch("b/2.JPG", "b/10.png", "b/a/x.webp", "b/notes.txt", "b/.hidden.jpg", "b/.git/x.jpg", "a.jpg", "b/c.d/y.Tiff")
-    assert list(find_pictures(["b"])) == ["b/10.png", "b/2.JPG", "b/a/x.webp", "b/c.d/y.Tiff"]
-    assert list(find_pictures(["b/"])) == ["b/10.png", "b/2.JPG", "b/a/x.webp", "b/c.d/y.Tiff"]
-    assert list(find_pictures(["b/notes.txt", "a.jpg", "b/a"])) == ["b/notes.txt", "a.jpg", "b/a/x.webp"]
-    assert next(find_pictures(["."])) == "./a.jpg"
+    assert list(find_images(["b"])) == ["b/10.png", "b/2.JPG", "b/a/x.webp", "b/c.d/y.Tiff"]
+    assert list(find_images(["b/"])) == ["b/10.png", "b/2.JPG", "b/a/x.webp", "b/c.d/y.Tiff"]
+    assert list(find_images(["b/notes.txt", "a.jpg", "b/a"])) == ["b/notes.txt", "a.jpg", "b/a/x.webp"]
+    assert next(find_images(["."])) == "./a.jpg"
 
 
 def test_patterns():
     touch("a1.jpg", "a2.jpg", "b.png", "d1/a3.jpg", "d1/.h.jpg", "d2/e/a4.jpg", "d2/e/n.txt", "[x].jpg")
-    assert list(find_pictures(["*.jpg"])) == ["[x].jpg", "a1.jpg", "a2.jpg"]
-    assert list(find_pictures(["a[12].jpg", "?.png"])) == ["a1.jpg", "a2.jpg", "b.png"]
-    assert list(find_pictures(["**/a*.jpg"])) == ["a1.jpg", "a2.jpg", "d1/a3.jpg", "d2/e/a4.jpg"]
-    assert list(find_pictures(["d2/**"])) == ["d2/e/a4.jpg"]
-    assert list(find_pictures(["d*"])) == ["d1/a3.jpg", "d2/e/a4.jpg"]  # folders that match are searched
-    assert list(find_pictures(["d2/*/*.txt"])) == ["d2/e/n.txt"]  # a pattern is taken at its word
-    assert list(find_pictures([f"{os.getcwd()}/d?/*.jpg"])) == [f"{os.getcwd()}/d1/a3.jpg"]
-    assert list(find_pictures(["[x].jpg"])) == ["[x].jpg"]  # a file of just that name comes first
-    assert list(find_pictures(["d1/.*"])) == ["d1/.h.jpg"]
+    assert list(find_images(["*.jpg"])) == ["[x].jpg", "a1.jpg", "a2.jpg"]
+    assert list(find_images(["a[12].jpg", "?.png"])) == ["a1.jpg", "a2.jpg", "b.png"]
+    assert list(find_images(["**/a*.jpg"])) == ["a1.jpg", "a2.jpg", "d1/a3.jpg", "d2/e/a4.jpg"]
+    assert list(find_images(["d2/**"])) == ["d2/e/a4.jpg"]
+    assert list(find_images(["d*"])) == ["d1/a3.jpg", "d2/e/a4.jpg"]  # folders that match are searched
+    assert list(find_images(["d2/*/*.txt"])) == ["d2/e/n.txt"]  # a pattern is taken at its word
+    assert list(find_images([f"{os.getcwd()}/d?/*.jpg"])) == [f"{os.getcwd()}/d1/a3.jpg"]
+    assert list(find_images(["[x].jpg"])) == ["[x].jpg"]  # a file of just that name comes first
+    assert list(find_images(["d1/.*"])) == ["d1/.h.jpg"]
 
 
 def test_what_is_not_there_is_named_at_once():
@@ -61,7 +61,7 @@ def test_what_is_not_there_is_named_at_once():
     touch("texts/a.txt", "fine.jpg")
     for argument in ("none.jpg", "empty", "texts", "*.png", "none/*.jpg", "", "a\0b"):
         with pytest.raises(dvit.InputError) as caught:
-            find_pictures(["fine.jpg", argument])
+            find_images(["fine.jpg", argument])
         assert str(caught.value).startswith(f"{argument}: " if argument.isprintable() and argument else "'")
 
 
@@ -72,27 +72,27 @@ def test_links_are_followed_but_not_round_in_circles():
     os.symlink(".", "here/self")
     os.symlink("loop", "here/loop")
     os.symlink("gone.jpg", "here/dangling.jpg")
-    found = list(find_pictures(["here"]))
+    found = list(find_images(["here"]))
     assert found[:3] == ["here/b.jpg", "here/dangling.jpg", "here/link/a.jpg"]
     assert {path.count("up") for path in found} == {0, 1}
-    assert next(find_pictures(["here/**/a.jpg"])) == "here/link/a.jpg"
+    assert next(find_images(["here/**/a.jpg"])) == "here/link/a.jpg"
 
 
 def test_names_that_are_not_utf8():
     names = [b"\xff.jpg", "ü.jpg".encode(), b"\xe4.jpg", b"a.jpg"]
     touch(*(os.path.join("d", os.fsdecode(name)) for name in names))
-    assert [os.fsencode(path) for path in find_pictures(["d"])] == [b"d/" + name for name in sorted(names)]
-    assert len(list(find_pictures(["d/*.jpg"]))) == 4
+    assert [os.fsencode(path) for path in find_images(["d"])] == [b"d/" + name for name in sorted(names)]
+    assert len(list(find_images(["d/*.jpg"]))) == 4
 
 
 def test_a_large_folder_takes_no_more_memory(monkeypatch):
     touch(*(f"d/{number * 7919 % 6007:05}.jpg" for number in range(6007)))
     expected = [f"d/{number:05}.jpg" for number in range(6007)]
-    assert list(find_pictures(["d"])) == expected
-    in_memory = _peak(lambda: sum(1 for _ in find_pictures(["d"])))
+    assert list(find_images(["d"])) == expected
+    in_memory = _peak(lambda: sum(1 for _ in find_images(["d"])))
     monkeypatch.setattr(find, "IN_MEMORY", 50)
-    assert list(find_pictures(["d"])) == expected
-    assert _peak(lambda: sum(1 for _ in find_pictures(["d"]))) < in_memory / 4
+    assert list(find_images(["d"])) == expected
+    assert _peak(lambda: sum(1 for _ in find_images(["d"]))) < in_memory / 4
 
 
 def _peak(call) -> int:
@@ -114,13 +114,13 @@ def test_names_keep_what_they_are_given():
 def test_results_come_in_order_and_errors_among_them(workers):
     paths = draw_all_with_a_text(21)
     found = list(decode([Entry(path, label) for label, path in enumerate(paths)], CROP, workers))
-    assert [(picture.path, picture.label) for picture in found] == [(path, at) for at, path in enumerate(paths)]
-    assert [picture.path for picture in found if picture.error is not None] == ["d/010.txt.jpg"]
-    for picture in found:
-        assert (picture.error is None) == (picture.pixels is not None)
-        assert picture.seconds > 0
-        if picture.pixels is not None:
-            np.testing.assert_array_equal(picture.pixels, CROP(open_picture(picture.path)))
+    assert [(image.path, image.label) for image in found] == [(path, at) for at, path in enumerate(paths)]
+    assert [image.path for image in found if image.error is not None] == ["d/010.txt.jpg"]
+    for image in found:
+        assert (image.error is None) == (image.pixels is not None)
+        assert image.seconds > 0
+        if image.pixels is not None:
+            np.testing.assert_array_equal(image.pixels, CROP(open_image(image.path)))
 
 
 def draw_all_with_a_text(count: int) -> list[str]:
@@ -147,7 +147,7 @@ def test_batches():
     assert [len(group) for group in groups] == [5, 5, 3]
     shapes = [tuple(images.shape) for group in groups if (images := pixels(group)) is not None]
     assert shapes == [(5, 3, 32, 32), (5, 3, 32, 32), (2, 3, 32, 32)]
-    assert pixels([picture for picture in groups[2] if picture.error is not None]) is None
+    assert pixels([image for image in groups[2] if image.error is not None]) is None
 
 
 def test_a_stream_leaves_the_process_as_it_was(recwarn):
@@ -195,7 +195,7 @@ def test_an_error_of_ours_is_not_taken_for_want_of_memory():
         raise RuntimeError("a mistake")
     with pytest.raises(RuntimeError, match="a mistake"), running(16):
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\na mistake")
-    with pytest.raises(dvit.InputError, match="batch: 16 pictures do not fit"), running(16):
+    with pytest.raises(dvit.InputError, match="batch: 16 images do not fit"), running(16):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
 

@@ -28,7 +28,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("pictures"))
+    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 def same(a: Path, b: Path) -> bool:
@@ -73,7 +73,7 @@ def test_says_how_it_goes(dense, folder, capsys, tmp_path):
             rf"epoch {epoch} of 2: loss {number} \({parts}\), kept {number}, .* images/s, 0:00:0. left, top-1 {number}%"
         )
         assert re.search(pattern, out.out), out.out
-    assert "24 pictures of 3 classes; " in out.out
+    assert "24 images of 3 classes; " in out.out
     assert out.err == ""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -206,7 +206,7 @@ def test_a_step_too_long_ends_in_a_loss_that_is_not_finite(dense, folder, tmp_pa
     assert re.search(r"error: the (loss|gradient) is not finite at step \d+ of epoch \d", capsys.readouterr().err)
 
 
-def test_a_picture_that_cannot_be_read_is_skipped_and_counted(dense, folder, tmp_path, capsys):
+def test_a_image_that_cannot_be_read_is_skipped_and_counted(dense, folder, tmp_path, capsys):
     for name in "abc":
         (tmp_path / "data" / name).mkdir(parents=True)
         for path in (folder / name).iterdir():
@@ -216,10 +216,10 @@ def test_a_picture_that_cannot_be_read_is_skipped_and_counted(dense, folder, tmp
     assert train.main(arguments(dense, tmp_path / "data", tmp_path / "out.pth", "--batch", "13", *PLAIN)) == 0
     said = capsys.readouterr().out
     assert "b/bad.jpg" in said
-    assert re.search(r"epoch 1 of 2: .* [12] pictures skipped", said)
+    assert re.search(r"epoch 1 of 2: .* [12] images skipped", said)
 
 
-def test_a_stop_ends_the_counting_of_held_out_pictures(dense, folder, tmp_path, capsys, monkeypatch):
+def test_a_stop_ends_the_counting_of_held_out_images(dense, folder, tmp_path, capsys, monkeypatch):
     shown, go = [], loop.Run.go
 
     def on_counted(done: int, total: int) -> None:

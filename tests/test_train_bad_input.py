@@ -21,7 +21,7 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("pictures"))
+    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def whole(dense, folder, tmp_path_factory):
         (["--prune-at", "1,9"], "--prune-at: there is no block 9"),
         (["--epochs", "0"], "--epochs: 0 is not"),
         (["--batch", "0"], "--batch: 0"),
-        (["--batch", "25", *PLAIN], "--batch: 24 pictures are fewer"),
+        (["--batch", "25", *PLAIN], "--batch: 24 images are fewer"),
         (["--batch", "5"], "--batch: 5"),
         (["--batch", "4", "--accumulate", "3"], "--accumulate"),
         (["--lr", "0"], "--lr: 0 is no positive number"),
@@ -77,7 +77,7 @@ def test_bad_files_and_folders_are_named(dense, folder, whole, tmp_path, capsys)
     assert "there is no such folder" in fails(train, arguments(dense, tmp_path / "none", "out.pth"), capsys)
     for name in "bc":
         (tmp_path / "one" / name).mkdir()
-    assert "no picture in the class folder 'b'" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
+    assert "no image in the class folder 'b'" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
     (tmp_path / "one" / "a").rename(tmp_path / "one" / "x")
     (tmp_path / "one" / "b").rmdir()
     val = ["--val", tmp_path / "one"]
@@ -110,7 +110,7 @@ def test_only_the_same_run_goes_on(dense, folder, whole, tmp_path, capsys, monke
     draw_all(tmp_path / "data" / "a", 9)
     draw_all(tmp_path / "data" / "b", 9)
     draw_all(tmp_path / "data" / "c", 9)
-    assert "other pictures" in fails(train, arguments(dense, tmp_path / "data", out, *resume), capsys)
+    assert "other images" in fails(train, arguments(dense, tmp_path / "data", out, *resume), capsys)
     assert "no unfinished training" in fails(train, arguments(dense, folder, "out.pth", "--resume", whole), capsys)
     content = torch.load(out, weights_only=False)
     for place in ({"step": 6}, {"epoch": 2}, {"epoch": -1}):
@@ -130,7 +130,7 @@ class _StoppedError(Exception):
 @pytest.mark.usefixtures("_empty_folder")
 def test_a_batch_that_the_processes_cannot_share_is_refused(dense, folder, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "--batch: 4 pictures" in fails(train, arguments(dense, folder, "out.pth"), capsys)
+    assert "--batch: 4 images" in fails(train, arguments(dense, folder, "out.pth"), capsys)
     monkeypatch.setenv("RANK", "7")
     assert "RANK: 7" in fails(train, arguments(dense, folder, "out.pth"), capsys)
 

@@ -18,7 +18,7 @@ STEM = {"stem_dim": 8, "mlp_dim": 96, "skip_lam": 2.0}
 )
 def test_becomes_dynamic_and_is_read_back(make, shape, arch, tmp_path, capsys):
     dense = write_dense(tmp_path / "dense.pth", make, **shape)
-    folder, out = write_folder(tmp_path / "pictures"), tmp_path / "out.pth"
+    folder, out = write_folder(tmp_path / "images"), tmp_path / "out.pth"
     assert train.main(arguments(dense, folder, out, "--val", folder)) == 0
     assert "epoch 2 of 2: loss" in capsys.readouterr().out
     engine = dvit.convert(out, device="cpu")

@@ -1,4 +1,4 @@
-"""Training pictures: what is drawn at random follows from seed, epoch and picture, however the work is shared out."""
+"""Training images: what is drawn at random follows from seed, epoch and image, however the work is shared out."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from drawn import draw_all, write_text
 import dvit_infer as dvit
 from dvit_infer.training import data
 from dvit_infer.training.augment import Augmentation
-from dvit_infer.training.data import Batch, Loading, Pictures, batches, mixed, steps_an_epoch, targets
+from dvit_infer.training.data import Batch, ImageFiles, Loading, batches, mixed, steps_an_epoch, targets
 
 COUNT = 19
 AUGMENT = Augmentation((16, 24))
@@ -21,25 +21,25 @@ MIXING = Loading(8, seed=5, mixup=0.8, cutmix=1.0, noise=(2, 6))
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return draw_all(tmp_path_factory.mktemp("pictures"), COUNT)
+    return draw_all(tmp_path_factory.mktemp("images"), COUNT)
 
 
 @pytest.fixture(scope="module")
-def pictures(paths):
+def image_files(paths):
     """The label of each is its index."""
-    return Pictures((path, index) for index, path in enumerate(paths))
+    return ImageFiles((path, index) for index, path in enumerate(paths))
 
 
-def by_picture(parts: list[Batch]) -> dict[int, tuple[np.ndarray, ...]]:
-    """Everything that a batch says of each picture, what it becomes and what is to be learned from it included."""
+def by_image(parts: list[Batch]) -> dict[int, tuple[np.ndarray, ...]]:
+    """Everything that a batch says of each image, what it becomes and what is to be learned from it included."""
     found = {}
     for part in parts:
         images = mixed(part.images.float(), part)
         wanted = targets(part, COUNT, 0.1)
         for i, label in enumerate(part.labels.tolist()):
-            of_picture = (part.images[i], part.weights[i], part.noise[:, i], part.share[i], part.boxes[i])
+            of_image = (part.images[i], part.weights[i], part.noise[:, i], part.share[i], part.boxes[i])
             assert label not in found
-            found[label] = tuple(x.numpy() for x in (*of_picture, images[i], wanted[i]))
+            found[label] = tuple(x.numpy() for x in (*of_image, images[i], wanted[i]))
     return found
 
 
@@ -50,26 +50,28 @@ def assert_same(a: dict[int, tuple[np.ndarray, ...]], b: dict[int, tuple[np.ndar
             np.testing.assert_array_equal(ours, theirs)
 
 
-def order(pictures: Pictures, loading: Loading, epoch: int = 0) -> list[int]:
-    return [label for part in batches(pictures, AUGMENT, loading, epoch) for label in part.labels.tolist()]
+def order(image_files: ImageFiles, loading: Loading, epoch: int = 0) -> list[int]:
+    return [label for part in batches(image_files, AUGMENT, loading, epoch) for label in part.labels.tolist()]
 
 
-def test_the_order_is_another_permutation_every_epoch(pictures):
+def test_the_order_is_another_permutation_every_epoch(image_files):
     every = Loading(COUNT, seed=3)
-    first = order(pictures, every)
+    first = order(image_files, every)
     assert sorted(first) == list(range(COUNT)) != first
-    assert first == order(pictures, every)
-    assert len({tuple(first), tuple(order(pictures, every, 1)), tuple(order(pictures, Loading(COUNT, seed=4)))}) == 3
-    assert order(pictures, Loading(8, seed=3)) == first[:16]  # what is left over is dropped
-    assert steps_an_epoch(pictures, Loading(8)) == 2
+    assert first == order(image_files, every)
+    assert (
+        len({tuple(first), tuple(order(image_files, every, 1)), tuple(order(image_files, Loading(COUNT, seed=4)))}) == 3
+    )
+    assert order(image_files, Loading(8, seed=3)) == first[:16]  # what is left over is dropped
+    assert steps_an_epoch(image_files, Loading(8)) == 2
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_what_a_picture_draws_differs_between_epochs_and_seeds(pictures, seed):
+def test_what_a_image_draws_differs_between_epochs_and_seeds(image_files, seed):
     loading = dataclasses.replace(MIXING, seed=seed)
-    one = by_picture(list(batches(pictures, AUGMENT, loading, 0)))
-    others = [by_picture(list(batches(pictures, AUGMENT, loading, 1)))]
-    others.append(by_picture(list(batches(pictures, AUGMENT, dataclasses.replace(loading, seed=seed // 2 + 1), 0))))
+    one = by_image(list(batches(image_files, AUGMENT, loading, 0)))
+    others = [by_image(list(batches(image_files, AUGMENT, loading, 1)))]
+    others.append(by_image(list(batches(image_files, AUGMENT, dataclasses.replace(loading, seed=seed // 2 + 1), 0))))
     for other in others:
         for label in one.keys() & other.keys():
             assert not np.array_equal(one[label][0], other[label][0])
@@ -79,43 +81,43 @@ def test_what_a_picture_draws_differs_between_epochs_and_seeds(pictures, seed):
 @pytest.mark.parametrize(
     ("world", "accumulate", "workers"), [(1, 2, 0), (1, 4, 2), (2, 1, 0), (2, 2, 2), (4, 1, 0), (1, 1, 2)]
 )
-def test_however_the_work_is_shared_out(pictures, world, accumulate, workers):
-    whole = list(batches(pictures, AUGMENT, MIXING, 2))
-    expected = by_picture(whole)
+def test_however_the_work_is_shared_out(image_files, world, accumulate, workers):
+    whole = list(batches(image_files, AUGMENT, MIXING, 2))
+    expected = by_image(whole)
     assert any(0 < values[3] < 1 for values in expected.values())
     shared = dataclasses.replace(MIXING, world=world, accumulate=accumulate, workers=workers)
     assert shared.part == 8 // (world * accumulate)
-    ranks = [list(batches(pictures, AUGMENT, dataclasses.replace(shared, rank=rank), 2)) for rank in range(world)]
-    assert_same(by_picture([part for parts in ranks for part in parts]), expected)
-    for step in range(2):  # a step has the same pictures, in the same order if its parts are laid side by side
+    ranks = [list(batches(image_files, AUGMENT, dataclasses.replace(shared, rank=rank), 2)) for rank in range(world)]
+    assert_same(by_image([part for parts in ranks for part in parts]), expected)
+    for step in range(2):  # a step has the same images, in the same order if its parts are laid side by side
         turns = range(step * accumulate, (step + 1) * accumulate)
         labels = [label for turn in turns for parts in ranks for label in parts[turn].labels.tolist()]
         assert labels == whole[step].labels.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_be_entered_in_its_middle(pictures, workers):
+def test_an_epoch_can_be_entered_in_its_middle(image_files, workers):
     loading = dataclasses.replace(MIXING, batch=4, accumulate=2, workers=workers)
-    whole = list(batches(pictures, AUGMENT, loading, 1))
+    whole = list(batches(image_files, AUGMENT, loading, 1))
     assert len(whole) == 8
     for step in (1, 3, 4):
-        rest = list(batches(pictures, AUGMENT, loading, 1, step))
+        rest = list(batches(image_files, AUGMENT, loading, 1, step))
         assert [part.labels.tolist() for part in rest] == [part.labels.tolist() for part in whole[2 * step :]]
-        assert_same(by_picture(rest), by_picture(whole[2 * step :]))
+        assert_same(by_image(rest), by_image(whole[2 * step :]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_cannot_be_read(paths, pictures, tmp_path, workers):
+def test_a_image_that_cannot_be_read(paths, image_files, tmp_path, workers):
     loading = dataclasses.replace(MIXING, workers=workers)
-    before = list(batches(pictures, AUGMENT, loading, 0))
+    before = list(batches(image_files, AUGMENT, loading, 0))
     bad, partner = before[0].labels.tolist()[3], before[0].labels.tolist()[2]
     text = str(write_text(tmp_path / "bad.jpg"))
-    broken = Pictures((text if index == bad else path, index) for index, path in enumerate(paths))
+    broken = ImageFiles((text if index == bad else path, index) for index, path in enumerate(paths))
     after = list(batches(broken, AUGMENT, loading, 0))
     assert [path for path, _ in after[0].unreadable] == [text]
-    assert "is no picture" in after[0].unreadable[0][1]
+    assert "is no image" in after[0].unreadable[0][1]
     assert before[0].unreadable == after[1].unreadable == []
-    was, now = by_picture(before), by_picture(after)
+    was, now = by_image(before), by_image(after)
     assert now[bad][1] == 0
     assert not now[bad][0].any()
     for label in (bad, partner):
@@ -127,18 +129,18 @@ def test_a_picture_that_cannot_be_read(paths, pictures, tmp_path, workers):
     assert_same(now, was)
 
 
-def test_no_two_generators_are_the_same(pictures):
-    maker = data._Maker(pictures, AUGMENT, Loading(8, seed=5), 2)
+def test_no_two_generators_are_the_same(image_files):
+    maker = data._Maker(image_files, AUGMENT, Loading(8, seed=5), 2)
     purposes = (data._AUGMENT, data._NOISE, data._MIX)
     drawn = {maker._generator(index, purpose).random() for index in range(COUNT) for purpose in purposes}
     drawn.add(np.random.Generator(np.random.PCG64([5, 2])).random())  # the order's
     assert len(drawn) == 3 * COUNT + 1
 
 
-def test_batches_leave_the_process_as_it_was(pictures):
+def test_batches_leave_the_process_as_it_was(image_files):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     for workers in (0, 2):
-        part = next(batches(pictures, AUGMENT, dataclasses.replace(MIXING, workers=workers), 0))
+        part = next(batches(image_files, AUGMENT, dataclasses.replace(MIXING, workers=workers), 0))
     assert torch.equal(states[0], torch.get_rng_state())
     np.testing.assert_array_equal(states[1], np.random.get_state()[1])
     assert (part.images.shape, part.images.dtype) == ((8, 3, 16, 24), torch.uint8)
@@ -147,22 +149,22 @@ def test_batches_leave_the_process_as_it_was(pictures):
     assert (part.noise.shape, part.boxes.shape) == ((2, 8, 6, 2), (8, 4))
 
 
-def test_noise_is_gumbel(pictures):
-    part = next(batches(pictures, AUGMENT, Loading(16, noise=(3, 2000)), 0))
+def test_noise_is_gumbel(image_files):
+    part = next(batches(image_files, AUGMENT, Loading(16, noise=(3, 2000)), 0))
     assert part.noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert part.noise.var().item() == pytest.approx(np.pi**2 / 6, abs=0.03)
     flat = part.noise.flatten()
     assert torch.corrcoef(torch.stack([flat[:-1], flat[1:]]))[0, 1].abs() < 0.01
-    assert next(batches(pictures, AUGMENT, Loading(16), 0)).noise.numel() == 0
+    assert next(batches(image_files, AUGMENT, Loading(16), 0)).noise.numel() == 0
 
 
-def parts_of(pictures: Pictures, **mixing: float) -> list[Batch]:
+def parts_of(image_files: ImageFiles, **mixing: float) -> list[Batch]:
     loading = Loading(18, seed=1, **mixing)  # type: ignore[arg-type]
-    return [part for epoch in range(6) for part in batches(pictures, Augmentation((20, 30)), loading, epoch)]
+    return [part for epoch in range(6) for part in batches(image_files, Augmentation((20, 30)), loading, epoch)]
 
 
-def test_mixup(pictures):
-    for part in parts_of(pictures, mixup=0.8):
+def test_mixup(image_files):
+    for part in parts_of(image_files, mixup=0.8):
         assert not part.boxes.any()
         assert torch.equal(part.share[::2], part.share[1::2])
         assert ((part.share >= 0) & (part.share <= 1)).all()
@@ -173,9 +175,9 @@ def test_mixup(pictures):
         assert mixed(part.images.bfloat16(), part).dtype == torch.bfloat16
 
 
-def test_cutmix(pictures):
+def test_cutmix(image_files):
     areas = []
-    for part in parts_of(pictures, cutmix=1.0):
+    for part in parts_of(image_files, cutmix=1.0):
         assert torch.equal(part.boxes[::2], part.boxes[1::2])
         images = part.images.float()
         out = mixed(images, part)
@@ -189,7 +191,7 @@ def test_cutmix(pictures):
             expected[:, top:bottom, left:right] = images[i ^ 1][:, top:bottom, left:right]
             assert torch.equal(out[i], expected)
             areas.append(area)
-    for part in parts_of(pictures, cutmix=0.02):  # the share is close to 0 or 1: whole pictures are pasted, or nothing
+    for part in parts_of(image_files, cutmix=0.02):  # the share is close to 0 or 1: whole images are pasted, or nothing
         boxes = part.boxes[part.share == 1]
         assert len(boxes)
         assert not boxes.any()
@@ -197,17 +199,17 @@ def test_cutmix(pictures):
     assert max(areas) > 300
 
 
-def test_mixup_and_cutmix_take_turns(pictures):
-    parts = parts_of(pictures, mixup=1.0, cutmix=1.0)
+def test_mixup_and_cutmix_take_turns(image_files):
+    parts = parts_of(image_files, mixup=1.0, cutmix=1.0)
     by_cutmix = torch.cat([part.boxes for part in parts])[::2].any(1).float().mean().item()
     assert 0.25 < by_cutmix < 0.75  # of 54 pairs
-    plain = parts_of(pictures)
+    plain = parts_of(image_files)
     assert all(torch.equal(part.share, torch.ones(18)) and not part.boxes.any() for part in plain)
     assert torch.equal(mixed(plain[0].images.float(), plain[0]), plain[0].images.float())
 
 
-def test_targets(pictures):
-    part = parts_of(pictures, mixup=0.8, cutmix=1.0)[0]
+def test_targets(image_files):
+    part = parts_of(image_files, mixup=0.8, cutmix=1.0)[0]
     wanted = targets(part, COUNT, 0.1)
     assert wanted.dtype == torch.float32
     torch.testing.assert_close(wanted.sum(1), torch.ones(18))
@@ -217,7 +219,7 @@ def test_targets(pictures):
         expected[label] = on * share + off * (1 - share)
         expected[int(part.labels[i ^ 1])] = on * (1 - share) + off * share
         torch.testing.assert_close(wanted[i], expected)
-    plain = parts_of(pictures)[0]
+    plain = parts_of(image_files)[0]
     assert torch.equal(targets(plain, COUNT, 0.0), torch.eye(COUNT)[plain.labels])
 
 
@@ -227,8 +229,8 @@ def test_targets(pictures):
         ({"batch": 0}, "batch: 0 "),
         ({"batch": -4}, "batch: -4 "),
         ({"accumulate": 0}, "accumulate: 0 "),
-        ({"batch": 10, "world": 4}, "batch: 10 pictures a step cannot be shared by 4 processes; a multiple of 4 can$"),
-        ({"batch": 8, "world": 2, "accumulate": 3}, "accumulate: the 4 pictures of a process .* 3 parts"),
+        ({"batch": 10, "world": 4}, "batch: 10 images a step cannot be shared by 4 processes; a multiple of 4 can$"),
+        ({"batch": 8, "world": 2, "accumulate": 3}, "accumulate: the 4 images of a process .* 3 parts"),
         ({"batch": 12, "world": 2, "accumulate": 2, "mixup": 0.8}, "batch: .* cannot be mixed in pairs; "),
         ({"batch": 9, "cutmix": 1.0}, "batch: .* cannot be mixed in pairs; "),
         *(({"mixup": value}, "mixup: ") for value in (-0.1, float("nan"), float("inf"))),
@@ -241,43 +243,43 @@ def test_loadings_that_are_not_possible(wrong, message):
     assert "\n" not in str(caught.value)
 
 
-def test_too_few_pictures(pictures):
+def test_too_few_images(image_files):
     for wrong in (
-        lambda: steps_an_epoch(pictures, Loading(20)),
-        lambda: next(batches(pictures, AUGMENT, Loading(20), 0)),
+        lambda: steps_an_epoch(image_files, Loading(20)),
+        lambda: next(batches(image_files, AUGMENT, Loading(20), 0)),
     ):
-        with pytest.raises(dvit.InputError, match=r"^batch: 19 pictures are fewer than a batch of 20$"):
+        with pytest.raises(dvit.InputError, match=r"^batch: 19 images are fewer than a batch of 20$"):
             wrong()
     assert Loading(9).part == 9  # an odd number, where nothing is mixed
 
 
-def test_pictures_keep_what_they_are_given():
+def test_images_keep_what_they_are_given():
     entries = [("a/ü.jpg", 3), (os.fsdecode(b"\xff\xe4.png"), 0), ("日本/x.webp", 999), ("a", 3)]
-    kept = Pictures(iter(entries))
+    kept = ImageFiles(iter(entries))
     assert [kept[index] for index in range(len(kept))] == entries
-    assert len(Pictures([])) == 0
+    assert len(ImageFiles([])) == 0
     digest = kept.digest
     assert len(digest) == 16
     assert int(digest, 16) >= 0
-    assert Pictures(entries).digest == digest
+    assert ImageFiles(entries).digest == digest
     others = [entries[::-1], entries[:3], [*entries[:3], ("a", 4)], [*entries[:3], ("b", 3)], [("a", 0), ("bc", 0)]]
     others.append([("ab", 0), ("c", 0)])
-    assert len({digest, *(Pictures(other).digest for other in others)}) == 7
+    assert len({digest, *(ImageFiles(other).digest for other in others)}) == 7
 
 
-def test_a_folder_of_pictures_that_vanish(tmp_path: Path):
+def test_a_folder_of_images_that_vanish(tmp_path: Path):
     paths = draw_all(tmp_path, 4)
-    pictures = Pictures((path, index) for index, path in enumerate(paths))
+    image_files = ImageFiles((path, index) for index, path in enumerate(paths))
     for path in paths:
         os.remove(path)
-    part = next(batches(pictures, AUGMENT, Loading(4, mixup=0.8), 0))
+    part = next(batches(image_files, AUGMENT, Loading(4, mixup=0.8), 0))
     assert not part.weights.any()
     assert sorted(path for path, _ in part.unreadable) == paths
 
 
 def test_the_digest_does_not_depend_on_where_the_folder_is():
-    here, there = (Pictures([(f"{folder}/a/1.png", 0)], folder) for folder in ("/data", "elsewhere/data"))
+    here, there = (ImageFiles([(f"{folder}/a/1.png", 0)], folder) for folder in ("/data", "elsewhere/data"))
     assert here.digest == there.digest
     assert (here[0], there[0]) == (("/data/a/1.png", 0), ("elsewhere/data/a/1.png", 0))
-    assert here.digest == Pictures([("/data/a/1.png", 0)], "/data/").digest
-    assert here.digest != Pictures([("/data/b/1.png", 0)], "/data").digest
+    assert here.digest == ImageFiles([("/data/a/1.png", 0)], "/data/").digest
+    assert here.digest != ImageFiles([("/data/b/1.png", 0)], "/data").digest

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from golden_cases import answers, official_checkpoint, options, pictures, same_kept
+from golden_cases import answers, case_images, official_checkpoint, options, same_kept
 from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
@@ -35,7 +35,7 @@ def test_agrees_with_the_golden_case(case_id, choices):
     engine, (right, right_kept, margin) = converted(case_id), answers(case_id)
     count = 1 if choices is TRITON else len(right)  # the interpreter is slow
     with using(choices):
-        logits, kept = engine(pictures(case_id)[:count], return_kept=True)
+        logits, kept = engine(case_images(case_id)[:count], return_kept=True)
     assert logits.dtype == torch.float32
     assert (logits - right[:count]).abs().max() < 2e-5
     assert same_kept(kept, [stage[:count] for stage in right_kept], margin[:count])
@@ -43,7 +43,7 @@ def test_agrees_with_the_golden_case(case_id, choices):
 
 @pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
 def test_float16_strays_no_further_than_plain_pytorch(case_id):
-    checkpoint, images = official_checkpoint(case_id), pictures(case_id)[:1]
+    checkpoint, images = official_checkpoint(case_id), case_images(case_id)[:1]
     reference = dvit.load_reference(checkpoint, **options(case_id))
     right, kept = reference(images, return_kept=True)
     plain = reference.half()(images.half(), kept=kept).float()
@@ -55,7 +55,7 @@ def test_float16_strays_no_further_than_plain_pytorch(case_id):
 @pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
 def test_uint8_is_normalised_inside(case_id):
     engine = converted(case_id)
-    raw = (pictures(case_id)[:1] * 60 + 120).clamp(0, 255).to(torch.uint8)
+    raw = (case_images(case_id)[:1] * 60 + 120).clamp(0, 255).to(torch.uint8)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (engine.config.mean, engine.config.std))
     with using(PYTORCH):  # the patch embedding is a kernel in any case
         assert torch.allclose(engine(raw), engine((raw / 255 - mean) / std), atol=1e-5)
@@ -69,8 +69,8 @@ def test_every_nodes_output_can_be_watched():
     plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
     seen, right = {}, {}
     with using(PYTORCH):
-        _, kept = plain.runner(pictures(TINY), None, lambda node, out: right.update({node.name: out.clone()}))
-        engine.runner(pictures(TINY), kept, lambda node, out: seen.update({node.name: out.clone()}))
+        _, kept = plain.runner(case_images(TINY), None, lambda node, out: right.update({node.name: out.clone()}))
+        engine.runner(case_images(TINY), kept, lambda node, out: seen.update({node.name: out.clone()}))
     assert seen.keys() == right.keys()
     for name, out in right.items():
         torch.testing.assert_close(seen[name], out, atol=2e-5, rtol=1e-4)
@@ -79,7 +79,7 @@ def test_every_nodes_output_can_be_watched():
 def test_distillation_token_and_dense():
     checkpoint = official_checkpoint("timm-deit_small_distilled_patch16_224")
     engine = dvit.convert(checkpoint, device="cpu")
-    images = pictures("timm-deit_small_distilled_patch16_224")[:1]
+    images = case_images("timm-deit_small_distilled_patch16_224")[:1]
     with using(PYTORCH):
         logits = TritonRunner(engine.graph)(images)[0]
     assert (logits - engine(images)).abs().max() < 2e-5
@@ -95,7 +95,7 @@ def test_an_unfolded_graph_is_refused():
 def test_a_runner_can_be_copied_and_pickled():
     with using(PYTORCH):
         runner = converted(TINY).runner
-        images = pictures(TINY)[:1]
+        images = case_images(TINY)[:1]
         right = runner(images)[0]
         for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
             assert torch.equal(other(images)[0], right)

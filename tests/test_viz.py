@@ -1,4 +1,4 @@
-"""Pictures of what was kept: the library's against the engine's kept sets, and dvit-viz as a user types it."""
+"""Images of what was kept: the library's against the engine's kept sets, and dvit-viz as a user types it."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from dvit_infer.images.preprocess import preprocess_for
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 
 
-def picture(seed: int, size: tuple[int, int] = (260, 240)) -> Image.Image:
+def pil_image(seed: int, size: tuple[int, int] = (260, 240)) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     where = tmp_path / "pets"
     where.mkdir()
     for seed in range(3):
-        picture(seed).save(where / f"p{seed}.png")
+        pil_image(seed).save(where / f"p{seed}.png")
     return where
 
 
@@ -64,10 +64,10 @@ def panels(sheet: Image.Image, rows: int, columns: int, size: tuple[int, int]) -
 )
 def test_dropped_patches_are_dimmed_and_no_others(checkpoint, options, size, scale):
     engine = dvit.convert(checkpoint, assume={"num_heads": 2}, device="cpu", **options)
-    pictures = [picture(1), picture(2, (90, 300))]
-    sheet = draw_kept(engine, pictures)
+    pil_images = [pil_image(1), pil_image(2, (90, 300))]
+    sheet = draw_kept(engine, pil_images)
     preprocess = preprocess_for(engine.config)
-    images = np.stack([preprocess(one) for one in pictures])
+    images = np.stack([preprocess(one) for one in pil_images])
     _, kept = engine(torch.from_numpy(images), return_kept=True)
     drawn = panels(sheet, 2, 1 + len(kept), (size[0] * scale, size[1] * scale))
     for row, image in enumerate(images.transpose(0, 2, 3, 1)):
@@ -84,8 +84,8 @@ def test_dropped_patches_are_dimmed_and_no_others(checkpoint, options, size, sca
 
 
 def test_what_it_saw(wide, tmp_path):
-    picture(3).save(tmp_path / "three.png")
-    images = torch.from_numpy(np.stack([preprocess_for(wide.config)(picture(seed)) for seed in (3, 4)]))
+    pil_image(3).save(tmp_path / "three.png")
+    images = torch.from_numpy(np.stack([preprocess_for(wide.config)(pil_image(seed)) for seed in (3, 4)]))
     seen = look(wide, [images[:1], images[1:]])
     probabilities = wide(images).softmax(dim=1)
     for one, expected in zip(seen, probabilities, strict=True):
@@ -93,8 +93,8 @@ def test_what_it_saw(wide, tmp_path):
         assert one.probability == pytest.approx(expected.max().item(), rel=1e-4)
         assert [stage.shape for stage in one.kept] == [wide.config.grid] * 3
         assert [stage.sum() for stage in one.kept] == list(wide.config.num_keep)
-    assert seen[0].picture.size == (256, 192)
-    assert draw_kept(wide, [tmp_path / "three.png", picture(4)]).tobytes() == draw_seen(seen, wide.config).tobytes()
+    assert seen[0].pil_image.size == (256, 192)
+    assert draw_kept(wide, [tmp_path / "three.png", pil_image(4)]).tobytes() == draw_seen(seen, wide.config).tobytes()
     best = int(probabilities[0].argmax())
     assert look(wide, [images[:1]], {best: "cat"})[0].label == "cat"
     assert look(wide, [images[:1]], {best + 1: "cat"})[0].label == f"class {best}"
@@ -102,21 +102,21 @@ def test_what_it_saw(wide, tmp_path):
 
 def test_long_and_strange_labels_stay_on_the_sheet(wide):
     labels = [dict.fromkeys(range(10), name) for name in ("x" * 5000, "a\nb\x1b[31m", "\u65e5\u672c", "")]
-    sizes = {draw_kept(wide, [picture(3)], names).size for names in labels}
+    sizes = {draw_kept(wide, [pil_image(3)], names).size for names in labels}
     assert len(sizes) == 1
-    edge = np.asarray(draw_kept(wide, [picture(3)], labels[0]))[:, -8:]
+    edge = np.asarray(draw_kept(wide, [pil_image(3)], labels[0]))[:, -8:]
     assert (edge == 255).all()
 
 
 def test_the_heat_map_counts(wide):
-    pictures = [picture(seed) for seed in range(19)]
-    images = torch.from_numpy(np.stack([preprocess_for(wide.config)(one) for one in pictures]))
+    pil_images = [pil_image(seed) for seed in range(19)]
+    images = torch.from_numpy(np.stack([preprocess_for(wide.config)(one) for one in pil_images]))
     _, kept = wide(images, return_kept=True)
     counts = [np.bincount(stage.flatten(), minlength=192).reshape(12, 16) for stage in kept]
     shares, count = keep_shares(wide, (images[start : start + 8] for start in range(0, 19, 8)))
     assert count == 19
     np.testing.assert_allclose(shares, np.stack(counts) / 19)
-    sheet = draw_heat_map(wide, (one for one in pictures))  # a stream
+    sheet = draw_heat_map(wide, (one for one in pil_images))  # a stream
     assert sheet.tobytes() == draw_shares(shares, count, wide.config).tobytes()
     (drawn,) = panels(sheet, 1, 3, (192, 256))
     for panel, expected in zip(drawn, counts, strict=True):
@@ -133,14 +133,14 @@ def test_nothing_to_draw(wide, checkpoint, tmp_path):
     dense = dvit.convert(checkpoint, assume={"num_heads": 2}, method="none", device="cpu")
     for draw in (draw_kept, draw_heat_map):
         with pytest.raises(dvit.InputError, match=r"^method: none"):
-            draw(dense, [picture(1)])
-        with pytest.raises(dvit.InputError, match=r"^pictures: there are none"):
+            draw(dense, [pil_image(1)])
+        with pytest.raises(dvit.InputError, match=r"^images: there are none"):
             draw(wide, [])
         with pytest.raises(dvit.InputError, match=r"missing\.png"):
-            draw(wide, [picture(1), tmp_path / "missing.png"])
+            draw(wide, [pil_image(1), tmp_path / "missing.png"])
 
 
-def test_a_grid_of_pictures_from_a_folder(checkpoint, folder, capsys):
+def test_a_grid_of_images_from_a_folder(checkpoint, folder, capsys):
     names = {str(index): [f"n{index}", f"pet {index}"] for index in range(10)}
     Path("classes.json").write_text(json.dumps(names))
     argv = [str(checkpoint), str(folder), *TINY, "--classes", "classes.json"]
@@ -192,7 +192,7 @@ def test_a_heat_map_of_a_folder_counts_and_names_what_it_cannot_read(checkpoint,
         ["cannot be read", str(folder / "deeper" / "text.jpg")],
         ["cannot be read", str(folder / "p1b.png")],
     ]
-    assert out[2] == "3 pictures, 2 that cannot be read; kept 137, 96, 67 of 196"
+    assert out[2] == "3 images, 2 that cannot be read; kept 137, 96, 67 of 196"
     assert out[3].startswith("wrote pets.heat.png (")
     engine = dvit.convert(checkpoint, assume={"num_heads": 2}, device="cpu")
     expected = draw_heat_map(engine, [folder / f"p{seed}.png" for seed in range(3)])
@@ -200,21 +200,21 @@ def test_a_heat_map_of_a_folder_counts_and_names_what_it_cannot_read(checkpoint,
     monkeypatch.setattr(command, "NAMED", 1)
     assert command.main([str(checkpoint), str(folder / "p*.png"), str(folder), *TINY, "--heat-map"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[1:3] == ["cannot be read: 2 more", "6 pictures, 3 that cannot be read; kept 137, 96, 67 of 196"]
-    assert "p0.heat.png" in os.listdir()  # of a pattern: after its first picture
+    assert out[1:3] == ["cannot be read: 2 more", "6 images, 3 that cannot be read; kept 137, 96, 67 of 196"]
+    assert "p0.heat.png" in os.listdir()  # of a pattern: after its first image
     (folder / "p0.png").write_bytes(b"")
     assert command.main([str(checkpoint), str(folder), *TINY, "--heat-map", "--workers", "0", "--batch", "1"]) == 0
-    assert "2 pictures, 3 that cannot be read" in capsys.readouterr().out
+    assert "2 images, 3 that cannot be read" in capsys.readouterr().out
 
 
-def test_more_pictures_than_a_grid_holds(checkpoint, folder, capsys):
+def test_more_images_than_a_grid_holds(checkpoint, folder, capsys):
     line = fails(command, [checkpoint, *[folder / "p0.png"] * 65, *TINY], capsys)
     assert "more than 64" in line
     assert "--heat-map" in line
 
 
-def test_odd_pictures_go_through_the_shared_decoder(checkpoint, tmp_path, capsys):
-    base = picture(5)
+def test_odd_images_go_through_the_shared_decoder(checkpoint, tmp_path, capsys):
+    base = pil_image(5)
     base.quantize(256).save(tmp_path / "palette.png")
     grey = np.asarray(base.convert("L")).astype(np.uint16) * 257
     Image.fromarray(grey).save(tmp_path / "deep.png")
@@ -263,17 +263,17 @@ def test_bad_options(argv, named, checkpoint, folder, capsys):
 
 
 @pytest.mark.parametrize("heat_map", [[], ["--heat-map"]])
-def test_bad_pictures(heat_map, checkpoint, folder, tmp_path, capsys):
+def test_bad_images(heat_map, checkpoint, folder, tmp_path, capsys):
     bad = tmp_path / "bad"
     (bad / "empty").mkdir(parents=True)
     (bad / "text.jpg").write_text("hello")
-    picture(1).save(bad / "whole.jpg")
+    pil_image(1).save(bad / "whole.jpg")
     (bad / "cut.jpg").write_bytes((bad / "whole.jpg").read_bytes()[:900])
     for name in ("text.jpg", "cut.jpg", "missing.jpg", "*.gif", "empty"):
         assert name in fails(command, [checkpoint, bad / name, *TINY, *heat_map], capsys)
     both = fails(command, [checkpoint, bad / "cut.jpg", bad / "text.jpg", *TINY, *heat_map], capsys)
     assert "cut.jpg" in both
-    assert ("none of the 2 pictures can be read" in both) == bool(heat_map)
+    assert ("none of the 2 images can be read" in both) == bool(heat_map)
     assert "missing.pth" in fails(command, [tmp_path / "missing.pth", folder, *TINY, *heat_map], capsys)
     torch.save({"model": {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}}, bad / "d.pth")
     assert "--method: none" in fails(command, [bad / "d.pth", folder, *TINY, *heat_map], capsys)

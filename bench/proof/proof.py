@@ -1,9 +1,9 @@
 """The whole claim on a small trained model: `make proof`. Two thirds of the tokens gone, as right as the dense model.
 
 A dense ViT learns cluttered digits (dense.py), dvit-train makes it dynamic at 0.7 three times with other random
-numbers, dvit-convert verifies, and all are counted on the 10,000 test pictures; so is one that keeps as many patches at
+numbers, dvit-convert verifies, and all are counted on the 10,000 test images; so is one that keeps as many patches at
 random. What is done is kept in build/proof, so that a run goes on where it stopped; of another recipe, it starts anew.
-With --update the two checkpoints, proof.json and the picture go where the project keeps them.
+With --update the two checkpoints, proof.json and the image go where the project keeps them.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FINE_TUNING = (
     *("--lr", "1e-3", "--backbone-lr-scale", "0.1", "--batch", "128", "--smoothing", "0", "--dtype", "bfloat16"),
     *("--scale", "1", "--flip", "0", "--mixup", "0", "--cutmix", "0", "--randaugment", "0", "--erase", "0"),
 )
-SHOWN = (0, 3, 4)  # of the test pictures, not chosen for what the model makes of them
+SHOWN = (0, 3, 4)  # of the test images, not chosen for what the model makes of them
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Pictures to tokens as one op against normalisation, convolution and concatenation in eager PyTorch, DeiT-S."""
+"""Images to tokens as one op against normalisation, convolution and concatenation in eager PyTorch, DeiT-S."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 PATCH, DIM, TOKENS = 16, 384, 197
 
 
-@pytest.mark.parametrize("pictures", ["float", "uint8"])
+@pytest.mark.parametrize("images", ["float", "uint8"])
 @pytest.mark.parametrize("runtime", ["eager", "op"])
-def test_patch_embedding(pictures, runtime, device, dtype, batch, timed):
+def test_patch_embedding(given, runtime, device, dtype, batch, timed):
     generator = torch.Generator().manual_seed(0)
     shapes = (DIM, 3, PATCH, PATCH), (DIM,), (1, 1, DIM), (1, TOKENS, DIM)
     weight, bias, prefix, pos_embed = (0.05 * torch.randn(s, generator=generator).to(device) for s in shapes)
     pixels = torch.randint(256, (batch, 3, 224, 224), generator=generator, dtype=torch.uint8).to(device)
-    uint8 = pictures == "uint8"
+    uint8 = given == "uint8"
     images = pixels if uint8 else normalise(pixels, IMAGENET_MEAN, IMAGENET_STD).to(dtype)
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if uint8 else (None, None)
     packed = pack_patch_embedding(*(t.to(dtype) for t in (weight, bias, prefix, pos_embed)), dtype, *statistics)
@@ -30,5 +30,5 @@ def test_patch_embedding(pictures, runtime, device, dtype, batch, timed):
         return torch.cat([first.expand(len(x), -1, -1), patches], dim=1) + position
 
     candidates = {"eager": lambda: eager(images, dtype), "op": lambda: patch_embedding(images, *packed[:2], PATCH)}
-    row = {"op": f"patch embedding, {pictures}", "runtime": runtime, "batch": batch, "shape": [224, 224, DIM]}
-    timed(candidates[runtime], eager(images, torch.float32), f"patch embedding, {pictures}", **row)
+    row = {"op": f"patch embedding, {given}", "runtime": runtime, "batch": batch, "shape": [224, 224, DIM]}
+    timed(candidates[runtime], eager(images, torch.float32), f"patch embedding, {given}", **row)

@@ -2,7 +2,7 @@
 
 A graph works in memory of its own: images are copied in, or in large batches their tokens made there, and answers are
 copied out. So that few graphs serve all batches, a batch
-is padded up to the next of `BUCKETS`; pictures do not feel each other, and what the padding holds is not returned.
+is padded up to the next of `BUCKETS`; images do not feel each other, and what the padding holds is not returned.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Answers = tuple[torch.Tensor, list[torch.Tensor]]
 
 
 class Forward(Protocol):
-    """A forward for up to a bucket of pictures, in memory of its own."""
+    """A forward for up to a bucket of images, in memory of its own."""
 
     own_bytes: int
 
@@ -41,7 +41,7 @@ class _Shared:
         stream, beside: where they are captured, and the second of two branches.
         warm: where they run before that. Not where they are captured: a workspace that a library keeps for a stream
             could be given to others once the library lets go of it; made in the capture it is the graph's.
-        pool: memory of whatever is neither pictures nor answers.
+        pool: memory of whatever is neither images nor answers.
         free: recorded when that memory may be written again.
     """
 
@@ -58,8 +58,8 @@ class CapturedForward:
 
     Args:
         runner: what runs when it is captured.
-        batch: pictures a replay.
-        dtype: of the pictures it takes.
+        batch: images a replay.
+        dtype: of the images it takes.
         shared: what the captured forwards of a runner share.
     """
 
@@ -107,7 +107,7 @@ class CapturedForward:
             return torch.cat([first_logits, logits]), [torch.cat(stage) for stage in stages]
 
     def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers:
-        """Answers for the pictures, on the current stream. One thread at a time."""
+        """Answers for the images, on the current stream. One thread at a time."""
         stream, count = torch.cuda.current_stream(), len(images)
         stream.wait_event(self._shared.free)  # an earlier call may have been on another stream
         if self._runner is None:
@@ -141,7 +141,7 @@ class CapturedRunner:
     Args:
         runner: what is captured; it runs calls with given sets or a watch itself, and calls that are being captured by
             the caller.
-        capture: makes a forward for a batch size and a dtype of pictures.
+        capture: makes a forward for a batch size and a dtype of images.
     """
 
     def __init__(self, runner: TorchRunner, capture: Callable[[int, torch.dtype], Forward] | None = None) -> None:

@@ -21,13 +21,13 @@ from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Mlp, Node, Prune
 from dvit_infer.ops import prune_tokens as op
 
-PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three pictures
+PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
 PROBE_ROUNDS = 9
 # Share of an earlier way's time that a later one must stay below to be preferred. The best of the rounds repeats within
 # 0.02; where the probe said 0.89 (an EPYC, two threads, torch 2.13), whole models gained more: 1.10 to 1.23 x.
 CLEARLY = 0.94
 _EXPECTED_ROWS = 1024  # oneDNN lays a weight out for about as many rows; others work too
-_FEW_ROWS = ("q.weight", "packed.4")  # the class row's queries and the mean half: one row a picture
+_FEW_ROWS = ("q.weight", "packed.4")  # the class row's queries and the mean half: one row an image
 
 
 class Linear(NamedTuple):

@@ -98,7 +98,7 @@ class TorchRunner:
         """Give back memory that calls have left to the next; there is none."""
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures as `run` takes them: on the device, normalised, in the dtype."""
+        """Images as `run` takes them: on the device, normalised, in the dtype."""
         return prepare(images, self.config, self.device, self.dtype)
 
     def run(

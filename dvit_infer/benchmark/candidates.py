@@ -34,7 +34,7 @@ class Way:
         gmacs: MACs in 10^9 of the graph it runs.
         held_mib: what it holds between calls, weights and buffers; None: a runtime that does not tell.
         given: as call, with kept sets, a stage each; None: it chooses by itself alone.
-        prepare: makes of the pictures, once, what call takes.
+        prepare: makes of the images, once, what call takes.
         engine: where it is our engine.
         approximate: its answers are not meant to be the reference's to rounding (int8).
     """

@@ -1,4 +1,4 @@
-"""One model run in several ways, side by side, on the same pictures; that all compute the same function is checked."""
+"""One model run in several ways, side by side, on the same images; that all compute the same function is checked."""
 
 import contextlib
 import math
@@ -110,7 +110,7 @@ class Comparison:
         return _images(batch, self.config.image_size)
 
     def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-        """Time every way on the same pictures, interleaved.
+        """Time every way on the same images, interleaved.
 
         Raises:
             InputError: the batch does not fit in memory.
@@ -133,7 +133,7 @@ class Comparison:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
-            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
+            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
         rows, strays, unsure = [], [], []
         for name, way in self._ways.items():
             right = expected[way.config.num_keep]
@@ -168,10 +168,10 @@ class Comparison:
 
         Linux would grant it, and end some process once it is used; a GPU says so itself.
         """
-        free, needed = free_memory(self.device), batch * _bytes_a_picture(self.config)
+        free, needed = free_memory(self.device), batch * _bytes_per_image(self.config)
         if self.device.type == "cpu" and free is not None and needed > free:
             raise InputError(
-                f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
+                f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
                 f"{free / 2**30:.1f} GiB are free; a smaller batch would"
             )
 
@@ -227,8 +227,8 @@ class Comparison:
         )
 
 
-def _bytes_a_picture(config: Config) -> int:
-    """Roughly what one picture needs of memory in the reference: itself, copied, and a block's largest tensors."""
+def _bytes_per_image(config: Config) -> int:
+    """Roughly what one image needs of memory in the reference: itself, copied, and a block's largest tensors."""
     tokens = config.num_prefix + config.num_patches
     attention = 2 * config.num_heads * tokens + 5 * config.embed_dim
     mlp = 2 * (config.mlp_dim + config.embed_dim)
@@ -256,7 +256,7 @@ def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _images(batch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Made-up pictures; beyond `DISTINCT_IMAGES` the same again with noise of their own."""
+    """Made-up images; beyond `DISTINCT_IMAGES` the same again with noise of their own."""
     distinct = sample_images(min(batch, DISTINCT_IMAGES), size, seed=2)
     if batch <= DISTINCT_IMAGES:
         return distinct

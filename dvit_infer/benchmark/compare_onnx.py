@@ -16,7 +16,7 @@ from dvit_infer.benchmark.candidates import Call, blaming
 from dvit_infer.benchmark.outcome import Outcome
 from dvit_infer.benchmark.timing import Row, interleave, noise
 from dvit_infer.errors import InputError
-from dvit_infer.images.synthetic import sample_images, sample_pictures
+from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.onnx.engine import check_file, onnx_device
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
@@ -25,7 +25,7 @@ from dvit_infer.utils.packages import need
 
 RUNTIMES = ("onnxruntime", "openvino")
 ASSUMED_SIZE = 224  # of a file that leaves it open
-_PICTURES = (torch.float32, torch.float16, torch.uint8)
+_IMAGES = (torch.float32, torch.float16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OnnxComparison:
     """An ONNX file and the runtimes that run it, loaded once.
 
     Args:
-        path: of the file; one input of pictures, the first output is taken for the logits.
+        path: of the file; one input of images, the first output is taken for the logits.
         names: of `RUNTIMES`; the first is the baseline.
         device: where ONNX Runtime runs it.
 
@@ -66,8 +66,8 @@ class OnnxComparison:
         self._rate, self._gmacs, self._params = (_number(self.facts, key) for key in ("keep_rate", "gflops", "params"))
         self._input, self.fixed_batch, self._shape, self.notes = _input_of(str(path), session)
         self._dtype = input_dtype(session)
-        if self._dtype not in _PICTURES:
-            raise InputError(f"{path}: its input {self._input} is {session.get_inputs()[0].type}, no picture's")
+        if self._dtype not in _IMAGES:
+            raise InputError(f"{path}: its input {self._input} is {session.get_inputs()[0].type}, no image's")
         assert self._dtype is not None
         self._precision = str(self.facts.get("dtype") or str(self._dtype).removeprefix("torch."))
         self.baseline = names[0]
@@ -92,18 +92,18 @@ class OnnxComparison:
         return "; ".join([f"run by {' and '.join(self._calls)} on {self.device}", *self.notes])
 
     def check_memory(self, batch: int) -> None:
-        """Raise InputError if the pictures alone would not fit in main memory."""
+        """Raise InputError if the images alone would not fit in main memory."""
         if self.fixed_batch not in (None, batch):
-            raise InputError(f"batch: {self.path} takes {self.fixed_batch} pictures at a time, not {batch}")
+            raise InputError(f"batch: {self.path} takes {self.fixed_batch} images at a time, not {batch}")
         free, needed = free_memory(torch.device("cpu")), 8 * batch * math.prod(self._shape)
         if free is not None and needed > free:
-            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would")
+            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would")
 
     def images(self, batch: int) -> torch.Tensor:
         """What a batch is measured on, as the file takes it."""
         last = self._shape[-1] == 3 and self._shape[0] != 3
         size = (self._shape[0], self._shape[1]) if last else (self._shape[1], self._shape[2])
-        made = sample_pictures if self._dtype == torch.uint8 else sample_images
+        made = sample_uint8_images if self._dtype == torch.uint8 else sample_images
         distinct = made(min(batch, 64), size, seed=2)
         images = distinct.repeat(-(-batch // len(distinct)), 1, 1, 1)[:batch].to(self._dtype)
         return (images.permute(0, 2, 3, 1) if last else images).contiguous()
@@ -111,7 +111,7 @@ class OnnxComparison:
     def measure(
         self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None
     ) -> OnnxOutcome:
-        """Time every runtime on the same pictures, interleaved.
+        """Time every runtime on the same images, interleaved.
 
         Raises:
             InputError: the batch does not fit in memory.
@@ -125,7 +125,7 @@ class OnnxComparison:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
-            raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
+            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
         rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
         first = logits[self.baseline]
         same = SAME_MAX if self._precision == "float32" else SAME_RMS
@@ -137,7 +137,7 @@ class OnnxComparison:
         """The first answer, if it can be logits."""
         if not found.is_floating_point() or found.ndim < 2 or len(found) != batch or not found.numel():
             shape = f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
-            raise InputError(f"{self.path}: its first output is {shape}, no logits of {batch} pictures")
+            raise InputError(f"{self.path}: its first output is {shape}, no logits of {batch} images")
         if not torch.isfinite(found).all():
             raise InputError(f"{self.path}: in {name} it answers NaN or Inf")
         return found.float().cpu()
@@ -183,7 +183,7 @@ class OnnxComparison:
 
 
 def _input_of(name: str, session: Any) -> tuple[str, int | None, tuple[int, ...], list[str]]:
-    """Name of the input, the one batch size it takes (None: any), the shape of a picture, what was assumed."""
+    """Name of the input, the one batch size it takes (None: any), the shape of an image, what was assumed."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4:
         found = ", ".join(f"{value.name} {value.shape}" for value in inputs)
@@ -192,11 +192,11 @@ def _input_of(name: str, session: Any) -> tuple[str, int | None, tuple[int, ...]
     sizes = [size if isinstance(size, int) else None for size in shape]
     channels = 2 if sizes[2] == 3 and sizes[0] != 3 else 0
     if sizes[channels] not in (3, None):
-        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}; pictures have three channels")
+        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}; images have three channels")
     notes = [f"its size is open, {ASSUMED_SIZE}x{ASSUMED_SIZE} is assumed"] if None in sizes else []
     fixed = [3 if i == channels else ASSUMED_SIZE if size is None else size for i, size in enumerate(sizes)]
     if 0 in (batch, *fixed):
-        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}, which no picture fills")
+        raise InputError(f"{name}: its input {inputs[0].name} is {inputs[0].shape}, which no image fills")
     return inputs[0].name, batch if isinstance(batch, int) else None, tuple(fixed), notes
 
 

@@ -31,7 +31,7 @@ class Outcome:
         rows: one a way.
         gains: one for every keep rate of the engine, if the dense engine ran too.
         strays: the ways that compute another function, each with its error; a check that failed.
-        unchecked: ways of which these pictures do not say whether they compute the same one.
+        unchecked: ways of which these images do not say whether they compute the same one.
         noise: a line that says so if the machine was noisy.
     """
 
@@ -47,9 +47,7 @@ class Outcome:
             return f"NOT the same function as the reference: {'; '.join(self.strays)}"
         if self.unchecked:
             names = ", ".join(self.unchecked)
-            return (
-                f"not checked whether {names} computes the same function: in no picture is the choice of tokens clear"
-            )
+            return f"not checked whether {names} computes the same function: in no image is the choice of tokens clear"
         exact = [row for row in self.rows if row.variant != "int8"]
         largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
         reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"

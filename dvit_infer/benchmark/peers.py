@@ -110,7 +110,7 @@ def openvino_way(subject: Subject) -> Way:
     if subject.dtype not in hints:
         raise InputError(f"compare: openvino runs float32 and bfloat16, not {subject.dtype_name}")
     _need("onnx", "onnxscript", "openvino")
-    # Its own way to bfloat16 is the hint: weights and pictures come in float32.
+    # Its own way to bfloat16 is the hint: weights and images come in float32.
     run = openvino_call(_exported(subject, torch.float32), hints[subject.dtype])
     return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
 

@@ -63,7 +63,7 @@ def _bench(options: argparse.Namespace) -> int:
     if len(set(outs.values())) < len(outs):
         raise InputError(f"report: {options.report} is where the JSON goes; choose another name")
     if wrong := [batch for batch in options.batch or () if not 1 <= batch <= 1 << 24]:
-        raise InputError(f"batch: {wrong[0]} pictures cannot be measured; 1 or more can")
+        raise InputError(f"batch: {wrong[0]} images cannot be measured; 1 or more can")
     if not 0 <= options.seconds <= 86400:
         raise InputError(f"seconds: {options.seconds:g}; 0 to 86400 can be measured")
     batches = list(dict.fromkeys(options.batch or ()))

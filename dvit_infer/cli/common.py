@@ -58,7 +58,7 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        return _failed("out of memory: a smaller batch, picture or model would fit")
+        return _failed("out of memory: a smaller batch, image or model would fit")
 
 
 def _failed(message: str, status: int = 2) -> int:

@@ -38,10 +38,10 @@ def _parser() -> Parser:
     onnx = parser.add_argument_group("ONNX files", "with --format onnx")
     onnx.add_argument("--opset", type=int, metavar="N", help="20 (the default) or 21")
     onnx.add_argument("--kept", action="store_true", help="outputs kept_0, kept_1, ...: the patches kept")
-    onnx.add_argument("--uint8", action="store_true", help="take uint8 pictures (B, H, W, 3) and normalise them inside")
+    onnx.add_argument("--uint8", action="store_true", help="take uint8 images (B, H, W, 3) and normalise them inside")
     onnx.add_argument("--inline", action="store_true", help="write functions out, which OpenVINO and TensorRT need")
     onnx.add_argument("--quantize", metavar="int8", help="8-bit weights and products for CPUs; scores stay float32")
-    onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these pictures")
+    onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these images")
     onnx.add_argument("--classes", metavar="FILE.json", help="names of the classes, to put into the file")
     return parser
 
@@ -79,7 +79,7 @@ def _convert(options: argparse.Namespace) -> int:
             if report is not None and not report.passed:
                 raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
-    print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds a picture as run")
+    print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds an image as run")
     print("not verified, as asked" if report is None else report)
     if report is not None and not report.passed:
         print(

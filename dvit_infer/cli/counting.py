@@ -1,4 +1,4 @@
-"""Progress over many pictures: how many of how many, how fast, until when."""
+"""Progress over many images: how many of how many, how fast, until when."""
 
 import contextlib
 import sys

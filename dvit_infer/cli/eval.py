@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, shown
+from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, shown
 
 if TYPE_CHECKING:
     from dvit_infer.classifier import Classifier
     from dvit_infer.evaluate.accuracy import Accuracy
 
-NAMED = 10  # unreadable pictures; the JSON names all
+NAMED = 10  # unreadable images; the JSON names all
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-eval", description="Classify the pictures of a folder of class folders, and count.")
+    parser = Parser(prog="dvit-eval", description="Classify the images of a folder of class folders, and count.")
     parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
     parser.add_argument("folder", metavar="FOLDER", help="holds a folder for each class, as ImageNet's")
     add_options(parser)
-    parser.add_argument("--against-reference", action="store_true", help="run the reference on the same pictures")
+    parser.add_argument("--against-reference", action="store_true", help="run the reference on the same images")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     return parser
 
@@ -53,7 +53,7 @@ def _eval(options: argparse.Namespace) -> int:
     where = environment()
     stages = ",".join(map(str, engine.config.num_keep)) or "all"
     print(f"{engine.config.arch}, keeping {stages} of {engine.config.num_patches} patches; ", end="")
-    print(f"{_name(engine.dtype)} on {where['machine']}, torch {where['torch']}; pictures {preprocess}")
+    print(f"{_name(engine.dtype)} on {where['machine']}, torch {where['torch']}; images {preprocess}")
     print(folder)
     print(found)
     for path, why in found.unreadable[:NAMED]:
@@ -65,7 +65,7 @@ def _eval(options: argparse.Namespace) -> int:
         print(f"wrote {options.json}")
     if found.unreadable_share > MOST_UNREADABLE:
         total = found.images + len(found.unreadable)
-        line = f"{options.folder}: {len(found.unreadable)} of {total} pictures cannot be read"
+        line = f"{options.folder}: {len(found.unreadable)} of {total} images cannot be read"
         print(shown(f"error: {line}, more than {MOST_UNREADABLE:.0%}"), file=sys.stderr)
         return 1
     return 0

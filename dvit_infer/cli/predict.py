@@ -1,4 +1,4 @@
-"""dvit-predict: pictures in, one JSON line each out; it streams, and goes on where an interrupted run stopped."""
+"""dvit-predict: images in, one JSON line each out; it streams, and goes on where an interrupted run stopped."""
 
 import argparse
 import contextlib
@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.pictures import MOST_UNREADABLE, add_options, model_of, shown
+from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, shown
 
 if TYPE_CHECKING:
     from dvit_infer.images.path_set import Names
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="dvit-predict", description="Classify pictures: one JSON line each, the five likeliest classes."
-    )
+    parser = Parser(prog="dvit-predict", description="Classify images: one JSON line each, the five likeliest classes.")
     parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, or patterns in quotes")
-    parser.add_argument("-o", "--out", metavar="FILE", help="append to it, but for pictures that are in it already")
+    parser.add_argument("-o", "--out", metavar="FILE", help="append to it, but for images that are in it already")
     parser.add_argument("--kept", action="store_true", help="add the positions of the patches kept at every stage")
     add_options(parser)
     return parser
@@ -34,11 +32,11 @@ def _predict(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
     from dvit_infer.evaluate.predictions import model_id, predict
     from dvit_infer.evaluate.results_file import results
-    from dvit_infer.images.find import find_pictures
+    from dvit_infer.images.find import find_images
     from dvit_infer.utils.files import check_output
 
     out = None if options.out is None else check_output(options.out, "out", not_this=options.model)
-    found = find_pictures(options.images)
+    found = find_images(options.images)
     engine, preprocess, classes = model_of(options)
     model = model_id(engine, options.model, preprocess)
     labels = engine.labels if classes is None else classes.labels
@@ -51,7 +49,7 @@ def _predict(options: argparse.Namespace) -> int:
         # Where the lines themselves come to the terminal there is no place for a bar.
         shows = out is not None or not sys.stdout.isatty()
         progress = stack.enter_context(
-            counting("predicting", lambda: sum(1 for _ in find_pictures(options.images)), shown=shows)
+            counting("predicting", lambda: sum(1 for _ in find_images(options.images)), shown=shows)
         )
         groups = predict(
             engine,
@@ -65,33 +63,33 @@ def _predict(options: argparse.Namespace) -> int:
             write([prediction.line(model, labels) for prediction in group])
             for prediction in group:
                 tally.count(prediction.image, prediction.error)
-            progress(tally.pictures - told)
-            told = tally.pictures
-    if tally.unreadable == tally.pictures:
-        others = f"; none of the {tally.pictures} pictures can be read" if tally.pictures > 1 else ""
+            progress(tally.images - told)
+            told = tally.images
+    if tally.unreadable == tally.images:
+        others = f"; none of the {tally.images} images can be read" if tally.images > 1 else ""
         raise InputError(f"{tally.first}: {tally.why}{others}")
-    if tally.unreadable > MOST_UNREADABLE * tally.pictures:
-        line = f"{tally.unreadable} of {tally.pictures} pictures cannot be read, more than {MOST_UNREADABLE:.0%}"
+    if tally.unreadable > MOST_UNREADABLE * tally.images:
+        line = f"{tally.unreadable} of {tally.images} images cannot be read, more than {MOST_UNREADABLE:.0%}"
         print(shown(f"error: {line}; the first is {tally.first}: {tally.why}"), file=sys.stderr)
         return 1
     return 0
 
 
 class _Tally:
-    """Pictures asked for, done now or before, and how many of them cannot be read."""
+    """Images asked for, done now or before, and how many of them cannot be read."""
 
     def __init__(self) -> None:
-        self.pictures = self.unreadable = 0
+        self.images = self.unreadable = 0
         self.first = self.why = ""
 
     def count(self, image: str, why: str | None) -> None:
-        self.pictures += 1
+        self.images += 1
         if why is not None:
             self.unreadable += 1
             self.first, self.why = (self.first, self.why) if self.first else (image, why)
 
     def new(self, found: Iterator[str], done: "Names") -> Iterator[str]:
-        """Pictures that are not in the file yet, each once; the others count as the file says."""
+        """Images that are not in the file yet, each once; the others count as the file says."""
         for path in found:
             failed = done.get(path)
             if failed is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size, stopping_gently
-from dvit_infer.cli.pictures import shown
+from dvit_infer.cli.images import shown
 from dvit_infer.cli.train_progress import Show, check_logdir, showing
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _add_settings(parser: Parser) -> None:
     """Options that are called as the `Settings` they set; what is not given keeps its default there."""
     numbers: list[tuple[str, Callable[[str], Any], str]] = [
         ("epochs", int, "default: 30"),
-        ("batch", int, "pictures a step, over all processes; default: 128"),
+        ("batch", int, "images a step, over all processes; default: 128"),
         ("accumulate", int, "parts a process takes its share of a step in, with the mean of their losses; default: 1"),
         ("lr", float, "of the predictors; default: 0.001 for a batch of 1024, in proportion for others"),
         ("min-lr", float, "where the cosine ends; default: 1e-6"),
@@ -70,7 +70,7 @@ def _add_settings(parser: Parser) -> None:
         ("smoothing", float, "of the labels; default: 0.1"),
         ("mixup", float, "parameter of its beta distribution, 0: off; default: 0.8"),
         ("cutmix", float, "parameter of its beta distribution, 0: off; default: 1"),
-        ("scale", float, "least share of a picture's area that a crop keeps, 1: no crop; default: 0.08"),
+        ("scale", float, "least share of an image's area that a crop keeps, 1: no crop; default: 0.08"),
         ("flip", float, "probability; default: 0.5"),
         ("randaugment", int, "magnitude, 0: off; default: 9 (needs torchvision)"),
         ("erase", float, "probability of erasing a rectangle; default: 0.25 (needs torchvision)"),
@@ -138,7 +138,7 @@ def _prepared(
     from dvit_infer.images.classes import labelled_folder
     from dvit_infer.images.stream import worker_count
     from dvit_infer.training.augment import Augmentation, has_torchvision
-    from dvit_infer.training.data import Pictures
+    from dvit_infer.training.data import ImageFiles
     from dvit_infer.training.loop import Run
     from dvit_infer.training.settings import Settings
     from dvit_infer.training.student import make_pair
@@ -175,12 +175,12 @@ def _prepared(
     if len(found.labels) != config.num_classes:
         count = f"{len(found.labels)} class folders"
         raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
-    with progress("listing pictures") if world.is_first else contextlib.nullcontext():
-        pictures = Pictures(found.entries(), found.path)
+    with progress("listing images") if world.is_first else contextlib.nullcontext():
+        image_files = ImageFiles(found.entries(), found.path)
         tests = [] if held_out is None else _same_classes(labelled_folder(held_out, config.num_classes), found)
-    filled = pictures.classes()
+    filled = image_files.classes()
     if empty := [name for name, label in found.labels.items() if label not in filled]:
-        raise InputError(f"{folder}: no picture in the class folder {empty[0]!a}")
+        raise InputError(f"{folder}: no image in the class folder {empty[0]!a}")
     fill = tuple(round(255 * mean) for mean in config.mean)
     augmentation = Augmentation(
         config.image_size,
@@ -193,7 +193,7 @@ def _prepared(
     )
     training = Run(
         pair,
-        pictures,
+        image_files,
         settings,
         out=out,
         augmentation=augmentation,
@@ -211,12 +211,12 @@ def _prepared(
     kept = ",".join(map(str, config.num_keep))
     blocks = ",".join(map(str, config.prune_at))
     say(f"{config.arch}, keeping {kept} of {config.num_patches} patches before blocks {blocks}")
-    say(shown(f"{len(pictures)} pictures of {len(found.labels)} classes; {augmentation}"))
+    say(shown(f"{len(image_files)} images of {len(found.labels)} classes; {augmentation}"))
     return training, settings
 
 
 def _same_classes(tests: "LabelledFolder", learned: "LabelledFolder") -> list[tuple[str, int]]:
-    """Held-out pictures with the classes that their folders' names have in training."""
+    """Held-out images with the classes that their folders' names have in training."""
     from dataclasses import replace
 
     from dvit_infer.errors import InputError
@@ -238,7 +238,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _folders(options: argparse.Namespace) -> tuple[str, str | None]:
-    """Where the pictures to learn from are, and those to count on, if there are any."""
+    """Where the images to learn from are, and those to count on, if there are any."""
     inside = {name: Path(options.folder) / name for name in ("train", "val")}
     if all(path.is_dir() for path in inside.values()):
         return str(inside["train"]), options.val or str(inside["val"])

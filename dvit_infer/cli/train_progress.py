@@ -8,16 +8,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvit_infer.cli.pictures import shown
+from dvit_infer.cli.images import shown
 from dvit_infer.errors import InputError
 
 if TYPE_CHECKING:
     from dvit_infer.training.reports import Epoch, Step
 
 _NAMES = ("loss", "cross-entropy", "ratio", "logits", "tokens")
-_NAMED = 3  # unreadable pictures of an epoch; the rest are only counted
+_NAMED = 3  # unreadable images of an epoch; the rest are only counted
 
-# After a step; after some held-out pictures; out of the way while the block writes to the same terminal.
+# After a step; after some held-out images; out of the way while the block writes to the same terminal.
 _Bar = tuple[
     Callable[["Step"], None], Callable[[int, int], None], Callable[[], contextlib.AbstractContextManager[None]]
 ]
@@ -42,7 +42,7 @@ def check_logdir(folder: str) -> None:
 
 @contextlib.contextmanager
 def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
-    """What to call after every step, every epoch, and every few held-out pictures.
+    """What to call after every step, every epoch, and every few held-out images.
 
     The bar is on stderr, where that is a terminal; `check_logdir` says whether the log can be written.
     """
@@ -80,7 +80,7 @@ def _line(epoch: "Epoch", epochs: int) -> str:
     line = f"epoch {epoch.last.epoch + 1} of {epochs}: loss {epoch.losses[0]:.4f} ({losses}), kept {kept}"
     line += f", {epoch.last.images_per_s:.1f} images/s, {_left(epoch.last)} left"
     if epoch.unreadable_count:
-        line += f", {epoch.unreadable_count} pictures skipped"
+        line += f", {epoch.unreadable_count} images skipped"
     return line if epoch.top1 is None else f"{line}, top-1 {epoch.top1:.2f}%"
 
 
@@ -107,7 +107,7 @@ def _bar(epochs: int) -> Iterator[_Bar]:
             bar.update(task, description=name, total=step.steps, completed=step.step + 1, said=said)
 
         def show_counted(done: int, total: int) -> None:
-            bar.update(task, description="held-out pictures", total=total, completed=done, said="")
+            bar.update(task, description="held-out images", total=total, completed=done, said="")
 
         @contextlib.contextmanager
         def hidden() -> Iterator[None]:

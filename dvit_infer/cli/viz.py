@@ -1,4 +1,4 @@
-"""dvit-viz: which patches a model kept, as a picture."""
+"""dvit-viz: which patches a model kept, as an image."""
 
 import argparse
 import itertools
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.pictures import add_options, model_of, shown
+from dvit_infer.cli.images import add_options, model_of, shown
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 TRAINED = Path(__file__).resolve().parent.parent / "digits-0.7.pth"  # what `make proof` trained
 MOST = 64  # rows of a grid
 NAMES = "saved file or checkpoint (else a small trained model of digits); files, folders, or patterns in quotes"
-NAMED = 100  # pictures of a heat map that cannot be read; more are only counted
+NAMED = 100  # images of a heat map that cannot be read; more are only counted
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-viz", description="Draw which patches of pictures a dynamic model keeps at each stage.")
+    parser = Parser(prog="dvit-viz", description="Draw which patches of images a dynamic model keeps at each stage.")
     parser.add_argument("names", metavar="[MODEL] IMAGE", nargs="+", help=NAMES)
     parser.add_argument(
-        "-o", "--out", metavar="FILE.png", help="default: <first picture>.kept.png, or .heat.png, in this folder"
+        "-o", "--out", metavar="FILE.png", help="default: <first image>.kept.png, or .heat.png, in this folder"
     )
-    parser.add_argument("--heat-map", action="store_true", help="draw the share of all pictures that kept each patch")
+    parser.add_argument("--heat-map", action="store_true", help="draw the share of all images that kept each patch")
     add_options(parser)
     return parser
 
@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
     from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
-    from dvit_infer.images.find import find_pictures
+    from dvit_infer.images.find import find_images
     from dvit_infer.images.stream import Entry, batch_size, batches, decode, running
     from dvit_infer.utils.files import check_output, whole_file
 
     options.model, options.images = _model_and_images(options.names)
-    found = find_pictures(options.images)
+    found = find_images(options.images)
     some = list(itertools.islice(found, MOST + 1))
     if len(some) > MOST and not options.heat_map:
-        raise InputError(f"more than {MOST} pictures make no grid; --heat-map takes any number")
+        raise InputError(f"more than {MOST} images make no grid; --heat-map takes any number")
     name = _default_out(options, some[0]) if options.out is None else options.out
     if not name.lower().endswith(".png"):
         raise InputError(f"out: {name}: a name that ends in .png is expected")
@@ -64,14 +64,14 @@ def _viz(options: argparse.Namespace) -> int:
     tally = _Tally()
 
     def total() -> int:
-        return sum(1 for _ in find_pictures(options.images))
+        return sum(1 for _ in find_images(options.images))
 
-    with counting("looking at pictures", total) as progress, running(batch):
+    with counting("looking at images", total) as progress, running(batch):
         decoded = batches(decode((Entry(path) for path in paths), preprocess, options.workers), batch)
         if options.heat_map:
             shares, count = keep_shares(engine, tally.readable(decoded, progress))
             sheet = draw_shares(shares, count, config)
-            lines = [*tally.lines(), f"{count} pictures, {tally.unreadable} that cannot be read; {kept}"]
+            lines = [*tally.lines(), f"{count} images, {tally.unreadable} that cannot be read; {kept}"]
         else:
             labels = None if classes is None else classes.labels
             seen = look(engine, tally.readable(decoded, progress, all_of_them=True), labels)
@@ -88,7 +88,7 @@ def _viz(options: argparse.Namespace) -> int:
 
 
 def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The first name is the model's, unless it is a picture's, a folder, or a pattern."""
+    """The first name is the model's, unless it is an image's, a folder, or a pattern."""
     from dvit_infer.errors import InputError
     from dvit_infer.images.find import SUFFIXES
 
@@ -96,12 +96,12 @@ def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
     if first.suffix.lower() in SUFFIXES or first.is_dir() or (set("*?[") & set(names[0]) and not first.exists()):
         return str(TRAINED), names
     if len(names) == 1:
-        raise InputError(f"{names[0]}: the model is there, but no picture; IMAGE is missing")
+        raise InputError(f"{names[0]}: the model is there, but no image; IMAGE is missing")
     return names[0], names[1:]
 
 
 class _Tally:
-    """Pictures that could not be read."""
+    """Images that could not be read."""
 
     def __init__(self) -> None:
         self.unreadable = 0
@@ -110,7 +110,7 @@ class _Tally:
     def readable(
         self, parts: "Iterable[list[Decoded]]", progress: Callable[[int], None], *, all_of_them: bool = False
     ) -> "Iterator[torch.Tensor]":
-        """The pictures, (B, 3, H, W) uint8, without those that cannot be read.
+        """The images, (B, 3, H, W) uint8, without those that cannot be read.
 
         Raises:
             InputError: none can be read, or one cannot and all of them are wanted.
@@ -120,7 +120,7 @@ class _Tally:
 
         some = False
         for part in parts:
-            failed = [f"{picture.path}: {picture.error}" for picture in part if picture.error is not None]
+            failed = [f"{image.path}: {image.error}" for image in part if image.error is not None]
             if failed and all_of_them:
                 raise InputError(failed[0])
             self.unreadable += len(failed)
@@ -131,7 +131,7 @@ class _Tally:
                 yield images
             progress(len(part))
         if not some:
-            others = f"; none of the {self.unreadable} pictures can be read" if self.unreadable > 1 else ""
+            others = f"; none of the {self.unreadable} images can be read" if self.unreadable > 1 else ""
             raise InputError(self._named[0] + others)
 
     def lines(self) -> list[str]:
@@ -155,8 +155,8 @@ def _default_out(options: argparse.Namespace, first: str) -> str:
     stem, kind = Path(first).stem, "kept"
     if options.heat_map:
         folder = options.images[0] if os.path.isdir(options.images[0]) else None
-        stem, kind = stem if folder is None else os.path.basename(os.path.realpath(folder)) or "pictures", "heat"
-    # The picture's name need not be UTF-8; what is written has to be.
+        stem, kind = stem if folder is None else os.path.basename(os.path.realpath(folder)) or "images", "heat"
+    # The image's name need not be UTF-8; what is written has to be.
     return f"{''.join(c if c.isprintable() else '_' for c in stem)}.{kind}.png"
 
 

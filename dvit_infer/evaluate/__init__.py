@@ -1,1 +1,1 @@
-"""Many images through one model: accuracy, predictions, pictures of what was kept."""
+"""Many images through one model: accuracy, predictions, images of what was kept."""

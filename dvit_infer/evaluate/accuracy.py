@@ -1,4 +1,4 @@
-"""Accuracy: how often a model is right about the pictures of a folder, how fast, and where the reference differs."""
+"""Accuracy: how often a model is right about the images of a folder, how fast, and where the reference differs."""
 
 import math
 import time
@@ -26,7 +26,7 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The outcome of `measure_accuracy`; `str()` is the table. NaN where no picture could be read.
+    """The outcome of `measure_accuracy`; `str()` is the table. NaN where no image could be read.
 
     Attributes:
         images: how many could be read and were classified.
@@ -34,12 +34,12 @@ class Accuracy:
         images_per_s: overall; None where the reference ran too, for the workers decode ahead meanwhile.
         decode_images_per_s: what the workers decode together, by the time that they spent on it while the model ran.
         model_images_per_s: of the engine, from pixels in main memory to logits, while the workers ran.
-        batch: pictures at a time.
+        batch: images at a time.
         workers: worker processes; 0: decoding and model took turns.
-        unreadable: path and reason of every picture that was left out.
+        unreadable: path and reason of every image that was left out.
         not_finite: answers with NaN or Inf in them, which count as wrong.
-        confusion: pictures by [engine right, wrong] and [reference right, wrong]; None: it was not asked.
-        agreement: share of pictures with the reference's first class.
+        confusion: images by [engine right, wrong] and [reference right, wrong]; None: it was not asked.
+        agreement: share of images with the reference's first class.
     """
 
     images: int
@@ -57,7 +57,7 @@ class Accuracy:
 
     @property
     def reference_top1(self) -> float | None:
-        """Percent of pictures that the reference is right about."""
+        """Percent of images that the reference is right about."""
         return None if self.confusion is None else _percent(sum(row[0] for row in self.confusion), self.images)
 
     @property
@@ -67,7 +67,7 @@ class Accuracy:
     def __str__(self) -> str:
         decoders = f"{self.workers} worker{'s' if self.workers > 1 else ''}" if self.workers else "no workers"
         rows = [
-            ("pictures", str(self.images)),
+            ("images", str(self.images)),
             ("top-1", f"{self.top1:.2f}%"),
             ("top-5", f"{self.top5:.2f}%"),
             ("images/s", "-" if self.images_per_s is None else f"{self.images_per_s:.1f}"),
@@ -105,16 +105,16 @@ def measure_accuracy(
     preprocess: Preprocess | None = None,
     workers: int | None = None,
     reference: VisionTransformer | None = None,
-    progress: Callable[[int], None] = lambda pictures: None,
+    progress: Callable[[int], None] = lambda images: None,
 ) -> Accuracy:
-    """Classify every picture of a folder (`labelled_folder`) and count.
+    """Classify every image of a folder (`labelled_folder`) and count.
 
     Args:
-        batch: pictures at a time; None: 256 on CUDA, 16 on a CPU.
+        batch: images at a time; None: 256 on CUDA, 16 on a CPU.
         preprocess: None: as the model's family was evaluated (`preprocess_for`).
         workers: processes that decode; 0: none; None: one a processor but one, at most 8.
-        reference: classifies the same pictures (`reference_of`).
-        progress: called with the number of pictures done since the last call.
+        reference: classifies the same images (`reference_of`).
+        progress: called with the number of images done since the last call.
 
     Raises:
         InputError: batch or workers are out of range; a batch does not fit in memory.
@@ -160,14 +160,14 @@ class _Counts:
         self.unreadable: list[tuple[str, str]] = []
 
     def take(self, group: Sequence[Decoded], engine: Classifier, reference: VisionTransformer | None) -> None:
-        self.decode_seconds += sum(picture.seconds for picture in group)
-        self.unreadable += [(picture.path, picture.error) for picture in group if picture.error is not None]
+        self.decode_seconds += sum(image.seconds for image in group)
+        self.unreadable += [(image.path, image.error) for image in group if image.error is not None]
         images = pixels(group)
         if images is None:
             return
         logits, seconds = _timed(lambda: engine(images), engine.device)
         self.model_seconds += seconds
-        labels = torch.tensor([picture.label for picture in group if picture.error is None])
+        labels = torch.tensor([image.label for image in group if image.error is None])
         top, finite = _top(logits)
         right = (top[:, 0] == labels) & finite
         self.images += len(images)

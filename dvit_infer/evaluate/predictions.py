@@ -1,4 +1,4 @@
-"""Predictions: the five likeliest classes of every picture of a stream, and the patches that were kept."""
+"""Predictions: the five likeliest classes of every image of a stream, and the patches that were kept."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from dvit_infer.images.preprocess import Preprocess, preprocess_for
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 
 TOP = 5
-VERSION = 1  # of answers: another one where the same model may say something else of the same picture
+VERSION = 1  # of answers: another one where the same model may say something else of the same image
 _IN_NAME_ONLY = ("arch", "weights", "crop_pct")  # facts of a config that no answer depends on, given the preprocessing
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one picture.
+    """What a model says of one image.
 
     Attributes:
         image: its path, as it was found.
@@ -73,12 +73,12 @@ def predict(
     preprocess: Preprocess | None = None,
     workers: int | None = None,
 ) -> Iterator[list[Prediction]]:
-    """Classify pictures: one list a batch, in their order. Nothing grows with their number.
+    """Classify images: one list a batch, in their order. Nothing grows with their number.
 
     Args:
-        paths: of pictures (`find_pictures`); may be endless.
+        paths: of images (`find_images`); may be endless.
         kept: return the kept patches too.
-        batch: pictures at a time; None: 256 on CUDA, 16 on a CPU.
+        batch: images at a time; None: 256 on CUDA, 16 on a CPU.
         preprocess: None: as the model's family was evaluated (`preprocess_for`).
         workers: processes that decode; 0: none; None: one a processor but one, at most 8.
 

@@ -20,10 +20,10 @@ LONGEST = 1 << 24  # bytes of a line; ours are far shorter
 
 
 class Results:
-    """Appends lines to a file, and knows the pictures that are in it.
+    """Appends lines to a file, and knows the images that are in it.
 
     Attributes:
-        done: every picture in the file when it was opened, flagged if it could not be read.
+        done: every image in the file when it was opened, flagged if it could not be read.
     """
 
     def __init__(self, path: Path, file: FileIO, end: int, done: Names) -> None:
@@ -104,13 +104,13 @@ def _read(path: Path, model: str, kept: bool, labelled: bool, done: Names) -> in
                 if len(line) < LONGEST and (line.startswith(START) or START.startswith(line)):
                     return end
                 raise InputError(f"{where}: is no line of dvit-predict; choose another file")
-            done.add([_picture(where, line, model, kept, labelled)])
+            done.add([_image(where, line, model, kept, labelled)])
             end += len(line)
     return end
 
 
-def _picture(where: str, line: bytes, model: str, kept: bool, labelled: bool) -> tuple[str, bool]:
-    """The picture that a line is about, and whether it could not be read."""
+def _image(where: str, line: bytes, model: str, kept: bool, labelled: bool) -> tuple[str, bool]:
+    """The image that a line is about, and whether it could not be read."""
     try:
         content = json.loads(line)
         image, by = content["image"], content["model"]

@@ -1,4 +1,4 @@
-"""Pictures of what a model kept: stage by stage for some pictures, as a heat map for many."""
+"""Images of what a model kept: stage by stage for some images, as a heat map for many."""
 
 import itertools
 import math
@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from dvit_infer.classifier import Classifier
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.images.decode import PictureError, open_picture
+from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess, preprocess_for
 
-Picture = Image.Image | str | Path
+ImageSource = Image.Image | str | Path
 
-BATCH = 16  # pictures at a time
-PANEL_WIDTH = 160  # pixels at least: smaller pictures are enlarged by a whole number
+BATCH = 16  # images at a time
+PANEL_WIDTH = 160  # pixels at least: smaller images are enlarged by a whole number
 GROUND, INK, NEUTRAL = (255, 255, 255), (32, 36, 42), (224, 224, 224)
 DIM = 0.8  # of a dropped patch is NEUTRAL
 # Viridis (van der Walt and Smith 2015): it grows lighter with the share, also in grey and to colour-blind eyes.
@@ -28,15 +28,15 @@ VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 
 @dataclass(frozen=True)
 class Seen:
-    """What the engine made of one picture.
+    """What the engine made of one image.
 
     Attributes:
-        picture: as the model sees it, (H, W) pixels of its `image_size`.
+        image: as the model sees it, (H, W) pixels of its `image_size`.
         label, probability: the class that it found most likely.
         kept: for each stage (rows, columns) bool over the patch grid.
     """
 
-    picture: Image.Image
+    source: Image.Image
     label: str
     probability: float
     kept: tuple[np.ndarray, ...]
@@ -44,43 +44,45 @@ class Seen:
 
 def draw_kept(
     engine: Classifier,
-    pictures: Sequence[Picture],
+    sources: Sequence[ImageSource],
     labels: Mapping[int, str] | None = None,
     preprocess: Preprocess | None = None,
 ) -> Image.Image:
-    """A row for each picture: as the model sees it, with its prediction, and at each stage, dropped patches dimmed.
+    """A row for each image: as the model sees it, with its prediction, and at each stage, dropped patches dimmed.
 
     Args:
         engine: a model that drops tokens.
-        pictures: PIL images or paths, one at least.
+        images: PIL images or paths, one at least.
         labels: names of classes; one without is called "class 7".
-        preprocess: how a picture is resized and cropped; None: as the model's family is evaluated.
+        preprocess: how an image is resized and cropped; None: as the model's family is evaluated.
 
     Raises:
-        InputError: a picture cannot be read, the model drops nothing, or there are no pictures.
+        InputError: an image cannot be read, the model drops nothing, or there are no images.
     """
-    return draw_seen(look(engine, _batches(engine, pictures, preprocess), labels), engine.config)
+    return draw_seen(look(engine, _batches(engine, sources, preprocess), labels), engine.config)
 
 
-def draw_heat_map(engine: Classifier, pictures: Iterable[Picture], preprocess: Preprocess | None = None) -> Image.Image:
-    """For every patch the share of pictures that kept it, a panel a stage, with a legend.
+def draw_heat_map(
+    engine: Classifier, sources: Iterable[ImageSource], preprocess: Preprocess | None = None
+) -> Image.Image:
+    """For every patch the share of images that kept it, a panel a stage, with a legend.
 
-    The pictures may be a stream: memory does not grow with their number. Arguments and errors as `draw_kept`.
+    The images may be a stream: memory does not grow with their number. Arguments and errors as `draw_kept`.
     """
-    shares, count = keep_shares(engine, _batches(engine, pictures, preprocess))
+    shares, count = keep_shares(engine, _batches(engine, sources, preprocess))
     return draw_shares(shares, count, engine.config)
 
 
 def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[int, str] | None = None) -> list[Seen]:
-    """What the engine makes of each picture.
+    """What the engine makes of each image.
 
     Args:
         engine: a model that drops tokens.
-        batches: pictures as the engine takes them, (B, 3, H, W) uint8.
+        batches: images as the engine takes them, (B, 3, H, W) uint8.
         labels: as `draw_kept`.
 
     Raises:
-        InputError: the model drops nothing, or there are no pictures.
+        InputError: the model drops nothing, or there are no images.
     """
     config = engine.config
     check_drops(config)
@@ -96,7 +98,7 @@ def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[in
             masks = tuple(stage[place] for stage in stages)
             seen.append(Seen(Image.fromarray(pixels), label, probabilities[place], masks))
     if not seen:
-        raise InputError("pictures: there are none")
+        raise InputError("images: there are none")
     return seen
 
 
@@ -105,13 +107,13 @@ def keep_shares(engine: Classifier, batches: Iterable[torch.Tensor]) -> tuple[np
 
     Args:
         engine: a model that drops tokens.
-        batches: pictures as the engine takes them, (B, 3, H, W).
+        batches: images as the engine takes them, (B, 3, H, W).
 
     Returns:
-        (stages, rows, columns) float64, the share of pictures that kept the patch, and the number of pictures.
+        (stages, rows, columns) float64, the share of images that kept the patch, and the number of images.
 
     Raises:
-        InputError: the model drops nothing, or there are no pictures.
+        InputError: the model drops nothing, or there are no images.
     """
     config = engine.config
     check_drops(config)
@@ -122,7 +124,7 @@ def keep_shares(engine: Classifier, batches: Iterable[torch.Tensor]) -> tuple[np
         sums += np.stack([_mask(stage, config).sum(axis=0) for stage in kept])
         count += len(images)
     if not count:
-        raise InputError("pictures: there are none")
+        raise InputError("images: there are none")
     return sums / count, count
 
 
@@ -132,20 +134,22 @@ def check_drops(config: Config) -> None:
         raise InputError(f"method: none, so {config.arch} keeps every patch and there is nothing to draw")
 
 
-def _batches(engine: Classifier, pictures: Iterable[Picture], preprocess: Preprocess | None) -> Iterator[torch.Tensor]:
+def _batches(
+    engine: Classifier, sources: Iterable[ImageSource], preprocess: Preprocess | None
+) -> Iterator[torch.Tensor]:
     """(B, 3, H, W) uint8, `BATCH` at a time."""
     preprocess = preprocess_for(engine.config) if preprocess is None else preprocess
-    stream = iter(pictures)
-    while part := [preprocess(_opened(picture)) for picture in itertools.islice(stream, BATCH)]:
+    stream = iter(sources)
+    while part := [preprocess(_opened(source)) for source in itertools.islice(stream, BATCH)]:
         yield torch.from_numpy(np.stack(part))
 
 
-def _opened(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+def _opened(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
     try:
-        return open_picture(picture)
-    except PictureError as error:
+        return open_image(source)
+    except ImageFileError as error:
         raise InputError(str(error)) from None
 
 
@@ -155,11 +159,11 @@ def _mask(index: torch.Tensor, config: Config) -> np.ndarray:
     return mask.view(-1, *config.grid).numpy()
 
 
-def dim_dropped(picture: Image.Image, kept: np.ndarray) -> Image.Image:
-    """The picture with its kept patches, (rows, columns) bool, as they are and the rest blended to a light grey."""
-    pixels = np.asarray(picture)
+def dim_dropped(source: Image.Image, kept: np.ndarray) -> Image.Image:
+    """The image with its kept patches, (rows, columns) bool, as they are and the rest blended to a light grey."""
+    pixels = np.asarray(source)
     rows, columns = kept.shape
-    patches = kept.repeat(picture.height // rows, axis=0).repeat(picture.width // columns, axis=1)
+    patches = kept.repeat(source.height // rows, axis=0).repeat(source.width // columns, axis=1)
     dimmed = pixels * (1 - DIM) + np.array(NEUTRAL) * DIM
     return Image.fromarray(np.where(patches[..., None], pixels, dimmed.round()).astype(np.uint8))
 
@@ -169,7 +173,7 @@ def draw_seen(seen: Sequence[Seen], config: Config) -> Image.Image:
     sheet = _Sheet(config, panels=1 + len(config.num_keep), rows=len(seen))
     captions = ["original", *_stages(config)]
     for row, one in enumerate(seen):
-        panels = [one.picture, *(dim_dropped(one.picture, kept) for kept in one.kept)]
+        panels = [one.source, *(dim_dropped(one.source, kept) for kept in one.kept)]
         for column, (caption, panel) in enumerate(zip(captions, panels, strict=True)):
             sheet.place(row, column, panel, caption)
         sheet.write_under(row, one.label, f" {one.probability:.1%}")
@@ -183,7 +187,7 @@ def draw_shares(shares: np.ndarray, count: int, config: Config) -> Image.Image:
     for column, (caption, share) in enumerate(zip(_stages(config), shares, strict=True)):
         panel = Image.fromarray(viridis(share)).resize((width, height), Image.Resampling.NEAREST)
         sheet.place(0, column, panel, caption)
-    sheet.write_under(0, f"{count:,} picture{'s' * (count != 1)}; share that kept the patch")
+    sheet.write_under(0, f"{count:,} image{'s' * (count != 1)}; share that kept the patch")
     sheet.draw_legend()
     return sheet.image
 

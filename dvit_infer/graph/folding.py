@@ -77,7 +77,7 @@ def _residual_scale(node: Node) -> Node:
 
 
 def _predictor(node: Node, dtype: torch.dtype) -> Node:
-    """The predictor's LayerNorm, the mean half as one vector a picture, one logit difference for two logits."""
+    """The predictor's LayerNorm, the mean half as one vector an image, one logit difference for two logits."""
     if not isinstance(node, Prune) or "in_conv.0.weight" not in node.weights:
         return node
     packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(node.weights, dtype))}

@@ -19,7 +19,7 @@ class Graph:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds for one picture."""
+        """Multiply-adds for one image."""
         return sum(node.macs for node in self.nodes)
 
     @property
@@ -57,7 +57,7 @@ class Graph:
             shapes = ("x".join(map(str, shape)) for shape in (node.in_shape, node.out_shape))
             numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"
             rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
-        total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one picture")
+        total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one image")
         title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
         columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
         shown = table(columns, rows, title=title, total=total)

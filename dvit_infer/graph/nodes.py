@@ -1,4 +1,4 @@
-"""Node kinds, each with its shapes, multiply-adds and bytes for one picture.
+"""Node kinds, each with its shapes, multiply-adds and bytes for one image.
 
 Multiply-adds are counted as fvcore counts them and the papers report them: convolutions, linears and matrix products,
 and a normalisation as 5 an element, 4 without gain and shift (a BatchNorm 2); activations, softmax and sums as none.
@@ -35,20 +35,20 @@ class Node(ABC):
     @property
     @abstractmethod
     def in_shape(self) -> tuple[int, ...]:
-        """Input for one picture, without the batch dimension."""
+        """Input for one image, without the batch dimension."""
 
     @property
     @abstractmethod
     def out_shape(self) -> tuple[int, ...]:
-        """Output for one picture, without the batch dimension."""
+        """Output for one image, without the batch dimension."""
 
     @property
     @abstractmethod
     def macs(self) -> int:
-        """Multiply-adds for one picture."""
+        """Multiply-adds for one image."""
 
     def bytes_moved(self, batch: int, itemsize: int) -> int:
-        """Least bytes read and written: input and output once a picture in `itemsize`, weights once a batch."""
+        """Least bytes read and written: input and output once an image in `itemsize`, weights once a batch."""
         activations = math.prod(self.in_shape) + math.prod(self.out_shape)
         return batch * activations * itemsize + sum(w.numel() * w.element_size() for w in self.weights.values())
 

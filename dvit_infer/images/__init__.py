@@ -1,1 +1,1 @@
-"""Pictures in files: found, decoded, cut to a model's size, streamed; and what their classes are called."""
+"""Image files: found, decoded, cut to a model's size, streamed; and what their classes are called."""

@@ -1,4 +1,4 @@
-"""What a model's classes are called, and which folders hold their pictures."""
+"""What a model's classes are called, and which folders hold their images."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.errors import InputError
-from dvit_infer.images.find import pictures_below
+from dvit_infer.images.find import images_below
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class LabelledFolder:
     map_path: str | None
 
     def entries(self, *, ordered: bool = True) -> Iterator[tuple[str, int]]:
-        """Paths of pictures, anywhere below a class folder, and their classes; class folders in the names' order."""
+        """Paths of images, anywhere below a class folder, and their classes; class folders in the names' order."""
         for name, label in self.labels.items():
-            for path in pictures_below(os.path.join(self.path, name), ordered=ordered):
+            for path in images_below(os.path.join(self.path, name), ordered=ordered):
                 yield path, label
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ def labelled_folder(path: str | Path, num_classes: int, classes: ClassMap | None
     """Look what class folders there are. Without a map they are the classes in the order of their names.
 
     Raises:
-        InputError: naming it: there is no such folder, no class folder in it, no picture in any, more folders than
+        InputError: naming it: there is no such folder, no class folder in it, no image in any, more folders than
             classes, or one that the map does not name.
     """
     where = str(path)
@@ -102,13 +102,13 @@ def labelled_folder(path: str | Path, num_classes: int, classes: ClassMap | None
     with os.scandir(where) as found:
         names = sorted(entry.name for entry in found if entry.name[0] != "." and os.path.isdir(entry.path))
     if not names:
-        raise InputError(f"{where}: has no class folders; pictures are expected in a folder for each class")
+        raise InputError(f"{where}: has no class folders; images are expected in a folder for each class")
     if classes is None and len(names) > num_classes:
         raise InputError(f"{where}: {len(names)} class folders, but the model has {num_classes} classes")
     labels = {name: index if classes is None else classes.of_folder(name) for index, name in enumerate(names)}
     labelled = LabelledFolder(where, labels, num_classes, None if classes is None else classes.path)
     if next(labelled.entries(ordered=False), None) is None:
-        raise InputError(f"{where}: no picture in any of its {len(names)} folders")
+        raise InputError(f"{where}: no image in any of its {len(names)} folders")
     return labelled
 
 

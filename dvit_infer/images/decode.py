@@ -1,4 +1,4 @@
-"""One picture: a file becomes 8-bit RGB the right way up, and that becomes what a model of its family was tested on."""
+"""One image: a file becomes 8-bit RGB the right way up, and that becomes what a model of its family was tested on."""
 
 import os
 import re
@@ -32,8 +32,8 @@ _UPRIGHT = {
 }
 
 
-class PictureError(Exception):
-    """A picture that cannot be read: one line, the path and why."""
+class ImageFileError(Exception):
+    """An image that cannot be read: one line, the path and why."""
 
     def __init__(self, path: str | Path, why: str) -> None:
         super().__init__(path, why)
@@ -43,61 +43,61 @@ class PictureError(Exception):
         return f"{self.path}: {self.why}"
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture in 8-bit RGB, turned as its EXIF says; of an animation the first frame.
+def open_image(path: str | Path) -> Image.Image:
+    """An image in 8-bit RGB, turned as its EXIF says; of an animation the first frame.
 
     Transparency is dropped, not blended with a colour: that is what the models were trained and published with. 16-bit
     samples are scaled to 8 bits, where Pillow's `convert` would clip them.
 
     Raises:
-        PictureError: there is no such file, it is no picture, it is damaged or cut short, or it has more than
+        ImageFileError: there is no such file, it is no image, it is damaged or cut short, or it has more than
             `MAX_PIXELS` pixels or `MAX_SIDE` a side, which its header says before anything is decoded.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise PictureError(path, "is no regular file")
+            raise ImageFileError(path, "is no regular file")
         with warnings.catch_warnings():  # of bombs, which are refused below, and of harmless damage
             warnings.simplefilter("ignore")
             return _read(path)
     except UnidentifiedImageError:
-        raise PictureError(path, f"is no picture that can be read ({', '.join(FORMATS)})") from None
+        raise ImageFileError(path, f"is no image that can be read ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:  # over twice its limit Pillow refuses by itself
         count = re.search(r"\d+ pixels", str(error))
-        raise PictureError(path, _too_large(count[0] if count else "it")) from None
+        raise ImageFileError(path, _too_large(count[0] if count else "it")) from None
     except _DAMAGE as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else f"damaged: {error or type(error)}"
-        raise PictureError(path, said) from None
+        raise ImageFileError(path, said) from None
 
 
 def _read(path: str | Path) -> Image.Image:
     Image.init()
-    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
-        width, height = picture.size
+    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise PictureError(path, _too_large(f"{width}x{height}"))
-        picture.load()
-        return _upright(picture, _rgb(path, picture))
+            raise ImageFileError(path, _too_large(f"{width}x{height}"))
+        image.load()
+        return _upright(image, _rgb(path, image))
 
 
 def _too_large(size: str) -> str:
     return f"{size} is a decompression bomb: at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side are read"
 
 
-def _rgb(path: str | Path, picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
-        raise PictureError(path, "has samples in floating point, of which nothing says what white is")
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
-        return picture.convert("RGB")
-    samples = np.asarray(picture).astype(np.int64)
+def _rgb(path: str | Path, image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ImageFileError(path, "has samples in floating point, of which nothing says what white is")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image.convert("RGB")
+    samples = np.asarray(image).astype(np.int64)
     if samples.min() < 0 or samples.max() > 65535:
-        raise PictureError(path, "has 32-bit samples, of which nothing says what white is")
+        raise ImageFileError(path, "has 32-bit samples, of which nothing says what white is")
     return Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
-def _upright(source: Image.Image, picture: Image.Image) -> Image.Image:
+def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
     """As `ImageOps.exif_transpose`, which fails where it cannot write the EXIF back that it read."""
     try:
         method = _UPRIGHT.get(source.getexif().get(_ORIENTATION, 1))
     except _DAMAGE:  # broken EXIF says nothing against the pixels
         method = None
-    return picture if method is None else picture.transpose(method)
+    return image if method is None else image.transpose(method)

@@ -1,4 +1,4 @@
-"""Pictures found: files, folders with all that is below them, patterns; in order, in bounded memory."""
+"""Images found: files, folders with all that is below them, patterns; in order, in bounded memory."""
 
 import fnmatch
 import itertools
@@ -20,27 +20,27 @@ IN_MEMORY = 10_000  # entries of a folder; more are sorted in a temporary databa
 _Part = Callable[[str], bool] | None  # does a name match? None: `**`, any number of folders
 
 
-def find_pictures(arguments: Sequence[str]) -> Iterator[str]:
-    """Paths of pictures: every argument's in turn, a folder's in the order of their names' bytes.
+def find_images(arguments: Sequence[str]) -> Iterator[str]:
+    """Paths of images: every argument's in turn, a folder's in the order of their names' bytes.
 
-    A folder stands for every file below it that has a picture's suffix (`SUFFIXES`, in any case), links followed, but
+    A folder stands for every file below it that has an image's suffix (`SUFFIXES`, in any case), links followed, but
     for hidden ones; a pattern with `*`, `?`, `[...]` or `**` for what it matches, folders included, unless a file has
     just that name. Memory does not grow with the number of files.
 
     Raises:
-        InputError: at once, naming it: an argument does not exist, or there is no picture in it.
+        InputError: at once, naming it: an argument does not exist, or there is no image in it.
     """
     searches = [_search(argument) for argument in arguments]
     for argument, search in zip(arguments, searches, strict=True):
         if search is not None and next(_below(*search, ordered=False), None) is None:
-            kind = "no picture in this folder or below it" if os.path.isdir(argument) else "no picture matches"
+            kind = "no image in this folder or below it" if os.path.isdir(argument) else "no image matches"
             raise InputError(f"{argument}: {kind}")
     return _found(arguments, searches)
 
 
-def pictures_below(folder: str, *, ordered: bool = True) -> Iterator[str]:
-    """Paths of the pictures in a folder and all folders below it, as `find_pictures`; none is no error."""
-    return _below(folder, (None, _is_picture), ordered=ordered)
+def images_below(folder: str, *, ordered: bool = True) -> Iterator[str]:
+    """Paths of the images in a folder and all folders below it, as `find_images`; none is no error."""
+    return _below(folder, (None, _is_image), ordered=ordered)
 
 
 def _found(arguments: Sequence[str], searches: Sequence[tuple[str, tuple[_Part, ...]] | None]) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
     if "\0" in argument or not argument:
         raise InputError(f"{argument!a}: is no file's name")
     if os.path.isdir(argument):
-        return argument, (None, _is_picture)
+        return argument, (None, _is_image)
     if os.path.lexists(argument):
         return None
     if not re.search(r"[*?[]", argument):
@@ -71,7 +71,7 @@ def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
         elif not wanted or wanted[-1] is not None:
             wanted.append(None)
     if wanted[-1] is None:
-        wanted.append(_is_picture)
+        wanted.append(_is_image)
     return (os.sep if argument.startswith(os.sep) else "") + folder, tuple(wanted)
 
 
@@ -80,7 +80,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: matches(name) is not None and (pattern[0] == "." or name[0] != ".")
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
@@ -117,7 +117,7 @@ def _below(
         if at_any_depth:
             yield from _below(path, parts, above, ordered=ordered)
         elif len(here) == 1:  # a pattern that names folders means what is in them
-            yield from _below(path, (None, _is_picture), above, ordered=ordered)
+            yield from _below(path, (None, _is_image), above, ordered=ordered)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -8,17 +8,17 @@ from PIL import Image
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 
-MAX_ASPECT = 8  # of the part of a picture that is resized, over the part that is kept
+MAX_ASPECT = 8  # of the part of an image that is resized, over the part that is kept
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a picture becomes a model's input.
+    """How an image becomes a model's input.
 
     Attributes:
-        image_size: (H, W) of the model's pictures.
-        crop_pct: what is kept of the resized picture's shorter side, 0.1 to 1.
-        warp: resize straight to `image_size` instead, whatever the picture's shape.
+        image_size: (H, W) of the model's images.
+        crop_pct: what is kept of the resized image's shorter side, 0.1 to 1.
+        warp: resize straight to `image_size` instead, whatever the image's shape.
 
     Raises:
         InputError: `crop_pct` is out of range.
@@ -35,38 +35,38 @@ class Preprocess:
     def __str__(self) -> str:
         return f"{self.image_size[0]}x{self.image_size[1]}, {'warped' if self.warp else f'crop {self.crop_pct:g}'}"
 
-    def crop(self, picture: Image.Image) -> Image.Image:
-        """The RGB picture, resized (bicubic, antialiased) so that it covers `image_size` / `crop_pct`, and its middle.
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The RGB image, resized (bicubic, antialiased) so that it covers `image_size` / `crop_pct`, and its middle.
 
         For square sizes torchvision's `Resize(int(S / crop_pct), BICUBIC)` and `CenterCrop(S)`, to the bit, but for
-        pictures so elongated that most of them would be resized only to be cut away: they are cut first.
+        images so elongated that most of them would be resized only to be cut away: they are cut first.
         """
         height, width = self.image_size
         if self.warp:
-            return picture.resize((width, height), Image.Resampling.BICUBIC)
+            return image.resize((width, height), Image.Resampling.BICUBIC)
         rows, columns = int(height / self.crop_pct), int(width / self.crop_pct)
-        picture = _shortened(picture, rows, columns)
-        if picture.height * columns <= picture.width * rows:
-            size = rows * picture.width // picture.height, rows
+        image = _shortened(image, rows, columns)
+        if image.height * columns <= image.width * rows:
+            size = rows * image.width // image.height, rows
         else:
-            size = columns, columns * picture.height // picture.width
-        resized = picture.resize(size, Image.Resampling.BICUBIC)
+            size = columns, columns * image.height // image.width
+        resized = image.resize(size, Image.Resampling.BICUBIC)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         return resized.crop((left, top, left + width, top + height))
 
-    def __call__(self, picture: Image.Image) -> np.ndarray:
+    def __call__(self, image: Image.Image) -> np.ndarray:
         """`crop` as (3, H, W) uint8."""
-        return np.ascontiguousarray(np.asarray(self.crop(picture)).transpose(2, 0, 1))
+        return np.ascontiguousarray(np.asarray(self.crop(image)).transpose(2, 0, 1))
 
 
-def _shortened(picture: Image.Image, rows: int, columns: int) -> Image.Image:
-    """The middle of a picture, at most `MAX_ASPECT` times as elongated as `rows` x `columns`."""
-    width = min(picture.width, max(1, MAX_ASPECT * columns * picture.height // rows))
-    height = min(picture.height, max(1, MAX_ASPECT * rows * picture.width // columns))
-    if (width, height) == picture.size:
-        return picture
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+def _shortened(image: Image.Image, rows: int, columns: int) -> Image.Image:
+    """The middle of an image, at most `MAX_ASPECT` times as elongated as `rows` x `columns`."""
+    width = min(image.width, max(1, MAX_ASPECT * columns * image.height // rows))
+    height = min(image.height, max(1, MAX_ASPECT * rows * image.width // columns))
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def preprocess_for(config: Config) -> Preprocess:

@@ -1,4 +1,4 @@
-"""Pictures decoded in worker processes, in the order in which they were found, only so many ahead of their use."""
+"""Images decoded in worker processes, in the order in which they were found, only so many ahead of their use."""
 
 import contextlib
 import ctypes
@@ -18,11 +18,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
-from dvit_infer.images.decode import PictureError, open_picture
+from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.utils.devices import free_memory
 
-AT_ONCE = 8  # pictures that go to a worker together: small, so that few pictures keep all workers busy
+AT_ONCE = 8  # images that go to a worker together: small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each takes some of the 1,024 files that a process may usually have open
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 AHEAD = 4  # times that for every worker: a batch can be assembled while the model runs
@@ -30,7 +30,7 @@ AHEAD = 4  # times that for every worker: a batch can be assembled while the mod
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture that was found; `label` is its class, where that is known."""
+    """An image that was found; `label` is its class, where that is known."""
 
     path: str
     label: int | None = None
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture as a model takes it, (3, H, W) uint8, or why it cannot be read; and the seconds that took."""
+    """An image as a model takes it, (3, H, W) uint8, or why it cannot be read; and the seconds that took."""
 
     path: str
     label: int | None
@@ -57,8 +57,8 @@ class _Decoder(Dataset[Decoded]):
         start = time.perf_counter()
         pixels, why = None, None
         try:
-            pixels = self.preprocess(open_picture(entry.path))
-        except PictureError as error:
+            pixels = self.preprocess(open_image(entry.path))
+        except ImageFileError as error:
             why = error.why
         return Decoded(entry.path, entry.label, pixels, why, time.perf_counter() - start)
 
@@ -78,9 +78,9 @@ def worker_count(workers: int | None) -> int:
 
 
 def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None) -> Iterator[Decoded]:
-    """Read pictures, in worker processes; their results come in the order of the entries.
+    """Read images, in worker processes; their results come in the order of the entries.
 
-    At most `AT_ONCE` * `AHEAD` entries for every worker are taken ahead of the picture that is handed out.
+    At most `AT_ONCE` * `AHEAD` entries for every worker are taken ahead of the image that is handed out.
 
     Args:
         workers: how many (`worker_count`); 0: this process decodes.
@@ -132,7 +132,7 @@ def interrupts_held() -> Iterator[None]:
 def first_in_worker() -> Callable[[int], None] | None:
     """What a worker does first: it asks to be killed when this process is, which cannot tell it any more.
 
-    A worker that waits to hand over its pictures would wait for ever. Linux knows by the thread that forked, so that
+    A worker that waits to hand over its images would wait for ever. Linux knows by the thread that forked, so that
     only workers of the main thread are safe to ask: it lives as long as the process.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
@@ -140,16 +140,16 @@ def first_in_worker() -> Callable[[int], None] | None:
     return lambda worker: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def batches(pictures: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+def batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     """So many at a time; the last batch may be short. Those that cannot be read are among them."""
-    source = iter(pictures)
+    source = iter(decoded)
     while batch := list(itertools.islice(source, size)):
         yield batch
 
 
 def pixels(batch: Sequence[Decoded]) -> torch.Tensor | None:
-    """(B, 3, H, W) uint8 of the pictures that could be read; None if there are none."""
-    readable = [picture.pixels for picture in batch if picture.pixels is not None]
+    """(B, 3, H, W) uint8 of the images that could be read; None if there are none."""
+    readable = [image.pixels for image in batch if image.pixels is not None]
     return torch.from_numpy(np.stack(readable)) if readable else None
 
 
@@ -162,26 +162,26 @@ def batch_size(batch: int | None, device: torch.device) -> int:
     if batch is None:
         return 256 if device.type == "cuda" else 16
     if not 1 <= batch <= 1 << 24:
-        raise InputError(f"batch: {batch} pictures at a time cannot be run; 1 or more can")
+        raise InputError(f"batch: {batch} images at a time cannot be run; 1 or more can")
     return batch
 
 
 def check_fits(batch: int, image_size: tuple[int, int]) -> None:
-    """Raise InputError if so many pictures, as bytes and normalised, would not fit in main memory.
+    """Raise InputError if so many images, as bytes and normalised, would not fit in main memory.
 
     Linux would grant it, and end some process once it is used.
     """
     free, needed = free_memory(torch.device("cpu")), batch * 3 * math.prod(image_size) * (2 + 2 * 4)
     if free is not None and needed > free:
         raise InputError(
-            f"batch: {batch} pictures do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+            f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
             "free; a smaller batch would"
         )
 
 
 @contextlib.contextmanager
 def running(batch: int) -> Iterator[None]:
-    """Turns what may befall a run over many pictures into errors that say what would do.
+    """Turns what may befall a run over many images into errors that say what would do.
 
     Raises:
         InputError: a batch does not fit in memory, or a worker process was killed.
@@ -193,4 +193,4 @@ def running(batch: int) -> Iterator[None]:
             raise InputError("workers: a worker process was killed, for want of memory perhaps; fewer may do") from None
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        raise InputError(f"batch: {batch} pictures do not fit in memory; a smaller batch would") from None
+        raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None

@@ -1,4 +1,4 @@
-"""Pictures on their way in: checked, moved, normalised."""
+"""Images on their way in: checked, moved, normalised."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def check_images(images: torch.Tensor, config: Config) -> None:
 
 
 def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Checked pictures as the graph wants them: on its device, normalised if they were uint8, in its dtype."""
+    """Checked images as the graph wants them: on its device, normalised if they were uint8, in its dtype."""
     images = images.to(device)
     if images.dtype == torch.uint8:
         images = normalise(images, config.mean, config.std)

@@ -17,7 +17,7 @@ def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict
     """What the official trainer saves for `arch`, at 224 pixels and 1,000 classes, with random weights.
 
     The weights keep the variance of their input and the predictors tell tokens well apart, so that answers differ
-    from picture to picture; they were not trained and know nothing.
+    from image to image; they were not trained and know nothing.
 
     Raises:
         InputError: the architecture does not exist.

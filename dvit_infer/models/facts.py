@@ -7,7 +7,7 @@ from typing import Any
 from dvit_infer.config import METHODS, Method
 from dvit_infer.errors import InputError
 
-MAX_PATCHES = 1 << 14  # one head's attention weights of one picture are then 1 GiB
+MAX_PATCHES = 1 << 14  # one head's attention weights of one image are then 1 GiB
 
 
 def text_of(value: object) -> str:

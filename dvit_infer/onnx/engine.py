@@ -31,7 +31,7 @@ class OnnxEngine(Classifier):
 
     Attributes:
         path: of the file.
-        only_uint8: whether it takes uint8 pictures alone, which it normalises itself.
+        only_uint8: whether it takes uint8 images alone, which it normalises itself.
         config, labels, runner, device, dtype, chunk: as of every `Classifier`.
     """
 
@@ -42,7 +42,7 @@ class OnnxEngine(Classifier):
         session = open_session(path, device, str(path))
         facts = session.get_modelmeta().custom_metadata_map
         if HEADER_KEY not in facts:
-            raise InputError(f"{path}: was not written by dvit-convert: how its pictures are prepared is not known")
+            raise InputError(f"{path}: was not written by dvit-convert: how its images are prepared is not known")
         config = saved_config(str(path), facts[HEADER_KEY])
         self.only_uint8 = input_dtype(session) == torch.uint8
         _check_shapes(str(path), session, config, self.only_uint8)

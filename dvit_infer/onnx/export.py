@@ -35,7 +35,7 @@ def export_onnx(
     calibration: "Iterable[np.ndarray] | None" = None,
     labels: Mapping[int, str] | None = None,
 ) -> None:
-    """Write an engine's model as an ONNX file, for any number of pictures.
+    """Write an engine's model as an ONNX file, for any number of images.
 
     Input `images`: (B, 3, H, W) normalised, in the dtype, or with `uint8` (B, H, W, 3) uint8. Outputs: `logits`
     (B, K) float32; with `kept` also `kept_0` and so on, (B, k) int64 original patch positions, ascending. Over 2 GiB

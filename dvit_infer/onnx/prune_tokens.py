@@ -92,7 +92,7 @@ class _Body:
         self._emit("MatMul", [self._in_dtype("normed"), "w1"], "project")
         self._emit("Add", ["project", self._in_dtype("b1")], "project_b")
         self._emit("Gelu", ["project_b"], "hidden")
-        # The mean half is the same for every token of a picture: one vector, taken through its part of the layer once.
+        # The mean half is the same for every token of an image: one vector, taken through its part of the layer once.
         self._emit("Split", ["hidden"], "own", "averaged", axis=-1, num_outputs=2)
         self._emit("ReduceMean", [self._float32("averaged"), "one"], "mean", keepdims=1)
         self._emit("MatMul", ["mean", self._float32("w2_mean")], "mean_part")

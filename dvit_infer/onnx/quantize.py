@@ -1,4 +1,4 @@
-"""Int8 for CPUs: an ONNX model's linears by ONNX Runtime's own quantiser, and pictures to calibrate it with."""
+"""Int8 for CPUs: an ONNX model's linears by ONNX Runtime's own quantiser, and images to calibrate it with."""
 
 import contextlib
 import heapq
@@ -14,12 +14,12 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.images.find import find_pictures
+from dvit_infer.images.find import find_images
 from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
 from dvit_infer.images.tensors import normalise
 
-CALIBRATE_WITH, AT_ONCE = 128, 16  # pictures in all, and in a batch
+CALIBRATE_WITH, AT_ONCE = 128, 16  # images in all, and in a batch
 
 
 def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | None = None) -> onnx.ModelProto:
@@ -31,7 +31,7 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
 
     Dynamic is the default because it is faster at equal flips. On two threads of an EPYC with AVX-512 VNNI, ONNX
     Runtime runs DynamicViT-DeiT-S/0.7 2.17 and 2.12 times as fast as float32 (batches of 1 and 8; medians of seven runs
-    or more), static 2.11 and 2.07 times. Either way 99.67% of 10,000 pictures of cluttered digits keep their first
+    or more), static 2.11 and 2.07 times. Either way 99.67% of 10,000 images of cluttered digits keep their first
     class, and the three stages 99.4, 99.2 and 98.9% of their patches. OpenVINO gains from static alone.
 
     Args:
@@ -91,19 +91,19 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
 def calibration_batches(
     folder: str | Path, config: Config, *, count: int = CALIBRATE_WITH, uint8: bool = False
 ) -> Iterator[np.ndarray]:
-    """Pictures as the model takes them, drawn evenly (with a fixed seed) from all in a folder, in batches.
+    """Images as the model takes them, drawn evenly (with a fixed seed) from all in a folder, in batches.
 
     Args:
-        folder: of pictures at any depth; what cannot be read is skipped.
-        count: pictures at most.
+        folder: of images at any depth; what cannot be read is skipped.
+        count: images at most.
         uint8: (B, H, W, 3) uint8, else (B, 3, H, W) float32, normalised.
 
     Raises:
-        InputError: naming the folder: it does not exist, has no picture, or, once batches are taken, none that can be
+        InputError: naming the folder: it does not exist, has no image, or, once batches are taken, none that can be
             read.
     """
     try:
-        found = find_pictures([str(folder)])
+        found = find_images([str(folder)])
     except InputError as error:
         raise InputError(f"calibrate: {error}") from None
     return _batches(folder, found, config, count, uint8)
@@ -112,16 +112,16 @@ def calibration_batches(
 def _batches(folder: str | Path, found: Iterator[str], config: Config, count: int, uint8: bool) -> Iterator[np.ndarray]:
     chance = random.Random(0)
     paths = heapq.nsmallest(count, found, key=lambda path: chance.random())  # classes are folders: not the first ones
-    pictures = decode(map(Entry, paths), preprocess_for(config), workers=0)
+    decoded = decode(map(Entry, paths), preprocess_for(config), workers=0)
     readable = False
-    for batch in batches(pictures, AT_ONCE):
+    for batch in batches(decoded, AT_ONCE):
         images = pixels(batch)
         if images is not None:
             readable = True
             images = images.permute(0, 2, 3, 1) if uint8 else normalise(images, config.mean, config.std)
             yield images.contiguous().numpy()
     if not readable:
-        raise InputError(f"calibrate: {folder}: none of {len(paths)} pictures can be read")
+        raise InputError(f"calibrate: {folder}: none of {len(paths)} images can be read")
 
 
 class _Reader:

@@ -48,7 +48,7 @@ class OnnxRunner:
         """Logits (B, K) float32 and kept original positions, a stage each; arguments as every runner's.
 
         Raises:
-            ValueError: `watch` is given (`node_values` shows what is inside), or float pictures to a file of uint8.
+            ValueError: `watch` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
         if watch is not None:
             raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
@@ -80,7 +80,7 @@ class OnnxRunner:
         return dict(zip(wanted, found, strict=True))
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures as the file wants them: normalised in its dtype, or uint8 with the channels last."""
+        """Images as the file wants them: normalised in its dtype, or uint8 with the channels last."""
         if self._dtype != torch.uint8:
             assert self._dtype is not None
             images = images.to(self._device)
@@ -88,7 +88,7 @@ class OnnxRunner:
                 images = normalise(images, self._config.mean, self._config.std)
             return images.to(self._dtype).contiguous()
         if images.dtype != torch.uint8:
-            raise ValueError(f"images: {str(images.dtype)[6:]}; {self._path.name} takes uint8 pictures only")
+            raise ValueError(f"images: {str(images.dtype)[6:]}; {self._path.name} takes uint8 images only")
         return images.to(self._device).permute(0, 2, 3, 1).contiguous()
 
     def _probe(self, given: bool, outputs: tuple[str, ...]) -> Any:

@@ -57,7 +57,7 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
 
 
 def input_dtype(session: Any) -> torch.dtype | None:
-    """Of the first input; None for one that no pictures come in."""
+    """Of the first input; None for one that no images come in."""
     return _dtype(session.get_inputs()[0])
 
 

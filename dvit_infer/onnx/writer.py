@@ -29,7 +29,7 @@ def onnx_model(
     uint8: bool = False,
     kept: bool = False,
 ) -> onnx.ModelProto:
-    """A folded graph as an ONNX model for any number of pictures.
+    """A folded graph as an ONNX model for any number of images.
 
     Input `images` (B, 3, H, W), normalised, in the graph's dtype; outputs `logits` (B, K) float32 and, if asked for,
     `kept_0` and so on, (B, k) int64 original patch positions, ascending. In a float16 model LayerNorm, softmax, the
@@ -38,7 +38,7 @@ def onnx_model(
     Args:
         graph: folded, in float32 or float16.
         opset: of the default domain, one of `OPSETS`.
-        uint8: take uint8 (B, H, W, 3) pictures instead and normalise them by the config's mean and std.
+        uint8: take uint8 (B, H, W, 3) images instead and normalise them by the config's mean and std.
         kept: give the kept positions too.
 
     Raises:

@@ -1,4 +1,4 @@
-"""attention: softmax(scale * q k^T + bias) v of every head, for dense batches of pictures or ragged ones.
+"""attention: softmax(scale * q k^T + bias) v of every head, for dense batches of images or ragged ones.
 
 On CUDA it is one Triton launch (dvit_kernels/attention.py) or PyTorch's own attention, whichever is the faster on that
 GPU for that shape (choices.py); anywhere else PyTorch's.
@@ -34,9 +34,9 @@ def attention(
         scale: of the scores, more than 0; None: D^-0.5.
         bias: (B, N) float32, added to the scores of each key; minus infinity hides a key. Queries without any key left
             get 0.
-        cu_seqlens: for a ragged batch, (B+1,) int32 on q's device: where each picture's tokens begin, from 0 up to T.
-            q, k, v are then (T, H, D) and `bias` is (T,); pictures may be empty.
-        max_tokens: of a ragged batch, at least the tokens of its largest picture. That the last two arguments are so is
+        cu_seqlens: for a ragged batch, (B+1,) int32 on q's device: where each image's tokens begin, from 0 up to T.
+            q, k, v are then (T, H, D) and `bias` is (T,); images may be empty.
+        max_tokens: of a ragged batch, at least the tokens of its largest image. That the last two arguments are so is
             the caller's promise, which nothing checks.
 
     Returns:
@@ -60,7 +60,7 @@ def attention_ref(
     cu_seqlens: torch.Tensor | None = None,
     max_tokens: int = 0,
 ) -> torch.Tensor:
-    """The op in plain PyTorch; arguments as `attention`. Of a ragged batch it reads the lengths, picture by picture."""
+    """The op in plain PyTorch; arguments as `attention`. Of a ragged batch it reads the lengths, image by image."""
     if cu_seqlens is not None:
         out = q.new_empty(q.shape)
         ends = cu_seqlens.tolist()
@@ -111,7 +111,7 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
     if cu_seqlens is not None and (cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1):
         raise ValueError(f"attention: cu_seqlens is {_found(cu_seqlens)}; (B+1,) in torch.int32 is expected")
     if ragged and max_tokens < 1:
-        raise ValueError(f"attention: max_tokens is {max_tokens}; a ragged batch needs that of its largest picture")
+        raise ValueError(f"attention: max_tokens is {max_tokens}; a ragged batch needs that of its largest image")
     for name, tensor in call._asdict().items():
         if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
             raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
@@ -123,7 +123,7 @@ def _found(x: torch.Tensor) -> str:
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, queries: int, tokens: int, head_dim: int) -> Choice:
-    """How attention of a dense batch goes on that device; `heads` are those of all its pictures together."""
+    """How attention of a dense batch goes on that device; `heads` are those of all its images together."""
     if not _supported(device, head_dim):
         return Choice("pytorch")
     return choices_for(device).of("attention", dtype, heads, queries=queries, tokens=tokens, head_dim=head_dim)

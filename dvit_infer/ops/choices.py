@@ -60,7 +60,7 @@ class Choices:
     _found: dict[tuple[Any, ...], Choice] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, op: str, dtype: torch.dtype, size: int, **kind: int | str) -> Choice:
-        """The choice for a launch of `size` rows, or heads of all pictures; `kind` must be the row's own."""
+        """The choice for a launch of `size` rows, or heads of all images; `kind` must be the row's own."""
         key = (op, dtype, size, *kind.items())
         if key not in self._found:
             wanted = {"op": op, "dtype": str(dtype).removeprefix("torch."), **kind}

@@ -1,7 +1,7 @@
-"""patch_embedding: pictures to tokens (Dosovitskiy et al. 2021), the normalisation of byte pictures in the weight.
+"""patch_embedding: images to tokens (Dosovitskiy et al. 2021), the normalisation of byte images in the weight.
 
 Patches times a matrix, plus a table that holds all else: prefix tokens, bias, position embedding, and what the mean of
-the pictures comes to. On CUDA it is one Triton launch (dvit_kernels/patch_embedding.py).
+the images comes to. On CUDA it is one Triton launch (dvit_kernels/patch_embedding.py).
 `torch.ops.dvit.patch_embedding` exists once this module is imported.
 """
 
@@ -34,9 +34,9 @@ def pack_patch_embedding(
         prefix: (1, P, C), the tokens before the patches; None: P is 0.
         pos_embed: (1, P+N, C), added to prefix and patch tokens.
         dtype: of the product and of the tokens: float32, float16 or bfloat16.
-        mean, std: (channels,) of pictures scaled to 0..1. Given: for uint8 pictures, normalised by the op itself; None:
-            for pictures in floating point, normalised already.
-        channels_last: element order (y, x, channel) within a patch instead of (channel, y, x): for pictures whose
+        mean, std: (channels,) of images scaled to 0..1. Given: for uint8 images, normalised by the op itself; None:
+            for images in floating point, normalised already.
+        channels_last: element order (y, x, channel) within a patch instead of (channel, y, x): for images whose
             channel stride is 1.
 
     Returns:
@@ -78,7 +78,7 @@ def pack_patch_embedding(
     if std is not None:
         w = w / (255 * w.new_tensor(std)[:, None, None])
     w = w.to(dtype)
-    if mean is not None:  # over w as rounded: its rounding then counts by a picture's distance from the mean
+    if mean is not None:  # over w as rounded: its rounding then counts by an image's distance from the mean
         table[p:] += (w.double().sum(dim=(2, 3)) * (_CENTRE - 255 * table.new_tensor(mean))).sum(dim=1)
     w = w.permute(0, 2, 3, 1) if channels_last else w
     return [w.reshape(c, -1).contiguous(), table.float()]
@@ -122,7 +122,7 @@ def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patc
 
 
 def how(device: torch.device, channels: int, height: int, width: int) -> str:
-    """What runs the op there on pictures of that size: 'Triton' or 'PyTorch'."""
+    """What runs the op there on images of that size: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, "patch_embedding"):
         return "PyTorch"
     from dvit_kernels.patch_embedding import supports
@@ -193,10 +193,10 @@ torch.library.register_autograd(OP, _no_gradient)
 def patch_embedding(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
-    """Cut pictures into patches, embed them, add positions, put the prefix tokens before.
+    """Cut images into patches, embed them, add positions, put the prefix tokens before.
 
     Args:
-        images: (B, channels, H, W), any strides. uint8 pictures enter the product less 128: with `weight` and `table`
+        images: (B, channels, H, W), any strides. uint8 images enter the product less 128: with `weight` and `table`
             packed with mean and std they are normalised. Those in float32, float16 or bfloat16 are normalised already
             and rounded to the weight's dtype.
         weight: (C, channels * p * p), as `pack_patch_embedding` returned it.

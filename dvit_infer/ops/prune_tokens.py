@@ -90,7 +90,7 @@ def score_tokens_ref(
     wide = torch.promote_types(dtype, torch.float32)
     normed = F.layer_norm(patches, patches.shape[-1:], eps=eps)
     hidden = linear(normed, w1, b1.to(dtype), gelu=True)
-    # The mean half is the same for every token of a picture: one vector, taken through its part of the layer once.
+    # The mean half is the same for every token of an image: one vector, taken through its part of the layer once.
     mean = hidden[..., half:].to(wide).mean(dim=1, keepdim=True)
     shared = F.linear(mean, w2_mean.to(wide), b2)
     hidden = F.gelu(linear(hidden[..., :half], w2_own, None) + shared.to(dtype))
@@ -260,7 +260,7 @@ def prune_tokens(
     num_prefix: int = 1,
     eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep each picture's `num_keep` best patch tokens.
+    """Keep each image's `num_keep` best patch tokens.
 
     Tokens are ranked by the difference of the predictor's two logits, keep minus drop, in float32; of equal ones the
     lower position wins, -0.0 equals 0.0, NaN ranks last (Rao et al. 2021, section 3.2; no softmax is needed, as

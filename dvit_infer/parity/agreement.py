@@ -8,14 +8,14 @@ from dvit_infer.models.vit.reference import EvalOutput
 from dvit_infer.parity.verification import MARGIN, MOST_RMS, RMS_FACTOR
 
 # Of the logits' rms. float32: the largest error; rounding is far below, another function far above. Reduced dtypes:
-# the rms error of half of the pictures, where it is not more than RMS_FACTOR times plain PyTorch's own.
+# the rms error of half of the images, where it is not more than RMS_FACTOR times plain PyTorch's own.
 SAME_MAX, SAME_RMS = 1e-3, 0.05
 # Reduced dtypes choose other tokens at near ties, which costs plain PyTorch as much; MOST_RMS is beyond that.
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a function should give for some pictures.
+    """What a function should give for some images.
 
     Attributes:
         right: the reference's answers in float32.
@@ -61,16 +61,16 @@ def unlike(logits: torch.Tensor, right: torch.Tensor) -> str | None:
 
 
 def is_clear(right: EvalOutput) -> torch.Tensor:
-    """(B,) whether all of a picture's cuts are clear: rounding in float32 keeps the same tokens."""
+    """(B,) whether all of an image's cuts are clear: rounding in float32 keeps the same tokens."""
     return (right.margin > MARGIN).all(dim=1)
 
 
 def unchecked(expected: Expected, dtype: torch.dtype) -> bool:
-    """Whether these pictures say nothing of a way that cannot be given kept sets."""
+    """Whether these images say nothing of a way that cannot be given kept sets."""
     return dtype == torch.float32 and not is_clear(expected.right).any()
 
 
 def _typical_error(logits: torch.Tensor, right: torch.Tensor) -> float:
-    """The median over pictures of the rms error, over the rms of the right logits."""
+    """The median over images of the rms error, over the rms of the right logits."""
     errors = (logits - right).square().mean(dim=1).sqrt()
     return (errors.median() / right.square().mean().sqrt()).item()

@@ -10,7 +10,7 @@ from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import Engine, checkpoint_of, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
-from dvit_infer.images.synthetic import sample_images, sample_pictures
+from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import EvalOutput, VisionTransformer
@@ -32,8 +32,8 @@ class Report:
         max_error, rms_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
             or everywhere (bfloat16 and float16); int8 always by its own choice, whose flips are part of its error.
         plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
-        top1_agreement, plain_top1_agreement: share of pictures with the reference's first class.
-        kept_compared, kept_equal: a stage each, pictures whose cut is clear, and those of them with the same kept set.
+        top1_agreement, plain_top1_agreement: share of images with the reference's first class.
+        kept_compared, kept_equal: a stage each, images whose cut is clear, and those of them with the same kept set.
         kept_overlap: a stage each, mean share of the reference's tokens that the engine keeps by its own choice.
         wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
         first_difference: the first node whose output strays, or None.
@@ -62,7 +62,7 @@ class Report:
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
-        title = f"parity {verdict}: {self.num_images} pictures, {self.dtype} on {self.device}"
+        title = f"parity {verdict}: {self.num_images} images, {self.dtype} on {self.device}"
         rows: list[tuple[str, ...]] = [
             ("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}"),
             ("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
@@ -86,7 +86,7 @@ class Report:
 def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
     """Compare an engine, or an ONNX file, with the reference model built from `source` and the engine's config.
 
-    Passes when every engine weight follows from the file's and, over `num_images` made-up pictures: in float32,
+    Passes when every engine weight follows from the file's and, over `num_images` made-up images: in float32,
     logits are within 1e-4 and kept sets are equal where their cut is clear (gap over 1e-5); in bfloat16 and float16,
     with the reference's kept sets given, the rms error is at most twice that of plain PyTorch in that dtype and top-1
     agreement no lower than its own by more than two standard errors. What is quantised to int8 passes unless nothing is
@@ -95,24 +95,24 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
     Args:
         engine: any engine, or what `load_onnx` gives.
         source: the checkpoint it was made from, as for `convert`.
-        num_images: how many pictures; fewer than 64 say less.
+        num_images: how many images; fewer than 64 say less.
 
     Raises:
         InputError: the file cannot be read, or is of another model than the engine's.
     """
     if num_images < 1:
-        raise InputError(f"num_images: {num_images}; at least one picture is needed")
+        raise InputError(f"num_images: {num_images}; at least one image is needed")
     checkpoint = checkpoint_of(engine, source)
     config = engine.config
-    pictures = images = sample_images(num_images, config.image_size, seed=1)
+    given = images = sample_images(num_images, config.image_size, seed=1)
     if engine.only_uint8:
-        pictures = sample_pictures(num_images, config.image_size, seed=1)
-        images = normalise(pictures, config.mean, config.std)
+        given = sample_uint8_images(num_images, config.image_size, seed=1)
+        images = normalise(given, config.mean, config.std)
     reference = build_reference(config, checkpoint).to(engine.device)
     expected = evaluate(reference, images)
     if not torch.isfinite(expected.logits).all():
         raise InputError(f"{checkpoint.name}: the reference model itself gives NaN or Inf; its weights are too large")
-    logits, own_kept = engine(pictures, return_kept=True)
+    logits, own_kept = engine(given, return_kept=True)
     differs = _differs(own_kept, expected.kept, num_images)
     if engine.dtype == torch.float32:
         plain, plain_logits = reference, expected.logits
@@ -124,10 +124,10 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
     consistent = True
     if engine.dtype != torch.float32 and own_kept:
         # Its own choice is judged nowhere else: by it the answer must be what it is with the same choice given.
-        again = engine(pictures, kept=own_kept)
+        again = engine(given, kept=own_kept)
         consistent = _errors(logits, again)[1] <= max(_errors(again, plain_logits)[1], 1e-5)
     if expected.kept and differs.any() and not quantised:
-        logits = torch.where(differs[:, None], engine(pictures, kept=expected.kept), logits)
+        logits = torch.where(differs[:, None], engine(given, kept=expected.kept), logits)
     clear = torch.cumprod(expected.margin > MARGIN, dim=1).bool()
     equal = [
         clear[:, s] & (own == kept).all(dim=1)
@@ -174,7 +174,7 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
         first_difference=None
         if quantised
         else _first_difference(
-            engine.node_values(graph.nodes, pictures[:2], [stage[:2] for stage in expected.kept]),
+            engine.node_values(graph.nodes, given[:2], [stage[:2] for stage in expected.kept]),
             *(_record(model, images[:2], [stage[:2] for stage in expected.kept]) for model in (reference, plain)),
         ),
         failures=tuple(failures),
@@ -199,7 +199,7 @@ def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torc
 
 
 def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
-    """(B,) whether any stage of a picture kept other tokens."""
+    """(B,) whether any stage of an image kept other tokens."""
     different = [(a != b).any(dim=1) for a, b in zip(ours, theirs, strict=True)]
     return torch.stack(different).any(dim=0) if different else torch.zeros(batch, dtype=torch.bool)
 

@@ -1,4 +1,4 @@
-"""What is done to a picture before a model learns from it; every draw follows from the picture's own generator."""
+"""What is done to an image before a model learns from it; every draw follows from the image's own generator."""
 
 import functools
 import importlib
@@ -28,8 +28,8 @@ class Augmentation:
 
     Attributes:
         image_size: (H, W) of the result.
-        scale: least share of the picture's area that a crop keeps (Szegedy et al. 2015, section 6); 1: no crop, the
-            whole picture is resized.
+        scale: least share of the image's area that a crop keeps (Szegedy et al. 2015, section 6); 1: no crop, the
+            whole image is resized.
         flip: probability of mirroring left and right.
         randaugment: magnitude, 0 to 30, of two operations (Cubuk et al. 2020); 0: none.
         erase: probability of painting a rectangle over (Zhong et al. 2020), in the colour `fill`.
@@ -49,9 +49,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1:
-            raise InputError(
-                f"scale: {self.scale:g} is no share of a picture; a number above 0, at most 1, is expected"
-            )
+            raise InputError(f"scale: {self.scale:g} is no share of an image; a number above 0, at most 1, is expected")
         for name in ("flip", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: {getattr(self, name):g} is no probability")
@@ -59,7 +57,7 @@ class Augmentation:
             raise InputError(f"randaugment: {self.randaugment} is no magnitude from 0 to 30")
 
     def __str__(self) -> str:
-        done = ["the whole picture" if self.scale == 1 else f"random resized crop from {100 * self.scale:g}%"]
+        done = ["the whole image" if self.scale == 1 else f"random resized crop from {100 * self.scale:g}%"]
         if self.flip:
             done.append("flip")
         more = [f"RandAugment {self.randaugment}"] if self.randaugment else []
@@ -69,23 +67,23 @@ class Augmentation:
         missed = f" (torchvision cannot be imported: no {' and no '.join(more)})" if more else ""
         return ", ".join(done) + missed
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """An RGB picture as (3, H, W) uint8."""
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        """An RGB image as (3, H, W) uint8."""
         if self.torchvision and (self.randaugment or self.erase):
-            return self._by_torchvision(picture, rng)
+            return self._by_torchvision(image, rng)
         height, width = self.image_size
-        box = None if self.scale == 1 else _crop(picture.width, picture.height, self.scale, rng)
-        resized = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        box = None if self.scale == 1 else _crop(image.width, image.height, self.scale, rng)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         if rng.random() < self.flip:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
-    def _by_torchvision(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        # Its transforms draw from torch's global generator, which is lent the picture's seed and then put back; that
+    def _by_torchvision(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        # Its transforms draw from torch's global generator, which is lent the image's seed and then put back; that
         # of the CPU only: `torch.manual_seed` would seed those of the GPUs too, and nothing would put them back.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
-            out: np.ndarray = _transforms(self)(picture).numpy()
+            out: np.ndarray = _transforms(self)(image).numpy()
         return np.ascontiguousarray(out)
 
 
@@ -98,7 +96,7 @@ def _crop(width: int, height: int, scale: float, rng: np.random.Generator) -> tu
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # None fitted, as in an elongated picture: the largest in its middle.
+    # None fitted, as in an elongated image: the largest in its middle.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -1,6 +1,6 @@
-"""Training pictures: which, in what order, and with what random numbers.
+"""Training images: which, in what order, and with what random numbers.
 
-All of it follows from the run's seed, the epoch and a picture's index in the set, never from the process, the worker or
+All of it follows from the run's seed, the epoch and an image's index in the set, never from the process, the worker or
 the place in a batch: several processes see together what one would have seen.
 """
 
@@ -19,15 +19,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
-from dvit_infer.images.decode import PictureError, open_picture
+from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.stream import first_in_worker, interrupts_held
 from dvit_infer.training.augment import Augmentation
 
-# What a picture's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.
+# What an image's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.
 _AUGMENT, _NOISE, _MIX = 1, 2, 3
 
 
-class Pictures:
+class ImageFiles:
     """Paths and classes of a training set, as bytes in one piece: a worker process would copy a list of strings.
 
     `folder` is where all of them are; it does not count in the `digest`, so that it may be called or put elsewhere.
@@ -51,7 +51,7 @@ class Pictures:
         return self._folder + os.fsdecode(self._names[start : int(self._ends[index])]), int(self._labels[index])
 
     def classes(self) -> set[int]:
-        """Those that have pictures."""
+        """Those that have images."""
         return set(np.unique(self._labels).tolist())
 
     @property
@@ -62,15 +62,15 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Loading:
-    """How a run shares out its pictures.
+    """How a run shares out its images.
 
     Attributes:
-        batch: pictures in a step of the optimiser, over all processes and accumulation steps.
+        batch: images in a step of the optimiser, over all processes and accumulation steps.
         accumulate: parts in which a process takes its share of a step.
         workers: processes that decode; 0: this one does.
         rank, world: which of how many training processes this is.
         mixup, cutmix: parameters of their beta distributions (Zhang et al. 2018; Yun et al. 2019); 0: off.
-        noise: (stages, patches) of the Gumbel noise that is drawn for every picture.
+        noise: (stages, patches) of the Gumbel noise that is drawn for every image.
 
     Raises:
         InputError: naming it, a number is out of its range, or the batch cannot be shared out.
@@ -94,33 +94,33 @@ class Loading:
             if not 0 <= getattr(self, name) < 1e6:
                 raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
         if self.batch % self.world:
-            count = f"{self.batch} pictures a step cannot be shared by {self.world} processes"
+            count = f"{self.batch} images a step cannot be shared by {self.world} processes"
             raise InputError(f"batch: {count}; a multiple of {self.world} can")
         if self.batch % (self.world * self.accumulate):
-            count = f"the {self.batch // self.world} pictures of a process cannot be taken in {self.accumulate} parts"
+            count = f"the {self.batch // self.world} images of a process cannot be taken in {self.accumulate} parts"
             raise InputError(f"accumulate: {count}; a divisor of them would do")
         if self.part % 2 and (self.mixup or self.cutmix):
-            count = f"{self.batch} pictures a step are {self.part} at a time, which cannot be mixed in pairs"
+            count = f"{self.batch} images a step are {self.part} at a time, which cannot be mixed in pairs"
             raise InputError(f"batch: {count}; an even number can, or --mixup 0 --cutmix 0")
 
     @property
     def part(self) -> int:
-        """Pictures that a process takes at a time."""
+        """Images that a process takes at a time."""
         return self.batch // (self.world * self.accumulate)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a process takes at a time, b pictures.
+    """What a process takes at a time, b images.
 
     Attributes:
         images: (b, 3, H, W) uint8, not mixed yet.
         labels: (b,) int64.
-        weights: (b,) float32, 1, or 0 for a picture that could not be read.
+        weights: (b,) float32, 1, or 0 for an image that could not be read.
         noise: (stages, b, N, 2) float32, Gumbel noise.
-        share: (b,) float32, how much of a mixture is the picture itself; 1: it is not mixed.
+        share: (b,) float32, how much of a mixture is the image itself; 1: it is not mixed.
         boxes: (b, 4) int64, top, left, bottom, right of what is pasted from the partner; all 0: nothing is.
-        unreadable: path and reason of each picture that could not be read.
+        unreadable: path and reason of each image that could not be read.
     """
 
     images: torch.Tensor
@@ -132,32 +132,32 @@ class Batch:
     unreadable: list[tuple[str, str]]
 
 
-def steps_an_epoch(pictures: Pictures, loading: Loading) -> int:
+def steps_an_epoch(image_files: ImageFiles, loading: Loading) -> int:
     """Whole batches only.
 
     Raises:
         InputError: there is not even one.
     """
-    if len(pictures) < loading.batch:
-        raise InputError(f"batch: {len(pictures)} pictures are fewer than a batch of {loading.batch}")
-    return len(pictures) // loading.batch
+    if len(image_files) < loading.batch:
+        raise InputError(f"batch: {len(image_files)} images are fewer than a batch of {loading.batch}")
+    return len(image_files) // loading.batch
 
 
 def batches(
-    pictures: Pictures, augmentation: Augmentation, loading: Loading, epoch: int, first_step: int = 0
+    image_files: ImageFiles, augmentation: Augmentation, loading: Loading, epoch: int, first_step: int = 0
 ) -> Iterator[Batch]:
     """This process's part of an epoch, `loading.accumulate` batches a step, from `first_step` on.
 
     Raises:
-        InputError: there are fewer pictures than a batch.
+        InputError: there are fewer images than a batch.
         RuntimeError: a worker process was killed.
     """
     with interrupts_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
         loader = DataLoader(
-            _Maker(pictures, augmentation, loading, epoch),
+            _Maker(image_files, augmentation, loading, epoch),
             batch_size=None,
-            sampler=_places(len(pictures), loading, epoch, range(first_step, steps_an_epoch(pictures, loading))),
+            sampler=_places(len(image_files), loading, epoch, range(first_step, steps_an_epoch(image_files, loading))),
             num_workers=loading.workers,
             generator=torch.Generator(),
             multiprocessing_context="fork" if loading.workers and sys.platform == "linux" else None,
@@ -171,7 +171,7 @@ def batches(
 
 
 def _places(count: int, loading: Loading, epoch: int, steps: range) -> Iterator[list[int]]:
-    """Which pictures each batch of this process has."""
+    """Which images each batch of this process has."""
     order = np.random.Generator(np.random.PCG64([loading.seed, epoch])).permutation(count)
     for step in steps:
         for turn in range(loading.accumulate):
@@ -188,10 +188,10 @@ def _as_it_is(made: Any) -> Any:
 
 
 class _Maker(Dataset[_Made]):
-    """What the workers run: indices of pictures become the arrays of a `Batch`."""
+    """What the workers run: indices of images become the arrays of a `Batch`."""
 
-    def __init__(self, pictures: Pictures, augmentation: Augmentation, loading: Loading, epoch: int) -> None:
-        self.pictures, self.augmentation, self.loading, self.epoch = pictures, augmentation, loading, epoch
+    def __init__(self, image_files: ImageFiles, augmentation: Augmentation, loading: Loading, epoch: int) -> None:
+        self.image_files, self.augmentation, self.loading, self.epoch = image_files, augmentation, loading, epoch
 
     def __getitem__(self, indices: list[int]) -> _Made:
         height, width = self.augmentation.image_size
@@ -201,10 +201,10 @@ class _Maker(Dataset[_Made]):
         noise = np.zeros((stages, count, patches, 2), np.float32)
         unreadable = []
         for i, index in enumerate(indices):
-            path, labels[i] = self.pictures[index]
+            path, labels[i] = self.image_files[index]
             try:
-                images[i] = self.augmentation(open_picture(path), self._generator(index, _AUGMENT))
-            except PictureError as error:
+                images[i] = self.augmentation(open_image(path), self._generator(index, _AUGMENT))
+            except ImageFileError as error:
                 weights[i] = 0
                 unreadable.append((path, error.why))
             if stages:
@@ -220,7 +220,7 @@ class _Maker(Dataset[_Made]):
         return np.random.Generator(np.random.PCG64([self.loading.seed, self.epoch, index, what_for]))
 
     def _mixture(self, rng: np.random.Generator, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
-        """The share of the picture itself, and the box of its partner that is pasted, if the mixture is by cutmix."""
+        """The share of the image itself, and the box of its partner that is pasted, if the mixture is by cutmix."""
         mixup, cutmix = self.loading.mixup, self.loading.cutmix
         by_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
         share = float(rng.beta(cutmix, cutmix) if by_cutmix else rng.beta(mixup, mixup))
@@ -235,14 +235,14 @@ class _Maker(Dataset[_Made]):
 
 
 def mixed(images: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(b, 3, H, W) floating-point pictures, each mixed with its partner, the one at place i ^ 1; of the same type."""
+    """(b, 3, H, W) floating-point images, each mixed with its partner, the one at place i ^ 1; of the same type."""
     if bool((batch.share == 1).all()):
         return images
     partner = torch.arange(len(images), device=images.device) ^ 1
     others = images[partner]
     boxes = batch.boxes.to(images.device)
     has_box = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    share = batch.share.to(images)  # in float32 it would make float32 of half-precision pictures
+    share = batch.share.to(images)  # in float32 it would make float32 of half-precision images
     share = torch.where(has_box, 1, share)
     out = images * share.view(-1, 1, 1, 1) + others * (1 - share.view(-1, 1, 1, 1))
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])

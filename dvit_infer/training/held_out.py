@@ -1,4 +1,4 @@
-"""How often the pruned model is right about pictures that it does not learn from."""
+"""How often the pruned model is right about images that it does not learn from."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,7 +20,7 @@ def top1(
     student: VisionTransformer,
     weights: Mapping[str, torch.Tensor],
     config: Config,
-    pictures: Sequence[tuple[str, int]],
+    image_files: Sequence[tuple[str, int]],
     *,
     workers: int,
     world: World,
@@ -28,26 +28,26 @@ def top1(
     on_counted: Callable[[int, int], None],
     stop: Callable[[], bool],
 ) -> float | None:
-    """Percent of the pictures that the student with these weights is right about; patches are really dropped.
+    """Percent of the images that the student with these weights is right about; patches are really dropped.
 
     Every process takes its share of them. Those that cannot be read do not count. The student is in training mode
     afterwards, with the weights that it had.
 
     Args:
-        on_counted: called with how many of this process's pictures were counted, and how many it has.
+        on_counted: called with how many of this process's images were counted, and how many it has.
         stop: true in any process: None is what comes out.
     """
     own = {name: value.clone() for name, value in student.state_dict().items()}
     student.load_state_dict(weights)
     student.eval()
-    mine = [Entry(path, label) for path, label in pictures[world.rank :: world.size]]
+    mine = [Entry(path, label) for path, label in image_files[world.rank :: world.size]]
     right = total = done = 0
     stopped = False
     for group in batches(decode(mine, preprocess_for(config), workers), AT_ONCE):
         images = pixels(group)
         if images is not None:
             logits = student.evaluate(normalise(images.to(device), config.mean, config.std)).logits
-            labels = torch.tensor([picture.label for picture in group if picture.error is None])
+            labels = torch.tensor([image.label for image in group if image.error is None])
             right += int((logits.argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
         done += len(group)

@@ -13,7 +13,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import normalise
 from dvit_infer.training import saving
 from dvit_infer.training.augment import Augmentation
-from dvit_infer.training.data import Batch, Loading, Pictures, batches, mixed, steps_an_epoch, targets
+from dvit_infer.training.data import Batch, ImageFiles, Loading, batches, mixed, steps_an_epoch, targets
 from dvit_infer.training.distributed import World
 from dvit_infer.training.held_out import top1
 from dvit_infer.training.losses import Losses, Objective, losses
@@ -28,14 +28,14 @@ class Run:
     Args:
         pair: student and teacher.
         out: where the file goes.
-        held_out: pictures and classes to count on after every epoch.
+        held_out: images and classes to count on after every epoch.
         world: the processes that train together, which have joined.
     """
 
     def __init__(
         self,
         pair: Pair,
-        pictures: Pictures,
+        image_files: ImageFiles,
         settings: Settings,
         *,
         out: Path,
@@ -46,7 +46,7 @@ class Run:
         held_out: Sequence[tuple[str, int]] = (),
     ) -> None:
         self.world = world or World()
-        self.pair, self.pictures, self.settings, self.out = pair, pictures, settings, out
+        self.pair, self.image_files, self.settings, self.out = pair, image_files, settings, out
         self.augmentation, self.device, self.held_out, self.workers = augmentation, device, held_out, workers
         config = pair.config
         stages = len(config.prune_at)
@@ -61,14 +61,14 @@ class Run:
             settings.cutmix,
             noise=(stages, config.num_patches),
         )
-        self.steps = steps_an_epoch(pictures, self.loading)
+        self.steps = steps_an_epoch(image_files, self.loading)
         self.objective = Objective(
             tuple(config.keep_rate ** (stage + 1) for stage in range(stages)),
             settings.token_loss or ("kl" if config.family == "lvvit" else "mse"),
             settings.per_image,
         )
         by = augmentation.torchvision and bool(settings.randaugment or settings.erase)
-        self.identity = saving.identity(settings, pair.args, pair.teacher, pictures.digest, by)
+        self.identity = saving.identity(settings, pair.args, pair.teacher, image_files.digest, by)
         self.student = pair.student.to(device)
         self.teacher = pair.teacher.to(device).requires_grad_(False)
         for model in (self.student, self.teacher):
@@ -145,11 +145,11 @@ class Run:
         """Train to the end, writing the file after every epoch; False: `stop` said to stop, and the file is written.
 
         Args:
-            on_counted: called with how many held-out pictures were counted, and how many there are.
+            on_counted: called with how many held-out images were counted, and how many there are.
 
         Raises:
             NotFiniteError: the loss or its gradient is NaN or infinite; the last file is still there.
-            InputError: the file cannot be written, or no picture can be read.
+            InputError: the file cannot be written, or no image can be read.
         """
         frozen: bool | None = None
         model: nn.Module = self.student
@@ -180,7 +180,9 @@ class Run:
         start, first = time.perf_counter(), self.step
         sums, count = torch.zeros(0), 0
         unreadable: list[tuple[str, str]] = []
-        for parts in _steps(batches(self.pictures, self.augmentation, self.loading, self.epoch, first), self.loading):
+        for parts in _steps(
+            batches(self.image_files, self.augmentation, self.loading, self.epoch, first), self.loading
+        ):
             found = self._step(model, parts)
             sums = found if not len(sums) else sums + found
             mine = [one for part in parts for one in part.unreadable]
@@ -195,7 +197,7 @@ class Run:
         means = (sums / (self.steps - first)).tolist()
         count = int(self.world.all_reduce(torch.tensor(float(count), device=self.device)))
         if count == (self.steps - first) * self.settings.batch:
-            raise InputError(f"{unreadable[0][0] if unreadable else 'pictures'}: like all others, cannot be read")
+            raise InputError(f"{unreadable[0][0] if unreadable else 'image_files'}: like all others, cannot be read")
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
         right = self._top1(on_counted, stop) if self.held_out else None

@@ -19,7 +19,7 @@ class Objective:
     Attributes:
         ratios: share of the patches that every stage is to keep, r, r**2, r**3; empty: there are no predictors.
         token_loss: 'mse' of features (DeiT) or 'kl' of auxiliary logits (LV-ViT), on the patches the last stage kept.
-        per_image: every picture is to keep that share; else only the batch is, on average, and pictures may differ (the
+        per_image: every image is to keep that share; else only the batch is, on average, and images may differ (the
             official `dynamic` loss).
     """
 
@@ -34,7 +34,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Losses:
-    """The outcome for the pictures of all processes; scalars.
+    """The outcome for the images of all processes; scalars.
 
     Attributes:
         total: the weighted sum. In one process its gradient is this process's part of the whole gradient: the parts of
@@ -69,9 +69,9 @@ def losses(
     Args:
         out, teacher: of the student in training and of its dense twin.
         targets: (B,) classes or (B, K) soft targets.
-        weights: (B,) 1, or 0 for a picture that is not to count; None: all count.
+        weights: (B,) 1, or 0 for an image that is not to count; None: all count.
         all_reduce: sums a vector over all processes. Means are taken of sums and counts of all of them, so that the
-            losses do not depend on how the pictures are shared out.
+            losses do not depend on how the images are shared out.
     """
     pred, wanted = out.pred.float(), teacher.pred.float()
     counts = pred.new_ones(len(pred)) if weights is None else weights
@@ -87,14 +87,14 @@ def losses(
     local = torch.cat([rows.sum(dim=1), torch.stack([mask.sum(), torch.where(mask > 0, tokens, 0.0).sum()])])
     # The value is that of all processes, the gradient goes to this one's part.
     sums = local + (all_reduce(local.detach()) - local.detach())
-    pictures = sums[0].detach().clamp(min=1)
+    images = sums[0].detach().clamp(min=1)
     stages = len(kept)
-    shares = sums[3 : 3 + stages] / pictures
+    shares = sums[3 : 3 + stages] / images
     if objective.per_image:
-        ratio = sums[3 + stages : 3 + 2 * stages].sum() / pictures
+        ratio = sums[3 + stages : 3 + 2 * stages].sum() / images
     else:
         ratio = ((shares - shares.new_tensor(objective.ratios)) ** 2).sum()
-    parts = sums[1] / pictures, ratio, sums[2] / pictures, sums[-1] / sums[-2].detach().clamp(min=1)
+    parts = sums[1] / images, ratio, sums[2] / images, sums[-1] / sums[-2].detach().clamp(min=1)
     scales = objective.cross_entropy, objective.ratio / max(1, stages), objective.logits, objective.tokens
     total = torch.stack([scale * part for scale, part in zip(scales, parts, strict=True)]).sum()
     return Losses(total, parts[0], parts[1], parts[2], parts[3], shares.detach())

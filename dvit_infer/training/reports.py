@@ -35,8 +35,8 @@ class Epoch:
     """Means over the steps of an epoch, or of what was done of it since the run went on.
 
     Attributes:
-        unreadable: pictures that could not be read, and how many more were left out for that reason.
-        top1: percent of the held-out pictures that the pruned model is right about; None: there are none, or the run
+        unreadable: images that could not be read, and how many more were left out for that reason.
+        top1: percent of the held-out images that the pruned model is right about; None: there are none, or the run
             is to stop, and they were not counted.
     """
 

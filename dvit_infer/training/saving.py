@@ -27,11 +27,11 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def identity(
-    settings: Settings, args: Mapping[str, Any], teacher: nn.Module, pictures: str, torchvision: bool
+    settings: Settings, args: Mapping[str, Any], teacher: nn.Module, images: str, torchvision: bool
 ) -> dict[str, Any]:
     """What has to be the same for a run to go on as if it had not stopped."""
     model: dict[str, Any] = {name: value for name, value in args.items() if name != "dvit_infer"} | args["dvit_infer"]
-    data = {"torchvision": torchvision, "data": pictures}
+    data = {"torchvision": torchvision, "data": images}
     return asdict(settings) | model | {"dense": digest(teacher.state_dict())} | data
 
 
@@ -80,6 +80,6 @@ def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str
         if name == "dense":
             raise InputError(f"resume: {path}: was trained from another dense model")
         if name == "data":
-            raise InputError(f"resume: {path}: was trained on other pictures than these")
+            raise InputError(f"resume: {path}: was trained on other images than these")
         found = str(said.get(name, "unknown"))[:40]
         raise InputError(f"resume: {path}: was trained with {name} {found}, this run has {value}")

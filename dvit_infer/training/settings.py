@@ -13,11 +13,11 @@ from dvit_infer.training.losses import TokenLoss
 
 @dataclass(frozen=True)
 class Settings:
-    """What the outcome of a run depends on, beside model and pictures. Defaults: Rao et al. 2021, section 4.1.
+    """What the outcome of a run depends on, beside model and images. Defaults: Rao et al. 2021, section 4.1.
 
     Attributes:
         keep_rate: share of the patches that the first stage keeps.
-        batch: pictures a step of the optimiser, over all processes and accumulation steps.
+        batch: images a step of the optimiser, over all processes and accumulation steps.
         accumulate: parts in which a process takes its share of a step, to save memory; the losses are the means of
             theirs, so that a mean over the batch (the ratio's without `per_image`, the tokens') is one over a part.
         lr: of the predictors; None: 0.001 for a batch of 1024, in proportion for others.

@@ -109,7 +109,7 @@ def _predictors(count: int, config: Config, seed: int) -> dict[str, torch.Tensor
 def set_training(model: nn.Module) -> None:
     """Training mode, but BatchNorm (LV-ViT's stem) goes on with its running statistics.
 
-    Fine-tuning hardly moves the stem, and a picture's answer does not depend on the pictures beside it then, so the
+    Fine-tuning hardly moves the stem, and an image's answer does not depend on the images beside it then, so the
     losses do not depend on how a batch is shared out.
     """
     model.train()

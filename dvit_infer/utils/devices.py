@@ -7,7 +7,7 @@ import torch
 
 from dvit_infer.errors import InputError
 
-# Pictures that go through a model together, on a CPU at least so many; larger batches are cut, so that memory does not
+# Images that go through a model together, on a CPU at least so many; larger batches are cut, so that memory does not
 # grow with them. For CUDA nothing has been measured yet.
 CHUNK = {"cpu": 16, "cuda": 256}
 # Patches times channels of as many as are best on a CPU, 16 of DeiT-S at 224 pixels. Of DeiT-S/0.7 (two threads of a
@@ -35,7 +35,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def chunk(device: torch.device, patches: int, channels: int) -> int:
-    """How many pictures are to go through a model together."""
+    """How many images are to go through a model together."""
     if device.type != "cpu":
         return CHUNK[device.type]
     return min(max(CHUNK["cpu"], _CPU_VALUES // (patches * channels)), _CPU_MOST)

@@ -171,7 +171,7 @@ def attention_launch(
 ) -> tuple[Launch, torch.Tensor]:
     """The launch and the tensor it fills. Arguments as `launch_attention`."""
     ragged, full_rate = cu_seqlens is not None, q.dtype != torch.float32
-    pictures = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    images = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
     heads, head_dim = q.shape[-2:]
     tile = tile or default_tile(queries, keys, head_dim, q.dtype)
@@ -200,14 +200,14 @@ def attention_launch(
     }
     warps_and_stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if full_rate and tile.holds(keys):
-        programs = min(tiles, tile.programs or triton.cdiv(ENOUGH_PROGRAMS, max(1, pictures * heads)))
+        programs = min(tiles, tile.programs or triton.cdiv(ENOUGH_PROGRAMS, max(1, images * heads)))
         chunks = {"CHUNK_A": tile.chunk_a, "CHUNK_B": tile.chunk_b, "CHUNK_C": tile.chunk_c}
-        grid = (programs * heads * pictures,)
+        grid = (programs * heads * images,)
         return Launch.of(_attention_kernel, grid, **given, programs=programs, **chunks, **warps_and_stages), out
     rest = tile.chunk_a if ragged else keys % tile.chunk_a
     launch = Launch.of(
         _attention_online_kernel,
-        (tiles * heads * pictures,),
+        (tiles * heads * images,),
         **given,
         programs=tiles,
         BLOCK_N=tile.chunk_a,
@@ -219,12 +219,12 @@ def attention_launch(
 
 
 def _addressable(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """x, or a copy where strides are beyond the kernels: channels apart, or a picture's rows past 32 bits."""
+    """x, or a copy where strides are beyond the kernels: channels apart, or an image's rows past 32 bits."""
     return x if x.stride(-1) == 1 and tokens * _strides(x)[1] < 2**31 else x.contiguous()
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Of picture, token and head in (B, N, H, D), of token, token and head in (T, H, D); 0 where there is only one."""
+    """Of image, token and head in (B, N, H, D), of token, token and head in (T, H, D); 0 where there is only one."""
     n, h = (0 if x.shape[d] == 1 else x.stride(d) for d in (-3, -2))
     b = n if x.ndim == 3 else 0 if x.shape[0] == 1 else x.stride(0)
     return b, n, h

@@ -11,7 +11,7 @@ STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnh")
 
 @triton.jit
 def find_program(cu_seqlens_ptr, n_queries, n_heads, programs):
-    """Which of the programs of a head this is, the head, what strides between pictures count, its number of queries."""
+    """Which of the programs of a head this is, the head, what strides between images count, its number of queries."""
     program = tl.program_id(0)
     at = (program // programs // n_heads).to(tl.int64)
     if cu_seqlens_ptr is not None:

@@ -76,7 +76,7 @@ def _linear_kernel(
     stride_rb,
     stride_rn,
     rows,
-    x_tokens,  # rows a picture; it and strides may be None: row_offset
+    x_tokens,  # rows an image; it and strides may be None: row_offset
     residual_tokens,
     eps,
     DIM_IN: tl.constexpr,
@@ -263,7 +263,7 @@ def linear_launch(
 
 
 def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int | None]:
-    """x (..., C), itself or a copy, as `row_offset` addresses its rows: rows a picture and the two strides.
+    """x (..., C), itself or a copy, as `row_offset` addresses its rows: rows an image and the two strides.
 
     Without the first two where one stride leads from every row to the next, without any where that is C.
     """
@@ -273,7 +273,7 @@ def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int
         return x, None, None, None
     if x.ndim == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1):
         return x, None, None, x.stride(-2)
-    if x.shape[1] == 1:  # a class token's row of every picture
+    if x.shape[1] == 1:  # a class token's row of every image
         return x, None, None, x.stride(0)
     return x, x.shape[1], x.stride(0), x.stride(1)
 

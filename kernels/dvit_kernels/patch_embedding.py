@@ -1,6 +1,6 @@
-"""Pictures to tokens in one launch: cut into patches, multiply, add the position embedding, put prefix tokens before.
+"""Images to tokens in one launch: cut into patches, multiply, add the position embedding, put prefix tokens before.
 
-The patches are never laid out in memory: the product reads them where they are in the pictures, whatever the strides.
+The patches are never laid out in memory: the product reads them where they are in the images, whatever the strides.
 """
 
 import torch
@@ -46,7 +46,7 @@ def _add_table(acc, table, out, col, live, DIM_OUT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "n_patches", "patches_x", "num_prefix"])
 def _patch_embedding_kernel(
-    images_ptr,  # B pictures
+    images_ptr,  # B images
     w_ptr,  # (C, K)
     table_ptr,  # (P+N, C) float32
     out_ptr,  # out (B, P+N, C)
@@ -73,8 +73,8 @@ def _patch_embedding_kernel(
     """Element k of a patch has three digits, the right ones below SIZE_1 and SIZE_2; each has a stride of its own."""
     wait_for_inputs(PDL)
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
-    # Rows are the patches of all pictures, one after the other: tiles pad at the end of the batch alone. Blocks of one
-    # tile of rows follow each other: the pictures are read from memory once, and all of w stays in the L2 cache.
+    # Rows are the patches of all images, one after the other: tiles pad at the end of the batch alone. Blocks of one
+    # tile of rows follow each other: the images are read from memory once, and all of w stays in the L2 cache.
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     live = row < rows
@@ -104,22 +104,22 @@ def _patch_embedding_kernel(
     _add_table(left, table, out, left_col, live, DIM_OUT)
     _add_table(right, table, out, left_col + half, live, DIM_OUT)
 
-    # A picture's prefix rows are written by the tile that holds its first patch.
+    # An image's prefix rows are written by the tile that holds its first patch.
     first = tl.program_id(0) // blocks_n * BLOCK_M
-    picture = tl.cdiv(first, n_patches)
-    while picture * n_patches < tl.minimum(first + BLOCK_M, rows):
-        start = out_ptr + picture.to(tl.int64) * (num_prefix + n_patches) * DIM_OUT
+    begun = tl.cdiv(first, n_patches)
+    while begun * n_patches < tl.minimum(first + BLOCK_M, rows):
+        start = out_ptr + begun.to(tl.int64) * (num_prefix + n_patches) * DIM_OUT
         token = 0
         while token < num_prefix:
             at = token * DIM_OUT + col
             prefix = tl.load(table_ptr + at, mask=col < DIM_OUT, other=0.0)
             tl.store(start + at, prefix.to(out_ptr.dtype.element_ty), mask=col < DIM_OUT)
             token += 1
-        picture += 1
+        begun += 1
 
 
 def supports(channels: int, height: int, width: int) -> bool:
-    """Whether the kernel takes pictures of that size: below 2^31 elements each."""
+    """Whether the kernel takes images of that size: below 2^31 elements each."""
     return channels * height * width < 2**31
 
 
@@ -201,13 +201,13 @@ def launch_patch_embedding(
     channels_last: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run `dvit::patch_embedding` as one Triton launch on the pictures' device and its current stream.
+    """Run `dvit::patch_embedding` as one Triton launch on the images' device and its current stream.
 
     Args:
         images: (B, channels, H, W) in uint8, float32, float16 or bfloat16, any strides.
-        weight, table: what `pack_patch_embedding` returned, on the pictures' device.
+        weight, table: what `pack_patch_embedding` returned, on the images' device.
         patch_size: p, which divides H and W.
-        channels_last: as the weight was packed; made for pictures whose channel stride is 1.
+        channels_last: as the weight was packed; made for images whose channel stride is 1.
         out: where the result goes, contiguous; None: into new memory.
 
     Returns:
@@ -219,7 +219,7 @@ def launch_patch_embedding(
     _, channels, height, width = images.shape
     p = patch_size
     if p < 1 or height < p or width < p or height % p or width % p:
-        raise ValueError(f"launch_patch_embedding: patch_size {p} does not divide pictures of {height} x {width}")
+        raise ValueError(f"launch_patch_embedding: patch_size {p} does not divide images of {height} x {width}")
     if not supports(channels, height, width):
         raise ValueError(f"launch_patch_embedding: images have {channels} x {height} x {width} elements, 2^31 or more")
     k = channels * p * p

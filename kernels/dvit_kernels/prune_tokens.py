@@ -38,7 +38,7 @@ def prune_tokens_launches(
     tile = _project_tile(b * n, c, x.dtype)
     tile_m = min(tile.block_m, max(16, triton.next_power_of_2(n)))
     tiles = triton.cdiv(b * n, tile_m)
-    segments = min(tile_m, (tile_m - 2) // n + 2)  # pictures that a tile can touch
+    segments = min(tile_m, (tile_m - 2) // n + 2)  # images that a tile can touch
     hidden = x.new_empty(b * n, half)
     sums = x.new_empty(tiles, segments, half, dtype=torch.float32)
     score = x.new_empty(b, n, dtype=torch.float32)
@@ -111,7 +111,7 @@ def prune_tokens_launches(
         maxnreg=128 if can_pair else 0,
     )
     block_tokens, block_rows = max(32, triton.next_power_of_2(n)), 16
-    # Few pictures: a program for every block of rows. Many: two a picture, so that choosing is not repeated so often.
+    # Few images: a program for every block of rows. Many: two an image, so that choosing is not repeated so often.
     num_groups = min(triton.cdiv(num_prefix + num_keep, block_rows), max(2, 512 // max(b, 1)))
     select = Launch.of(
         _select_kernel,

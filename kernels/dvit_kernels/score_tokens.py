@@ -6,8 +6,8 @@ The formulas are DynamicViT's predictor (Rao et al. 2021, section 3.2) after alg
   shift being folded into W and the bias. Mean and variance come out of the tiles the product reads anyway; in large
   batches a launch before has found them (layer_norm.py). The rounding of the product, in float32, counts mean / std
   times.
-* The half of the hidden channels that is averaged over a picture never leaves the chip: its column sums do. Its part of
-  the second layer is one vector a picture.
+* The half of the hidden channels that is averaged over an image never leaves the chip: its column sums do. Its part of
+  the second layer is one vector an image.
 * The last layer gives one number a token, keep minus drop; ranking needs no softmax.
 """
 
@@ -41,13 +41,13 @@ def _project_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """gelu(LN(x) w1^T + b1): the own half of every token, and the mean half's sums by (tile of rows, picture in it)."""
+    """gelu(LN(x) w1^T + b1): the own half of every token, and the mean half's sums by (tile of rows, image in it)."""
     half: tl.constexpr = DIM // 2
     blocks_n: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // blocks_n
     block_n = tl.program_id(0) % blocks_n
 
-    # Rows are the patch tokens of all pictures, one after the other: tiles pad at the end of the batch alone.
+    # Rows are the patch tokens of all images, one after the other: tiles pad at the end of the batch alone.
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     image = row // n_tokens
     live = image < batch
@@ -119,7 +119,7 @@ def _score_kernel(
     DIM: tl.constexpr,
     SEGMENTS: tl.constexpr,
     TILE_M: tl.constexpr,  # rows of a tile of the first launch
-    TILES: tl.constexpr,  # a power of two, at least as many as a picture can touch
+    TILES: tl.constexpr,  # a power of two, at least as many as an image can touch
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,

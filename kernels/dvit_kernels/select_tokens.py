@@ -59,7 +59,7 @@ def _select_kernel(
     BY_RANK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Choose a picture's tokens and copy every num_groups-th block of the rows that stay; each program chooses anew."""
+    """Choose an image's tokens and copy every num_groups-th block of the rows that stay; each program chooses anew."""
     wait_for_inputs(PDL)
     image = (tl.program_id(0) // num_groups).to(tl.int64)
     group = tl.program_id(0) % num_groups

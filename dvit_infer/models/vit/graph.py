@@ -13,7 +13,7 @@ from dvit_infer.models.vit.reference import VisionTransformer
 
 
 def build_graph(model: nn.Module, config: Config) -> Graph:
-    """The graph of a reference model, in evaluation, for one picture size.
+    """The graph of a reference model, in evaluation, for one image size.
 
     Raises:
         TypeError: the model is of a kind no nodes are known for.

@@ -9,7 +9,7 @@ from dvit_infer.models.vit.reference import VisionTransformer
 
 
 class ConvStem(nn.Module):
-    """Three convolutions with batch norm at half the picture's size, then the patch projection."""
+    """Three convolutions with batch norm at half the image's size, then the patch projection."""
 
     def __init__(self, patch_size: int, stem_dim: int, embed_dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Resampling a position embedding to another picture size."""
+"""Resampling a position embedding to another image size."""
 
 import torch
 from torch.nn import functional as F

@@ -69,7 +69,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     eps = read.settle("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
     rate, prune_at, predictor_eps = _pruning(read, depth, predictors)
     method = _method(read, options.get("method"), predictors)
-    mean = read.settle("mean", IMAGENET_MEAN, "ImageNet's; only uint8 pictures are normalised here")
+    mean = read.settle("mean", IMAGENET_MEAN, "ImageNet's; only uint8 images are normalised here")
     std = read.settle("std", IMAGENET_STD, "ImageNet's")
     config = Config(
         arch=name,
@@ -99,7 +99,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         if count == 0:
             by_size = options.get("image_size") is not None and read.given.get("keep_rate") is None
             what = "image_size" if by_size else read.origin("keep_rate")
-            counts = f"{config.num_patches} of a {image_size[0]}x{image_size[1]} picture"
+            counts = f"{config.num_patches} of a {image_size[0]}x{image_size[1]} image"
             raise InputError(f"{what}: a keep rate of {rate:g} leaves no patch token of the {counts} at stage {stage}")
     return config
 

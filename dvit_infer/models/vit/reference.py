@@ -41,7 +41,7 @@ class VisionTransformer(nn.Module, ABC):
     """A vision transformer whose patch tokens are dropped, by learned scores, before the blocks `prune_at`.
 
     Args:
-        num_patches: patch tokens N of the picture size it is built for.
+        num_patches: patch tokens N of the image size it is built for.
         num_prefix: 1, or 2 with a distillation token; these are never dropped.
         prune_at: one block index for every predictor.
         num_keep: patch tokens kept at every stage; empty to run dense, predictors or not.

@@ -1,4 +1,4 @@
-"""One picture: every kind that a folder may hold, and what a model gets to see of it."""
+"""One image: every kind that a folder may hold, and what a model gets to see of it."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ from PIL import Image
 
 import dvit_infer as dvit
 from dvit_infer.config import Config
-from dvit_infer.images.decode import MAX_PIXELS, PictureError, open_picture
+from dvit_infer.images.decode import MAX_PIXELS, ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess, preprocess_for
 
 
@@ -21,8 +21,8 @@ def fails(path) -> str:
     """Reading it has to fail, in one line that names it, without a warning. Returns why."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(PictureError) as caught:
-            open_picture(path)
+        with pytest.raises(ImageFileError) as caught:
+            open_image(path)
     assert str(caught.value) == f"{path}: {caught.value.why}"
     assert "\n" not in caught.value.why
     return caught.value.why
@@ -30,37 +30,37 @@ def fails(path) -> str:
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "jp2"])
 def test_lossless_formats_give_their_pixels(suffix, tmp_path):
-    path, picture = tmp_path / f"a.{suffix}", draw(0)
-    picture.save(path)
-    found = open_picture(path)
+    path, image = tmp_path / f"a.{suffix}", draw(0)
+    image.save(path)
+    found = open_image(path)
     assert found.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(picture))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
 
 
 def test_transparency_is_dropped_as_convert_does(tmp_path):
-    picture = draw(0)
-    see_through = picture.copy()
+    image = draw(0)
+    see_through = image.copy()
     see_through.putalpha(40)
     see_through.save(tmp_path / "rgba.png")
     see_through.convert("LA").save(tmp_path / "la.png")
-    np.testing.assert_array_equal(np.asarray(open_picture(tmp_path / "rgba.png")), np.asarray(picture))
-    grey = np.asarray(picture.convert("L"))
-    np.testing.assert_array_equal(np.asarray(open_picture(tmp_path / "la.png")), np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "rgba.png")), np.asarray(image))
+    grey = np.asarray(image.convert("L"))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "la.png")), np.stack([grey] * 3, axis=2))
 
 
 def test_palette_with_transparency(tmp_path):
-    picture = draw(0).quantize(16)
-    picture.save(tmp_path / "p.png", transparency=bytes(range(0, 160, 10)))
+    image = draw(0).quantize(16)
+    image.save(tmp_path / "p.png", transparency=bytes(range(0, 160, 10)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = open_picture(tmp_path / "p.png")
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(picture.convert("RGB")))
+        found = open_image(tmp_path / "p.png")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
 
 
 def test_cmyk(tmp_path):
-    picture = draw(0).convert("CMYK")
-    picture.save(tmp_path / "cmyk.jpg", quality=98)
-    error = np.asarray(open_picture(tmp_path / "cmyk.jpg")).astype(int) - np.asarray(picture.convert("RGB"))
+    image = draw(0).convert("CMYK")
+    image.save(tmp_path / "cmyk.jpg", quality=98)
+    error = np.asarray(open_image(tmp_path / "cmyk.jpg")).astype(int) - np.asarray(image.convert("RGB"))
     assert np.abs(error).mean() < 4
 
 
@@ -69,12 +69,12 @@ def test_16_bits_are_scaled_not_clipped(suffix, tmp_path):
     wide = np.linspace(0, 65535, 60 * 45).reshape(45, 60)
     Image.fromarray(wide.astype(np.uint16)).save(tmp_path / f"16.{suffix}")
     grey = np.round(wide.astype(np.uint16) / 257).astype(np.uint8)
-    np.testing.assert_array_equal(np.asarray(open_picture(tmp_path / f"16.{suffix}")), np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / f"16.{suffix}")), np.stack([grey] * 3, axis=2))
 
 
 def test_32_bits_are_taken_where_their_range_is_clear(tmp_path):
     Image.fromarray(np.full((4, 4), 65535, np.int32)).save(tmp_path / "narrow.tif")
-    assert open_picture(tmp_path / "narrow.tif").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "narrow.tif").getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((4, 4), 65536, np.int32)).save(tmp_path / "wide.tif")
     assert "32-bit" in fails(tmp_path / "wide.tif")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
@@ -85,9 +85,9 @@ def test_the_first_frame_of_an_animation(tmp_path):
     first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     for suffix in ("gif", "png"):
         first.save(tmp_path / f"moving.{suffix}", save_all=True, append_images=[second], duration=9)
-        with Image.open(tmp_path / f"moving.{suffix}") as picture:
-            assert picture.n_frames == 2
-        assert open_picture(tmp_path / f"moving.{suffix}").getpixel((4, 4)) == (255, 0, 0)
+        with Image.open(tmp_path / f"moving.{suffix}") as image:
+            assert image.n_frames == 2
+        assert open_image(tmp_path / f"moving.{suffix}").getpixel((4, 4)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -102,36 +102,36 @@ def test_turned_as_its_exif_says(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored[orientation])).save(tmp_path / f"a.{suffix}", exif=exif)
-    np.testing.assert_array_equal(np.asarray(open_picture(tmp_path / f"a.{suffix}")), upright)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / f"a.{suffix}")), upright)
 
 
-def test_broken_exif_does_not_spoil_the_picture(tmp_path):
+def test_broken_exif_does_not_spoil_the_image(tmp_path):
     draw(0).save(tmp_path / "a.png", exif=b"Exif\0\0garbage")
-    assert open_picture(tmp_path / "a.png").size == (60, 45)
+    assert open_image(tmp_path / "a.png").size == (60, 45)
 
 
 def test_1x1(tmp_path):
     Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "dot.png")
-    assert open_picture(tmp_path / "dot.png").size == (1, 1)
-    seen = Preprocess((32, 48))(open_picture(tmp_path / "dot.png"))
+    assert open_image(tmp_path / "dot.png").size == (1, 1)
+    seen = Preprocess((32, 48))(open_image(tmp_path / "dot.png"))
     assert seen.shape == (3, 32, 48)
     assert (seen == np.array([9, 8, 7])[:, None, None]).all()
 
 
-def test_what_is_no_picture(tmp_path):
-    assert "is no picture" in fails(write_text(tmp_path / "text.jpg"))
+def test_what_is_no_image(tmp_path):
+    assert "is no image" in fails(write_text(tmp_path / "text.jpg"))
     (tmp_path / "empty.jpg").touch()
-    assert "is no picture" in fails(tmp_path / "empty.jpg")
+    assert "is no image" in fails(tmp_path / "empty.jpg")
     assert "No such file" in fails(tmp_path / "none.jpg")
     assert "no regular file" in fails(tmp_path)
     os.mkfifo(tmp_path / "pipe.jpg")
     assert "no regular file" in fails(tmp_path / "pipe.jpg")
     page = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "page.jpg").write_text(page)  # Pillow would start Ghostscript
-    assert "is no picture" in fails(tmp_path / "page.jpg")
+    assert "is no image" in fails(tmp_path / "page.jpg")
 
 
-def test_pictures_cut_short(tmp_path):
+def test_images_cut_short(tmp_path):
     assert "truncated" in fails(write_cut(tmp_path / "cut.jpg"))
     for suffix in ("png", "gif", "webp", "bmp", "tif"):
         path = tmp_path / f"cut.{suffix}"
@@ -140,8 +140,8 @@ def test_pictures_cut_short(tmp_path):
         assert fails(path)
 
 
-def test_damage_anywhere_is_a_picture_error(tmp_path):
-    """Bytes changed at random: whatever Pillow raises then becomes a PictureError, or the picture is read."""
+def test_damage_anywhere_is_a_image_error(tmp_path):
+    """Bytes changed at random: whatever Pillow raises then becomes a ImageFileError, or the image is read."""
     rng, outcomes = np.random.default_rng(0), {True: 0, False: 0}
     for suffix in ("png", "jpg", "gif", "webp", "bmp", "tif", "jp2"):
         draw(0, 40, 30).save(tmp_path / f"good.{suffix}")
@@ -152,9 +152,9 @@ def test_damage_anywhere_is_a_picture_error(tmp_path):
             bad[places] = rng.integers(0, 256, len(places))
             (tmp_path / "bad").write_bytes(bad.tobytes())
             try:
-                open_picture(tmp_path / "bad")
+                open_image(tmp_path / "bad")
                 outcomes[True] += 1
-            except PictureError:
+            except ImageFileError:
                 outcomes[False] += 1
     assert min(outcomes.values()) > 20
 
@@ -172,7 +172,7 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
     assert MAX_PIXELS < 10_000 * 9_000
     assert limit == Image.MAX_IMAGE_PIXELS
     Image.new("L", (20_000, 2)).save(tmp_path / "fits.png")
-    assert open_picture(tmp_path / "fits.png").size == (20_000, 2)
+    assert open_image(tmp_path / "fits.png").size == (20_000, 2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # the process may have lifted Pillow's own limit
     assert "30000x30000 is a decompression bomb" in fails(tmp_path / "vast.png")
 
@@ -187,38 +187,38 @@ def _header_of_png(path, width: int, height: int) -> None:
 def test_a_name_that_is_not_utf8(tmp_path):
     path = os.path.join(tmp_path, os.fsdecode(b"\xff\xfe.png"))
     draw(0).save(os.fsencode(path))
-    assert open_picture(path).size == (60, 45)
+    assert open_image(path).size == (60, 45)
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (100, 37), (33, 260), (1, 1), (257, 256)])
 def test_crops_are_torchvisions(size, crop_pct):
-    picture = draw(3, *size)
+    image = draw(3, *size)
     side, shorter = 224, int(224 / crop_pct)
     w, h = size  # torchvision.transforms.functional: _compute_resized_output_size, then center_crop
     short, long = (w, h) if w <= h else (h, w)
     new_short, new_long = shorter, int(shorter * long / short)
     new_w, new_h = (new_short, new_long) if w <= h else (new_long, new_short)
     top, left = round((new_h - side) / 2.0), round((new_w - side) / 2.0)
-    right = picture.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    found = Preprocess((side, side), crop_pct)(picture)
+    right = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    found = Preprocess((side, side), crop_pct)(image)
     assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, side, side), True)
     np.testing.assert_array_equal(found, np.asarray(right).transpose(2, 0, 1))
 
 
 def test_crops_that_are_not_square_cover_both_sides():
-    picture = Image.new("RGB", (400, 400), "white")
-    picture.paste("black", (0, 0, 400, 100))  # the upper quarter
-    found = np.asarray(Preprocess((96, 192), 1.0).crop(picture))
+    image = Image.new("RGB", (400, 400), "white")
+    image.paste("black", (0, 0, 400, 100))  # the upper quarter
+    found = np.asarray(Preprocess((96, 192), 1.0).crop(image))
     assert found.shape == (96, 192, 3)
     assert found[4:].min() == 255  # scaled to 192x192, of which rows 48 to 143 are kept: just below the black
-    assert np.asarray(Preprocess((96, 96), 1.0).crop(picture))[:20].max() == 0
+    assert np.asarray(Preprocess((96, 96), 1.0).crop(image))[:20].max() == 0
 
 
 def test_warping_keeps_everything():
-    picture = draw(0, 100, 30)
-    expected = np.asarray(picture.resize((64, 96), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(np.asarray(Preprocess((96, 64), warp=True).crop(picture)), expected)
+    image = draw(0, 100, 30)
+    expected = np.asarray(image.resize((64, 96), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(np.asarray(Preprocess((96, 64), warp=True).crop(image)), expected)
 
 
 @pytest.mark.parametrize("size", [(30_000, 1), (1, 5_000), (20_000, 4), (2, 20_000)])
@@ -228,13 +228,13 @@ def test_slivers_are_cut_before_they_are_resized(size, monkeypatch):
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, to, *a: made.append((self.size, to)) or resize(self, to, *a)
     )
-    picture = Image.new("RGB", size, "red")
-    picture.paste("blue", (0, 0, size[0] // 2, size[1]) if size[0] > size[1] else (0, 0, size[0], size[1] // 2))
-    seen = np.asarray(Preprocess((64, 64)).crop(picture))
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (0, 0, size[0] // 2, size[1]) if size[0] > size[1] else (0, 0, size[0], size[1] // 2))
+    seen = np.asarray(Preprocess((64, 64)).crop(image))
     assert len(made) == 1
     assert all(max(of) <= 8 * 73 for of in made[0])
     first, last = (seen[:, 0], seen[:, -1]) if size[0] > size[1] else (seen[0], seen[-1])
-    assert first[:, 2].min() > 200 > 50 > first[:, 0].max()  # the middle of the picture is the middle of the crop
+    assert first[:, 2].min() > 200 > 50 > first[:, 0].max()  # the middle of the image is the middle of the crop
     assert last[:, 0].min() > 200 > 50 > last[:, 2].max()
 
 

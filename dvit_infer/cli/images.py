@@ -1,4 +1,4 @@
-"""What the commands that read pictures share: the options for model and pictures, and what becomes of them."""
+"""What the commands that read images share: the options for model and images, and what becomes of them."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from dvit_infer.images.classes import ClassMap
     from dvit_infer.images.preprocess import Preprocess
 
-MOST_UNREADABLE = 0.01  # share of the pictures that may be unreadable in a run that is called a success
+MOST_UNREADABLE = 0.01  # share of the images that may be unreadable in a run that is called a success
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("--batch", type=int, metavar="B", help="pictures at a time; default: 256 on CUDA, 16 on a CPU")
+    parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
     parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="default: the model's own")
@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> None:
 
 
 def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, ClassMap | None]":
-    """The engine or ONNX file, how its pictures are prepared, and the class map if one was given.
+    """The engine or ONNX file, how its images are prepared, and the class map if one was given.
 
     Raises:
         InputError: any of these options cannot be used.
