@@ -93,7 +93,7 @@ def test_what_it_saw(wide, tmp_path):
         assert one.probability == pytest.approx(expected.max().item(), rel=1e-4)
         assert [stage.shape for stage in one.kept] == [wide.config.grid] * 3
         assert [stage.sum() for stage in one.kept] == list(wide.config.num_keep)
-    assert seen[0].pil_image.size == (256, 192)
+    assert seen[0].source.size == (256, 192)
     assert draw_kept(wide, [tmp_path / "three.png", pil_image(4)]).tobytes() == draw_seen(seen, wide.config).tobytes()
     best = int(probabilities[0].argmax())
     assert look(wide, [images[:1]], {best: "cat"})[0].label == "cat"
