@@ -19,6 +19,7 @@ from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.models.vit.layers import Attention
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
+from dvit_infer.utils.memory import is_allocation_failure
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -169,7 +170,7 @@ def blaming(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+        if is_allocation_failure(error):
             raise
         raise InputError(f"compare: {name} cannot run the reference here: {first_line(error)}") from None
 

@@ -23,6 +23,7 @@ from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.parity.agreement import Expected, stray, unchecked, unlike
 from dvit_infer.parity.verification import evaluate
 from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.memory import is_allocation_failure
 
 WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared with
     "reference": ways.reference_way,
@@ -131,7 +132,7 @@ class Comparison:
                 }
                 timings = interleave(calls, self.device, seconds, progress)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            if not is_allocation_failure(error):
                 raise
             raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
         rows, strays, unsure = [], [], []

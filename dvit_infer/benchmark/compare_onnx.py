@@ -21,6 +21,7 @@ from dvit_infer.onnx.engine import check_file, onnx_device
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
 from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.memory import is_allocation_failure
 from dvit_infer.utils.packages import need
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -123,7 +124,7 @@ class OnnxComparison:
             logits = {name: self._checked(name, call(), batch) for name, call in calls.items()}
             timings = interleave(calls, self.device, seconds, progress)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            if not is_allocation_failure(error):
                 raise
             raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
         rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]

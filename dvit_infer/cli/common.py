@@ -13,13 +13,6 @@ from typing import Any, NoReturn, TextIO
 
 from dvit_infer.errors import InputError, KernelError
 
-# Arguments of the library that a command has as options: in messages they are called as the user wrote them.
-_OPTIONS = re.compile(
-    r"^(format|opset|kept|uint8|inline|quantize|calibrate|against_reference|nodes|"
-    r"arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|sweep|seconds|"
-    r"classes|crop_pct|workers|json|report|out|epochs|accumulate|lr|min_lr|backbone_lr_scale|freeze_epochs|warmup_epochs|"
-    r"optimizer|weight_decay|clip|ema|smoothing|mixup|cutmix|scale|flip|randaugment|erase|seed|resume|logdir)(?=:)"
-)
 _ASSUMED = re.compile(r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|mean|std|weights):)")
 
 
@@ -44,8 +37,7 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
         sys.stdout.flush()
         return status
     except InputError as error:
-        named = _OPTIONS.sub(lambda found: "--" + found[1].replace("_", "-"), str(error))
-        return _failed(_ASSUMED.sub("--assume ", named))
+        return _failed(_as_options(str(error), parser))
     except KernelError as error:
         return _failed(str(error), 1)
     except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
@@ -56,9 +48,20 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        from dvit_infer.utils.memory import is_allocation_failure  # here: it imports torch
+
+        if not is_allocation_failure(error):
             raise
         return _failed("out of memory: a smaller batch, image or model would fit")
+
+
+def _as_options(message: str, parser: Parser) -> str:
+    """A message of the library, whose arguments are called as the user wrote them: `keep_rate: ...` is --keep-rate."""
+    name = message.partition(":")[0]
+    options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    if name in options:
+        return options[name] + message[len(name) :]
+    return _ASSUMED.sub("--assume ", message)
 
 
 def _failed(message: str, status: int = 2) -> int:

@@ -21,6 +21,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.memory import is_allocation_failure
 
 AT_ONCE = 8  # images that go to a worker together: small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each takes some of the 1,024 files that a process may usually have open
@@ -191,6 +192,6 @@ def running(batch: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker (pid" in str(error):
             raise InputError("workers: a worker process was killed, for want of memory perhaps; fewer may do") from None
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not is_allocation_failure(error):
             raise
         raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None

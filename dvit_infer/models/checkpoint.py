@@ -19,6 +19,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
 from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS, read_header
 from dvit_infer.utils.files import check_name
+from dvit_infer.utils.memory import is_allocation_failure
 
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
@@ -115,7 +116,7 @@ def load_torch(path: Path, is_zip: bool) -> Any:
     except (
         Exception
     ) as error:  # a damaged or hostile pickle can raise any kind; each becomes a line that names the file
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        if is_allocation_failure(error):
             raise  # not the file's fault
         raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
 

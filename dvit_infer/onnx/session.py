@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dvit_infer.errors import InputError
+from dvit_infer.utils.memory import is_allocation_failure
 from dvit_infer.utils.packages import need
 
 EXTRA = "dvit-infer[onnx]"
@@ -83,7 +84,7 @@ def run_session(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds, which have no common base
-        if "allocate" in str(error):
+        if is_allocation_failure(error):
             raise (MemoryError if device.type == "cpu" else torch.OutOfMemoryError)(_reason(error)) from None
         raise InputError(f"{name}: ONNX Runtime: {_reason(error)}") from None
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
 from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.registration import register
 
 OP = "dvit::attention"
 
@@ -137,15 +138,6 @@ def _supported(device: torch.device, head_dim: int) -> bool:
     return supports(head_dim)
 
 
-# Defined by schema for the reason given in prune_tokens.py.
-torch.library.define(
-    OP,
-    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, int max_tokens=0)"
-    " -> Tensor",
-)
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _anywhere(*arguments: Any, **named: Any) -> torch.Tensor:
     call = _checked(*arguments, **named)
     q, (heads, head_dim) = call.q, call.q.shape[-2:]
@@ -181,17 +173,16 @@ def _fault(call: _Call, out: torch.Tensor) -> str | None:
     return strays(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
     q = _checked(*arguments, **named).q
     return q.new_empty(q.shape)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError(
-        "dvit::attention has no gradient: it is for inference. Train with "
-        "torch.nn.functional.scaled_dot_product_attention."
-    )
-
-
-torch.library.register_autograd(OP, _no_gradient)
+register(
+    OP,
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, int max_tokens=0)"
+    " -> Tensor",
+    _anywhere,
+    _fake,
+    "Train with torch.nn.functional.scaled_dot_product_attention.",
+)

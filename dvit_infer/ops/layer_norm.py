@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
 from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.registration import register
 
 OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 
@@ -62,12 +63,6 @@ def how(device: torch.device, c: int, op: str = "layer_norm") -> str:
     return "Triton" if supports(c) else "PyTorch"
 
 
-# Defined by schema for the reason given in prune_tokens.py.
-torch.library.define(OP, "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor")
-torch.library.define(STATS_OP, "(Tensor x) -> Tensor")
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -90,7 +85,6 @@ def _run(
     )
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -98,7 +92,6 @@ def _fake(
     return x.new_empty(x.shape)
 
 
-@torch.library.impl(STATS_OP, "CompositeExplicitAutograd")
 def _run_stats(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
     if how(x.device, x.shape[-1], "row_stats") == "PyTorch":
@@ -117,20 +110,14 @@ def _run_stats(x: torch.Tensor) -> torch.Tensor:
     return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))
 
 
-@torch.library.register_fake(STATS_OP)  # type: ignore[untyped-decorator]
 def _stats_fake(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
     return x.new_empty(x.numel() // x.shape[-1], 1, 2, dtype=torch.float32)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError(
-        "layer_norm and row_stats have no gradient: they are for inference. Train with torch.nn.LayerNorm."
-    )
-
-
-torch.library.register_autograd(OP, _no_gradient)
-torch.library.register_autograd(STATS_OP, _no_gradient)
+_ADVICE = "Train with torch.nn.LayerNorm."
+register(OP, "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor", _run, _fake, _ADVICE)
+register(STATS_OP, "(Tensor x) -> Tensor", _run_stats, _stats_fake, _ADVICE)
 
 
 def layer_norm(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
 from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
+from dvit_infer.ops.registration import register
 
 OP = "dvit::linear"
 # Rows from which on statistics that no launch has left are found by a launch of their own. Below, a launch costs more
@@ -181,10 +182,8 @@ _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_sum=None, Tensor? stats=None, "
     "float eps=1e-5, str activation='none', int stats_block=0, ScalarType? out_dtype=None) -> (Tensor, Tensor)"
 )
-torch.library.define(OP, _SCHEMA)
 
 
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _checked(*arguments, **named)
     (dim_out, dim_in), norm = call.weight.shape, call.weight_sum is not None
@@ -238,7 +237,6 @@ def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
     return strays(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, *_, stats_block, out_dtype = _checked(*arguments, **named)
     rows, dim_out = x.shape[:-1], weight.shape[0]
@@ -247,8 +245,4 @@ def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return y, x.new_empty(parts, dtype=torch.float32)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError("dvit::linear has no gradient: it is for inference. Train with torch.nn.functional.linear.")
-
-
-torch.library.register_autograd(OP, _no_gradient)
+register(OP, _SCHEMA, _run, _fake, "Train with torch.nn.functional.linear.")

@@ -11,6 +11,7 @@ import torch
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
 from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.registration import register
 
 OP = "dvit::patch_embedding"
 _CENTRE = 128  # a byte less this is exact in float16 and bfloat16
@@ -130,12 +131,6 @@ def how(device: torch.device, channels: int, height: int, width: int) -> str:
     return "Triton" if supports(channels, height, width) else "PyTorch"
 
 
-torch.library.define(
-    OP, "(Tensor images, Tensor weight, Tensor table, int patch_size, bool channels_last=False) -> Tensor"
-)
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
@@ -175,7 +170,6 @@ def _embedded(
     return by_kernel("patch_embedding", images.device, kernel, plain, fault, (images, weight, patch_size))
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
@@ -183,11 +177,8 @@ def _fake(
     return weight.new_empty(images.shape[0], table.shape[0], weight.shape[0])
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError("patch_embedding has no gradient: it is for inference. Train with the reference model.")
-
-
-torch.library.register_autograd(OP, _no_gradient)
+_SCHEMA = "(Tensor images, Tensor weight, Tensor table, int patch_size, bool channels_last=False) -> Tensor"
+register(OP, _SCHEMA, _run, _fake, "Train with the reference model.")
 
 
 def patch_embedding(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dvit_infer.errors import InputError
 from dvit_infer.ops.choices import DTYPES, runs_triton
 from dvit_infer.ops.fallback import by_kernel, some_of, widened
+from dvit_infer.ops.registration import register
 
 OP = "dvit::prune_tokens"
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
@@ -167,14 +168,6 @@ def how(device: torch.device, n: int, c: int) -> str:
     return "Triton" if supports(n, c) else "PyTorch"
 
 
-# Defined by schema, not by torch.library.custom_op: that wraps every call in torch.compile's machinery, whose import
-# costs two seconds and 300 MiB where nobody compiles.
-torch.library.define(
-    OP, "(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1e-5) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +227,6 @@ def _fault(
     return f"answers wrongly: a token that goes scores {lost:.1e} more than one that stays"
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,14 +235,12 @@ def _fake(
     return kept, x.new_empty(x.shape[0], num_keep, dtype=torch.int64)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError(
-        "prune_tokens has no gradient: which tokens stay is a hard choice. Train with the reference model, whose "
-        "training forward masks tokens instead of dropping them."
-    )
-
-
-torch.library.register_autograd(OP, _no_gradient)
+_SCHEMA = "(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1e-5) -> (Tensor, Tensor)"
+_ADVICE = (
+    "Which tokens stay is a hard choice: train with the reference model, whose training forward masks tokens instead "
+    "of dropping them."
+)
+register(OP, _SCHEMA, _run, _fake, _ADVICE)
 
 
 def prune_tokens(
