@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
+# Three commands: `make demo`, `make check` (lint, types, imports, the quick tests: a minute) and `make test` (every
+# test). Each sets up .venv by itself the first time. WORKERS=8 uses more processes.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
 # `make emulate` runs compiled kernels without a GPU, one shape of each, `make emulate ALL=1` all of their tests
@@ -16,7 +17,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test emulate bench proof gpu gpu-second gpu-cache native aot clean
+.PHONY: demo lint check test emulate bench proof gpu gpu-second gpu-cache native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -29,7 +30,7 @@ DIGITS := bench/proof/digits-0.7.pth
 
 demo: $(READY)
 	mkdir -p build/demo
-	$(BIN)/python bench/proof/pictures.py build/demo/pictures 1000
+	$(BIN)/python bench/proof/images.py build/demo/pictures 1000
 	$(BIN)/dvit-convert $(DIGITS) -o build/demo/digits.dvit.safetensors
 	$(BIN)/dvit-eval build/demo/digits.dvit.safetensors build/demo/pictures
 	$(BIN)/dvit-bench build/demo/digits.dvit.safetensors --batch 64 --json build/demo/bench.json --report build/demo/bench.html
@@ -38,15 +39,24 @@ demo: $(READY)
 proof: $(READY)
 	$(BIN)/python bench/proof/proof.py $(if $(UPDATE),--update)
 
-test: aot
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --emulate quick
+	$(BIN)/lint-imports --no-logo
+
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+check: lint
+	$(PYTEST) -m 'not slow'
+
+test: lint
+	$(PYTEST)
+	$(PYTEST) --emulate quick
 
 emulate: $(READY)
-	$(BIN)/python -m pytest --emulate $(if $(ALL),all,quick)
+	$(PYTEST) --emulate $(if $(ALL),all,quick)
 
 bench: $(READY)
 	mkdir -p build

@@ -17,17 +17,17 @@ from dvit_infer.ops import native
 
 Say = Callable[[str], None]
 WITH_GPU_TESTS = re.compile(r"mark\.gpu|WHERE|def test_\w+\([^)]*\bdevice\b")
-NATIVE_TESTS = ROOT / "tests" / "test_native.py"
+NATIVE_TESTS = ROOT / "tests" / "ops" / "test_native.py"
 FIRST = ("test_gpu_engine.py", "test_linear_kernels.py", "test_attention_kernels.py", "test_prune_tokens_kernels.py")
 SMALL, SMALL_NATIVE = "(neighbours or strides) and float16", "strides"  # what pytest selects for compute-sanitizer
-DRY_TESTS = ["tests/test_layer_norm_kernels.py", "-k", "strides and float16"]
+DRY_TESTS = ["tests/kernels/test_layer_norm_kernels.py", "-k", "strides and float16"]
 TIMEOUT_S = 120  # of one test, compiling included
 NOTHING_SELECTED = 5  # pytest's exit status
 
 
 def test_files() -> list[Path]:
     """Files with tests for a GPU, the most telling first; but the native library's, which would have to be built."""
-    files = (f for f in (ROOT / "tests").glob("test_*.py") if WITH_GPU_TESTS.search(f.read_text()))
+    files = (f for f in (ROOT / "tests").rglob("test_*.py") if WITH_GPU_TESTS.search(f.read_text()))
     order = {name: place for place, name in enumerate(FIRST)}
     return sorted((f for f in files if f != NATIVE_TESTS), key=lambda f: (order.get(f.name, len(FIRST)), f.name))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_cases import official_checkpoint
 
-# A kernel that fails is to fail its test, not to be replaced; tests/test_fallback.py takes this away.
+# A kernel that fails is to fail its test, not to be replaced; tests/ops/test_fallback.py takes this away.
 os.environ["DVIT_KERNELS"] = "require"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

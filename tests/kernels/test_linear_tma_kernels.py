@@ -12,7 +12,7 @@ from dvit_kernels.linear import (
 )
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
 from kernel_helpers import EMULATED, QUICK, WHERE, check, needs_loops, rms, run_guarded
-from test_linear import exact_linear, exact_stats, make_linear, make_rows
+from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 
 from dvit_infer.ops.linear import ACTIVATIONS, linear_ref, row_sums
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-CACHE = Path(__file__).parent.parent / "build" / "emulate"  # Triton's, kept between runs
+CACHE = Path(__file__).parents[2] / "build" / "emulate"  # Triton's, kept between runs
 
 
 def configure() -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENV, TINY, fails, run
+from commands import ENV, SIZE, TINY, fails, lines, run
 from drawn import SMALL, draw_all, write_cut, write_text
-from test_eval import SIZE
 
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
@@ -27,11 +26,6 @@ CROP = Preprocess((64, 64))
 @pytest.fixture(scope="module")
 def engine(checkpoint):
     return dvit.convert(checkpoint, device="cpu", **SIZE)
-
-
-def lines(text: str) -> list[dict]:
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_answers_are_the_engines(engine, checkpoint, capsys):

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ENV, TINY, fails
-from drawn import draw_all, write_text
-from test_predict import OPTIONS, lines
+from commands import ENV, TINY, fails, lines
+from drawn import SMALL, draw_all, write_text
 
 import dvit_infer as dvit
 from dvit_infer.cli import predict as command
@@ -20,6 +19,7 @@ from dvit_infer.evaluate.results_file import results
 from dvit_infer.images.decode import open_image
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
+OPTIONS = [*TINY, *SMALL]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(checkpoint, capsys):

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from attention_inputs import INF, exact, make_bias, make_qkv, make_ragged
 from dvit_kernels.attention import AttentionTile, attention_launch, key_chunks, launch_attention
 from kernel_helpers import QUICK, WHERE, needs_loops, rms, run_guarded
-from test_attention import INF, exact, make_bias, make_qkv, make_ragged
 
 from dvit_infer.ops import attention as op
 from dvit_infer.ops.attention import attention, attention_ref

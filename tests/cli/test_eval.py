@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TINY, fails
+from commands import SIZE, TINY, fails
 from drawn import SMALL, draw_all, write_cut, write_text
 from golden_cases import state_dict
 
@@ -23,7 +23,6 @@ from dvit_infer.images.tensors import normalise
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 OPTIONS = [*TINY, *SMALL]
-SIZE = {"assume": {"num_heads": 2}, "image_size": 64}
 
 
 @pytest.fixture(scope="module")

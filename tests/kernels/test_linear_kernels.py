@@ -14,7 +14,7 @@ from dvit_kernels.linear import (
     linear_launch,
 )
 from kernel_helpers import QUICK, WHERE, assert_same_sums, check, rms, run_guarded
-from test_linear import exact_linear, exact_stats, make_linear, make_rows
+from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import Choices, using

@@ -16,7 +16,7 @@ from dvit_infer.images.synthetic import image
 from dvit_infer.models.fill import fill
 from dvit_infer.models.vit.reference import TrainOutput
 
-HERE = Path(__file__).parent / "golden"
+HERE = Path(__file__).parents[1] / "golden"
 OFFICIAL: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())
 PEERS: list[dict[str, Any]] = json.loads((HERE / "cases_peers.json").read_text())
 CASES = {case["id"]: case for case in OFFICIAL + PEERS}

@@ -10,7 +10,7 @@ from dvit_kernels.patch_embedding import (
     patch_embedding_launch,
 )
 from kernel_helpers import QUICK, WHERE, rms, run_guarded
-from test_patch_embedding import MEAN, STD, convolved, make_images, make_weights
+from patch_embedding_inputs import MEAN, STD, convolved, make_images, make_weights
 
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding_ref
 

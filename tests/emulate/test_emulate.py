@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT
 from emulate.errors import EmulationError
 from emulate.schedule import ORDERS
 from ptx_kernels import compute, run_ptx
@@ -16,8 +16,7 @@ TO_OUT = "add.s64 %rd20, %rd0, %rd11;"  # this lane's element of the first array
 
 def test_it_is_not_packaged():
     code = "import setuptools, distutils.core as d; print(*d.run_setup('setup.py', stop_after='init').packages)"
-    root = Path(__file__).parent.parent
-    packages = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    packages = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "dvit_kernels" in packages.split()
     assert not [name for name in packages.split() if "emulate" in name]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dvit_kernels.prune_tokens import launch_prune_tokens, prune_tokens_launches
 from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, WHERE, bits, guarded, rms, run_guarded
-from test_prune_tokens import make_predictor, make_x
+from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.ops.prune_tokens import prune_tokens_ref, score_tokens_ref, select_tokens_ref

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats, layer_norm_launch, row_stats_launch
 from kernel_helpers import QUICK, WHERE, assert_same_sums, rms, run_guarded
-from test_layer_norm import exact_norm, exact_stats, make_rows, make_vectors
+from layer_norm_inputs import exact_norm, exact_stats, make_rows, make_vectors
 
 from dvit_infer.ops.layer_norm import layer_norm_ref, row_stats_ref
 

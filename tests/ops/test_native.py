@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 from golden_cases import answers, case_images, official_checkpoint, options
 from kernel_helpers import bits
-from test_prune_tokens import DTYPES, make_predictor, make_x
+from prune_tokens_inputs import DTYPES, make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.backends.cpu import CpuRunner, Linear
@@ -23,7 +24,6 @@ from dvit_infer.errors import InputError
 from dvit_infer.ops import native
 from dvit_infer.ops.prune_tokens import gather_tokens_ref, how, prune_tokens_ref, score_tokens_ref, select_tokens_ref
 
-ROOT = Path(__file__).parent.parent
 HEADER = ROOT / "kernels/csrc/include/dvit_kernels.h"
 CPU = torch.device("cpu")
 

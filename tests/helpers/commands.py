@@ -1,13 +1,15 @@
 """What the tests of the commands share."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = ["--assume", "num_heads=2", "--device", "cpu"]
+SIZE = {"assume": {"num_heads": 2}, "image_size": 64}  # what TINY and drawn.SMALL say, for a call
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 
 
@@ -27,3 +29,9 @@ def fails(command, argv, capsys) -> str:
 
 def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENV, check=False, **options)
+
+
+def lines(text: str) -> list[dict]:
+    """The JSON objects of whole lines."""
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
