@@ -22,7 +22,7 @@ from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import build_reference, recognise
 from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
-from dvit_infer.utils.files import check_output, whole_file
+from dvit_infer.utils.files import atomic_write, check_output
 
 
 class Engine(Classifier):
@@ -56,7 +56,7 @@ class Engine(Classifier):
         Raises:
             InputError: nothing can be written there. No partial file is left.
         """
-        with whole_file(check_output(path, "save"), "save") as part:
+        with atomic_write(check_output(path, "save"), "save") as part:
             self.write(part)
 
     def write(self, path: Path) -> None:
