@@ -87,7 +87,7 @@ def ways() -> Iterator[Way]:
 
 def held_mib(engine: dvit.Engine) -> float:
     graph = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
-    return (graph + engine.runner.own_bytes) / 2**20
+    return (graph + engine.runner.buffer_bytes) / 2**20
 
 
 @torch.no_grad()

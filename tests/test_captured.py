@@ -16,7 +16,7 @@ MAX_GRAPHS = 4
 class Recorded:
     """Stands for a CUDA graph where there is none: a forward over buffers of its own that are never cleared."""
 
-    own_bytes = 7
+    buffer_bytes = 7
 
     def __init__(self, runner, batch, dtype):
         self.runner, self.images, self.calls = runner, torch.full((batch, 3, 224, 224), float("nan")), 0
@@ -95,15 +95,15 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(captured, monkeypatch
         runner(torch.zeros(size, 3, 224, 224))
     assert made == [*sizes, sizes[1]]  # the first was used again in time, the second had to make room
     assert len(runner._forwards) == MAX_GRAPHS
-    assert runner.own_bytes == 7 * MAX_GRAPHS
+    assert runner.buffer_bytes == 7 * MAX_GRAPHS
     runner.release()
-    assert runner.own_bytes == 0
+    assert runner.buffer_bytes == 0
 
 
 class _Zeros:
     """A runner that costs nothing."""
 
-    takes_uint8, dtype, device, own_bytes = False, torch.float32, torch.device("cpu"), 0
+    takes_uint8, dtype, device, buffer_bytes = False, torch.float32, torch.device("cpu"), 0
 
     def __init__(self, config):
         self.config = config

@@ -149,12 +149,12 @@ def test_answers_outlive_the_next_call_and_images_stay_as_they_were():
 
 def test_what_it_holds_is_counted():
     engine = converted("tiny-deit-r0.7-s1", FLOAT32[0])
-    assert engine.runner.own_bytes == 0  # float32 by matmul takes the graph's weights as they are
+    assert engine.runner.buffer_bytes == 0  # float32 by matmul takes the graph's weights as they are
     engine(torch.randn(1, 3, 224, 224))
-    assert engine.runner.own_bytes == (197 * 4 * 64 + 196 * 32) * 4  # an MLP's and a predictor's hidden channels
+    assert engine.runner.buffer_bytes == (197 * 4 * 64 + 196 * 32) * 4  # an MLP's and a predictor's hidden channels
     upcast = converted("tiny-deit-r0.7-s1", FLOAT32[0], "bfloat16")
     matrices = sum(w.numel() for node in upcast.graph.nodes for w in node.weights.values() if w.dtype == torch.bfloat16)
-    assert upcast.runner.own_bytes == 4 * matrices
+    assert upcast.runner.buffer_bytes == 4 * matrices
 
 
 @pytest.mark.parametrize("way", FLOAT32, ids=str)

@@ -211,7 +211,7 @@ def test_the_cache_of_graphs_is_bounded(monkeypatch):
         for size in BUCKETS[:6]:
             torch.testing.assert_close(engine(images[:size]), right[:size], atol=1e-4, rtol=0)
     assert len(engine.runner._forwards) == 3
-    assert engine.runner.own_bytes > 0
+    assert engine.runner.buffer_bytes > 0
 
 
 def test_a_large_batch_is_split():

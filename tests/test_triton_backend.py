@@ -99,4 +99,4 @@ def test_a_runner_can_be_copied_and_pickled():
         right = runner(images)[0]
         for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
             assert torch.equal(other(images)[0], right)
-    assert runner.own_bytes > 0
+    assert runner.buffer_bytes > 0

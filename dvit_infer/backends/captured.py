@@ -25,7 +25,7 @@ Answers = tuple[torch.Tensor, list[torch.Tensor]]
 class Forward(Protocol):
     """A forward for up to a bucket of images, in memory of its own."""
 
-    own_bytes: int
+    buffer_bytes: int
 
     def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers: ...
 
@@ -82,7 +82,7 @@ class CapturedForward:
         warm.synchronize()
         with torch.cuda.graph(self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"):
             self._logits, self._chosen = self._run(runner, batch, shared.stream, shared.beside)
-        self.own_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
+        self.buffer_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
 
     @staticmethod
     def _branches(device: torch.device, batch: int) -> tuple[int, ...]:
@@ -159,10 +159,10 @@ class CapturedRunner:
         return f"{self.runner.how}, in CUDA graphs"
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """What it holds beside the graph's weights, in bytes: the buffers of the forwards so far."""
         with self._lock:
-            return self.runner.own_bytes + sum(forward.own_bytes for forward in self._forwards.values())
+            return self.runner.buffer_bytes + sum(forward.buffer_bytes for forward in self._forwards.values())
 
     @torch.no_grad()
     def __call__(

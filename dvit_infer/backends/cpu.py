@@ -172,7 +172,7 @@ class CpuRunner(TorchRunner):
         return CpuRunner, (self._graph, self._way)  # buffers are a thread's, oneDNN's layouts cannot be copied
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """Copies of weights, and the buffers of the thread that asks."""
         return self._copied_bytes + sum(b.numel() * b.element_size() for b in self._buffers.flat.values())
 

@@ -53,7 +53,7 @@ class TorchRunner:
         return how if self.prunes_by in ("", usually) else f"{how}, prune_tokens by {self.prunes_by}"
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """What it holds beside the graph's weights, in bytes."""
         return 0
 

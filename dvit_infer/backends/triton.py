@@ -64,7 +64,7 @@ class TritonRunner(TorchRunner):
         return TritonRunner, (self._graph,)
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         own = [t for sums in self._sums.values() for t in sums.values()]
         own += [t for packed in (*self._embed.values(), self._embed_uint8) for t in packed]
         return sum(t.numel() * t.element_size() for t in own)

@@ -31,7 +31,7 @@ class OnnxRunner:
         self._probes: dict[tuple[bool, tuple[str, ...]], Any] = {}
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """Unknown: ONNX Runtime does not tell."""
         return 0
 
