@@ -28,7 +28,7 @@ class Runner(Protocol):
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
+        hook: Any = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
 

@@ -121,7 +121,7 @@ def test_a_callers_inference_mode_ends_with_its_call(captured):
     assert made == [(1, torch.float32)]
 
 
-def test_given_sets_and_a_watch_run_uncaptured(engine, captured):
+def test_given_sets_and_a_hook_run_uncaptured(engine, captured):
     other, made = captured
     images = sample_images(2, (224, 224))
     right, kept = engine(images, return_kept=True)
@@ -158,11 +158,11 @@ class Small:
     def __init__(self, runner, room):
         self.runner, self.room, self.sizes, self.released = runner, room, [], 0
 
-    def __call__(self, images, kept=None, watch=None, return_kept=True):
+    def __call__(self, images, kept=None, hook=None, return_kept=True):
         self.sizes.append(len(images))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.runner(images, kept, watch)
+        return self.runner(images, kept, hook)
 
     def release(self):
         self.released += 1

@@ -13,7 +13,7 @@ from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Nod
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 
-Watch = Callable[[Node, torch.Tensor], None]
+Hook = Callable[[Node, torch.Tensor], None]
 
 
 class TorchRunner:
@@ -62,7 +62,7 @@ class TorchRunner:
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the graph.
@@ -70,7 +70,7 @@ class TorchRunner:
         Args:
             images: (B, 3, H, W) of any device, strides and dtype that `check_images` lets through.
             kept: a stage each, (B, k) original patch positions to keep instead of the predictors' choice.
-            watch: called with every node and its output, which holds until the next node runs.
+            hook: called with every node and its output, which holds until the next node runs.
             return_kept: whether the kept positions are wanted; where not, a runner that saves by it returns none.
 
         Returns:
@@ -78,7 +78,7 @@ class TorchRunner:
         """
         images = self.prepare(images)
         with as_asked(self.device, self.dtype):
-            return self.run(images, kept, watch)
+            return self.run(images, kept, hook)
 
     def check(self, batch: int, dtype: torch.dtype) -> None:
         """Find out, before a forward of so many images of that dtype is captured, that what it runs answers right."""
@@ -105,7 +105,7 @@ class TorchRunner:
         self,
         x: torch.Tensor,
         kept: Sequence[torch.Tensor] | None,
-        watch: Watch | None,
+        hook: Hook | None,
         nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run all nodes, or the last ones, which are `nodes`, on what those before have made."""
@@ -118,8 +118,8 @@ class TorchRunner:
                 chosen.append(positions)
             else:
                 x = getattr(self, node.kind)(node, x)
-            if watch is not None:
-                watch(node, x)
+            if hook is not None:
+                hook(node, x)
         return x, chosen
 
     def prune_to(

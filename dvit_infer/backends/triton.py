@@ -8,7 +8,7 @@ from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.backends.torch import Hook, TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.attention import attention
@@ -85,12 +85,12 @@ class TritonRunner(TorchRunner):
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As for any runner; the first call for a size of batch checks the kernels that it takes."""
         self.check(len(images), images.dtype)
-        return super().__call__(images, kept, watch, return_kept)
+        return super().__call__(images, kept, hook, return_kept)
 
     def check(self, batch: int, dtype: torch.dtype) -> None:
         takes = batch, dtype == torch.uint8 and self.takes_uint8, is_programmatic()
@@ -108,7 +108,7 @@ class TritonRunner(TorchRunner):
         self,
         x: torch.Tensor,
         kept: Sequence[torch.Tensor] | None,
-        watch: Watch | None,
+        hook: Hook | None,
         nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         chosen: list[torch.Tensor] = []
@@ -126,8 +126,8 @@ class TritonRunner(TorchRunner):
             elif node is not None:
                 x = getattr(self, node.kind)(node, x)
             stats = left
-            if watch is not None and node is not None:
-                watch(node, x)
+            if hook is not None and node is not None:
+                hook(node, x)
         return x, chosen
 
     def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:

@@ -42,16 +42,16 @@ class OnnxRunner:
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
+        hook: Any = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits (B, K) float32 and kept original positions, a stage each; arguments as every runner's.
 
         Raises:
-            ValueError: `watch` is given (`node_values` shows what is inside), or float images to a file of uint8.
+            ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
-        if watch is not None:
-            raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
+        if hook is not None:
+            raise ValueError("hook: ONNX Runtime has no hooks; node_values returns the values of nodes")
         given = {"images": self.prepare(images)}
         if kept is not None:
             return self.node_values(images, kept, ())["logits"], list(kept)
