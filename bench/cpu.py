@@ -76,11 +76,11 @@ def ways() -> Iterator[Way]:
         mib = params * itemsize / 2**20
         yield Way("reference", variant, dtype, call, gmacs, params, lambda mib=mib: mib, against, eager)
     for (runtime, dtype), engine in engines.items():
-        print(f"{runtime}, {dtype}: {engine.runner.how}")
+        print(f"{runtime}, {dtype}: {engine.runner.runtime}")
         right = eager if runtime == "engine" else engines["dense", "float32"]
         against = float32 if dtype == "float32" else bfloat16
         own = dense_params if runtime == "dense" else params
-        variant = None if f"in {dtype}" in engine.runner.how else "float32 arithmetic"
+        variant = None if f"in {dtype}" in engine.runner.runtime else "float32 arithmetic"
         held = functools.partial(held_mib, engine)
         yield Way(runtime, variant, dtype, engine, engine.graph.gflops, own, held, against, right)
 

@@ -46,7 +46,7 @@ class Engine(Classifier):
     @property
     def graph(self) -> Graph:
         """What runs it may change at its first call, where a kernel fails."""
-        return replace(self._graph, how=self.runner.how)
+        return replace(self._graph, runtime=self.runner.runtime)
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.

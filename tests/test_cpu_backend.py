@@ -171,5 +171,5 @@ def test_an_unfolded_graph_runs_too():
     graph = build_graph(plain, engine.config)
     images = case_images("timm-deit_tiny_patch16_224")
     for way in FLOAT32:
-        logits, _ = CpuRunner(replace(graph, how=""), way)(images)
+        logits, _ = CpuRunner(replace(graph, runtime=""), way)(images)
         assert (logits - engine(images)).abs().max() < 2e-5

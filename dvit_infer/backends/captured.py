@@ -155,8 +155,8 @@ class CapturedRunner:
         return CapturedRunner, (self.runner,)
 
     @property
-    def how(self) -> str:
-        return f"{self.runner.how}, in CUDA graphs"
+    def runtime(self) -> str:
+        return f"{self.runner.runtime}, in CUDA graphs"
 
     @property
     def buffer_bytes(self) -> int:

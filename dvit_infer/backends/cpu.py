@@ -160,7 +160,7 @@ class CpuRunner(TorchRunner):
         super().__init__(graph)
         self._graph = graph
         self._way = linear or fastest_linear(self.dtype, torch.get_num_threads())
-        self._how = self.told(f"PyTorch, {self._way}", usually="PyTorch")
+        self._runtime = self.describe(f"PyTorch, {self._way}", usually="PyTorch")
         self._native = self.prunes_by == "native (CPU)"
         self._buffers = _Buffers()
         self.nodes = [self._prepared(node) for node in graph.nodes]

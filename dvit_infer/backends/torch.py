@@ -21,10 +21,10 @@ class TorchRunner:
 
     Args:
         graph: what it runs.
-        why: it is this one that does, where kernels could be expected; shown with `how`.
+        why: it is this one that does, where kernels could be expected; shown with `runtime`.
 
     Attributes:
-        how: what runs it, in words.
+        runtime: a description of what runs the model.
         prunes_by: what runs prune_tokens.
         config: the model's.
         device, dtype: of the weights.
@@ -40,17 +40,17 @@ class TorchRunner:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
-        by = {op.how(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
+        by = {op.backend_of(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
         self.prunes_by = " and ".join(sorted(by))
-        self._how = self.told(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
+        self._runtime = self.describe(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
 
     @property
-    def how(self) -> str:
-        return self._how
+    def runtime(self) -> str:
+        return self._runtime
 
-    def told(self, how: str, usually: str) -> str:
-        """`how`, and what runs prune_tokens where that is not what it usually is."""
-        return how if self.prunes_by in ("", usually) else f"{how}, prune_tokens by {self.prunes_by}"
+    def describe(self, runtime: str, usually: str) -> str:
+        """`runtime`, and what runs prune_tokens where that is not what it usually is."""
+        return runtime if self.prunes_by in ("", usually) else f"{runtime}, prune_tokens by {self.prunes_by}"
 
     @property
     def buffer_bytes(self) -> int:

@@ -56,7 +56,7 @@ class TritonRunner(TorchRunner):
         self._fused_convolutions = {node.name for node in graph.nodes if isinstance(node, Convolution) and fuses}
         self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
         known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
-        self._how = self.told(f"Triton and cuBLAS, {known}", usually="Triton")
+        self._runtime = self.describe(f"Triton and cuBLAS, {known}", usually="Triton")
         self.checks_kernels = self.device.type == "cuda"
         self._checked: set[tuple[int, bool, bool]] = set()
 
@@ -77,9 +77,9 @@ class TritonRunner(TorchRunner):
         )
 
     @property
-    def how(self) -> str:
+    def runtime(self) -> str:
         failed = replaced(self.device)
-        return f"{self._how}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._how
+        return f"{self._runtime}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._runtime
 
     def __call__(
         self,

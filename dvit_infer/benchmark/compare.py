@@ -97,7 +97,7 @@ class Comparison:
     @property
     def runs(self) -> str:
         """What runs the engine."""
-        return f"engine: {self.engine.graph.how}"
+        return f"engine: {self.engine.graph.runtime}"
 
     @property
     def engine(self) -> Engine:

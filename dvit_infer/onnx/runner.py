@@ -18,13 +18,13 @@ class OnnxRunner:
     the same model with other inputs and outputs, made the first time it is needed (for which `onnx` is needed).
 
     Attributes:
-        how: what runs it, in words.
+        runtime: a description of what runs the model.
         session: that of the file.
     """
 
     def __init__(self, session: Any, path: Path, config: Config, device: torch.device) -> None:
         self.session, self._path, self._config, self._device = session, path, config, device
-        self.how = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
+        self.runtime = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
         self._dtype = input_dtype(self.session)
         self._kept = [f"kept_{stage}" for stage in range(len(config.num_keep))]
         self._has_kept = {value.name for value in self.session.get_outputs()} >= set(self._kept)

@@ -53,7 +53,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
         raise ValueError(f"layer_norm: eps is {eps}, 0 or more is expected")
 
 
-def how(device: torch.device, c: int, op: str = "layer_norm") -> str:
+def backend_of(device: torch.device, c: int, op: str = "layer_norm") -> str:
     """What runs one of the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, op):
         return "PyTorch"
@@ -72,7 +72,7 @@ def _run(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
     _check(x, weight, bias, eps)
-    if how(x.device, x.shape[-1]) == "PyTorch":
+    if backend_of(x.device, x.shape[-1]) == "PyTorch":
         return layer_norm_ref(x, weight, bias, eps)
 
     def kernel() -> torch.Tensor:
@@ -101,7 +101,7 @@ def _fake(
 @torch.library.impl(STATS_OP, "CompositeExplicitAutograd")
 def _run_stats(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
-    if how(x.device, x.shape[-1], "row_stats") == "PyTorch":
+    if backend_of(x.device, x.shape[-1], "row_stats") == "PyTorch":
         return row_stats_ref(x)
 
     def kernel() -> torch.Tensor:

@@ -121,7 +121,7 @@ def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patc
             raise ValueError(f"patch_embedding: {name} is on {tensor.device}, images on {images.device}")
 
 
-def how(device: torch.device, channels: int, height: int, width: int) -> str:
+def backend_of(device: torch.device, channels: int, height: int, width: int) -> str:
     """What runs the op there on images of that size: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, "patch_embedding"):
         return "PyTorch"
@@ -158,7 +158,7 @@ def _embedded(
         return tokens if out is None else out.copy_(tokens)
 
     _, channels, height, width = images.shape
-    if how(images.device, channels, height, width) == "PyTorch":
+    if backend_of(images.device, channels, height, width) == "PyTorch":
         return plain()
 
     def kernel() -> torch.Tensor:
