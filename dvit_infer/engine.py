@@ -31,7 +31,7 @@ class Engine(Classifier):
     Attributes:
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and what runs them.
         notes: what was read, assumed or given when the checkpoint was recognised.
-        config, runner, device, dtype, chunk: as of every `Classifier`.
+        config, runner, device, dtype, micro_batch: as of every `Classifier`.
     """
 
     def __init__(
