@@ -46,7 +46,7 @@ def captured(engine):
 
     other = copy.copy(engine)
     other.runner = CapturedRunner(plain, capture)
-    other.chunk = BUCKETS[-1]
+    other.micro_batch = BUCKETS[-1]
     return other, made
 
 
@@ -64,7 +64,7 @@ def test_a_batch_between_buckets_is_padded(engine, captured, batch):
 
 def test_a_larger_batch_is_split(engine, captured):
     other, made = captured
-    other.chunk = 4
+    other.micro_batch = 4
     images = sample_images(9, (224, 224))
     torch.testing.assert_close(other(images), engine(images), atol=5e-5, rtol=0)
     assert made == [(4, torch.float32), (1, torch.float32)]
