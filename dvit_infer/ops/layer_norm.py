@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 
 OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 
@@ -83,7 +83,7 @@ def _run(
     def fault(y: torch.Tensor) -> str | None:
         rows = some_of(x)
         few = x[rows], weight, bias, eps
-        return strays(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
+        return check_close(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
 
     return by_kernel(
         "layer_norm", x.device, kernel, lambda: layer_norm_ref(x, weight, bias, eps), fault, (x, weight, bias)
@@ -112,7 +112,7 @@ def _run_stats(x: torch.Tensor) -> torch.Tensor:
     def fault(stats: torch.Tensor) -> str | None:
         some = some_of(x)
         found = stats.view(*x.shape[:-1], 1, 2)[some].reshape(-1, 1, 2)
-        return strays(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
+        return check_close(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
 
     return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 
 OP = "dvit::patch_embedding"
 _CENTRE = 128  # a byte less this is exact in float16 and bfloat16
@@ -170,7 +170,7 @@ def _embedded(
         some = some_of(images)
         few = images[some], weight, table, patch_size, channels_last
         exact = patch_embedding_ref(images[some], widened(weight), widened(table), patch_size, channels_last)
-        return strays(tokens[some], patch_embedding_ref(*few), exact)
+        return check_close(tokens[some], patch_embedding_ref(*few), exact)
 
     return by_kernel("patch_embedding", images.device, kernel, plain, fault, (images, weight, patch_size))
 
