@@ -76,18 +76,18 @@ def ways() -> Iterator[Way]:
         mib = params * itemsize / 2**20
         yield Way("reference", variant, dtype, call, gmacs, params, lambda mib=mib: mib, against, eager)
     for (runtime, dtype), engine in engines.items():
-        print(f"{runtime}, {dtype}: {engine.runner.how}")
+        print(f"{runtime}, {dtype}: {engine.runner.runtime}")
         right = eager if runtime == "engine" else engines["dense", "float32"]
         against = float32 if dtype == "float32" else bfloat16
         own = dense_params if runtime == "dense" else params
-        variant = None if f"in {dtype}" in engine.runner.how else "float32 arithmetic"
+        variant = None if f"in {dtype}" in engine.runner.runtime else "float32 arithmetic"
         held = functools.partial(held_mib, engine)
         yield Way(runtime, variant, dtype, engine, engine.graph.gflops, own, held, against, right)
 
 
 def held_mib(engine: dvit.Engine) -> float:
     graph = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
-    return (graph + engine.runner.own_bytes) / 2**20
+    return (graph + engine.runner.buffer_bytes) / 2**20
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def _tiny_checkpoint(family: str) -> dict[str, Any]:
 class Uncaptured:
     """Stands for a captured forward on a CPU, in the suite's dry run."""
 
-    own_bytes = 0
+    buffer_bytes = 0
 
     def __init__(self, runner: TorchRunner) -> None:
         self._runner = runner

@@ -17,7 +17,7 @@ from rows import Part, Row, Rows, arguments, device_for
 
 import dvit_infer as dvit
 from dvit_infer.benchmark.timing import interleave
-from dvit_infer.ops.prune_tokens import how, prune_tokens_ref, score_tokens_ref
+from dvit_infer.ops.prune_tokens import backend_of, prune_tokens_ref, score_tokens_ref
 
 STAGES = ((196, 137), (137, 96), (96, 67))  # patch tokens in, kept
 DIM, CACHE_BYTES = 384, 120e6  # twice an H200's L2
@@ -73,7 +73,7 @@ def measure(device: torch.device, dtype: torch.dtype, batch: int, seconds: float
         runtime, _, graph = name.partition(", ")
         index = ops[runtime](x, packed[0], k, 1, 1e-5)[1]
         lost = best.topk(k).values.sum(dim=1) - best.gather(1, index).sum(dim=1)
-        by = [how(device, n, dim)] if runtime == "op" else []
+        by = [backend_of(device, n, dim)] if runtime == "op" else []
         yield {
             "op": f"prune_tokens, {len(patches)} stages",
             "runtime": runtime,

@@ -34,7 +34,7 @@ def one(
     """The row of one form of the forward; a wrong answer has no time. `seen` holds logits of the forms before."""
     batch, device = len(expected.images), expected.logits.device
     forward = forward_of(source, VARIANTS[variant], expected, variant=variant, captured=variant != "not captured")
-    print(f"  {forward.engine.runner.how}", flush=True)
+    print(f"  {forward.engine.runner.runtime}", flush=True)
     logits = forward.call()
     if why := expected.disagreement(logits, forward.given()):
         yield {**forward.identity(batch), "failed": why}

@@ -10,7 +10,7 @@ import torch
 from dvit_infer.config import Config
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain
-from dvit_infer.utils.devices import chunk, free_memory, is_out_of_memory
+from dvit_infer.utils.devices import free_memory, is_out_of_memory, micro_batch
 
 Source = str | Path | Mapping[str, Any]
 
@@ -19,16 +19,16 @@ class Runner(Protocol):
     """What runs a model for one batch that fits."""
 
     @property
-    def how(self) -> str: ...
+    def runtime(self) -> str: ...
 
     @property
-    def own_bytes(self) -> int: ...
+    def buffer_bytes(self) -> int: ...
 
     def __call__(
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
+        hook: Any = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
 
@@ -42,7 +42,7 @@ class Classifier(ABC):
         config: what the model is (frozen).
         runner: what runs it, for one batch that fits.
         device, dtype: where and in what it runs.
-        chunk: images that go through it together; larger batches are cut.
+        micro_batch: images that go through it together; larger batches are cut.
     """
 
     only_uint8 = False  # whether it takes no images but uint8
@@ -50,7 +50,7 @@ class Classifier(ABC):
 
     def __init__(self, config: Config, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.runner, self.device, self.dtype = config, runner, device, dtype
-        self.chunk = chunk(device, config.num_patches, config.embed_dim)
+        self.micro_batch = micro_batch(device, config.num_patches, config.embed_dim)
 
     @property
     def precision(self) -> str:
@@ -111,7 +111,7 @@ class Classifier(ABC):
         logits, chosen = [], []
         start = 0
         while start < len(images):
-            part = slice(start, start + self.chunk)
+            part = slice(start, start + self.micro_batch)
             given = None if stages is None else [stage[part] for stage in stages]
             try:
                 out = self.runner(images[part], given, return_kept=return_kept)
@@ -142,7 +142,7 @@ class Classifier(ABC):
                 f"images: not one image of {height}x{width} fits in what is free on {self.device}, "
                 f"{free / 2**20:.0f} MiB; other programs may hold the rest"
             )
-        self.chunk = (images + 1) // 2
+        self.micro_batch = (images + 1) // 2
 
 
 def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:

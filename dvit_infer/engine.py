@@ -22,7 +22,7 @@ from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import build_reference, recognise
 from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
-from dvit_infer.utils.files import check_output, whole_file
+from dvit_infer.utils.files import atomic_write, check_output
 
 
 class Engine(Classifier):
@@ -31,7 +31,7 @@ class Engine(Classifier):
     Attributes:
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and what runs them.
         notes: what was read, assumed or given when the checkpoint was recognised.
-        config, runner, device, dtype, chunk: as of every `Classifier`.
+        config, runner, device, dtype, micro_batch: as of every `Classifier`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Engine(Classifier):
     @property
     def graph(self) -> Graph:
         """What runs it may change at its first call, where a kernel fails."""
-        return replace(self._graph, how=self.runner.how)
+        return replace(self._graph, runtime=self.runner.runtime)
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.
@@ -56,7 +56,7 @@ class Engine(Classifier):
         Raises:
             InputError: nothing can be written there. No partial file is left.
         """
-        with whole_file(check_output(path, "save"), "save") as part:
+        with atomic_write(check_output(path, "save"), "save") as part:
             self.write(part)
 
     def write(self, path: Path) -> None:

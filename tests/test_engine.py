@@ -9,7 +9,7 @@ from golden_cases import CASES, answers, case_images, official_checkpoint, optio
 
 import dvit_infer as dvit
 from dvit_infer.models.checkpoint import read_checkpoint
-from dvit_infer.utils.devices import chunk
+from dvit_infer.utils.devices import micro_batch
 
 TINY = "tiny-deit-r0.7-s1"
 
@@ -31,8 +31,8 @@ def test_agrees_with_the_golden_case(case_id, device):
 
 def test_small_models_take_more_images_at_a_time(tiny):
     cpu = torch.device("cpu")
-    assert [chunk(cpu, 196, width) for width in (768, 384, 192, 8)] == [16, 16, 32, 256]
-    assert tiny.chunk == chunk(tiny.device, 196, 64)
+    assert [micro_batch(cpu, 196, width) for width in (768, 384, 192, 8)] == [16, 16, 32, 256]
+    assert tiny.micro_batch == micro_batch(tiny.device, 196, 64)
 
 
 def test_a_images_answer_does_not_depend_on_its_batch(tiny, monkeypatch):

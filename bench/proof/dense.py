@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.vit.deit import DeiT
-from dvit_infer.utils.files import whole_file
+from dvit_infer.utils.files import atomic_write
 
 MEAN, STD = (0.15, 0.15, 0.15), (0.3, 0.3, 0.3)
 HEADS, PATCH, SIZE = 3, 8, 64
@@ -111,7 +111,7 @@ def train(model: DeiT, steps: int, highest: float, strength: float, device: str,
 def save(model: DeiT, path: str) -> None:
     args = argparse.Namespace(model="deit-96", num_heads=HEADS, mean=list(MEAN), std=list(STD), crop_pct=1.0)
     state = {name: value.cpu() for name, value in model.state_dict().items()}
-    with whole_file(Path(path), "out") as part:
+    with atomic_write(Path(path), "out") as part:
         torch.save({"model": state, "args": args}, part)
 
 

@@ -31,7 +31,7 @@ from dvit_infer.images.classes import LabelledFolder, labelled_folder
 from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
 from dvit_infer.training import saving
-from dvit_infer.utils.files import whole_json
+from dvit_infer.utils.files import atomic_write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "proof"
@@ -56,7 +56,7 @@ def main() -> None:
         shutil.rmtree(BUILD, ignore_errors=True)
         BUILD.mkdir(parents=True)
         begun = {"commit": environment()["commit"], "recipe": recipe}
-        whole_json(BUILD / "begun.json", begun)
+        atomic_write_json(BUILD / "begun.json", begun)
     seconds: dict[str, float] = json.loads(_text(BUILD / "seconds.json") or "{}")
 
     def stage(name: str, result: Path, work: Callable[[], object]) -> None:
@@ -65,7 +65,7 @@ def main() -> None:
             start = time.perf_counter()
             work()
             seconds[name] = time.perf_counter() - start
-            whole_json(BUILD / "seconds.json", seconds)
+            atomic_write_json(BUILD / "seconds.json", seconds)
 
     dense, train, test = BUILD / "dense.pth", BUILD / "train", BUILD / "test"
     tuned = [BUILD / f"digits-0.7-{seed}.pth" for seed in SEEDS]
@@ -88,7 +88,7 @@ def main() -> None:
         **_costs(rows),
         "seconds": seconds,
     }
-    whole_json(BUILD / "proof.json", content)
+    atomic_write_json(BUILD / "proof.json", content)
     shown = [path for i, path in enumerate(sorted(test.glob("*/*.png"), key=lambda path: path.name)) if i in SHOWN]
     dvit.draw_kept(dvit.load(saved), [str(path) for path in shown]).save(BUILD / "kept.png")
     print(json.dumps(content, indent=1))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.backends.torch import Hook, TorchRunner
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding
@@ -25,7 +25,7 @@ Answers = tuple[torch.Tensor, list[torch.Tensor]]
 class Forward(Protocol):
     """A forward for up to a bucket of images, in memory of its own."""
 
-    own_bytes: int
+    buffer_bytes: int
 
     def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers: ...
 
@@ -82,7 +82,7 @@ class CapturedForward:
         warm.synchronize()
         with torch.cuda.graph(self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"):
             self._logits, self._chosen = self._run(runner, batch, shared.stream, shared.beside)
-        self.own_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
+        self.buffer_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
 
     @staticmethod
     def _branches(device: torch.device, batch: int) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class CapturedRunner:
     of a size captures, other threads must not synchronise the device, which CUDA forbids.
 
     Args:
-        runner: what is captured; it runs calls with given sets or a watch itself, and calls that are being captured by
+        runner: what is captured; it runs calls with given sets or a hook itself, and calls that are being captured by
             the caller.
         capture: makes a forward for a batch size and a dtype of images.
     """
@@ -155,28 +155,28 @@ class CapturedRunner:
         return CapturedRunner, (self.runner,)
 
     @property
-    def how(self) -> str:
-        return f"{self.runner.how}, in CUDA graphs"
+    def runtime(self) -> str:
+        return f"{self.runner.runtime}, in CUDA graphs"
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """What it holds beside the graph's weights, in bytes: the buffers of the forwards so far."""
         with self._lock:
-            return self.runner.own_bytes + sum(forward.own_bytes for forward in self._forwards.values())
+            return self.runner.buffer_bytes + sum(forward.buffer_bytes for forward in self._forwards.values())
 
     @torch.no_grad()
     def __call__(
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> Answers:
         """As `TorchRunner`; images are at most `BUCKETS[-1]`."""
         on_gpu = self.runner.device.type == "cuda"
         with torch.cuda.device(self.runner.device if on_gpu else -1):
-            if kept is not None or watch is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
-                return self.runner(images, kept, watch)
+            if kept is not None or hook is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
+                return self.runner(images, kept, hook)
             return self._by_graph(images, return_kept)
 
     def _by_graph(self, images: torch.Tensor, return_kept: bool) -> Answers:

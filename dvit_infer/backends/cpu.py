@@ -23,9 +23,9 @@ from dvit_infer.ops import prune_tokens as op
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
 PROBE_ROUNDS = 9
-# Share of an earlier way's time that a later one must stay below to be preferred. The best of the rounds repeats within
-# 0.02; where the probe said 0.89 (an EPYC, two threads, torch 2.13), whole models gained more: 1.10 to 1.23 x.
-CLEARLY = 0.94
+# A later candidate replaces an earlier one if it is faster by more than this. The best of the rounds repeats within 2%;
+# where the probe measured 1.12 x (an EPYC, two threads, torch 2.13), whole models gained as much: 1.10 to 1.23 x.
+MIN_SPEEDUP = 1 / 0.94
 _EXPECTED_ROWS = 1024  # oneDNN lays a weight out for about as many rows; others work too
 _FEW_ROWS = ("q.weight", "packed.4")  # the class row's queries and the mean half: one row an image
 
@@ -72,11 +72,11 @@ def _matmul(
 
 @functools.cache
 def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
-    """The fastest way for a model in `dtype`, found by trying each once a process: no list of processors says it.
+    """The fastest candidate for a model in `dtype`, found by trying each once a process: no list of processors says it.
 
     Seen with AVX-512 on two cores: on an EPYC, oneDNN's prepacked linears run at 2.4 times the speed of PyTorch's
     matmul in float32, and bfloat16 at twice that; on a Xeon without matrix tiles (AMX) all float32 runs alike and
-    bfloat16 at 0.6 times its speed. A way counts only if it runs here and gives the right answer.
+    bfloat16 at 0.6 times its speed. A candidate counts only if it runs here and gives the right answer.
     """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):  # what surrounds the first call decides nothing
         return _fastest(dtype)
@@ -85,9 +85,9 @@ def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
 def _fastest(dtype: torch.dtype) -> Linear:
     seconds = time_linears(dtype, PROBE_SHAPE, PROBE_ROUNDS)
     best = Linear(dtype, prepacked=False)
-    for way in seconds:
-        if seconds[way] < CLEARLY * seconds.get(best, math.inf):
-            best = way
+    for candidate in seconds:
+        if seconds[candidate] * MIN_SPEEDUP < seconds.get(best, math.inf):
+            best = candidate
     return best
 
 
@@ -95,7 +95,7 @@ def _fastest(dtype: torch.dtype) -> Linear:
 def time_linears(
     dtype: torch.dtype, shape: tuple[int, int, int], rounds: int, gelu: bool = True
 ) -> dict[Linear, float]:
-    """Seconds at best of a linear, (rows, in) -> (rows, out), by every way that gives the right answer."""
+    """Seconds at best of a linear, (rows, in) -> (rows, out), by every candidate that gives the right answer."""
     rows, fan_in, fan_out = shape
     generator = torch.Generator("cpu").manual_seed(0)
     shapes: tuple[tuple[int, ...], ...] = (rows, fan_in), (fan_out, fan_in), (fan_out,)
@@ -103,28 +103,30 @@ def time_linears(
     right = F.linear(x.float(), weight.float(), bias.float())
     right = F.gelu(right) if gelu else right
     calls: dict[Linear, Callable[[], torch.Tensor]] = {}
-    for way in [Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)]:
+    for candidate in [
+        Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)
+    ]:
         try:
-            call = _probe(way, x, weight, bias, gelu)
+            call = _probe(candidate, x, weight, bias, gelu)
             error = (call().float() - right).square().mean().sqrt() / right.square().mean().sqrt()
         except (RuntimeError, AttributeError):  # the operator is not there, or not for this processor
             continue
-        if error < max(torch.finfo(way.dtype).eps, 2e-6):  # not NaN either
-            calls[way] = call
+        if error < max(torch.finfo(candidate.dtype).eps, 2e-6):  # not NaN either
+            calls[candidate] = call
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(rounds):
-        for way, call in calls.items():
+        for candidate, call in calls.items():
             start = time.perf_counter()
             call()
-            seconds[way] = min(seconds[way], time.perf_counter() - start)
+            seconds[candidate] = min(seconds[candidate], time.perf_counter() - start)
     return seconds
 
 
 def _probe(
-    way: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
+    candidate: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
 ) -> Callable[[], torch.Tensor]:
-    x, weight, bias = (t.to(way.dtype) for t in (x, weight, bias))
-    if way.prepacked:
+    x, weight, bias = (t.to(candidate.dtype) for t in (x, weight, bias))
+    if candidate.prepacked:
         packed = _pack(weight)
         return lambda: _prepacked(x, packed, bias, gelu)
     out = x.new_empty(len(x), len(weight))
@@ -159,8 +161,8 @@ class CpuRunner(TorchRunner):
     def __init__(self, graph: Graph, linear: Linear | None = None) -> None:
         super().__init__(graph)
         self._graph = graph
-        self._way = linear or fastest_linear(self.dtype, torch.get_num_threads())
-        self._how = self.told(f"PyTorch, {self._way}", usually="PyTorch")
+        self._linear = linear or fastest_linear(self.dtype, torch.get_num_threads())
+        self._runtime = self.describe(f"PyTorch, {self._linear}", usually="PyTorch")
         self._native = self.prunes_by == "native (CPU)"
         self._buffers = _Buffers()
         self.nodes = [self._prepared(node) for node in graph.nodes]
@@ -169,25 +171,25 @@ class CpuRunner(TorchRunner):
         self._copied_bytes = sum(w.numel() * w.element_size() for w in ours)
 
     def __reduce__(self) -> tuple[type["CpuRunner"], tuple[Graph, Linear]]:
-        return CpuRunner, (self._graph, self._way)  # buffers are a thread's, oneDNN's layouts cannot be copied
+        return CpuRunner, (self._graph, self._linear)  # buffers are a thread's, oneDNN's layouts cannot be copied
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """Copies of weights, and the buffers of the thread that asks."""
         return self._copied_bytes + sum(b.numel() * b.element_size() for b in self._buffers.flat.values())
 
     def _prepared(self, node: Node) -> Node:
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
-                w = w.to(self._way.dtype)
+                w = w.to(self._linear.dtype)
             ours = isinstance(node, Attention | Mlp) or (isinstance(node, Prune) and not self._native)
             linear = ours and w.ndim == 2 and name not in _FEW_ROWS
-            return _pack(w) if linear and self._way.prepacked else w
+            return _pack(w) if linear and self._linear.prepacked else w
 
         return replace(node, weights={name: prepared(name, w) for name, w in node.weights.items()})
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        return super().prepare(images).to(self._way.dtype)
+        return super().prepare(images).to(self._linear.dtype)
 
     def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._native:

@@ -19,7 +19,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.ops.choices import choices_for
 from dvit_infer.ops.fallback import checking, replaced
-from dvit_infer.utils.files import cache_folder, whole_json
+from dvit_infer.utils.files import atomic_write_json, cache_folder
 
 
 def check_kernels(
@@ -98,6 +98,6 @@ def _kernels() -> str:
 def _remember(marker: Path, device: torch.device) -> None:
     try:
         marker.parent.mkdir(parents=True, exist_ok=True)
-        whole_json(marker, _system(device))
+        atomic_write_json(marker, _system(device))
     except (OSError, InputError):  # a home that cannot be written: the next process checks again
         return

@@ -13,7 +13,7 @@ from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Nod
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 
-Watch = Callable[[Node, torch.Tensor], None]
+Hook = Callable[[Node, torch.Tensor], None]
 
 
 class TorchRunner:
@@ -21,10 +21,10 @@ class TorchRunner:
 
     Args:
         graph: what it runs.
-        why: it is this one that does, where kernels could be expected; shown with `how`.
+        why: it is this one that does, where kernels could be expected; shown with `runtime`.
 
     Attributes:
-        how: what runs it, in words.
+        runtime: a description of what runs the model.
         prunes_by: what runs prune_tokens.
         config: the model's.
         device, dtype: of the weights.
@@ -40,20 +40,20 @@ class TorchRunner:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
-        by = {op.how(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
+        by = {op.backend_of(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
         self.prunes_by = " and ".join(sorted(by))
-        self._how = self.told(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
+        self._runtime = self.describe(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
 
     @property
-    def how(self) -> str:
-        return self._how
+    def runtime(self) -> str:
+        return self._runtime
 
-    def told(self, how: str, usually: str) -> str:
-        """`how`, and what runs prune_tokens where that is not what it usually is."""
-        return how if self.prunes_by in ("", usually) else f"{how}, prune_tokens by {self.prunes_by}"
+    def describe(self, runtime: str, usually: str) -> str:
+        """`runtime`, and what runs prune_tokens where that is not what it usually is."""
+        return runtime if self.prunes_by in ("", usually) else f"{runtime}, prune_tokens by {self.prunes_by}"
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """What it holds beside the graph's weights, in bytes."""
         return 0
 
@@ -62,7 +62,7 @@ class TorchRunner:
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the graph.
@@ -70,7 +70,7 @@ class TorchRunner:
         Args:
             images: (B, 3, H, W) of any device, strides and dtype that `check_images` lets through.
             kept: a stage each, (B, k) original patch positions to keep instead of the predictors' choice.
-            watch: called with every node and its output, which holds until the next node runs.
+            hook: called with every node and its output, which holds until the next node runs.
             return_kept: whether the kept positions are wanted; where not, a runner that saves by it returns none.
 
         Returns:
@@ -78,7 +78,7 @@ class TorchRunner:
         """
         images = self.prepare(images)
         with as_asked(self.device, self.dtype):
-            return self.run(images, kept, watch)
+            return self.run(images, kept, hook)
 
     def check(self, batch: int, dtype: torch.dtype) -> None:
         """Find out, before a forward of so many images of that dtype is captured, that what it runs answers right."""
@@ -105,7 +105,7 @@ class TorchRunner:
         self,
         x: torch.Tensor,
         kept: Sequence[torch.Tensor] | None,
-        watch: Watch | None,
+        hook: Hook | None,
         nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run all nodes, or the last ones, which are `nodes`, on what those before have made."""
@@ -118,8 +118,8 @@ class TorchRunner:
                 chosen.append(positions)
             else:
                 x = getattr(self, node.kind)(node, x)
-            if watch is not None:
-                watch(node, x)
+            if hook is not None:
+                hook(node, x)
         return x, chosen
 
     def prune_to(

@@ -8,7 +8,7 @@ from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.backends.torch import Hook, TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.attention import attention
@@ -56,7 +56,7 @@ class TritonRunner(TorchRunner):
         self._fused_convolutions = {node.name for node in graph.nodes if isinstance(node, Convolution) and fuses}
         self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
         known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
-        self._how = self.told(f"Triton and cuBLAS, {known}", usually="Triton")
+        self._runtime = self.describe(f"Triton and cuBLAS, {known}", usually="Triton")
         self.checks_kernels = self.device.type == "cuda"
         self._checked: set[tuple[int, bool, bool]] = set()
 
@@ -64,7 +64,7 @@ class TritonRunner(TorchRunner):
         return TritonRunner, (self._graph,)
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         own = [t for sums in self._sums.values() for t in sums.values()]
         own += [t for packed in (*self._embed.values(), self._embed_uint8) for t in packed]
         return sum(t.numel() * t.element_size() for t in own)
@@ -77,20 +77,20 @@ class TritonRunner(TorchRunner):
         )
 
     @property
-    def how(self) -> str:
+    def runtime(self) -> str:
         failed = replaced(self.device)
-        return f"{self._how}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._how
+        return f"{self._runtime}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._runtime
 
     def __call__(
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As for any runner; the first call for a size of batch checks the kernels that it takes."""
         self.check(len(images), images.dtype)
-        return super().__call__(images, kept, watch, return_kept)
+        return super().__call__(images, kept, hook, return_kept)
 
     def check(self, batch: int, dtype: torch.dtype) -> None:
         takes = batch, dtype == torch.uint8 and self.takes_uint8, is_programmatic()
@@ -108,7 +108,7 @@ class TritonRunner(TorchRunner):
         self,
         x: torch.Tensor,
         kept: Sequence[torch.Tensor] | None,
-        watch: Watch | None,
+        hook: Hook | None,
         nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         chosen: list[torch.Tensor] = []
@@ -126,8 +126,8 @@ class TritonRunner(TorchRunner):
             elif node is not None:
                 x = getattr(self, node.kind)(node, x)
             stats = left
-            if watch is not None and node is not None:
-                watch(node, x)
+            if hook is not None and node is not None:
+                hook(node, x)
         return x, chosen
 
     def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:

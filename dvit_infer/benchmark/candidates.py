@@ -108,10 +108,10 @@ def engine_way(subject: Subject, config: Config, runtime: str = "engine") -> Way
     notes: Sequence[Note] = subject.notes
     engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
     weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
-    held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
+    held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # A result file has to tell whether the native library pruned (DVIT_PRUNE): nothing else in a row would.
-    variant = "native" if "by native" in engine.runner.how else None
+    variant = "native" if "by native" in engine.runner.runtime else None
     return Way(runtime, variant, config, engine, engine.graph.gflops, held, given, engine=engine)
 
 

@@ -20,7 +20,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import VisionTransformer
-from dvit_infer.parity.agreement import Expected, stray, unchecked, unlike
+from dvit_infer.parity.agreement import Expected, check_approximate, check_exact, unchecked
 from dvit_infer.parity.verification import evaluate
 from dvit_infer.utils.devices import free_memory
 from dvit_infer.utils.memory import is_allocation_failure
@@ -98,7 +98,7 @@ class Comparison:
     @property
     def runs(self) -> str:
         """What runs the engine."""
-        return f"engine: {self.engine.graph.how}"
+        return f"engine: {self.engine.graph.runtime}"
 
     @property
     def engine(self) -> Engine:
@@ -138,11 +138,11 @@ class Comparison:
         rows, strays, unsure = [], [], []
         for name, way in self._ways.items():
             right = expected[way.config.num_keep]
-            rows.append(self._row(name, batch, timings, logits[name], right.right.logits))
+            rows.append(self._row(name, batch, timings, logits[name], right.reference.logits))
             if way.approximate:
-                found = unlike(logits[name], right.right.logits)
+                found = check_approximate(logits[name], right.reference.logits)
             else:
-                found = stray(logits[name], given[name], right, self.subject.dtype)
+                found = check_exact(logits[name], given[name], right, self.subject.dtype)
             if found:
                 strays.append(f"{name}: {found}")
             elif given[name] is None and not way.approximate and unchecked(right, self.subject.dtype):

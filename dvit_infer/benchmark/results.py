@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.errors import InputError
-from dvit_infer.utils.files import whole_json
+from dvit_infer.utils.files import atomic_write_json
 
 VERSION = 2
 NAMES_SINCE_1 = {"how": "runtime", "mode": "variant", "gflops": "gmacs"}  # of the same values: gflops counted MACs too
@@ -78,7 +78,7 @@ def _output(*command: str) -> str | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a result file, {"environment": {...}, "rows": [...]} and its version, whole or not at all."""
-    whole_json(path, {"version": VERSION, **content})
+    atomic_write_json(path, {"version": VERSION, **content})
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

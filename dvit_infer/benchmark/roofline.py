@@ -102,7 +102,7 @@ def time_nodes(
         images: (B, 3, H, W) float32; cut into as many at a time as the engine takes.
         reference: of the engine's config, in float32 on its device.
     """
-    parts = torch.split(images.to(engine.device, engine.dtype), engine.chunk)
+    parts = torch.split(images.to(engine.device, engine.dtype), engine.micro_batch)
     for part in parts:
         _node_seconds(engine, part)
     rounds: list[np.ndarray] = []
@@ -111,7 +111,7 @@ def time_nodes(
         rounds.append(np.sum([_node_seconds(engine, part) for part in parts], axis=0))
         progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
     percentiles = np.percentile(rounds, [50, 20, 80], axis=0).T
-    errors = _errors(engine, reference, images[: engine.chunk])
+    errors = _errors(engine, reference, images[: engine.micro_batch])
     return [
         _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
         for node, taken in zip(engine.graph.nodes, percentiles.tolist(), strict=True)

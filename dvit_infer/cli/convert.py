@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
     from dvit_infer.benchmark.results import environment
-    from dvit_infer.utils.files import check_output, whole_json
+    from dvit_infer.utils.files import atomic_write_json, check_output
     from dvit_infer.utils.tables import table
 
     write = _onnx if options.format == "onnx" else _safetensors
@@ -75,7 +75,7 @@ def _convert(options: argparse.Namespace) -> int:
                 few = written.device.type == "cpu" and written.precision != "int8"
                 report = dvit.verify(written, options.checkpoint, num_images=8 if few else 64)
             if json_out is not None:
-                whole_json(json_out, {"environment": environment(), **_found(engine, report)})
+                atomic_write_json(json_out, {"environment": environment(), **_found(engine, report)})
             if report is not None and not report.passed:
                 raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
@@ -112,9 +112,9 @@ def _engine(options: argparse.Namespace) -> "Engine":
 def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
     """Writes the engine's weights, and gives what was written, loaded; it is there if the block ends well."""
     import dvit_infer as dvit
-    from dvit_infer.utils.files import whole_file
+    from dvit_infer.utils.files import atomic_write
 
-    with whole_file(out, "out") as part:
+    with atomic_write(out, "out") as part:
         engine.write(part)
         yield engine if options.no_verify else dvit.load(part, device=engine.device, dtype=engine.dtype)
 
@@ -125,7 +125,7 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
     import dvit_infer as dvit
     from dvit_infer.images.classes import read_classes
     from dvit_infer.onnx.export import write_onnx
-    from dvit_infer.utils.files import whole_files
+    from dvit_infer.utils.files import atomic_write_files
     from dvit_infer.utils.packages import need
 
     if not options.no_verify:
@@ -133,7 +133,7 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
     if options.calibrate is not None and options.quantize is None:
         raise dvit.InputError("calibrate: is for --quantize int8")
     classes = None if options.classes is None else read_classes(options.classes, engine.config.num_classes)
-    with whole_files(out, "out") as part:
+    with atomic_write_files(out, "out") as part:
         write_onnx(
             engine,
             part,

@@ -43,7 +43,7 @@ def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
     from dvit_infer.images.find import find_images
     from dvit_infer.images.stream import Entry, batch_size, batches, decode, running
-    from dvit_infer.utils.files import check_output, whole_file
+    from dvit_infer.utils.files import atomic_write, check_output
 
     options.model, options.images = _model_and_images(options.names)
     found = find_images(options.images)
@@ -78,7 +78,7 @@ def _viz(options: argparse.Namespace) -> int:
             sheet = draw_seen(seen, config)
             pairs = zip(some, seen, strict=True)
             lines = [f"{path}: {one.label} {one.probability:.1%}, {kept}" for path, one in pairs]
-    with whole_file(out, "out") as part:
+    with atomic_write(out, "out") as part:
         sheet.save(part, format="PNG")
     if options.model == str(TRAINED):
         lines.insert(0, "no MODEL was given: this is a small model that was trained on digits among clutter")

@@ -126,7 +126,7 @@ def measure_accuracy(
     counts = _Counts()
     with running(batch):
         # The first call looks for the fastest linear, or captures: that is not the model's speed.
-        engine(torch.zeros(min(batch, engine.chunk), 3, *engine.config.image_size, dtype=torch.uint8))
+        engine(torch.zeros(min(batch, engine.micro_batch), 3, *engine.config.image_size, dtype=torch.uint8))
         start = time.perf_counter()
         for group in batches(stream, batch):
             counts.take(group, engine, reference)

@@ -15,7 +15,7 @@ class Graph:
 
     config: Config
     nodes: tuple[Node, ...]
-    how: str = ""  # what runs it, for the table
+    runtime: str = ""  # what runs it, for the table
 
     @property
     def macs(self) -> int:
@@ -61,4 +61,4 @@ class Graph:
         title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
         columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
         shown = table(columns, rows, title=title, total=total)
-        return f"{shown}\nrun by {self.how}" if self.how else shown
+        return f"{shown}\nrun by {self.runtime}" if self.runtime else shown

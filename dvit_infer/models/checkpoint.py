@@ -37,7 +37,7 @@ class Checkpoint:
     state: dict[str, torch.Tensor]
     weights: str | None = None  # which set was taken; None: the file holds just one, bare
     other_sets: tuple[str, ...] = ()
-    said: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
+    metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
     is_saved_engine: bool = False
 
     def params(self, dense: bool) -> int:
@@ -77,9 +77,9 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
         raise InputError(f"{name}: the file is empty")
     # A safetensors header may by chance begin with a pickle's first byte, so what stands at byte 8 decides first.
     if head[8:9] == b"{" or path.suffix == ".safetensors":
-        tensors, said = _load_safetensors(path)
+        tensors, found = _load_safetensors(path)
         checkpoint = _take_weights(name, tensors, weights)
-        checkpoint.said, checkpoint.is_saved_engine = said or {}, said is not None
+        checkpoint.metadata, checkpoint.is_saved_engine = found or {}, found is not None
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
         return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
@@ -180,7 +180,7 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
             f"{name}: holds no state dict (looked for tensors at the top and under {', '.join(WEIGHT_SETS)})"
         )
     args = content.get("args") if chosen else None
-    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    found = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     clean: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         short = _without_prefixes(name, key)
@@ -188,7 +188,7 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
             raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(PREFIXES)} are stripped")
         clean[short] = _checked(name, key, value)
     others = tuple(key for key in sets if key != chosen)
-    return Checkpoint(name, clean, chosen, others, dict(said))
+    return Checkpoint(name, clean, chosen, others, dict(found))
 
 
 def _has_tensors(value: Any) -> bool:

@@ -64,38 +64,38 @@ def saved_config(name: str, text: str) -> Config:
     Raises:
         InputError: it is no header of this version, or no such model can be.
     """
-    said = read_header(name, text)
+    header = read_header(name, text)
     try:
-        return _checked(said)
+        return _checked(header)
     except InputError as error:
         raise InputError(f"{name}: its {HEADER_KEY} header cannot be true: {error}") from None
 
 
-def _checked(said: dict[str, Any]) -> Config:
+def _checked(header: dict[str, Any]) -> Config:
     for key, allowed in (("family", _FAMILIES), ("weights", (None, *WEIGHT_SETS))):
-        if said[key] not in allowed:
-            raise InputError(f"{key}: {said[key]!r} is not known")
-    if not isinstance(said["arch"], str) or not said["arch"].isprintable() or not said["arch"]:
-        raise InputError(f"arch: {said['arch']!r} is no name")
+        if header[key] not in allowed:
+            raise InputError(f"{key}: {header[key]!r} is not known")
+    if not isinstance(header["arch"], str) or not header["arch"].isprintable() or not header["arch"]:
+        raise InputError(f"arch: {header['arch']!r} is no name")
     counts = ("patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim", "num_prefix")
-    numbers = {key: positive_int(key, said[key]) for key in counts}
+    numbers = {key: positive_int(key, header[key]) for key in counts}
     if numbers["depth"] > _MOST_BLOCKS or numbers["embed_dim"] % numbers["num_heads"]:
         raise InputError(f"depth: {numbers['depth']} blocks of {numbers['num_heads']} heads cannot be")
-    sizes = {key: image_size(key, said[key], numbers["patch_size"]) for key in ("image_size", "trained_size")}
-    at = block_indices("prune_at", said["prune_at"], numbers["depth"], len(said["prune_at"] or ()))
+    sizes = {key: image_size(key, header[key], numbers["patch_size"]) for key in ("image_size", "trained_size")}
+    at = block_indices("prune_at", header["prune_at"], numbers["depth"], len(header["prune_at"] or ()))
     facts: dict[str, Any] = dict(
-        arch=said["arch"],
-        family=said["family"],
+        arch=header["arch"],
+        family=header["family"],
         **sizes,
         **numbers,
-        method=method("method", said["method"], bool(at), "the file"),
+        method=method("method", header["method"], bool(at), "the file"),
         prune_at=at,
-        keep_rate=keep_rate("keep_rate", said["keep_rate"]),
-        **{key: positive_float(key, said[key]) for key in ("eps", "predictor_eps", "skip_lam")},
-        stem_dim=0 if said["stem_dim"] == 0 else positive_int("stem_dim", said["stem_dim"]),
-        mean=three_floats("mean", said["mean"], positive=False),
-        std=three_floats("std", said["std"], positive=True),
-        crop_pct=crop_pct("crop_pct", said["crop_pct"]),
-        weights=said["weights"],
+        keep_rate=keep_rate("keep_rate", header["keep_rate"]),
+        **{key: positive_float(key, header[key]) for key in ("eps", "predictor_eps", "skip_lam")},
+        stem_dim=0 if header["stem_dim"] == 0 else positive_int("stem_dim", header["stem_dim"]),
+        mean=three_floats("mean", header["mean"], positive=False),
+        std=three_floats("std", header["std"], positive=True),
+        crop_pct=crop_pct("crop_pct", header["crop_pct"]),
+        weights=header["weights"],
     )
     return Config(**facts)

@@ -46,8 +46,8 @@ class Reading:
         self.name = checkpoint.name
         self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
         self.given = dict(given)
-        self.said = checkpoint.said if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.said)
-        self.said_where = "the saved config" if checkpoint.is_saved_engine else "the file's args"
+        self.metadata = checkpoint.metadata if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.metadata)
+        self.metadata_source = "the saved config" if checkpoint.is_saved_engine else "the file's args"
         self.notes: list[Note] = []
         self._used = {"weights"}  # of what was given; the reader of the file has seen to this one
 
@@ -84,26 +84,26 @@ class Reading:
             raise InputError(f"{self.name}: {prefix}{highest} is there, but not the {highest} before it")
         return highest + 1
 
-    def settle(self, what: str, assumed: Any, why: str, said_as: str | None = None) -> Any:
-        """Given, else said by the file (under `said_as`, if its name for it is another), else assumed."""
+    def resolve(self, what: str, assumed: Any, why: str, stored_as: str | None = None) -> Any:
+        """Given, else said by the file (under `stored_as`, if its name for it is another), else assumed."""
         self._used.add(what)
         if self.given.get(what) is not None:
             value = self.given[what]
             self.note("given", what, value, "by you")
-        elif (said := self._said(what, said_as)) is not None:
-            value = said[1]
-            self.note("read", what, value, f"{self.said_where}: {said[0]}")
+        elif (found := self._stated(what, stored_as)) is not None:
+            value = found[1]
+            self.note("read", what, value, f"{self.metadata_source}: {found[0]}")
         else:
             value = assumed
             self.note("assumed", what, value, why)
         return value
 
-    def settle_if_known(self, what: str) -> Any:
+    def resolve_if_known(self, what: str) -> Any:
         """Given, else said by the file, else None, of which there is no note."""
-        if self.given.get(what) is None and self._said(what, None) is None:
+        if self.given.get(what) is None and self._stated(what, None) is None:
             self._used.add(what)
             return None
-        return self.settle(what, None, "")
+        return self.resolve(what, None, "")
 
     def finish(self, arch: str) -> None:
         """Raise InputError for what was given and means nothing for this model."""
@@ -114,10 +114,10 @@ class Reading:
         """How a message should call a value: by the option that gave it or the place that said it."""
         return what if self.given.get(what) is not None else f"{self.name}: {what}"
 
-    def _said(self, what: str, said_as: str | None) -> tuple[str, Any] | None:
-        for key in (what, said_as):
-            if key is not None and self.said.get(key) is not None:
-                return key, self.said[key]
+    def _stated(self, what: str, stored_as: str | None) -> tuple[str, Any] | None:
+        for key in (what, stored_as):
+            if key is not None and self.metadata.get(key) is not None:
+                return key, self.metadata[key]
         return None
 
 
@@ -126,12 +126,12 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
 
     Others mean something else there: `eps` is the optimiser's, `image_size` may be the crop's.
     """
-    said = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
+    found = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
     three = {name: args.get(name) for name in ("mean", "std")}
     crop = args.get("crop_pct")
     if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
-        said["crop_pct"] = crop
+        found["crop_pct"] = crop
     ours = args.get("dvit_infer")  # what dvit-train says beside the official names
     if isinstance(ours, dict):
-        said |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
-    return said | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}
+        found |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
+    return found | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}

@@ -55,7 +55,7 @@ def recognise(
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
     if arch is not None and ARCHS[arch].family != family.name:
         raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.name}")
-    saved_as = checkpoint.said.get("weights") if checkpoint.is_saved_engine else None
+    saved_as = checkpoint.metadata.get("weights") if checkpoint.is_saved_engine else None
     weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
     config = replace(family.read(reading, arch, options), weights=weights)
     if checkpoint.is_saved_engine:
@@ -69,9 +69,11 @@ def _check_header(checkpoint: Checkpoint, config: Config, overridden: set[str]) 
     The name is free: a size that has none today may get one.
     """
     for name, value in asdict(config).items():
-        said = checkpoint.said[name]
-        if name not in {"arch", *overridden} and value != (tuple(said) if isinstance(said, list) else said):
-            raise InputError(f"{checkpoint.name}: its header says {name} is {str(said)[:40]}, its weights say {value}")
+        stated = checkpoint.metadata[name]
+        if name not in {"arch", *overridden} and value != (tuple(stated) if isinstance(stated, list) else stated):
+            raise InputError(
+                f"{checkpoint.name}: its header says {name} is {str(stated)[:40]}, its weights say {value}"
+            )
 
 
 def build_reference(config: Config, checkpoint: Checkpoint) -> VisionTransformer:

@@ -32,7 +32,7 @@ class OnnxEngine(Classifier):
     Attributes:
         path: of the file.
         only_uint8: whether it takes uint8 images alone, which it normalises itself.
-        config, labels, runner, device, dtype, chunk: as of every `Classifier`.
+        config, labels, runner, device, dtype, micro_batch: as of every `Classifier`.
     """
 
     runner: OnnxRunner

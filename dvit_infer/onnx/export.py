@@ -14,7 +14,7 @@ from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.utils.devices import resolve_dtype
-from dvit_infer.utils.files import check_output, whole_files
+from dvit_infer.utils.files import atomic_write_files, check_output
 from dvit_infer.utils.packages import need
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def export_onnx(
     Raises:
         InputError: naming the argument; a package that is not installed; nothing can be written there.
     """
-    with whole_files(check_output(path, "path"), "path") as part:
+    with atomic_write_files(check_output(path, "path"), "path") as part:
         write_onnx(
             engine,
             part,

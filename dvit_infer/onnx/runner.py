@@ -18,20 +18,20 @@ class OnnxRunner:
     the same model with other inputs and outputs, made the first time it is needed (for which `onnx` is needed).
 
     Attributes:
-        how: what runs it, in words.
+        runtime: a description of what runs the model.
         session: that of the file.
     """
 
     def __init__(self, session: Any, path: Path, config: Config, device: torch.device) -> None:
         self.session, self._path, self._config, self._device = session, path, config, device
-        self.how = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
+        self.runtime = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
         self._dtype = input_dtype(self.session)
         self._kept = [f"kept_{stage}" for stage in range(len(config.num_keep))]
         self._has_kept = {value.name for value in self.session.get_outputs()} >= set(self._kept)
         self._probes: dict[tuple[bool, tuple[str, ...]], Any] = {}
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """Unknown: ONNX Runtime does not tell."""
         return 0
 
@@ -42,16 +42,16 @@ class OnnxRunner:
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
+        hook: Any = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits (B, K) float32 and kept original positions, a stage each; arguments as every runner's.
 
         Raises:
-            ValueError: `watch` is given (`node_values` shows what is inside), or float images to a file of uint8.
+            ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
-        if watch is not None:
-            raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
+        if hook is not None:
+            raise ValueError("hook: ONNX Runtime has no hooks; node_values returns the values of nodes")
         given = {"images": self.prepare(images)}
         if kept is not None:
             return self.node_values(images, kept, ())["logits"], list(kept)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 from dvit_infer.ops.registration import register
 
 OP = "dvit::attention"
@@ -170,7 +170,7 @@ def _fault(call: _Call, out: torch.Tensor) -> str | None:
         some = some_of(call.q)
         bias = None if call.bias is None else call.bias[some]
         few, out = call._replace(q=call.q[some], k=call.k[some], v=call.v[some], bias=bias), out[some]
-    return strays(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
+    return check_close(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
 
 
 def _fake(*arguments: Any, **named: Any) -> torch.Tensor:

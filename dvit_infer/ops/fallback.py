@@ -125,7 +125,7 @@ def widened(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def strays(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> str | None:
+def check_close(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> str | None:
     """What is wrong with `got`: its rms error is over twice that of plain PyTorch in the same dtype, or no number."""
     error, allowed, size = (_rms(t) for t in (got.double() - exact, plain.double() - exact, exact))
     if error <= 2 * allowed + 1e-6 * max(1.0, size):  # NaN is never

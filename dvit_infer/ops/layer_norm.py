@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 from dvit_infer.ops.registration import register
 
 OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
@@ -54,7 +54,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
         raise ValueError(f"layer_norm: eps is {eps}, 0 or more is expected")
 
 
-def how(device: torch.device, c: int, op: str = "layer_norm") -> str:
+def backend_of(device: torch.device, c: int, op: str = "layer_norm") -> str:
     """What runs one of the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, op):
         return "PyTorch"
@@ -67,7 +67,7 @@ def _run(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
     _check(x, weight, bias, eps)
-    if how(x.device, x.shape[-1]) == "PyTorch":
+    if backend_of(x.device, x.shape[-1]) == "PyTorch":
         return layer_norm_ref(x, weight, bias, eps)
 
     def kernel() -> torch.Tensor:
@@ -78,7 +78,7 @@ def _run(
     def fault(y: torch.Tensor) -> str | None:
         rows = some_of(x)
         few = x[rows], weight, bias, eps
-        return strays(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
+        return check_close(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
 
     return by_kernel(
         "layer_norm", x.device, kernel, lambda: layer_norm_ref(x, weight, bias, eps), fault, (x, weight, bias)
@@ -94,7 +94,7 @@ def _fake(
 
 def _run_stats(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
-    if how(x.device, x.shape[-1], "row_stats") == "PyTorch":
+    if backend_of(x.device, x.shape[-1], "row_stats") == "PyTorch":
         return row_stats_ref(x)
 
     def kernel() -> torch.Tensor:
@@ -105,7 +105,7 @@ def _run_stats(x: torch.Tensor) -> torch.Tensor:
     def fault(stats: torch.Tensor) -> str | None:
         some = some_of(x)
         found = stats.view(*x.shape[:-1], 1, 2)[some].reshape(-1, 1, 2)
-        return strays(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
+        return check_close(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
 
     return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))
 

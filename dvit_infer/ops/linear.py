@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
 from dvit_infer.ops.registration import register
 
@@ -228,13 +228,13 @@ def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
     residual = None if call.residual is None else call.residual[some]
     few = call._replace(x=call.x[some], residual=residual, stats=None, stats_block=0)
     exact, _ = linear_ref(*_Call(*map(widened, few._replace(out_dtype=None))))
-    if fault := strays(y[some], linear_ref(*few)[0], exact):
+    if fault := check_close(y[some], linear_ref(*few)[0], exact):
         return fault
     if not call.stats_block:
         return None
     rows = y[some]
     left = y_stats.view(*y.shape[:-1], *y_stats.shape[1:])[some].reshape(-1, *y_stats.shape[1:])
-    return strays(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
+    return check_close(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
 
 
 def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 from dvit_infer.ops.registration import register
 
 OP = "dvit::patch_embedding"
@@ -122,7 +122,7 @@ def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patc
             raise ValueError(f"patch_embedding: {name} is on {tensor.device}, images on {images.device}")
 
 
-def how(device: torch.device, channels: int, height: int, width: int) -> str:
+def backend_of(device: torch.device, channels: int, height: int, width: int) -> str:
     """What runs the op there on images of that size: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, "patch_embedding"):
         return "PyTorch"
@@ -153,7 +153,7 @@ def _embedded(
         return tokens if out is None else out.copy_(tokens)
 
     _, channels, height, width = images.shape
-    if how(images.device, channels, height, width) == "PyTorch":
+    if backend_of(images.device, channels, height, width) == "PyTorch":
         return plain()
 
     def kernel() -> torch.Tensor:
@@ -165,7 +165,7 @@ def _embedded(
         some = some_of(images)
         few = images[some], weight, table, patch_size, channels_last
         exact = patch_embedding_ref(images[some], widened(weight), widened(table), patch_size, channels_last)
-        return strays(tokens[some], patch_embedding_ref(*few), exact)
+        return check_close(tokens[some], patch_embedding_ref(*few), exact)
 
     return by_kernel("patch_embedding", images.device, kernel, plain, fault, (images, weight, patch_size))
 

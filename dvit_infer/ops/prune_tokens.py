@@ -145,7 +145,7 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
         raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 
 
-def how(device: torch.device, n: int, c: int) -> str:
+def backend_of(device: torch.device, n: int, c: int) -> str:
     """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'.
 
     Or 'native (CPU)' or 'native (CUDA)', where DVIT_PRUNE=native asks for it and the library takes the size.
@@ -172,7 +172,7 @@ def _run(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)
-    by = how(x.device, x.shape[1] - num_prefix, x.shape[2])
+    by = backend_of(x.device, x.shape[1] - num_prefix, x.shape[2])
     if by == "PyTorch":
         return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
     if by.startswith("native"):

@@ -18,29 +18,29 @@ class Expected:
     """What a function should give for some images.
 
     Attributes:
-        right: the reference's answers in float32.
+        reference: the reference's answers in float32.
         plain: plain PyTorch's logits in the dtype of the ways, by its own choice of tokens.
         plain_given: the same with the reference's kept sets given.
     """
 
-    right: EvalOutput
+    reference: EvalOutput
     plain: torch.Tensor
     plain_given: torch.Tensor
 
 
-def stray(logits: torch.Tensor, given: torch.Tensor | None, expected: Expected, dtype: torch.dtype) -> str | None:
+def check_exact(logits: torch.Tensor, given: torch.Tensor | None, expected: Expected, dtype: torch.dtype) -> str | None:
     """How far a way is from the reference, if too far for the same function; None where it is not.
 
     Args:
         logits: (B, K) float32, by the way's own choice of tokens.
         given: the same with the reference's kept sets given; None: the way cannot be given any.
     """
-    right = expected.right.logits
+    right = expected.reference.logits
     scale = right.square().mean().sqrt()
     if not all(torch.isfinite(x).all() for x in (logits, given) if x is not None):
         return "NaN or Inf"
     if dtype == torch.float32:
-        clear = is_clear(expected.right)
+        clear = is_clear(expected.reference)
         compared = [(logits - right)[clear], *([] if given is None else [given - right])]
         error = max(((x.abs().max() / scale).item() for x in compared if x.numel()), default=0.0)
         return None if error <= SAME_MAX else f"error {error:.1e} of the logits' rms"
@@ -54,7 +54,7 @@ def stray(logits: torch.Tensor, given: torch.Tensor | None, expected: Expected, 
     return None
 
 
-def unlike(logits: torch.Tensor, right: torch.Tensor) -> str | None:
+def check_approximate(logits: torch.Tensor, right: torch.Tensor) -> str | None:
     """How far a way that only approximates is from the reference, if nothing is alike; None where much is."""
     error, scale = (logits - right).square().mean().sqrt().item(), right.square().mean().sqrt().item()
     return None if error <= MOST_RMS * scale else f"rms error {error / scale:.1e} of the logits' rms"
@@ -67,7 +67,7 @@ def is_clear(right: EvalOutput) -> torch.Tensor:
 
 def unchecked(expected: Expected, dtype: torch.dtype) -> bool:
     """Whether these images say nothing of a way that cannot be given kept sets."""
-    return dtype == torch.float32 and not is_clear(expected.right).any()
+    return dtype == torch.float32 and not is_clear(expected.reference).any()
 
 
 def _typical_error(logits: torch.Tensor, right: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import EvalOutput, VisionTransformer
-from dvit_infer.utils.devices import CHUNK
+from dvit_infer.utils.devices import MICRO_BATCH
 from dvit_infer.utils.tables import table
 
 LOGIT_TOLERANCE = 1e-4  # float32
@@ -185,7 +185,7 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
 def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
     """The model's answers, in batches that fit, logits in float32."""
     like = model.pos_embed
-    size = CHUNK[like.device.type]
+    size = MICRO_BATCH[like.device.type]
     parts = []
     for start in range(0, len(images), size):
         part = slice(start, start + size)

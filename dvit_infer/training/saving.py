@@ -12,7 +12,7 @@ from torch import nn
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import load_torch
 from dvit_infer.training.settings import Settings
-from dvit_infer.utils.files import whole_file
+from dvit_infer.utils.files import atomic_write
 
 KEY = "training"  # what a finished file does not have
 
@@ -41,7 +41,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         InputError: the disk is full, say.
     """
-    with whole_file(path, "out") as part:
+    with atomic_write(path, "out") as part:
         try:
             torch.save(dict(content), part)
         except RuntimeError as error:  # what torch's writer makes of a full disk

@@ -84,7 +84,7 @@ def make_pair(
     state |= _predictors(len(stages), config, seed)
     # The way a reader of the student's file takes: what it recognises is what is trained. (The two that are given are
     # in the file as well; messages call them by their options so.)
-    content = Checkpoint(str(dense), state, "model", said=args)
+    content = Checkpoint(str(dense), state, "model", metadata=args)
     student_config, _ = recognise(content, None, {"keep_rate": rate, "prune_at": stages}, {})
     if student_config.num_keep[-1] == student_config.num_patches:
         raise InputError(f"keep_rate: {rate:g} drops none of the {student_config.num_patches} patches")

@@ -9,7 +9,7 @@ from dvit_infer.errors import InputError
 
 # Images that go through a model together, on a CPU at least so many; larger batches are cut, so that memory does not
 # grow with them. For CUDA nothing has been measured yet.
-CHUNK = {"cpu": 16, "cuda": 256}
+MICRO_BATCH = {"cpu": 16, "cuda": 256}
 # Patches times channels of as many as are best on a CPU, 16 of DeiT-S at 224 pixels. Of DeiT-S/0.7 (two threads of a
 # Xeon, float32, interleaved) 4 were 0.92 x as fast as 8, 16 and 32 1.05 x; of the digits model, 64 patches 96 wide, 64
 # were 1.24 x as fast as 16; of DeiT-T 32 and of DeiT-S at 128 pixels 64, 1.01 x and 1.06 x (two threads of an EPYC).
@@ -34,11 +34,11 @@ def free_memory(device: torch.device) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def chunk(device: torch.device, patches: int, channels: int) -> int:
+def micro_batch(device: torch.device, patches: int, channels: int) -> int:
     """How many images are to go through a model together."""
     if device.type != "cpu":
-        return CHUNK[device.type]
-    return min(max(CHUNK["cpu"], _CPU_VALUES // (patches * channels)), _CPU_MOST)
+        return MICRO_BATCH[device.type]
+    return min(max(MICRO_BATCH["cpu"], _CPU_VALUES // (patches * channels)), _CPU_MOST)
 
 
 def slug(name: str) -> str:
@@ -64,7 +64,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise InputError(f"device: {device!r} is no device; cpu or cuda is expected") from None
     if resolved.type == "cpu":
         return torch.device("cpu")
-    if resolved.type not in CHUNK:
+    if resolved.type not in MICRO_BATCH:
         raise InputError(f"device: {resolved.type} is not supported; cpu and cuda are")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {device} was asked for, and there is none here; cpu would do")

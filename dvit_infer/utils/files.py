@@ -62,7 +62,7 @@ def check_output(path: str | Path, what: str, not_this: str | Path | None = None
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, what: str) -> Iterator[Path]:
+def atomic_write(path: str | Path, what: str) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to it at the end, removed on any error.
 
     Raises:
@@ -85,8 +85,8 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_files(path: str | Path, what: str) -> Iterator[Path]:
-    """As `whole_file`, with others beside it: a path of that name in a folder of its own, all of which moves.
+def atomic_write_files(path: str | Path, what: str) -> Iterator[Path]:
+    """As `atomic_write`, with others beside it: a path of that name in a folder of its own, all of which moves.
 
     The file itself moves last: when it is there, so are the others. A `<name>.data` of the file it replaces goes, where
     the new one has none. Only a crash between the moves leaves new data beside an old file.
@@ -108,9 +108,9 @@ def whole_files(path: str | Path, what: str) -> Iterator[Path]:
         raise InputError(f"{what}: {path}: {error.strerror or error}") from None
 
 
-def whole_json(path: str | Path, content: Mapping[str, Any]) -> None:
+def atomic_write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all; what is not finite becomes null, which JSON has a word for."""
-    with whole_file(path, "json") as part:
+    with atomic_write(path, "json") as part:
         part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 

@@ -11,7 +11,7 @@ from dvit_infer.benchmark.report.charts import latency, nodes, sweeps, throughpu
 from dvit_infer.benchmark.report.figures import Chart, label_ways
 from dvit_infer.benchmark.report.tables import LIMIT_COLUMNS, MODEL_COLUMNS, NODE_COLUMNS, table
 from dvit_infer.benchmark.results import as_version_2
-from dvit_infer.utils.files import whole_file
+from dvit_infer.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
         InputError: naming the report: the content is no result file's, or of another version; the disk is full, say.
     """
     text = page(content)
-    with whole_file(path, "report") as part:
+    with atomic_write(path, "report") as part:
         part.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate of a file has no UTF-8
 
 
