@@ -115,7 +115,7 @@ def _bench(options: argparse.Namespace) -> int:
         write_report(outs["report"], content)
         print(f"wrote {options.report}")
     if strays := [f"batch {batch}: {stray}" for batch, outcome in outcomes.items() for stray in outcome.strays]:
-        print(f"error: not all ways compute the same function: {'; '.join(strays)}", file=sys.stderr)
+        print(f"error: not all candidates compute the same function: {'; '.join(strays)}", file=sys.stderr)
         return 1
     return 0
 

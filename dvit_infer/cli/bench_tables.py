@@ -1,4 +1,4 @@
-"""What dvit-bench prints: tables of ways, keep rates and nodes, and a line for what they come to."""
+"""What dvit-bench prints: tables of candidates, keep rates and nodes, and a line for what they come to."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,7 +22,7 @@ def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[Node
 
 
 def _parts(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> Iterator[str]:
-    yield _ways([row for outcome in outcomes.values() for row in outcome.rows])
+    yield _candidates([row for outcome in outcomes.values() for row in outcome.rows])
     for batch, outcome in outcomes.items():
         if len(outcome.gains) > 1:
             yield _gains(outcome.gains, batch)
@@ -33,7 +33,7 @@ def _parts(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTim
         yield f"batch {batch}: {_by_kind(times)}"
 
 
-def _ways(rows: Sequence[Row]) -> str:
+def _candidates(rows: Sequence[Row]) -> str:
     columns = (
         *(">batch", "runtime", ">keep rate", ">images/s", ">p20", ">p80", ">p50 ms", ">p99 ms", ">GMACs"),
         *(">speed-up", ">peak MiB", ">max error", ">top-1"),
