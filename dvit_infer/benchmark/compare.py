@@ -9,7 +9,7 @@ import torch
 
 from dvit_infer.benchmark import candidates, peers
 from dvit_infer.benchmark.candidates import Call, Candidate, Subject
-from dvit_infer.benchmark.outcome import Gain, Outcome
+from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
 from dvit_infer.benchmark.timing import Row, Timing, interleave, noise
 from dvit_infer.classifier import Source
@@ -148,7 +148,7 @@ class Comparison:
                 strays.append(f"{name}: {found}")
             elif given[name] is None and not candidate.approximate and unchecked(right, self.subject.dtype):
                 unsure.append(name)
-        return Outcome(rows, self._gains(timings, batch), strays, unsure, noise(timings.values()))
+        return Outcome(rows, self._pruning_speedups(timings, batch), strays, unsure, noise(timings.values()))
 
     def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
         right = evaluate(self._right[key], images)
@@ -188,12 +188,12 @@ class Comparison:
         """Time every node of `engine` (roofline.py)."""
         return time_nodes(self.engine, self.reference, self.images(batch), limits, seconds, progress)
 
-    def _gains(self, timings: Mapping[str, Timing], batch: int) -> list[Gain]:
+    def _pruning_speedups(self, timings: Mapping[str, Timing], batch: int) -> list[PruningSpeedup]:
         dense = self._candidates.get("dense")
         if dense is None:
             return []
         return [
-            Gain(
+            PruningSpeedup(
                 keep_rate=candidate.keep_rate,
                 num_keep=candidate.config.num_keep,
                 gmacs=candidate.gmacs,

@@ -6,7 +6,7 @@ from dvit_infer.benchmark.timing import Row
 
 
 @dataclass(frozen=True)
-class Gain:
+class PruningSpeedup:
     """The speed-up of pruning at one keep rate over the dense engine in the same run, and its ceiling."""
 
     keep_rate: float
@@ -29,14 +29,14 @@ class Outcome:
 
     Attributes:
         rows: one for each candidate.
-        gains: one for each keep rate of the engine, if the dense engine ran too.
+        pruning_speedups: one for each keep rate of the engine, if the dense engine ran too.
         strays: the candidates that compute another function, each with its error. Any makes the check fail.
         unchecked: the candidates for which these images cannot show whether they compute the same function.
         noise: a warning if the machine was noisy.
     """
 
     rows: list[Row]
-    gains: list[Gain]
+    pruning_speedups: list[PruningSpeedup]
     strays: list[str]
     unchecked: list[str]
     noise: str | None

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.benchmark.compare_onnx import OnnxComparison
-from dvit_infer.benchmark.outcome import Gain, Outcome
+from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.roofline import NodeTime
 from dvit_infer.benchmark.timing import Row
 from dvit_infer.utils.tables import table
@@ -24,9 +24,9 @@ def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[Node
 def _parts(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> Iterator[str]:
     yield _candidates([row for outcome in outcomes.values() for row in outcome.rows])
     for batch, outcome in outcomes.items():
-        if len(outcome.gains) > 1:
-            yield _gains(outcome.gains, batch)
-        lines = [str(gain) for gain in outcome.gains if len(outcome.gains) == 1]
+        if len(outcome.pruning_speedups) > 1:
+            yield _pruning_speedups(outcome.pruning_speedups, batch)
+        lines = [str(pruning) for pruning in outcome.pruning_speedups if len(outcome.pruning_speedups) == 1]
         yield from (f"batch {batch}: {line}" for line in (*lines, outcome.verdict, outcome.noise) if line)
     for batch, times in nodes.items():
         yield _nodes(times, batch)
@@ -63,19 +63,19 @@ def _known(value: float | None, how: str) -> str:
     return "-" if value is None else format(value, how)
 
 
-def _gains(gains: Sequence[Gain], batch: int) -> str:
+def _pruning_speedups(pruning_speedups: Sequence[PruningSpeedup], batch: int) -> str:
     columns = ("keep rate", "patches kept", ">GMACs", ">images/s", ">over dense", ">allowed", ">realised")
     cells = [
         (
-            f"{gain.keep_rate:g}",
-            ",".join(map(str, gain.num_keep)),
-            f"{gain.gmacs:.3f}",
-            f"{gain.images_per_s:.1f}",
-            f"{gain.speedup:.3f} x",
-            f"{gain.ceiling:.3f} x",
-            f"{gain.speedup / gain.ceiling:.1%}",
+            f"{pruning.keep_rate:g}",
+            ",".join(map(str, pruning.num_keep)),
+            f"{pruning.gmacs:.3f}",
+            f"{pruning.images_per_s:.1f}",
+            f"{pruning.speedup:.3f} x",
+            f"{pruning.ceiling:.3f} x",
+            f"{pruning.speedup / pruning.ceiling:.1%}",
         )
-        for gain in gains
+        for pruning in pruning_speedups
     ]
     return table(columns, cells, title=f"batch {batch}: pruned over dense engine, and what the MACs allow")
 
