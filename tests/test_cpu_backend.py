@@ -1,4 +1,4 @@
-"""The CPU backend: every way to compute linears gives the golden answers; the choice falls back; memory is its own."""
+"""The CPU backend: every candidate for linears gives the golden answers; the choice falls back; memory is its own."""
 
 import copy
 import pickle
@@ -18,9 +18,9 @@ FLOAT32 = [Linear(torch.float32, prepacked=False), Linear(torch.float32, prepack
 CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1", "timm-deit_tiny_patch16_224-at-192x256"]
 
 
-def converted(case_id: str, way: Linear, dtype: str = "float32") -> dvit.Engine:
+def converted(case_id: str, candidate: Linear, dtype: str = "float32") -> dvit.Engine:
     engine = dvit.convert(official_checkpoint(case_id), device="cpu", dtype=dtype, **options(case_id))
-    engine.runner = CpuRunner(engine.graph, way)
+    engine.runner = CpuRunner(engine.graph, candidate)
     return engine
 
 
@@ -31,10 +31,10 @@ def _probe_anew():
     cpu.fastest_linear.cache_clear()
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
+@pytest.mark.parametrize("candidate", FLOAT32, ids=str)
 @pytest.mark.parametrize("case_id", CASES)
-def test_every_way_gives_the_golden_answers(case_id, way):
-    engine = converted(case_id, way)
+def test_every_candidate_gives_the_golden_answers(case_id, candidate):
+    engine = converted(case_id, candidate)
     right, right_kept, _ = answers(case_id)
     images = case_images(case_id)
     logits, kept = engine(images, return_kept=True)
@@ -46,7 +46,7 @@ def test_every_way_gives_the_golden_answers(case_id, way):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "way"),
+    ("dtype", "candidate"),
     [
         ("bfloat16", Linear(torch.float32, prepacked=False)),
         ("bfloat16", Linear(torch.float32, prepacked=True)),
@@ -58,12 +58,12 @@ def test_every_way_gives_the_golden_answers(case_id, way):
     ids=str,
 )
 @pytest.mark.parametrize("case_id", CASES)
-def test_reduced_precision_passes_verify(case_id, dtype, way):
-    if way == Linear(torch.bfloat16, True) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def test_reduced_precision_passes_verify(case_id, dtype, candidate):
+    if candidate == Linear(torch.bfloat16, True) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 on this processor")
-    report = dvit.verify(converted(case_id, way, dtype), official_checkpoint(case_id), num_images=16)
+    report = dvit.verify(converted(case_id, candidate, dtype), official_checkpoint(case_id), num_images=16)
     assert report.passed, str(report)
-    if way.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and images are rounded
+    if candidate.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and images are rounded
         assert report.rms_error < report.plain_rms_error
 
 
@@ -87,7 +87,7 @@ def test_a_way_with_wrong_answers_is_not_taken(wrong, dtype, monkeypatch):
         return x.new_full((len(x), len(weight)), 0.0 if wrong == "zeros" else float("nan"))
 
     monkeypatch.setattr(cpu, "_prepacked", sloppy)
-    monkeypatch.setattr(cpu, "CLEARLY", 1e9)  # the last way that counts is taken
+    monkeypatch.setattr(cpu, "CLEARLY", 1e9)  # the last candidate that counts is taken
     assert not cpu.fastest_linear(dtype, 2).prepacked
 
 
@@ -101,9 +101,9 @@ def test_the_choice_does_not_depend_on_the_callers_modes(monkeypatch):
         assert outside.dtype == torch.float32  # the last that is tried
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
-def test_inference_mode_once_does_not_break_the_next_call(way):
-    engine, images = converted("tiny-deit-r0.7-s1", way), case_images("tiny-deit-r0.7-s1")
+@pytest.mark.parametrize("candidate", FLOAT32, ids=str)
+def test_inference_mode_once_does_not_break_the_next_call(candidate):
+    engine, images = converted("tiny-deit-r0.7-s1", candidate), case_images("tiny-deit-r0.7-s1")
     with torch.inference_mode():
         first = engine(images[:1])
     engine(images)
@@ -125,9 +125,9 @@ def test_the_clearly_faster_way_is_taken_and_shown(monkeypatch):
     assert str(engine.graph).endswith("run by PyTorch, linears by oneDNN, prepacked, in float32")
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
-def test_threads_do_not_share_buffers(way):
-    engine = converted("tiny-deit-r0.7-s1", way)
+@pytest.mark.parametrize("candidate", FLOAT32, ids=str)
+def test_threads_do_not_share_buffers(candidate):
+    engine = converted("tiny-deit-r0.7-s1", candidate)
     batches = [torch.randn(b, 3, 224, 224, generator=torch.Generator().manual_seed(b)) for b in (1, 2, 3, 5)]
     right = [engine(images) for images in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -157,9 +157,9 @@ def test_what_it_holds_is_counted():
     assert upcast.runner.own_bytes == 4 * matrices
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
-def test_an_engine_can_be_copied_and_pickled(way):
-    engine, images = converted("tiny-deit-r0.7-s1", way), case_images("tiny-deit-r0.7-s1")
+@pytest.mark.parametrize("candidate", FLOAT32, ids=str)
+def test_an_engine_can_be_copied_and_pickled(candidate):
+    engine, images = converted("tiny-deit-r0.7-s1", candidate), case_images("tiny-deit-r0.7-s1")
     logits = engine(images)
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert torch.equal(other(images), logits)
@@ -170,6 +170,6 @@ def test_an_unfolded_graph_runs_too():
     plain = dvit.load_reference(official_checkpoint("timm-deit_tiny_patch16_224"))
     graph = build_graph(plain, engine.config)
     images = case_images("timm-deit_tiny_patch16_224")
-    for way in FLOAT32:
-        logits, _ = CpuRunner(replace(graph, how=""), way)(images)
+    for candidate in FLOAT32:
+        logits, _ = CpuRunner(replace(graph, how=""), candidate)(images)
         assert (logits - engine(images)).abs().max() < 2e-5

@@ -275,13 +275,13 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
 
 
 @pytest.mark.usefixtures("_native")
-@pytest.mark.parametrize("way", [Linear(torch.float32, False), Linear(torch.float32, True)], ids=str)
+@pytest.mark.parametrize("candidate", [Linear(torch.float32, False), Linear(torch.float32, True)], ids=str)
 @pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
-def test_engines_give_the_golden_answers(case_id, way):
+def test_engines_give_the_golden_answers(case_id, candidate):
     engine = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id))
     assert engine.graph.how.endswith(", prune_tokens by native (CPU)")
-    engine.runner = CpuRunner(engine.runner._graph, way)
-    assert engine.runner.how == f"PyTorch, {way}, prune_tokens by native (CPU)"
+    engine.runner = CpuRunner(engine.runner._graph, candidate)
+    assert engine.runner.how == f"PyTorch, {candidate}, prune_tokens by native (CPU)"
     right, right_kept, _ = answers(case_id)
     logits, kept = engine(case_images(case_id), return_kept=True)
     assert (logits - right).abs().max() < 2e-5

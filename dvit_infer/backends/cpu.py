@@ -85,9 +85,9 @@ def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
 def _fastest(dtype: torch.dtype) -> Linear:
     seconds = time_linears(dtype, PROBE_SHAPE, PROBE_ROUNDS)
     best = Linear(dtype, prepacked=False)
-    for way in seconds:
-        if seconds[way] < CLEARLY * seconds.get(best, math.inf):
-            best = way
+    for candidate in seconds:
+        if seconds[candidate] < CLEARLY * seconds.get(best, math.inf):
+            best = candidate
     return best
 
 
@@ -103,28 +103,30 @@ def time_linears(
     right = F.linear(x.float(), weight.float(), bias.float())
     right = F.gelu(right) if gelu else right
     calls: dict[Linear, Callable[[], torch.Tensor]] = {}
-    for way in [Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)]:
+    for candidate in [
+        Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)
+    ]:
         try:
-            call = _probe(way, x, weight, bias, gelu)
+            call = _probe(candidate, x, weight, bias, gelu)
             error = (call().float() - right).square().mean().sqrt() / right.square().mean().sqrt()
         except (RuntimeError, AttributeError):  # the operator is not there, or not for this processor
             continue
-        if error < max(torch.finfo(way.dtype).eps, 2e-6):  # not NaN either
-            calls[way] = call
+        if error < max(torch.finfo(candidate.dtype).eps, 2e-6):  # not NaN either
+            calls[candidate] = call
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(rounds):
-        for way, call in calls.items():
+        for candidate, call in calls.items():
             start = time.perf_counter()
             call()
-            seconds[way] = min(seconds[way], time.perf_counter() - start)
+            seconds[candidate] = min(seconds[candidate], time.perf_counter() - start)
     return seconds
 
 
 def _probe(
-    way: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
+    candidate: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
 ) -> Callable[[], torch.Tensor]:
-    x, weight, bias = (t.to(way.dtype) for t in (x, weight, bias))
-    if way.prepacked:
+    x, weight, bias = (t.to(candidate.dtype) for t in (x, weight, bias))
+    if candidate.prepacked:
         packed = _pack(weight)
         return lambda: _prepacked(x, packed, bias, gelu)
     out = x.new_empty(len(x), len(weight))
