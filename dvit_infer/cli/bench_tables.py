@@ -1,4 +1,4 @@
-"""What dvit-bench prints: tables of candidates, keep rates and nodes, and a line for what they come to."""
+"""Tables that dvit-bench prints: candidates, keep rates and nodes, each with a summary line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,13 +11,13 @@ from dvit_infer.utils.tables import table
 
 
 def heading(comparison: Comparison | OnnxComparison, where: Mapping[str, str | None]) -> str:
-    """What is measured, where, against what; what runs it."""
+    """Return two lines: model, machine and baseline; the backend."""
     first = f"{comparison.title} on {where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
     return f"{first}\n{comparison.runs}"
 
 
 def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> str:
-    """All tables, by batch size."""
+    """Return all tables, by batch size."""
     return "\n".join(_parts(outcomes, nodes))
 
 
@@ -59,8 +59,8 @@ def _candidates(rows: Sequence[Row]) -> str:
     return table(columns, cells)
 
 
-def _known(value: float | None, how: str) -> str:
-    return "-" if value is None else format(value, how)
+def _known(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _pruning_speedups(pruning_speedups: Sequence[PruningSpeedup], batch: int) -> str:
@@ -110,7 +110,7 @@ def _nodes(times: Sequence[NodeTime], batch: int) -> str:
 
 
 def _by_kind(times: Sequence[NodeTime]) -> str:
-    """The kinds of nodes, the one that takes longest first: its share of the time, and of that its floor."""
+    """Return the share of time of each kind of node, longest first, and the share of it that is its floor."""
     spent: dict[str, float] = {}
     floor: dict[str, float] = {}
     for t in times:
