@@ -44,7 +44,8 @@ for path in sorted(Path(sys.argv[1]).glob("*.pt")):
     digest = hashlib.sha256()
     for tensor in (logits, *kept):
         digest.update(tensor.contiguous().numpy().tobytes())
-    found[path.stem] = [digest.hexdigest(), engine.graph.how]
+    graph = engine.graph
+    found[path.stem] = [digest.hexdigest(), getattr(graph, "runtime", None) or graph.how]  # `how` in older checkouts
 print(json.dumps(found))
 """
 

@@ -83,7 +83,7 @@ class Models:
                 outcome = comparison.measure(batch, self.seconds)
                 yield from (asdict(row) for row in outcome.rows)
                 print(f"  {comparison.runs}", flush=True)
-                for line in filter(None, (*map(str, outcome.gains), outcome.verdict, outcome.noise)):
+                for line in filter(None, (*map(str, outcome.pruning_speedups), outcome.verdict, outcome.noise)):
                     print(f"  {arch}, batch {batch}: {line}", flush=True)
                 if outcome.strays:
                     raise RuntimeError(f"{arch}, batch {batch}: {outcome.verdict}")

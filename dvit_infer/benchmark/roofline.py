@@ -68,9 +68,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """The best matrix product and copy of this machine, each the fastest of several calls."""
     if device.type == "cpu":
         found = {
-            (shape, way): seconds
+            (shape, candidate): seconds
             for shape in LINEAR_SHAPES
-            for way, seconds in time_linears(dtype, shape, LINEAR_ROUNDS, gelu=False).items()
+            for candidate, seconds in time_linears(dtype, shape, LINEAR_ROUNDS, gelu=False).items()
         }
         shape, best = max(found, key=lambda key: math.prod(key[0]) / found[key])
         taken, product = found[shape, best], str(best)

@@ -52,7 +52,7 @@ def test_a_saved_file_becomes_onnx_too(checkpoint, capsys):
 def test_a_file_that_does_not_pass_is_not_written(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dvit_infer.parity.verification.LOGIT_TOLERANCE", 0.0)
     assert convert.main([str(checkpoint), *TINY_FACTS, "--format", "onnx"]) == 1
-    assert "the engine's answers are not the reference's" in capsys.readouterr().err
+    assert "the engine does not agree with the reference" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

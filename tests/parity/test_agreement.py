@@ -1,4 +1,4 @@
-"""Whether a way computes the reference's function: what must be found out, and what is only rounding."""
+"""Whether a candidate computes the reference's function: errors that must be found, and mere rounding."""
 
 import pytest
 import torch
