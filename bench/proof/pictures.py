@@ -1,4 +1,4 @@
-"""Writes the test images as class folders: python bench/proof/images.py FOLDER [COUNT], all 10,000 by default."""
+"""Writes the test images as class folders: python bench/proof/pictures.py FOLDER [COUNT], all 10,000 by default."""
 
 import shutil
 import sys
