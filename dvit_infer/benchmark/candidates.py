@@ -96,7 +96,7 @@ class Subject:
 
     @functools.cached_property
     def plain_gmacs(self) -> float:
-        return build_graph(self.plain, self.config).gflops
+        return build_graph(self.plain, self.config).gmacs
 
     def params(self, dense: bool) -> int:
         return self.checkpoint.params(dense)
@@ -111,7 +111,7 @@ def engine_way(subject: Subject, config: Config, runtime: str = "engine") -> Way
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # A result file has to tell whether the native library pruned (DVIT_PRUNE): nothing else in a row would.
     variant = "native" if "by native" in engine.runner.runtime else None
-    return Way(runtime, variant, config, engine, engine.graph.gflops, held, given, engine=engine)
+    return Way(runtime, variant, config, engine, engine.graph.gmacs, held, given, engine=engine)
 
 
 def dense_way(subject: Subject) -> Way:

@@ -126,7 +126,7 @@ class Comparison:
                 given = {
                     name: None
                     if way.given is None or not way.config.num_keep
-                    else way.given(images, expected[way.config.num_keep].right.kept).float()
+                    else way.given(images, expected[way.config.num_keep].reference.kept).float()
                     for name, way in self._ways.items()
                 }
                 timings = interleave(calls, self.device, seconds, progress)

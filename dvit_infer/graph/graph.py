@@ -19,12 +19,12 @@ class Graph:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds for one image."""
+        """The number of MACs for one image."""
         return sum(node.macs for node in self.nodes)
 
     @property
-    def gflops(self) -> float:
-        """The same in 10^9, which papers call GFLOPs."""
+    def gmacs(self) -> float:
+        """MACs for one image in 10^9, which papers call GFLOPs."""
         return self.macs / 1e9
 
     @property
@@ -59,6 +59,6 @@ class Graph:
             rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
         total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one image")
         title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
-        columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
+        columns = ("node", "kind", "in", "out", ">10^6 MACs", ">KiB moved", "folded")
         shown = table(columns, rows, title=title, total=total)
         return f"{shown}\nrun by {self.runtime}" if self.runtime else shown

@@ -1,4 +1,4 @@
-"""Node kinds, each with its shapes, multiply-adds and bytes for one image.
+"""Node kinds, each with its shapes, MACs and bytes for one image.
 
 Multiply-adds are counted as fvcore counts them and the papers report them: convolutions, linears and matrix products,
 and a normalisation as 5 an element, 4 without gain and shift (a BatchNorm 2); activations, softmax and sums as none.
@@ -45,7 +45,7 @@ class Node(ABC):
     @property
     @abstractmethod
     def macs(self) -> int:
-        """Multiply-adds for one image."""
+        """The number of MACs for one image."""
 
     def bytes_moved(self, batch: int, itemsize: int) -> int:
         """Least bytes read and written: input and output once an image in `itemsize`, weights once a batch."""
