@@ -59,8 +59,9 @@ class Config:
     def num_keep(self) -> tuple[int, ...]:
         """The number of patch tokens kept at each stage; () when dense.
 
-        The counts are `int(N * rate)` of the original N, with rates r, r**2, r**3 in double precision, as in DynamicViT's
-        own inference script (Rao et al. 2021, section 3.3, and `infer.py`): a rounded rate can shift a count.
+        The counts are `int(N * rate)` of the original N, with rates r, r**2, r**3 in double precision, as in
+        DynamicViT's own inference script (Rao et al. 2021, section 3.3, and `infer.py`): a rounded rate can change a
+        count.
         """
         if self.method == "none":
             return ()

@@ -11,9 +11,9 @@ from dvit_infer.errors import InputError
 # with them. The value for CUDA has not been measured.
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
 # Images x patches x channels of the best micro-batch on a CPU: 16 images of DeiT-S at 224 pixels. Measured on two
-# threads of a Xeon (float32, interleaved): DeiT-S/0.7 with 4 images 0.92 x the speed of 8, with 16 and 32 images 1.05 x;
-# the digits model (64 patches, 96 channels) with 64 images 1.24 x the speed of 16. On two threads of an EPYC: DeiT-T with
-# 32 images 1.01 x, DeiT-S at 128 pixels with 64 images 1.06 x.
+# threads of a Xeon (float32, interleaved): DeiT-S/0.7 with 4 images at 0.92 x the speed of 8, with 16 and 32 at 1.05 x;
+# the digits model (64 patches, 96 channels) with 64 images at 1.24 x the speed of 16. On two threads of an EPYC: DeiT-T
+# with 32 images at 1.01 x, DeiT-S at 128 pixels with 64 at 1.06 x.
 _CPU_VALUES, _CPU_MOST = 16 * 196 * 384, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
