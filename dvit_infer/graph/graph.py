@@ -1,4 +1,4 @@
-"""The graph: its nodes in the order they run, their sums, their table."""
+"""The graph: its nodes in execution order, their totals, their table."""
 
 from dataclasses import dataclass, replace
 
@@ -11,11 +11,11 @@ from dvit_infer.utils.tables import table
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in the order they run. `print()` shows them as a table."""
+    """Nodes in execution order. `print()` shows them as a table."""
 
     config: Config
     nodes: tuple[Node, ...]
-    runtime: str = ""  # what runs it, for the table
+    runtime: str = ""  # a description of what runs the graph, for the table
 
     @property
     def macs(self) -> int:
@@ -29,16 +29,16 @@ class Graph:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return next(iter(self.nodes[0].weights.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its weights; packed predictors keep some in float32."""
+        """The dtype of its weights; packed predictors keep some in float32."""
         return next(iter(self.nodes[0].weights.values())).dtype
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
-        """A copy of the graph with weights of its own on `device`, in `dtype`; packed predictors keep their dtypes."""
+        """Return a copy with its own weights on `device`, in `dtype`; packed predictors keep their dtypes."""
 
         def own(node: Node) -> Node:
             if isinstance(node, Prune):
