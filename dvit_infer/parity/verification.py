@@ -250,9 +250,9 @@ def _first_difference(
             continue
         want, rounded = (_rows_of(out, there[node.equals]) for there in (reference, plain))
         scale = max(want.double().square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
-        strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, rounded))
-        if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
-            return f"{node.name} (relative rms {strays:.1e})"
+        error, rounding = (_errors(x.float(), want)[1] / scale for x in (out, rounded))
+        if not error <= RMS_FACTOR * rounding + NODE_TOLERANCE:
+            return f"{node.name} (relative rms {error:.1e})"
     return None
 
 
