@@ -52,7 +52,7 @@ def candidates() -> Iterator[Candidate]:
         for dtype in ("float32", "bfloat16")
         for runtime, method in (("dense", "none"), ("engine", None))
     }
-    gmacs = build_graph(reference, engines["engine", "float32"].config).gflops
+    gmacs = build_graph(reference, engines["engine", "float32"].config).gmacs
 
     def eager(images: torch.Tensor) -> torch.Tensor:
         return reference.evaluate(images).logits
@@ -82,7 +82,7 @@ def candidates() -> Iterator[Candidate]:
         own = dense_params if runtime == "dense" else params
         variant = None if f"in {dtype}" in engine.runner.runtime else "float32 arithmetic"
         held = functools.partial(held_mib, engine)
-        yield Candidate(runtime, variant, dtype, engine, engine.graph.gflops, own, held, against, expected)
+        yield Candidate(runtime, variant, dtype, engine, engine.graph.gmacs, own, held, against, expected)
 
 
 def held_mib(engine: dvit.Engine) -> float:

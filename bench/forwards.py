@@ -168,7 +168,7 @@ class Forward:
         return {
             **self.identity(batch),
             **timing.rates(batch),
-            "gmacs": self.engine.graph.gflops,
+            "gmacs": self.engine.graph.gmacs,
             "peak_mib": timing.peak_mib,
             "max_logit_error": (logits - expected.logits).abs().max().item(),
             "top1_agreement": (logits.argmax(dim=1) == expected.logits.argmax(dim=1)).float().mean().item(),

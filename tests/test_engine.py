@@ -36,7 +36,7 @@ def test_small_models_take_more_images_at_a_time(tiny):
 
 
 def test_a_images_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "chunk", 8)
+    monkeypatch.setattr(tiny, "micro_batch", 8)
     images = case_images(TINY).repeat(7, 1, 1, 1)[:19] + 0.01 * torch.arange(19).view(19, 1, 1, 1)
     logits, kept = tiny(images, return_kept=True)
     for batch in (1, 2, 7, 8, 9, 16, 17):

@@ -121,9 +121,9 @@ def _write_training(folder: Path) -> None:
 
 def _fine_tune(dense: Path, train: Path, out: Path, seed: int) -> None:
     part = out.with_suffix(".part.pth")
-    going_on = part.exists() and saving.unfinished(part) is not None
-    if going_on or not part.exists():
-        arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *(["--resume"] if going_on else []))
+    resuming = part.exists() and saving.unfinished(part) is not None
+    if resuming or not part.exists():
+        arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *(["--resume"] if resuming else []))
         _run("-m", "dvit_infer.cli.train", dense, train, *arguments)
     part.rename(out)
 

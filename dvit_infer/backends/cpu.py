@@ -1,8 +1,8 @@
-"""The CPU backend: the fastest linear that this processor has, and results in memory that is used again.
+"""The CPU backend: the fastest linear on this processor, and reused memory for results.
 
-Fresh memory for every large result costs page faults, which make GELU and softmax five times as slow; so PyTorch's
-matmul writes into buffers that the next linears reuse, GELU runs in place, and a residual is what its linear adds to.
-oneDNN's prepacked linears return memory of their own.
+New memory for every large result causes page faults, which make GELU and softmax five times slower. Therefore PyTorch's
+matmul writes into buffers that later linears reuse, GELU runs in place, and a linear adds into its residual. oneDNN's
+prepacked linears allocate their results.
 """
 
 import functools
@@ -26,17 +26,17 @@ PROBE_ROUNDS = 9
 # A later candidate replaces an earlier one if it is faster by more than this. The best of the rounds repeats within 2%;
 # where the probe measured 1.12 x (an EPYC, two threads, torch 2.13), whole models gained as much: 1.10 to 1.23 x.
 MIN_SPEEDUP = 1 / 0.94
-_EXPECTED_ROWS = 1024  # oneDNN lays a weight out for about as many rows; others work too
-_FEW_ROWS = ("q.weight", "packed.4")  # the class row's queries and the mean half: one row an image
+_EXPECTED_ROWS = 1024  # oneDNN chooses a weight layout for about this many rows; others work too
+_FEW_ROWS = ("q.weight", "packed.4")  # queries of the class token, and the mean half: one row per image
 
 
 class Linear(NamedTuple):
-    """How linears are computed.
+    """An implementation of linears.
 
     Attributes:
-        dtype: of the arithmetic; it may be float32 where the model is in less.
-        prepacked: by oneDNN, weights in a layout of its own and GELU fused, as torch.compile's freezing emits it,
-            through operators that are not public; else by PyTorch's matmul into reused memory.
+        dtype: the dtype of the arithmetic; may be float32 for a model in lower precision.
+        prepacked: use oneDNN with weights in its own layout and GELU fused, as torch.compile's freezing emits it,
+            through private operators; else PyTorch's matmul into reused memory.
     """
 
     dtype: torch.dtype
@@ -72,13 +72,13 @@ def _matmul(
 
 @functools.cache
 def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
-    """The fastest candidate for a model in `dtype`, found by trying each once a process: no list of processors says it.
+    """Return the fastest candidate for a model in `dtype`, by measuring each once per process.
 
-    Seen with AVX-512 on two cores: on an EPYC, oneDNN's prepacked linears run at 2.4 times the speed of PyTorch's
-    matmul in float32, and bfloat16 at twice that; on a Xeon without matrix tiles (AMX) all float32 runs alike and
-    bfloat16 at 0.6 times its speed. A candidate counts only if it runs here and gives the right answer.
+    Measured with AVX-512 on two cores: on an EPYC, oneDNN's prepacked linears run at 2.4 times the speed of PyTorch's
+    matmul in float32, and bfloat16 at twice that; on a Xeon without matrix tiles (AMX), all float32 candidates are
+    equally fast and bfloat16 runs at 0.6 times their speed. A candidate must run here and give the expected result.
     """
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # what surrounds the first call decides nothing
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the modes of the first call's context must not decide
         return _fastest(dtype)
 
 
@@ -95,21 +95,21 @@ def _fastest(dtype: torch.dtype) -> Linear:
 def time_linears(
     dtype: torch.dtype, shape: tuple[int, int, int], rounds: int, gelu: bool = True
 ) -> dict[Linear, float]:
-    """Seconds at best of a linear, (rows, in) -> (rows, out), by every candidate that gives the right answer."""
+    """Return the best seconds of a linear, (rows, in) -> (rows, out), for each candidate with the expected result."""
     rows, fan_in, fan_out = shape
     generator = torch.Generator("cpu").manual_seed(0)
     shapes: tuple[tuple[int, ...], ...] = (rows, fan_in), (fan_out, fan_in), (fan_out,)
     x, weight, bias = (torch.randn(s, generator=generator, device="cpu").to(dtype) for s in shapes)
-    right = F.linear(x.float(), weight.float(), bias.float())
-    right = F.gelu(right) if gelu else right
+    expected = F.linear(x.float(), weight.float(), bias.float())
+    expected = F.gelu(expected) if gelu else expected
     calls: dict[Linear, Callable[[], torch.Tensor]] = {}
     for candidate in [
         Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)
     ]:
         try:
             call = _probe(candidate, x, weight, bias, gelu)
-            error = (call().float() - right).square().mean().sqrt() / right.square().mean().sqrt()
-        except (RuntimeError, AttributeError):  # the operator is not there, or not for this processor
+            error = (call().float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        except (RuntimeError, AttributeError):  # the operator does not exist or does not support this processor
             continue
         if error < max(torch.finfo(candidate.dtype).eps, 2e-6):  # not NaN either
             calls[candidate] = call
@@ -134,7 +134,7 @@ def _probe(
 
 
 class _Buffers(threading.local):
-    """Memory of one thread that every node uses again; grown to the largest request, never given back."""
+    """Memory of one thread that all nodes reuse; it grows to the largest request and is never freed."""
 
     def __init__(self) -> None:
         self.flat: dict[str, torch.Tensor] = {}
@@ -142,7 +142,7 @@ class _Buffers(threading.local):
     def get(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
         size = math.prod(shape)
         if name not in self.flat or self.flat[name].numel() < size:
-            with torch.inference_mode(False):  # a caller's inference mode must not mark what outlives it
+            with torch.inference_mode(False):  # buffers outlive the caller's inference mode
                 self.flat[name] = like.new_empty(size)
         return self.flat[name][:size].view(shape)
 
@@ -154,8 +154,8 @@ class CpuRunner(TorchRunner):
     """Runs a graph on a CPU.
 
     Args:
-        graph: with its weights on the CPU. Those that the arithmetic needs in another form are copied.
-        linear: how linears are computed; None: the fastest here.
+        graph: a graph with its weights on the CPU. Weights needed in another form are copied.
+        linear: the implementation of linears; None: the fastest here.
     """
 
     def __init__(self, graph: Graph, linear: Linear | None = None) -> None:
@@ -171,11 +171,14 @@ class CpuRunner(TorchRunner):
         self._copied_bytes = sum(w.numel() * w.element_size() for w in ours)
 
     def __reduce__(self) -> tuple[type["CpuRunner"], tuple[Graph, Linear]]:
-        return CpuRunner, (self._graph, self._linear)  # buffers are a thread's, oneDNN's layouts cannot be copied
+        return CpuRunner, (
+            self._graph,
+            self._linear,
+        )  # buffers and oneDNN's layouts cannot be copied
 
     @property
     def buffer_bytes(self) -> int:
-        """Copies of weights, and the buffers of the thread that asks."""
+        """Bytes of copied weights and of the calling thread's buffers."""
         return self._copied_bytes + sum(b.numel() * b.element_size() for b in self._buffers.flat.values())
 
     def _prepared(self, node: Node) -> Node:
@@ -193,7 +196,7 @@ class CpuRunner(TorchRunner):
 
     def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._native:
-            from dvit_infer.ops.native import prune_tokens  # here: nobody else needs it
+            from dvit_infer.ops.native import prune_tokens  # here: not needed otherwise
 
             return prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
         score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self.linear)
@@ -222,8 +225,8 @@ class CpuRunner(TorchRunner):
         return x
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        if q.dtype != torch.bfloat16:  # in float16 scores may overflow; CPU attention keeps them in float32
+        if q.dtype != torch.bfloat16:  # float16 scores may overflow; CPU attention keeps them in float32
             return super().attend(q, k, v, scale)
-        # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (seen on an EPYC).
+        # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (measured on an EPYC).
         scores = q @ k.transpose(-2, -1)
         return (scores if scale == 1.0 else scores * scale).softmax(dim=-1) @ v

@@ -97,7 +97,7 @@ class Subject:
 
     @functools.cached_property
     def plain_gmacs(self) -> float:
-        return build_graph(self.plain, self.config).gflops
+        return build_graph(self.plain, self.config).gmacs
 
     def params(self, dense: bool) -> int:
         return self.checkpoint.params(dense)
@@ -112,7 +112,7 @@ def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") 
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # Nothing else in a row records whether the native library pruned (DVIT_PRUNE).
     variant = "native" if "by native" in engine.runner.runtime else None
-    return Candidate(runtime, variant, config, engine, engine.graph.gflops, held, given, engine=engine)
+    return Candidate(runtime, variant, config, engine, engine.graph.gmacs, held, given, engine=engine)
 
 
 def dense_candidate(subject: Subject) -> Candidate:

@@ -53,7 +53,7 @@ def timm_candidate(subject: Subject) -> Candidate:
     model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
     model = model.eval().to(subject.device, subject.dtype)
     weights = mib(model.parameters())
-    return Candidate("timm", None, config, model, build_graph(dense, config).gflops, lambda: weights)
+    return Candidate("timm", None, config, model, build_graph(dense, config).gmacs, lambda: weights)
 
 
 def onnxruntime_candidate(subject: Subject) -> Candidate:
@@ -87,7 +87,7 @@ def _of_converted(subject: Subject, variant: str, change: "Callable[[ModelProto]
 
     graph = folded_graph(subject.config, subject.checkpoint, torch.device("cpu"), subject.dtype)
     call = _session_call(subject, change(onnx_model(graph)).SerializeToString())
-    return replace(_of_runtime(subject, "onnxruntime", call), variant=variant, gmacs=graph.gflops)
+    return replace(_of_runtime(subject, "onnxruntime", call), variant=variant, gmacs=graph.gmacs)
 
 
 def _check_served(subject: Subject) -> None:

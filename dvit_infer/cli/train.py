@@ -202,8 +202,8 @@ def _prepared(
         world=world,
         held_out=tests,
     )
-    goes_on = options.resume is True or (options.resume is not None and Path(options.resume).resolve() == out)
-    if not goes_on and out.exists() and out.stat().st_size and _is_unfinished(out):
+    resumes = options.resume is True or (options.resume is not None and Path(options.resume).resolve() == out)
+    if not resumes and out.exists() and out.stat().st_size and _is_unfinished(out):
         raise InputError(f"out: {options.out} holds an unfinished training; --resume goes on with it; or another name")
     for note in pair.notes:
         if note.how == "assumed":

@@ -1,4 +1,4 @@
-"""The header of a saved file, which holds its config; and that config alone, every fact checked to be possible."""
+"""The header of a saved file: write its config as JSON, read it, and check every value."""
 
 import json
 from dataclasses import asdict, fields
@@ -20,21 +20,21 @@ from dvit_infer.models.facts import (
 WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_state", "teacher", "student")
 HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
 FORMAT = 1
-_OPTIONAL = ("crop_pct", "weights")  # facts that a saved config may leave out, or say are None
+_OPTIONAL = ("crop_pct", "weights")  # keys that a saved config may omit or set to None
 _FAMILIES = ("deit", "lvvit")
 _MOST_BLOCKS = 1000
 
 
 def header_text(config: Config) -> str:
-    """What a file of this project says of itself under `HEADER_KEY`."""
+    """Return the text that a file of this project holds under `HEADER_KEY`."""
     return json.dumps({"format": FORMAT, "config": asdict(config)})
 
 
 def read_header(name: str, text: str) -> dict[str, Any]:
-    """The facts of a config, their types unchecked, from what `header_text` wrote into the file `name`.
+    """Return the config values, types unchecked, that `header_text` wrote into the file `name`.
 
     Raises:
-        InputError: it is not that, or not of this version.
+        InputError: the text is no such header, or has another version.
     """
     try:
         header = json.loads(text)
@@ -55,14 +55,14 @@ def read_header(name: str, text: str) -> dict[str, Any]:
 
 
 def saved_config(name: str, text: str) -> Config:
-    """The config that a file says it has, from what `header_text` wrote.
+    """Return the config in a file's header, as `header_text` wrote it.
 
     Args:
-        name: the file's, for messages.
-        text: of its header.
+        name: the file name, for messages.
+        text: the text of the header.
 
     Raises:
-        InputError: it is no header of this version, or no such model can be.
+        InputError: the header has another version, or its values are impossible.
     """
     header = read_header(name, text)
     try:

@@ -131,7 +131,7 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
         "num_keep": json.dumps(config.num_keep),
         "preprocessing": json.dumps(preprocessing),
         "dtype": dtype,
-        "gflops": str(engine.graph.gflops),
+        "gflops": str(engine.graph.gmacs),
         "params": str(engine.params),
     }
     return facts | ({} if labels is None else {"labels": json.dumps({str(k): v for k, v in sorted(labels.items())})})

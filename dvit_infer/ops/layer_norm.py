@@ -1,6 +1,6 @@
 """layer_norm and row_stats: LayerNorm over the last dimension (Ba et al. 2016), and its statistics alone.
 
-The statistics are for a product that has the normalisation folded into its weights. On CUDA both are one Triton launch
+The statistics are for a product with the normalisation folded into its weights. On CUDA each is one Triton launch
 (dvit_kernels/layer_norm.py). `torch.ops.dvit.layer_norm` and `torch.ops.dvit.row_stats` exist once this module is
 imported.
 """
@@ -18,7 +18,7 @@ OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 def layer_norm_ref(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """The op in plain PyTorch; arguments as `layer_norm`."""
+    """Run the op in plain PyTorch; arguments as `layer_norm`."""
     if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
     gain, shift = (None if t is None else t.float() for t in (weight, bias))
@@ -26,8 +26,8 @@ def layer_norm_ref(
 
 
 def row_stats_ref(x: torch.Tensor) -> torch.Tensor:
-    """The op in plain PyTorch; arguments as `row_stats`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # summed in one order, whatever the strides
+    """Run the op in plain PyTorch; arguments as `row_stats`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # so that the order of the sum does not depend on strides
     rows = rows if x.dtype == torch.float64 else rows.float()
     mean = rows.mean(dim=1, keepdim=True)
     squares = (rows - mean).square().sum(dim=1, keepdim=True)
@@ -55,7 +55,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
 
 
 def backend_of(device: torch.device, c: int, op: str = "layer_norm") -> str:
-    """What runs one of the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
+    """Return the backend of an op for rows of C channels on a device: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, op):
         return "PyTorch"
     from dvit_kernels.layer_norm import supports
@@ -134,7 +134,7 @@ def layer_norm(
         (..., C) in x's dtype, contiguous.
 
     Raises:
-        ValueError: a shape, a dtype, a device or eps does not fit.
+        ValueError: a shape, a dtype, a device or eps is invalid.
         RuntimeError: on backward.
     """
     y: torch.Tensor = torch.ops.dvit.layer_norm.default(x, weight, bias, eps)
@@ -142,17 +142,16 @@ def layer_norm(
 
 
 def row_stats(x: torch.Tensor) -> torch.Tensor:
-    """Mean and sum of squared deviations of every row.
+    """Return mean and sum of squared deviations of every row.
 
     Args:
-        x: (..., C) in float32, float16 or bfloat16, any strides; its rows in order.
+        x: (..., C) in float32, float16 or bfloat16, any strides.
 
     Returns:
-        (rows, 1, 2) float32: [mean, sum of squared deviations] of the one part that a row has. The variance is the sum
-        over C.
+        (rows, 1, 2) float32: [mean, sum of squared deviations], one part per row. The variance is that sum / C.
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape or a dtype is invalid.
         RuntimeError: on backward.
     """
     stats: torch.Tensor = torch.ops.dvit.row_stats.default(x)

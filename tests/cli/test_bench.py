@@ -66,7 +66,7 @@ def test_openvino_in_bfloat16(tiny, capsys):
     assert all(row["max_logit_error"] > 0 for row in rows)
 
 
-def test_the_dense_twin_of_timm(tiny, capsys, monkeypatch):
+def test_timms_dense_counterpart(tiny, capsys, monkeypatch):
     """timm itself wants torchvision, which cannot be presumed: here a stand-in with timm's names takes its place."""
     given: dict = {}
 

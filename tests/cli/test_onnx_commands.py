@@ -146,10 +146,10 @@ def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
         (
             '"patch_size": 16',
             '"patch_size": "16"',
-            "cannot be true: patch_size: '16' is no positive whole number",
+            "cannot be true: patch_size: '16' is not a positive integer",
         ),
         ('"format": 1', '"format": 2', "its format is 2"),
-        ('"patch_size": 16', '"patch_size": 1000000000', "is no multiple of the patch size"),
+        ('"patch_size": 16', '"patch_size": 1000000000', "is not a multiple of the patch size"),
         ('"depth": 4', '"depth": -1', "depth: -1"),
         ('"num_heads": 2', '"num_heads": 0', "num_heads: 0"),
         ('"keep_rate": 0.7', '"keep_rate": 1e308', "keep_rate: 1e+308"),

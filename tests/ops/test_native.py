@@ -276,7 +276,7 @@ def test_a_library_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch
 def test_a_library_of_another_version_is_refused(monkeypatch):
     native._load.cache_clear()
     monkeypatch.setattr(native, "__version__", "9.9")
-    with pytest.raises(InputError, match=rf"is of version {re.escape(dvit.__version__)}, this is 9\.9"):
+    with pytest.raises(InputError, match=rf"has version {re.escape(dvit.__version__)}, not 9\.9"):
         native.library()
 
 

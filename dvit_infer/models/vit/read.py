@@ -1,4 +1,4 @@
-"""DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without: how they are told and read."""
+"""Recognise and read DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ class Trunk:
     """The facts in which the families differ."""
 
     family: str
-    eps: float  # of the blocks' LayerNorms
+    eps: float  # for the blocks' LayerNorms
     patch_of_kernel: int  # patch size = this times the projection's kernel size
     class_heads: tuple[str, ...]
     stem_dim: int = 0
@@ -28,7 +28,7 @@ class Trunk:
 
 
 def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
-    """Put a Config together from keys, shapes, args, what was given and, last, assumptions."""
+    """Build a Config from keys, shapes, args, given facts and, last, assumptions."""
     dim = read.vote("the width", [("norm.weight", 0), ("cls_token", 2), ("pos_embed", 2), ("blocks.0.norm1.weight", 0)])
     depth = read.count("blocks.")
     if not depth:
@@ -105,7 +105,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
 
 
 def _trunk_arguments(config: Config) -> dict[str, Any]:
-    """What the reference models of both families are built with."""
+    """Return the arguments that the reference models of both families share."""
     return {
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
@@ -122,13 +122,13 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
 
 
 class Family(NamedTuple):
-    """What the registry asks of a family.
+    """A family, as the registry needs it.
 
     Attributes:
-        name: as `Config.family` has it.
-        matches: whether keys and shapes are those of such a checkpoint.
-        read: the config of one; takes a reading, the architecture asked for and the options of `recognise`.
-        reference: the reference model of a config.
+        name: the name in `Config.family`.
+        matches: return whether keys and shapes are those of such a checkpoint.
+        read: return the config; takes a reading, the requested architecture and the options of `recognise`.
+        reference: return the reference model of a config.
     """
 
     name: str
@@ -170,7 +170,7 @@ LVVIT = Family("lvvit", _has_stem, _read_lvvit, _lvvit)
 
 
 def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
-    """A name for what was found, and the named architecture that has its sizes, predictors or not."""
+    """Return a name for the architecture found, and the named one of the same sizes, with or without predictors."""
 
     def sizes(a: Arch) -> tuple[object, ...]:
         return a.family, a.embed_dim, a.depth, a.num_prefix, a.stem_dim
@@ -254,7 +254,7 @@ def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
 
 
 def _pruning(read: Reading, depth: int, predictors: int) -> tuple[float, tuple[int, ...], float]:
-    """Keep rate, stages and eps of the predictors; without predictors nothing about pruning may be asked for."""
+    """Return keep rate, stages and eps of the predictors; without predictors, pruning must not be requested."""
     if not predictors:
         for what in ("keep_rate", "prune_at"):
             if read.given.get(what) is not None:
