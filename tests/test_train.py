@@ -1,4 +1,4 @@
-"""dvit-train from end to end: what it writes, how it stops and goes on, alone and with others."""
+"""dvit-train from end to end: what it writes, how it stops and resumes, with one process and with several."""
 
 import os
 import re
@@ -103,7 +103,7 @@ def _wait_for(condition, process: subprocess.Popen[str]) -> None:
 LONG = ["--epochs", "6", "--ema", "0.9"]
 
 # A file is there at the end of an epoch, so a signal then may come before the next one's first step.
-STOPPED = r"stopped after (step \d+ of )?epoch \d+; --resume goes on"
+STOPPED = r"stopped after (step \d+ of )?epoch \d+; --resume continues"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, lo
     assert "training" in torch.load(out, weights_only=False)  # it was not at its end yet
     again = run("-m", "dvit_infer.cli.train", *arguments(dense, folder, out, *long, "--resume"))
     assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stdout
+    assert "resuming from" in again.stdout
     assert same(out, long_run)
 
 
