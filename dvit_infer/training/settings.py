@@ -90,7 +90,7 @@ class Settings:
         return 1e-3 * self.batch / 1024 if self.lr is None else self.lr
 
     def lr_factor(self, step: int, steps_an_epoch: int) -> float:
-        """Return a step's learning rate relative to the peak: linear warm-up, then cosine (Loshchilov & Hutter 2017)."""
+        """Return a step's share of the peak learning rate: linear warm-up, cosine (Loshchilov & Hutter 2017)."""
         total, warm_up = self.epochs * steps_an_epoch, self.warmup_epochs * steps_an_epoch
         if step < warm_up:
             return (step + 1) / (warm_up + 1)

@@ -109,8 +109,8 @@ def _predictors(count: int, config: Config, seed: int) -> dict[str, torch.Tensor
 def set_training(model: nn.Module) -> None:
     """Set training mode, except for BatchNorm (LV-ViT's stem), which keeps using its running statistics.
 
-    Fine-tuning hardly changes the stem, and the output for an image then does not depend on the rest of the batch, so the
-    losses do not depend on how a batch is distributed.
+    Fine-tuning hardly changes the stem, and the output for an image then does not depend on the rest of the batch, so
+    the losses do not depend on how a batch is distributed.
     """
     model.train()
     for module in model.modules():
