@@ -78,7 +78,7 @@ def test_convert_names_a_node_that_onnx_does_not_know(checkpoint, capsys, monkey
     monkeypatch.setattr("dvit_infer.graph.nodes.Mlp.kind", "mixer")
     monkeypatch.setattr("dvit_infer.backends.torch.TorchRunner.mixer", lambda *given: None, raising=False)
     line = fails(convert, [checkpoint, *TINY_FACTS, "--format", "onnx"], capsys)
-    assert "--format: no ONNX is known for blocks.0.mlp, a node of kind 'mixer'" in line
+    assert "--format: blocks.0.mlp, a node of kind 'mixer', cannot be written as ONNX" in line
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

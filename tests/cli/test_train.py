@@ -1,4 +1,4 @@
-"""dvit-train from end to end: what it writes, how it stops and goes on, alone and with others."""
+"""dvit-train from end to end: what it writes, how it stops and resumes, with one process and with several."""
 
 import re
 import signal
@@ -141,7 +141,7 @@ def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, lo
     assert (state["epoch"], state["step"]) == ((1, 0) if how == signal.SIGKILL else (1, 3))
     again = run("-m", "dvit_infer.cli.train", *arguments(dense, folder, out, *long, "--resume"))
     assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stdout
+    assert "resuming from" in again.stdout
     assert same(out, long_run)
 
 
