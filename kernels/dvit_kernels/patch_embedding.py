@@ -70,7 +70,7 @@ def _patch_embedding_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Embed a tile of patches. Index k in a patch has three digits, each with a stride; the last two are below SIZE_1, 2."""
+    """Embed a tile of patches. An index in a patch has three digits, the last two below SIZE_1, SIZE_2."""
     wait_for_inputs(PDL)
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
     # Rows are the patches of all images in order: only the last tile of the batch has padding. Blocks of one

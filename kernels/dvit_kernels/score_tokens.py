@@ -5,8 +5,8 @@ The formulas are those of DynamicViT's predictor (Rao et al. 2021, section 3.2),
 * LayerNorm is a rank-1 correction after the first product: LN(x) W^T = rstd * (x W^T - mean * rowsum(W)), with gain
   and shift folded into W and the bias. Mean and variance are computed from the tiles that the product reads anyway; in
   large batches by an earlier launch (layer_norm.py). The product's float32 rounding error is amplified by mean / std.
-* The half of the hidden channels that is averaged over an image never leaves the chip; only its column sums do. Its part
-  of the second layer is one vector per image.
+* The half of the hidden channels that is averaged over an image never leaves the chip; only its column sums do. Its
+  part of the second layer is one vector per image.
 * The last layer gives one number per token, keep minus drop; ranking needs no softmax.
 """
 
