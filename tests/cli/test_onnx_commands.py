@@ -128,7 +128,7 @@ def test_what_a_file_is_cannot_be_changed(command, model, capsys, tmp_path):
     draw_all(tmp_path / "images" / "a", 1)
     line = fails(command, [model, "images", "--keep-rate", "0.5"], capsys)
     assert "--keep-rate: " in line
-    assert "convert the checkpoint anew" in line
+    assert "convert the checkpoint again" in line
     assert "was not written by dvit-convert" in fails(command, [foreign("f.onnx"), "images"], capsys)
     if command is eval:
         line = fails(command, [model, "images", "--against-reference"], capsys)
