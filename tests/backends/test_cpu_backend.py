@@ -45,6 +45,7 @@ def test_every_way_gives_the_golden_answers(case_id, way):
     assert torch.equal(engine(images), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "way"),
     [

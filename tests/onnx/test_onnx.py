@@ -7,7 +7,7 @@ import onnx
 import onnx.inliner
 import pytest
 import torch
-from golden_cases import CASES, answers, case_images, official_checkpoint, options, same_kept
+from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, options, same_kept
 
 import dvit_infer as dvit
 import dvit_infer.images.synthetic
@@ -71,7 +71,7 @@ def float16_is_as_exact_as_plain_float16(case_id, where, path):
 
 
 @pytest.mark.parametrize("parity", [float32_gives_the_official_answer, float16_is_as_exact_as_plain_float16])
-@pytest.mark.parametrize("case_id", CASES)  # the first parameter varies fastest: a case's weights are made once
+@pytest.mark.parametrize("case_id", EVERY_CASE)  # the first parameter varies fastest: a case's weights are made once
 def test_every_official_case(case_id, parity, where, tmp_path):
     parity(case_id, where, tmp_path / "m.onnx")
 
