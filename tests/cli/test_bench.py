@@ -41,6 +41,7 @@ def run(model: str, *argv: str) -> list[dict]:
     return json.loads(Path("rows.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_peers_compute_the_same_function(tiny_lvvit, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")

@@ -127,6 +127,7 @@ def long_run(dense, folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, long_run, tmp_path):

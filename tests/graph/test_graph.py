@@ -56,6 +56,7 @@ def test_multiply_adds_agree_with_the_official_models(variant):
         assert sum(p.numel() for p in model.parameters()) == FLOPS[variant]["params"]
 
 
+@pytest.mark.slow
 def test_the_class_rows_and_the_mean_half_save_what_they_should():
     for arch, ratio in (("dynamicvit-deit-s", 1.495), ("dynamicvit-deit-b", 1.485)):
         checkpoint = example_checkpoint(arch)
