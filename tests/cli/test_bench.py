@@ -58,6 +58,7 @@ def test_peers_compute_the_same_function(tiny_lvvit, capsys):
     assert out.err == ""
 
 
+@pytest.mark.slow
 def test_openvino_in_bfloat16(tiny, capsys):
     pytest.importorskip("openvino")
     rows = run(tiny, "--batch", "2", "--compare", "reference,openvino", "--dtype", "bfloat16")
@@ -136,6 +137,7 @@ def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch
     assert "engine: rms error" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_size_of_batch_is_compiled(monkeypatch):
     """After eight, torch.compile would run the others eagerly and not say so."""
     compiled = []

@@ -161,6 +161,7 @@ def _two_processes() -> list[str]:
     return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _free_port()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("per_image", "accumulate"), [("on", "1"), ("off", "2")])
 def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, tmp_path):
     more = ["--batch", "8", "--per-image", per_image, "--accumulate", accumulate, "--val", folder]

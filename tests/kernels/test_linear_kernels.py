@@ -109,6 +109,7 @@ def test_every_tile_finds_statistics(device, dtype, tile):
     check(y, exact_linear(x, weight, bias, norm=True), linear_ref(x, *given)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype):
     weight, bias = (t.to(device) for t in make_linear(64, 48, dtype))
