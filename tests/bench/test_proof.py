@@ -55,6 +55,7 @@ def test_the_trained_model_passes_verification_in_both_dtypes():
         assert report.passed, str(report)
 
 
+@pytest.mark.slow
 def test_random_patches_would_not_do(test_images):
     images, labels = test_images
     engine = dvit.convert(TRAINED, device="cpu")

@@ -208,6 +208,7 @@ def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
     assert "realised" in out
 
 
+@pytest.mark.slow
 def test_nodes_are_held_against_measured_limits(tiny, capsys):
     rows = run(tiny, "--batch", "100", "--nodes")
     models = [row for row in rows if "op" not in row]
@@ -238,6 +239,7 @@ def test_nodes_are_held_against_measured_limits(tiny, capsys):
     assert "of its floor" in out
 
 
+@pytest.mark.slow
 def test_nodes_of_a_dense_model(tiny):
     state = {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}
     torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
@@ -246,6 +248,7 @@ def test_nodes_of_a_dense_model(tiny):
     assert [row["runtime"] for row in rows if "op" not in row] == ["reference", "dense"]
 
 
+@pytest.mark.slow
 def test_a_report_is_written(tiny, capsys):
     rows = run(tiny, "--batch", "1", "--report", "page.html", "--nodes")
     page = Path("page.html").read_text()

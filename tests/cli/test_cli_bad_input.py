@@ -169,6 +169,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupting_leaves_nothing_behind(stop, checkpoint):
     command = [sys.executable, "-c", INTERRUPTED_WHILE_WRITING.format(int(stop)), str(checkpoint), *TINY]
@@ -231,6 +232,7 @@ def test_a_full_disk_for_the_json_is_named_and_no_model_is_left(checkpoint, caps
     assert "--json: " in fails(convert, [checkpoint, *TINY, "--json", "x.json"], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "> /dev/full"])
 def test_closed_and_full_streams_raise_no_traceback(closed, checkpoint):
     command = f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} --no-verify {closed}"

@@ -181,6 +181,7 @@ def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, 
     assert all(torch.allclose(ours[key], value, atol=1e-4) for key, value in theirs.items())
 
 
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(dense, folder, tmp_path):
     out = tmp_path / "out.pth"
     long = arguments(dense, folder, out, "--epochs", "400")
@@ -254,6 +255,7 @@ def test_a_stop_ends_the_counting_of_held_out_images(dense, folder, tmp_path, ca
     assert "top-1" not in said
 
 
+@pytest.mark.slow
 def test_a_process_whose_peer_dies_says_so(dense, folder, tmp_path):
     dies = "import os, sys, dvit_infer.training.loop as loop\n"
     dies += "step = loop.Run._step\n"
@@ -291,6 +293,7 @@ def test_a_stop_at_the_end_of_an_epoch_still_reports_it(dense, folder, tmp_path,
     assert torch.load(tmp_path / "out.pth", weights_only=False)["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_file_whole(dense, folder, tmp_path):
     out = tmp_path / "out.pth"
     assert train.main(arguments(dense, folder, out, "--epochs", "1")) == 0
