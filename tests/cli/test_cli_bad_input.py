@@ -162,8 +162,9 @@ from dvit_infer.cli.convert import main
 
 def half(tensors, path, header):
     Path(path).write_bytes(b"half of it")
-    signal.raise_signal({})
+    signal.raise_signal({0})
 
+signal.signal({0}, signal.default_int_handler)  # nohup starts what it starts with SIGHUP ignored
 engine.save_file = half
 sys.exit(main(sys.argv[1:]))
 """
