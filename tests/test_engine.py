@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from golden_cases import CASES, answers, case_images, official_checkpoint, options, same_kept
+from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, options, same_kept
 
 import dvit_infer as dvit
 from dvit_infer.models.checkpoint import read_checkpoint
@@ -19,7 +19,7 @@ def tiny() -> dvit.Engine:
     return dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", EVERY_CASE)
 def test_agrees_with_the_golden_case(case_id, device):
     logits, kept, margin = answers(case_id)
     engine = dvit.convert(official_checkpoint(case_id), device=device, dtype="float32", **options(case_id))

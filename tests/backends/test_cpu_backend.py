@@ -45,6 +45,7 @@ def test_all_linears_give_the_golden_outputs(case_id, linear):
     assert torch.equal(engine(images), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "linear"),
     [

@@ -28,7 +28,11 @@ def converted(case_id, dtype="float32", **more):
 
 @pytest.mark.parametrize(
     ("case_id", "choices"),
-    [(TINY, TRITON), ("tiny-lvvit-r0.7-s1", TRITON), ("tiny-deit-r0.7-s41-tame", PYTORCH)],
+    [
+        pytest.param(TINY, TRITON, marks=pytest.mark.slow),
+        ("tiny-lvvit-r0.7-s1", TRITON),
+        pytest.param("tiny-deit-r0.7-s41-tame", PYTORCH, marks=pytest.mark.slow),
+    ],
     ids=["deit-kernels", "lvvit-kernels", "deit-pytorch"],
 )
 def test_agrees_with_the_golden_case(case_id, choices):
@@ -41,6 +45,7 @@ def test_agrees_with_the_golden_case(case_id, choices):
     assert same_kept(kept, [stage[:count] for stage in right_kept], margin[:count])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
 def test_float16_strays_no_further_than_plain_pytorch(case_id):
     checkpoint, images = official_checkpoint(case_id), case_images(case_id)[:1]
@@ -52,6 +57,7 @@ def test_float16_strays_no_further_than_plain_pytorch(case_id):
     assert (logits - right).square().mean().sqrt() <= 2 * (plain - right).square().mean().sqrt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
 def test_uint8_is_normalised_inside(case_id):
     engine = converted(case_id)
@@ -63,6 +69,7 @@ def test_uint8_is_normalised_inside(case_id):
         assert torch.equal(engine(nhwc), engine(raw))
 
 
+@pytest.mark.slow
 def test_every_nodes_output_can_be_hooked():
     """And equals that of the PyTorch backend: statistics that travel with the rows belong to these rows."""
     engine = converted(TINY)
@@ -76,6 +83,7 @@ def test_every_nodes_output_can_be_hooked():
         torch.testing.assert_close(seen[name], out, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_distillation_token_and_dense():
     checkpoint = official_checkpoint("timm-deit_small_distilled_patch16_224")
     engine = dvit.convert(checkpoint, device="cpu")
@@ -92,6 +100,7 @@ def test_an_unfolded_graph_is_refused():
         TritonRunner(build_graph(reference, config))
 
 
+@pytest.mark.slow
 def test_a_runner_can_be_copied_and_pickled():
     with using(PYTORCH):
         runner = converted(TINY).runner

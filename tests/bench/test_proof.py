@@ -55,6 +55,7 @@ def test_the_trained_model_passes_verification_in_both_dtypes():
         assert report.passed, str(report)
 
 
+@pytest.mark.slow
 def test_random_patches_would_not_do(test_images):
     images, labels = test_images
     engine = dvit.convert(TRAINED, device="cpu")
@@ -73,6 +74,7 @@ def test_keeps_the_patches_that_show_the_digit(monkeypatch):
     assert seen / light.sum() > 0.9
 
 
+@pytest.mark.slow
 def test_a_short_training_learns(tmp_path, capsys, test_images):
     """Predictors with random weights on the dense model, against the same after a few dozen steps."""
     images, labels = cluttered_digits.draw(2560, "train", 1)

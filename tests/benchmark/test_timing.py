@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -61,32 +59,30 @@ def test_warming_up_goes_on_until_it_gets_no_faster(monkeypatch):
     assert taken[-1] == 0.3
 
 
-def test_a_call_begins_when_this_process_is_idle(monkeypatch):
-    """A thread that spins on after its call, as thread pools do, is waited for."""
-    monkeypatch.setattr(timing, "SETTLE_LIMIT_S", 30.0)
-    spinning = threading.Event()
+class Clock:
+    """Stands for `time` in a process whose threads spin for so many seconds, as thread pools do after a call."""
 
-    def spin() -> None:
-        end = time.process_time() + 0.05
-        while time.process_time() < end:
-            pass
-        spinning.clear()
+    def __init__(self, spinning: float) -> None:
+        self.now = self.used = 0.0
+        self.spinning = spinning
 
-    def starts_spinning() -> None:
-        assert not spinning.is_set()
-        spinning.set()
-        threading.Thread(target=spin).start()
+    def perf_counter(self) -> float:
+        return self.now
 
-    def is_quiet() -> None:
-        assert not spinning.is_set()
+    def process_time(self) -> float:
+        return self.used
 
-    calls = {"spins": starts_spinning, "quiet": is_quiet}
-    for _ in range(2):
-        for call in calls.values():
-            timing._settle(torch.device("cpu"))
-            call()
+    def sleep(self, seconds: float) -> None:
+        spun = min(seconds, self.spinning)
+        self.now, self.used, self.spinning = self.now + seconds, self.used + spun, self.spinning - spun
+
+
+@pytest.mark.parametrize(("spinning", "waited"), [(0.0, 0.01), (0.035, 0.05), (9.0, 0.2)])
+def test_a_call_begins_when_this_process_is_idle(spinning, waited, monkeypatch):
+    """And one that never is idle is not waited for for ever."""
+    monkeypatch.setattr(timing, "time", clock := Clock(spinning))
     timing._settle(torch.device("cpu"))
-    assert not spinning.is_set()
+    assert clock.now == pytest.approx(waited, abs=1e-6)
 
 
 def test_noise_is_said():

@@ -41,6 +41,7 @@ def run(model: str, *argv: str) -> list[dict]:
     return json.loads(Path("rows.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_peers_compute_the_same_function(tiny_lvvit, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
@@ -57,6 +58,7 @@ def test_peers_compute_the_same_function(tiny_lvvit, capsys):
     assert out.err == ""
 
 
+@pytest.mark.slow
 def test_openvino_in_bfloat16(tiny, capsys):
     pytest.importorskip("openvino")
     rows = run(tiny, "--batch", "2", "--compare", "reference,openvino", "--dtype", "bfloat16")
@@ -135,6 +137,7 @@ def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch
     assert "engine: rms error" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_size_of_batch_is_compiled(monkeypatch):
     """After eight, torch.compile would run the others eagerly and not say so."""
     compiled = []
@@ -205,6 +208,7 @@ def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
     assert "realised" in out
 
 
+@pytest.mark.slow
 def test_nodes_are_held_against_measured_limits(tiny, capsys):
     rows = run(tiny, "--batch", "100", "--nodes")
     models = [row for row in rows if "op" not in row]
@@ -235,6 +239,7 @@ def test_nodes_are_held_against_measured_limits(tiny, capsys):
     assert "of its floor" in out
 
 
+@pytest.mark.slow
 def test_nodes_of_a_dense_model(tiny):
     state = {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}
     torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
@@ -243,6 +248,7 @@ def test_nodes_of_a_dense_model(tiny):
     assert [row["runtime"] for row in rows if "op" not in row] == ["reference", "dense"]
 
 
+@pytest.mark.slow
 def test_a_report_is_written(tiny, capsys):
     rows = run(tiny, "--batch", "1", "--report", "page.html", "--nodes")
     page = Path("page.html").read_text()

@@ -83,6 +83,7 @@ def test_convert_exits_1_and_writes_nothing_when_parity_fails(checkpoint, capsys
     assert json.loads(Path("found.json").read_text())["parity"]["passed"] is False
 
 
+@pytest.mark.slow
 def test_bench_measures_side_by_side(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SECONDS", 0.2)
     assert convert.main([str(checkpoint), *TINY, "--no-verify"]) == 0
@@ -162,6 +163,7 @@ def test_help_loads_no_torch(module):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_import_loads_no_torch_and_names_are_there():
     code = (
         "import sys, dvit_infer as d; assert 'torch' not in sys.modules; assert set(d.__all__) <= set(dir(d));"
@@ -177,6 +179,7 @@ def test_import_loads_no_torch_and_names_are_there():
     assert not hasattr(dvit, "nonsense")
 
 
+@pytest.mark.slow
 def test_a_real_run_shows_no_progress_where_there_is_no_terminal(checkpoint):
     done = run("-m", "dvit_infer.cli.convert", str(checkpoint), *TINY)
     assert (done.returncode, done.stderr) == (0, "")

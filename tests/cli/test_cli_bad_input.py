@@ -162,13 +162,15 @@ from dvit_infer.cli.convert import main
 
 def half(tensors, path, header):
     Path(path).write_bytes(b"half of it")
-    signal.raise_signal({})
+    signal.raise_signal({0})
 
+signal.signal({0}, signal.default_int_handler)  # nohup starts what it starts with SIGHUP ignored
 engine.save_file = half
 sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupting_leaves_nothing_behind(stop, checkpoint):
     command = [sys.executable, "-c", INTERRUPTED_WHILE_WRITING.format(int(stop)), str(checkpoint), *TINY]
@@ -231,6 +233,7 @@ def test_a_full_disk_for_the_json_is_named_and_no_model_is_left(checkpoint, caps
     assert "--json: " in fails(convert, [checkpoint, *TINY, "--json", "x.json"], capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "> /dev/full"])
 def test_closed_and_full_streams_raise_no_traceback(closed, checkpoint):
     command = f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} --no-verify {closed}"

@@ -13,6 +13,7 @@ import dvit_infer as dvit
 from dvit_infer.cli import bench
 
 
+@pytest.mark.slow
 def test_bench_runs_a_file(model, capsys):
     given = ["--batch", "1,3", "--seconds", "0", "--compare", "onnxruntime,openvino", "--device", "cpu"]
     assert bench.main([str(model), *given, "--json", "b.json", "--report", "b.html"]) == 0
@@ -142,6 +143,7 @@ signal.raise_signal(signal.SIGUSR1)
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_openvino_is_handled(tmp_path):
     pytest.importorskip("openvino")
     done = run("-c", SIGNAL_AFTERWARDS, str(foreign(tmp_path / "m.onnx")))

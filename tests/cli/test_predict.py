@@ -164,6 +164,7 @@ def test_the_digest_follows_what_answers_depend_on(engine, checkpoint):
     assert len(others) == 5
 
 
+@pytest.mark.slow
 def test_as_a_program(checkpoint):
     draw_all(Path("d"), 9)
     done = run("-m", "dvit_infer.cli.predict", str(checkpoint), "d", *TINY, "--image-size", "64", "--workers", "2")

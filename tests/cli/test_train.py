@@ -127,6 +127,7 @@ def long_run(dense, folder, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, long_run, tmp_path):
@@ -160,6 +161,7 @@ def _two_processes() -> list[str]:
     return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", _free_port()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("per_image", "accumulate"), [("on", "1"), ("off", "2")])
 def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, tmp_path):
     more = ["--batch", "8", "--per-image", per_image, "--accumulate", accumulate, "--val", folder]
@@ -179,6 +181,7 @@ def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, 
     assert all(torch.allclose(ours[key], value, atol=1e-4) for key, value in theirs.items())
 
 
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(dense, folder, tmp_path):
     out = tmp_path / "out.pth"
     long = arguments(dense, folder, out, "--epochs", "400")
@@ -252,6 +255,7 @@ def test_a_stop_ends_the_counting_of_held_out_images(dense, folder, tmp_path, ca
     assert "top-1" not in said
 
 
+@pytest.mark.slow
 def test_a_process_whose_peer_dies_says_so(dense, folder, tmp_path):
     dies = "import os, sys, dvit_infer.training.loop as loop\n"
     dies += "step = loop.Run._step\n"
@@ -289,6 +293,7 @@ def test_a_stop_at_the_end_of_an_epoch_still_reports_it(dense, folder, tmp_path,
     assert torch.load(tmp_path / "out.pth", weights_only=False)["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_file_whole(dense, folder, tmp_path):
     out = tmp_path / "out.pth"
     assert train.main(arguments(dense, folder, out, "--epochs", "1")) == 0

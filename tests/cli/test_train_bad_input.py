@@ -135,6 +135,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(dense, folder, capsy
     assert "RANK: 7" in fails(train, arguments(dense, folder, "out.pth"), capsys)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed(dense, folder, tmp_path):
     killed = "import os, signal, dvit_infer.training.data as data, sys\n"
     killed += "data._Maker.__getitem__ = lambda self, at: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -300,6 +300,7 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, folder, capsys, monkeypat
     assert re.search(r"--out: \S*p0\.kept\.png: No space left", fails(command, [checkpoint, folder, *TINY], capsys))
 
 
+@pytest.mark.slow
 def test_help_loads_no_torch_and_a_real_run_is_silent_on_stderr(checkpoint, folder):
     told = "print(set(sys.modules) & {'torch', 'PIL'})"
     code = f"import sys, dvit_infer.cli.viz as m\ntry: m.main(['-h'])\nexcept SystemExit: {told}"

@@ -139,6 +139,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
     assert path.read_text() == line + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_it_and_its_workers_leaves_whole_lines(stop, checkpoint):
     (path,) = draw_all(Path("d"), 1)

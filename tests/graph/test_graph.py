@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
-from golden_cases import CASES, FLOPS, answers, case_images, official_checkpoint, options
+from golden_cases import EVERY_CASE, FLOPS, answers, case_images, official_checkpoint, options
 
 import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
@@ -27,7 +27,7 @@ def unfolded(case_id: str, **given) -> tuple[torch.nn.Module, Graph]:
     return model, build_graph(model, config)
 
 
-@pytest.mark.parametrize("case_id", [c for c in CASES if "large" not in c and "tame" not in c])
+@pytest.mark.parametrize("case_id", [case for case in EVERY_CASE if "large" not in case.id and "tame" not in case.id])
 def test_macs_agree_with_fvcore_node_by_node_in_sum(case_id):
     model, graph = unfolded(case_id)
     count = (
@@ -42,6 +42,7 @@ def test_macs_agree_with_fvcore_node_by_node_in_sum(case_id):
         assert ours == pytest.approx(by_module[f"blocks.{i}"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     ["dynamicvit-deit-256", "dynamicvit-deit-s", "dynamicvit-deit-b", "dynamicvit-lvvit-s", "dynamicvit-lvvit-m"],
@@ -55,6 +56,7 @@ def test_macs_agree_with_the_official_models(variant):
         assert sum(p.numel() for p in model.parameters()) == FLOPS[variant]["params"]
 
 
+@pytest.mark.slow
 def test_the_class_rows_and_the_mean_half_save_what_they_should():
     for arch, ratio in (("dynamicvit-deit-s", 1.495), ("dynamicvit-deit-b", 1.485)):
         checkpoint = example_checkpoint(arch)

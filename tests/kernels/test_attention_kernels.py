@@ -115,6 +115,7 @@ def test_images_do_not_see_each_other(device, dtype):
     assert launch_attention(*dense, 0.2)[0, :, 0].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype):
     wide = make_qkv(4, 7, 7, 4, 40, dtype)[0].to(device)

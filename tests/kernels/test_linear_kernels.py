@@ -13,7 +13,7 @@ from dvit_kernels.linear import (
     launch_linear,
     linear_launch,
 )
-from kernel_helpers import QUICK, WHERE, assert_same_sums, check, rms, run_guarded
+from kernel_helpers import QUICK, SLOW, WHERE, assert_same_sums, check, rms, run_guarded
 from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 from torch.nn import functional as F
 
@@ -26,7 +26,7 @@ SHAPES = [
     ((1, 1), 40, 16),
     ((5, 1), 72, 33),
     ((2, 50), 32, 64),
-    ((70,), 144, 65),
+    pytest.param((70,), 144, 65, marks=SLOW),
     ((9,), 1, 1),
 ]
 
@@ -109,6 +109,7 @@ def test_every_tile_finds_statistics(device, dtype, tile):
     check(y, exact_linear(x, weight, bias, norm=True), linear_ref(x, *given)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype):
     weight, bias = (t.to(device) for t in make_linear(64, 48, dtype))

@@ -33,6 +33,7 @@ def of_tma(launch):
     return launch.kernel.__name__ == "_linear_tma_kernel"
 
 
+@pytest.mark.slow
 @needs_loops
 @skip_before_hopper
 @pytest.mark.parametrize("variant", [PREFETCHING, PAIRED])

@@ -99,6 +99,7 @@ def test_every_byte_enters_exactly(device, dtype):
     assert tokens.flatten().tolist() == list(range(-128, 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [torch.uint8, torch.float32])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype, given):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dvit_kernels.prune_tokens import launch_prune_tokens, prune_tokens_launches
-from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, WHERE, bits, guarded, rms, run_guarded
+from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, bits, guarded, rms, run_guarded
 from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
@@ -15,13 +15,13 @@ OUTPUTS = ("hidden_ptr", "sums_ptr", "score_ptr", "kept_ptr", "index_ptr")
 # B, N, P, C, K: both selections, tiles across images, tails of rows and columns, one token, all kept.
 SHAPES = [
     pytest.param(3, 50, 1, 64, 35, marks=QUICK),
-    (2, 196, 1, 96, 137),
-    (1, 137, 2, 384, 96),
+    pytest.param(2, 196, 1, 96, 137, marks=SLOW),
+    pytest.param(1, 137, 2, 384, 96, marks=SLOW),
     (2, 49, 0, 64, 49),
-    (70, 1, 1, 64, 1),
+    pytest.param(70, 1, 1, 64, 1, marks=SLOW),
     (9, 3, 5, 96, 2),
-    (5, 33, 2, 160, 7),
-    (1, 300, 5, 64, 211),
+    pytest.param(5, 33, 2, 160, 7, marks=SLOW),
+    pytest.param(1, 300, 5, 64, 211, marks=SLOW),
 ]
 
 
@@ -61,7 +61,7 @@ def test_tiles_of_large_batches(device, dtype):
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 196, 256, 257, 576, 1024])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, *(pytest.param(n, marks=SLOW) for n in (196, 256, 257, 576, 1024))])
 def test_selection_of_any_scores(n, device):
     """Ties, zeros of both signs, infinities and NaN, by counting and by radix; no index leaves the row."""
     nan, inf = float("nan"), float("inf")
@@ -88,6 +88,7 @@ def test_selection_of_any_scores(n, device):
         assert torch.equal(outputs["kept_ptr"], x.gather(1, right[..., None].expand(-1, -1, 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_any_strides_of_the_first_two_dimensions(device, dtype):
     packed, wide = predictor_on(device, 64, dtype), make_x(6, 40, 1, 128, dtype).to(device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_cases import CASES, answers, case_images, official_checkpoint, options, same_kept, training_case
+from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, options, same_kept, training_case
 from torch.nn import functional as F
 
 import dvit_infer as dvit
@@ -10,7 +10,7 @@ from dvit_infer.models.vit.deit import DeiT
 from dvit_infer.models.vit.layers import softmax_with_policy
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", EVERY_CASE)
 @torch.no_grad()
 def test_agrees_with_the_golden_case(case_id):
     logits, kept, margin = answers(case_id)

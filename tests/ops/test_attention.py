@@ -69,6 +69,7 @@ def _arguments(kind: str, dtype: torch.dtype, device: torch.device) -> tuple:
     return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["dense", "dense class", "dense bias", "ragged", "ragged bias"])
 def test_opcheck(kind, dtype, device):

@@ -22,7 +22,7 @@ from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 
 pytestmark = pytest.mark.interpreter
 TRITON, PYTORCH, CPU = Choices(otherwise="triton"), Choices(otherwise="pytorch"), torch.device("cpu")
-TINY = "tiny-deit-r0.7-s1"
+TINY, TINY_LVVIT = "tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"
 
 
 @pytest.fixture(autouse=True)
@@ -166,27 +166,28 @@ def test_prune_tokens_that_keeps_others_is_replaced(monkeypatch):
         assert torch.equal(call_prune_tokens(torch.float32), expected)
 
 
-def engine_by_kernels(dtype="float32"):
-    engine = dvit.convert(official_checkpoint(TINY), device="cpu", dtype=dtype, **options(TINY))
+def engine_by_kernels(case_id=TINY, dtype="float32"):
+    engine = dvit.convert(official_checkpoint(case_id), device="cpu", dtype=dtype, **options(case_id))
     with using(TRITON):
         engine.runner = TritonRunner(engine.graph)
     engine.runner.checks_kernels = True
     return engine
 
 
+@pytest.mark.slow
 @needs_loops
 def test_an_engine_answers_right_and_says_so(monkeypatch, tmp_path):
     break_kernel(monkeypatch, "attention", "attention", one_percent_off, None)
-    expected, _, _ = answers(TINY)
-    engine = engine_by_kernels()
+    expected, _, _ = answers(TINY_LVVIT)  # of small images: the interpreter is slow
+    engine = engine_by_kernels(TINY_LVVIT)
     assert "in place of" not in str(engine.graph)
     with using(TRITON):
         with pytest.warns(RuntimeWarning, match="the kernel of attention") as told:
-            logits = engine(case_images(TINY)[:1])
+            logits = engine(case_images(TINY_LVVIT)[:1])
         assert (logits - expected[:1]).abs().max() < 2e-5
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            engine(case_images(TINY)[:1])
+            engine(case_images(TINY_LVVIT)[:1])
     assert len(told) == 1
     assert "PyTorch in place of attention, which failed" in str(engine.graph)
     assert not (tmp_path / "cache").exists()  # what failed is looked at again
@@ -223,6 +224,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path
             assert len(seen) == 1
 
 
+@pytest.mark.slow
 @needs_loops
 def test_a_captured_forward_may_begin_at_the_tokens():
     """Tokens made in memory that is there, of images in any dtype and strides, give the answers of a plain call."""

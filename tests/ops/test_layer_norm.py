@@ -43,6 +43,7 @@ def test_strided_input_gives_the_same_as_its_copy():
         assert torch.equal(row_stats(x), row_stats(x.contiguous()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype, device):
     wide = make_rows(4, 6, 96).to(device, dtype)

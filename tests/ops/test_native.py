@@ -324,6 +324,7 @@ def test_the_gpu_suite_says_that_nothing_native_is_tested(gpu_suite, built, monk
     assert said[-1].endswith("NOT RUN: no nvcc and no cmake, no DVIT_NATIVE_LIBRARY")
 
 
+@pytest.mark.slow
 def test_what_the_sanitizers_run_has_native_tests_in_it(gpu_suite):
     for small in (gpu_suite.SMALL, gpu_suite.SMALL_NATIVE):
         command = [sys.executable, "-m", "pytest", "-v", "--collect-only", "-m", "gpu", "-k", small, __file__]

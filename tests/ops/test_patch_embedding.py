@@ -88,6 +88,7 @@ def test_no_images():
     assert patch_embedding(torch.zeros(0, 3, 16, 16), *packed, 8).shape == (0, 6, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck(channels_last, dtype, device):

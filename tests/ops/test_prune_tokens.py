@@ -110,6 +110,7 @@ def test_keeping_all_is_the_identity_and_a_copy():
     assert kept_x.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0, 1, 2, 5])
 def test_opcheck(p, dtype, device):

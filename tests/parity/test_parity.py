@@ -22,7 +22,7 @@ def converted(case_id: str = TINY, dtype: str = "float32", **given) -> dvit.Engi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", [*CASES[:3], pytest.param(CASES[3], marks=pytest.mark.slow)])
 def test_passes(case_id, dtype, device):
     report = dvit.verify(converted(case_id, dtype, device=device), official_checkpoint(case_id), num_images=16)
     assert report.passed, str(report)
@@ -57,12 +57,14 @@ def replace_weights(engine: dvit.Engine) -> dvit.Engine:
 
 
 def names(engine: dvit.Engine) -> list[tuple[str, str]]:
-    return [(node.name, key) for node in engine.graph.nodes for key in node.weights]
+    """A node and one of its tensors, for every tensor that a kind of node has: the last such node."""
+    last = {(type(node), key): node.name for node in engine.graph.nodes for key in node.weights}
+    return [(name, key) for (_, key), name in last.items()]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("node", "key"), names(converted()))
-def test_one_value_of_any_weight_changed_by_one_percent_is_caught(node, key, dtype):
+def test_one_value_of_a_weight_changed_by_one_percent_is_caught(node, key, dtype):
     engine = converted(dtype=dtype)
     tensor = next(n for n in engine.graph.nodes if n.name == node).weights[key].view(-1)
     tensor[tensor.abs().argmax()] *= 1.01
