@@ -9,7 +9,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.facts import is_number, text_of
 
-# What `assume` may say; a file that this project wrote says the same in its header or its args.
+# The facts that `assume` accepts; a file written by this project holds them in its header or its args.
 ASSUMABLE = (
     "num_heads",
     "skip_lam",
