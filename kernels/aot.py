@@ -1,6 +1,6 @@
-"""Compile every kernel for GPUs that are not here, and hold registers, shared memory and spills against AOT.md.
+"""Compile every kernel ahead of time, without a GPU, and compare registers, shared memory and spills with AOT.md.
 
-`make aot` runs this with the installed Triton, `make aot TRITON=3.6.0` with another; UPDATE=1 writes the table anew.
+`make aot` runs this with the installed Triton, `make aot TRITON=3.6.0` with another; UPDATE=1 rewrites the table.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 TABLE = Path(__file__).with_name("AOT.md")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-HOPPER = 90  # the first with programmatic dependent launch, and with tensor descriptors
-# CUDA programming guide, table 27: bytes a block, and what all blocks of a multiprocessor share; a block takes 1 KiB
-# more than it asks for. Registers are handed out to a thread in eights.
+HOPPER = 90  # the first with programmatic dependent launch and tensor descriptors
+# CUDA programming guide, table 27: shared memory per block and per multiprocessor, in bytes; each block uses 1 KiB more
+# than it requests. Registers are allocated per thread in multiples of eight.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED = {capability: limit + 1024 for capability, limit in SHARED_LIMIT.items()}
-REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # of a multiprocessor, of all three
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32  # per multiprocessor, on all three
 NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -42,7 +42,7 @@ NAMES = {
 
 
 def source(launch: Launch) -> ASTSource:
-    """The kernel with its argument types, specialised as Triton does at run time: 1 is compiled in, 16 divides."""
+    """Return the kernel with its argument types, specialised as by Triton at run time: 1, and divisible by 16."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes = {}
@@ -66,14 +66,14 @@ def source(launch: Launch) -> ASTSource:
 
 
 def name(launch: Launch) -> str:
-    """A line of the table: kernel, dtypes of its matrices, tensors it has not, strides of a linear, constants."""
+    """Return the label of a table line: kernel, dtypes of matrices, absent tensors, strides of a linear, constants."""
     given = launch.arguments
     tensors = (v.base if isinstance(v, TensorDescriptor) else v for v in given.values())
     matrices = [v for v in tensors if isinstance(v, torch.Tensor) and v.ndim > 1]
     dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
     pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr"))
     without = [f"no-{name.removesuffix('_ptr')}" for name in pointers if given[name] is None]
-    linear = "residual_tokens" in given  # whose strides may be None: rows that follow each other
+    linear = "residual_tokens" in given  # whose strides may be None, for adjacent rows
     strides = [
         n for n in ("x_tokens", "stride_xn", "residual_tokens", "stride_rn") if linear and given.get(n) is not None
     ]
@@ -85,19 +85,19 @@ def name(launch: Launch) -> str:
 
 
 def runs_on(launch: Launch, capability: int) -> bool:
-    """Whether it would be launched there: what needs Hopper is not before it."""
+    """Return whether the launch can run on a target: some need Hopper."""
     given = launch.arguments
     return capability >= HOPPER or not (given["PDL"] or any(isinstance(v, TensorDescriptor) for v in given.values()))
 
 
 class Usage(NamedTuple):
-    """What a program takes of a multiprocessor.
+    """The resources that a program uses on a multiprocessor.
 
     Attributes:
-        registers: a thread.
-        shared: bytes a program.
-        stack: bytes a thread, where spilled registers go.
-        programs: how many fit on a multiprocessor at a time.
+        registers: registers per thread.
+        shared: bytes of shared memory per program.
+        stack: bytes per thread, for spilled registers.
+        programs: programs that fit on a multiprocessor at a time.
     """
 
     registers: int
@@ -107,7 +107,7 @@ class Usage(NamedTuple):
 
 
 def programs(capability: int, registers: int, shared: int, threads: int) -> int:
-    """How many programs of so many threads a multiprocessor holds at a time."""
+    """Return how many programs of so many threads a multiprocessor holds at a time."""
     by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
     return min(by_registers, SHARED[capability] // (shared + 1024), THREADS // threads, BLOCKS)
 
@@ -126,7 +126,7 @@ def compile_for(launch: Launch, capability: int) -> Usage:
 
 @functools.cache
 def distinct() -> dict[str, Launch]:
-    """One launch for each line of the table; others of its name compile to the same."""
+    """Return one launch per line of the table; others with the same label compile to the same kernel."""
     found: dict[str, Launch] = {}
     for launch in launches():
         first, this = source(found.setdefault(name(launch), launch)), source(launch)
@@ -135,16 +135,16 @@ def distinct() -> dict[str, Launch]:
 
 
 def measured(line: str, capability: int) -> tuple[str, int, Usage | str]:
-    """Line and target of a distinct launch, and what `compile_for` says, or the compiler's complaint."""
+    """Return label and target of a distinct launch, with the result of `compile_for` or the compiler's error."""
     launch = distinct()[line]
     try:
         return line, capability, compile_for(launch, capability)
-    except Exception as error:  # of whatever kind the compiler raises: the table names the kernel, the run goes on
+    except Exception as error:  # the compiler raises any kind: the table names the kernel, and the run continues
         return line, capability, repr(error)[-300:]
 
 
 def section(results: dict[str, dict[int, Usage]]) -> str:
-    """The table of one Triton version."""
+    """Return the table for one Triton version."""
     columns = [f"sm_{capability}" for capability in SHARED_LIMIT] + ["programs a multiprocessor"]
     lines = [f"## Triton {triton.__version__}", "", " | ".join(["| kernel", *columns]) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
@@ -199,7 +199,7 @@ def main() -> int:
 
 
 def _hold_against_table(new: str, update: bool, untabled: bool) -> int:
-    """Compare with AOT.md's section of this version; write it when asked to."""
+    """Compare with AOT.md's section for this version, or rewrite it if requested."""
     text = TABLE.read_text() if TABLE.exists() else HEADER
     sections = {part.splitlines()[0]: part.rstrip() + "\n" for part in re.split(r"^(?=## )", text, flags=re.M)[1:]}
     heading = new.splitlines()[0]

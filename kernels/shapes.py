@@ -1,4 +1,4 @@
-"""The launches that the models make, on tensors without memory: what `make aot` compiles."""
+"""The launches of the models, on tensors without memory, for `make aot` to compile."""
 
 from collections.abc import Iterator
 
@@ -12,13 +12,13 @@ from dvit_kernels.linear_tma import PAIRED, PREFETCHING
 from dvit_kernels.patch_embedding import patch_embedding_launch
 from dvit_kernels.prune_tokens import prune_tokens_launches
 
-# (C, (N, K) of each stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
+# (C, (N, K) per stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
 STAGES_224 = ((196, 137), (137, 96), (96, 67))
 MODELS = ((192, STAGES_224), (384, STAGES_224), (512, STAGES_224), (768, STAGES_224), (384, ((576, 403), (403, 282))))
 
 
 def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> list[Launch]:
-    """The launches of one stage, on tensors without memory."""
+    """Return the launches of one pruning stage."""
     half, quarter = c // 2, c // 4
     matrices = {0: (c, c), 3: (half, half), 4: (half, half), 6: (quarter, half)}
     vectors = {1: (c,), 2: (c,), 5: (half,), 7: (quarter,), 8: (quarter,), 9: (1,)}
@@ -33,7 +33,7 @@ def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) 
 
 
 def layer_norm() -> Iterator[Launch]:
-    """LayerNorm of every width, and the row statistics that a folded one takes."""
+    """Yield LayerNorm of every width, and row statistics for a folded one."""
     for c, dtype in (*((c, torch.bfloat16) for c in (192, 384, 512, 768)), (384, torch.float32)):
         x, vector = torch.empty(256, 197, c, dtype=dtype, device="meta"), torch.empty(c, dtype=dtype, device="meta")
         yield layer_norm_launch(x, vector, vector, 1e-6)[0]
@@ -41,7 +41,7 @@ def layer_norm() -> Iterator[Launch]:
 
 
 def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """The linears of a block: qkv with statistics and without, proj, fc1, fc2."""
+    """Yield the linears of a block: qkv with and without statistics, proj, fc1, fc2."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -60,7 +60,7 @@ def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launc
 
 
 def linear_tma(rows: int, c: int, hidden: int) -> Iterator[Launch]:
-    """The linears of a block by TMA: with each way of its kernel, in tiles whose registers hold what is left of it."""
+    """Yield the linears of a block by TMA, for each variant of its kernel, in tiles that fit in registers."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -81,14 +81,14 @@ def linear_tma(rows: int, c: int, hidden: int) -> Iterator[Launch]:
 
 
 def candidates() -> Iterator[Launch]:
-    """What waits for its measurement: GELU by the GPU's own tanh."""
+    """Yield launches not measured yet: GELU with the GPU's tanh instruction."""
     x, weight = (torch.empty(size, 384, dtype=torch.bfloat16, device="meta") for size in (256 * 197, 1536))
     stats, sums = torch.empty(256 * 197, 3, 2, device="meta"), torch.empty(1536, device="meta")
     yield linear_launch(x, weight, weight[:, 0], None, sums, stats, 1e-6, "gelu_tanh_approx")[0]
 
 
 def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """What only the class token goes through: its queries, out of all tokens, and the head."""
+    """Yield the launches for the class token alone: its queries, and the head."""
     x = torch.empty(batch, 68, c, dtype=dtype, device="meta")[:, :1]
     for dim_out, out_dtype in ((c, None), (1000, torch.float32)):
         weight, sums = torch.empty(dim_out, c, dtype=dtype, device="meta"), torch.empty(dim_out, device="meta")
@@ -97,7 +97,7 @@ def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Rows that stop before the next image, in x and in what is added: prefix rows, an auxiliary head, by TMA."""
+    """Yield launches whose rows, in x or the residual, are not adjacent: prefix rows, an auxiliary head, by TMA."""
     x = torch.empty(batch, 69, c, dtype=dtype, device="meta")
     block = default_stats_block(2 * batch, c, dtype)
     for rows in (1, 2):
@@ -115,7 +115,7 @@ def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def patch_embedding() -> Iterator[Launch]:
-    """Images of 224 pixels in patches of 16, in every dtype; LV-ViT's stem, of 64 channels at half of that."""
+    """Yield 224-pixel images with patches of 16, in every dtype; LV-ViT's stem, with 64 channels at half that size."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     several = [(256, c, given, bf16) for c in (192, 384, 768) for given in (bf16, torch.uint8)]
     few = [(1, 384, given, bf16) for given in (bf16, torch.uint8)]
@@ -129,7 +129,7 @@ def patch_embedding() -> Iterator[Launch]:
 
 
 def attention() -> Iterator[Launch]:
-    """Every length of the models, the class token alone, other head sizes and dtypes, hidden keys, ragged batches."""
+    """Yield every length of the models, the class token, other head sizes and dtypes, masked keys, ragged batches."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     of_models = [(n, n, 64, bf16) for n in (197, 138, 97, 68, 577, 1025)] + [(1, n, 64, bf16) for n in (197, 68)]
     other_heads = [(197, 197, d, bf16) for d in (32, 48, 60, 72, 80, 88, 96, 104, 128)] + [(577, 577, 128, bf16)]
@@ -144,7 +144,7 @@ def attention() -> Iterator[Launch]:
 
 
 def launches() -> Iterator[Launch]:
-    """What the models launch at batch 1 and 256 in bfloat16; in float16 and float32, of DeiT-S and DeiT-B alone."""
+    """Yield the models' launches at batch 1 and 256 in bfloat16; for DeiT-S and DeiT-B also in float16 and float32."""
     for batch in (1, 256):
         for c, stages in MODELS:
             for n, num_keep in stages:

@@ -20,7 +20,7 @@ def runner_for(graph: Graph) -> TorchRunner | CapturedRunner:
         return CpuRunner(graph)
     why_not = why_not_triton(graph.device)
     if why_not and asked == "require":
-        raise InputError(f"{SETTING}: {asked} cannot be had: {why_not}")
+        raise InputError(f"{SETTING}: {asked} is impossible here: {why_not}")
     if why_not:
         return CapturedRunner(TorchRunner(graph, why_not))
     from dvit_infer.backends.triton import TritonRunner

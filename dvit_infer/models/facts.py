@@ -80,7 +80,7 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else ()
     good = all(is_number(v) and abs(v) < 1e30 and (v > 0 or not positive) for v in values)
     if len(values) != 3 or not good:
-        raise InputError(f"{what}: {value!r} are no three {'positive ' if positive else ''}numbers, one a channel")
+        raise InputError(f"{what}: {value!r} is not three {'positive ' if positive else ''}numbers, one per channel")
     return tuple(map(float, values))
 
 

@@ -68,7 +68,7 @@ def saved_config(name: str, text: str) -> Config:
     try:
         return _checked(header)
     except InputError as error:
-        raise InputError(f"{name}: its {HEADER_KEY} header cannot be true: {error}") from None
+        raise InputError(f"{name}: its {HEADER_KEY} header is invalid: {error}") from None
 
 
 def _checked(header: dict[str, Any]) -> Config:
@@ -76,11 +76,11 @@ def _checked(header: dict[str, Any]) -> Config:
         if header[key] not in allowed:
             raise InputError(f"{key}: {header[key]!r} is not known")
     if not isinstance(header["arch"], str) or not header["arch"].isprintable() or not header["arch"]:
-        raise InputError(f"arch: {header['arch']!r} is no name")
+        raise InputError(f"arch: {header['arch']!r} is not a name")
     counts = ("patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim", "num_prefix")
     numbers = {key: positive_int(key, header[key]) for key in counts}
     if numbers["depth"] > _MOST_BLOCKS or numbers["embed_dim"] % numbers["num_heads"]:
-        raise InputError(f"depth: {numbers['depth']} blocks of {numbers['num_heads']} heads cannot be")
+        raise InputError(f"depth: {numbers['depth']} blocks of {numbers['num_heads']} heads are impossible")
     sizes = {key: image_size(key, header[key], numbers["patch_size"]) for key in ("image_size", "trained_size")}
     at = block_indices("prune_at", header["prune_at"], numbers["depth"], len(header["prune_at"] or ()))
     facts: dict[str, Any] = dict(

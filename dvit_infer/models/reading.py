@@ -1,4 +1,4 @@
-"""What a checkpoint's keys, shapes and args say, what has to be assumed, and notes that tell which is which."""
+"""Resolve facts about a model from a checkpoint's keys, shapes and args or by assumption, with a note for each."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.facts import is_number, text_of
 
-# What `assume` may say; a file that this project wrote says the same in its header or its args.
+# The facts that `assume` accepts; a file written by this project holds them in its header or its args.
 ASSUMABLE = (
     "num_heads",
     "skip_lam",
@@ -40,9 +40,7 @@ class Reading:
 
     def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
         if unknown := [name for name in given if name not in ASSUMABLE]:
-            raise InputError(
-                f"assume: {unknown[0]!r} is nothing that can be assumed; these are: {', '.join(ASSUMABLE)}"
-            )
+            raise InputError(f"assume: {unknown[0]!r} cannot be assumed; these can: {', '.join(ASSUMABLE)}")
         self.name = checkpoint.name
         self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
         self.given = dict(given)
@@ -73,7 +71,7 @@ class Reading:
         if not sizes:
             is_there = next((key for key, _ in places if key in self.shapes), None)
             found = f"{is_there} has shape {self.shapes[is_there]}" if is_there else f"missing key {places[0][0]}"
-            raise InputError(f"{self.name}: {found}, which should tell {what}")
+            raise InputError(f"{self.name}: {found}, which should show {what}")
         return sizes.most_common(1)[0][0]
 
     def count(self, prefix: str) -> int:

@@ -54,7 +54,7 @@ def recognise(
         first = next(iter(reading.shapes))
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
     if arch is not None and ARCHS[arch].family != family.name:
-        raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.name}")
+        raise InputError(f"arch: {arch} was requested, but the keys of {checkpoint.name} are those of {family.name}")
     saved_as = checkpoint.metadata.get("weights") if checkpoint.is_saved_engine else None
     weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
     config = replace(family.read(reading, arch, options), weights=weights)

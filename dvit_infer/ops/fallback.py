@@ -42,7 +42,7 @@ def setting() -> str:
     """
     asked = os.environ.get(SETTING, "")
     if asked not in ("", "require", "off"):
-        raise InputError(f"{SETTING}: {asked!r}; require or off can be asked for, or nothing")
+        raise InputError(f"{SETTING}: {asked!r}; require, off or nothing is expected")
     return asked
 
 

@@ -159,7 +159,7 @@ def backend_of(device: torch.device, n: int, c: int) -> str:
         if native.supports(device, n, c):
             return f"native ({device.type.upper()})"
     elif asked:
-        raise InputError(f"DVIT_PRUNE: {asked!r}; native can be asked for, or nothing")
+        raise InputError(f"DVIT_PRUNE: {asked!r}; native or nothing is expected")
     if not runs_triton(device, "prune_tokens"):
         return "PyTorch"
     from dvit_kernels.prune_tokens import supports

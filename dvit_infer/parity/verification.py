@@ -154,7 +154,7 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
         if not rms_error <= RMS_FACTOR * plain_rms_error:
             failures.append(f"logits: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
         if not consistent:
-            failures.append("logits: by its own choice of patches they are not what they are with that choice given")
+            failures.append("logits: they differ when the engine's own choice of patches is given")
         if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
             failures.append(f"top-1 agreement: {top1:.1%} is below plain PyTorch's {plain_top1:.1%}")
     return Report(

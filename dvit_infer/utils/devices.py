@@ -62,13 +62,13 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(f"device: {device!r} is no device; cpu or cuda is expected") from None
+        raise InputError(f"device: {device!r} is not a device; cpu or cuda is expected") from None
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type not in MICRO_BATCH:
         raise InputError(f"device: {resolved.type} is not supported; cpu and cuda are")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {device} was asked for, and there is none here; cpu would do")
+        raise InputError(f"device: {device} does not exist on this machine; use cpu instead")
     if resolved.type == "cuda" and resolved.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return resolved

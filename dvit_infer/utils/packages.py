@@ -8,4 +8,4 @@ from dvit_infer.errors import InputError
 def need(what: str, *packages: str, extra: str) -> None:
     """Raise InputError if a package is missing; the message names `what` needs it and the `extra` to install."""
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
-        raise InputError(f"{what} needs {', '.join(missing)}, not installed; pip install '{extra}' would do")
+        raise InputError(f"{what} needs {', '.join(missing)}, not installed; run pip install '{extra}'")

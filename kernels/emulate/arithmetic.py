@@ -1,6 +1,6 @@
-"""Instructions that compute: integers, floating point, predicates.
+"""Arithmetic instructions: integers, floating point, predicates.
 
-Approximate ones (ex2, rsqrt, div.full, tanh) give the nearest float32 or one beside it: a GPU is a little further off.
+Approximate ones (ex2, rsqrt, div.full, tanh) return the nearest float32 or its neighbour; a GPU is less accurate.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from emulate.values import B32, F32, PRED, U32, Array, Type, flush
 
 
 def _numbers(machine: Machine, instruction: Instruction, count: int) -> list[Array]:
-    """The sources, flushed where the instruction says so."""
+    """Read the sources, with subnormals flushed if the instruction requires it."""
     kind = instruction.types[-1]
     found = [machine.read(operand, kind) for operand in instruction.operands[1 : count + 1]]
     return [flush(one) for one in found] if "ftz" in instruction.modifiers else found
@@ -37,7 +37,7 @@ def _add(machine: Machine, instruction: Instruction) -> None:
 
 @executes("mul", "mad", words="rn ftz lo hi wide")
 def _multiply(machine: Machine, instruction: Instruction) -> None:
-    """Integers give the lower or upper half of the product, or all of it; mad adds to that."""
+    """Multiply: for integers, the lower or upper half of the product or all of it; mad adds to that."""
     kind = result = instruction.types[-1]
     a, b = _numbers(machine, instruction, 2)
     if kind.is_float:
@@ -64,7 +64,7 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
 
 @executes("fma", words="rn ftz")
 def _fma(machine: Machine, instruction: Instruction) -> None:
-    """The product is exact in float64; the sum is rounded there first, which once in 2^29 settles a tie wrongly."""
+    """Fused multiply-add in float64: the product is exact; rounding the sum twice breaks one tie in 2^29 wrongly."""
     if instruction.types[-1].size > 4:
         raise EmulationError("of float64 is not emulated")
     a, b, c = (one.astype(np.float64) for one in _numbers(machine, instruction, 3))
@@ -73,7 +73,7 @@ def _fma(machine: Machine, instruction: Instruction) -> None:
 
 @executes("div", "rem", words="full approx rn ftz")
 def _divide(machine: Machine, instruction: Instruction) -> None:
-    """Of integers towards zero; by zero, which PTX leaves open, all bits are set."""
+    """Divide; integers towards zero. Division by zero, undefined in PTX, sets all bits."""
     a, b = _numbers(machine, instruction, 2)
     if instruction.types[-1].is_float:
         return _finish(machine, instruction, a / b)
@@ -86,7 +86,7 @@ def _divide(machine: Machine, instruction: Instruction) -> None:
 
 @executes("min", "max", words="ftz NaN")
 def _extreme(machine: Machine, instruction: Instruction) -> None:
-    """Of floating point the number where the other is none, unless .NaN says otherwise."""
+    """Minimum or maximum; if one operand is NaN, the result is the other, unless the modifier is .NaN."""
     a, b = _numbers(machine, instruction, 2)
     least = instruction.opcode.startswith("min")
     if instruction.types[-1].is_float and "NaN" not in instruction.modifiers:
@@ -134,7 +134,7 @@ def _not(machine: Machine, instruction: Instruction) -> None:
 
 @executes("shl", "shr")
 def _shift(machine: Machine, instruction: Instruction) -> None:
-    """By 32 bits or more than there are, all of them go."""
+    """Shift; by as many bits as the type has or more, all bits are shifted out."""
     kind = instruction.types[-1]
     value = machine.read(instruction.operands[1], kind)
     by = machine.read(instruction.operands[2], U32)
@@ -148,7 +148,7 @@ def _shift(machine: Machine, instruction: Instruction) -> None:
 
 @executes("bfe")
 def _bit_field(machine: Machine, instruction: Instruction) -> None:
-    """Bits from a place on; of a signed type the last of them is the sign."""
+    """Extract bits from a position; for a signed type the last of them is the sign."""
     kind = instruction.types[-1]
     if kind.size != 4:
         raise EmulationError("is emulated for 32 bits only")
@@ -169,7 +169,7 @@ def _count_bits(machine: Machine, instruction: Instruction) -> None:
 
 @executes("lop3")
 def _any_logic(machine: Machine, instruction: Instruction) -> None:
-    """Any function of three bits, as a table of eight."""
+    """Apply any logic function of three bits, given as a table of eight."""
     a, b, c, table = (machine.read(one, U32) for one in instruction.operands[1:])
     result = np.zeros(machine.active, np.uint32)
     for i in range(8):
@@ -190,7 +190,7 @@ _ORDERED: dict[str, Callable[[Array, Array], Array]] = {
     "hi": np.greater,
     "hs": np.greater_equal,
 }
-_UNORDERED = {name + "u": _ORDERED[name] for name in ("eq", "ne", "lt", "le", "gt", "ge")}  # true of NaN
+_UNORDERED = {name + "u": _ORDERED[name] for name in ("eq", "ne", "lt", "le", "gt", "ge")}  # true for NaN
 _COMPARISONS = " ".join([*_ORDERED, *_UNORDERED, "num", "nan"])
 
 

@@ -1,4 +1,4 @@
-"""mbarrier: a phase ends when all arrivals have come, and all bytes that they announced."""
+"""mbarrier: a phase ends when all arrivals and all announced bytes have come."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from emulate.values import PRED, U32, Array
 
 @dataclass
 class TensorCopy:
-    """A tensor copy on its way: what goes into which chunks of 16 bytes of shared memory."""
+    """A tensor copy in flight: data and its chunks of 16 bytes in shared memory."""
 
     chunk: Array
     data: Array
@@ -25,11 +25,11 @@ class Barrier:
     """One mbarrier.
 
     Attributes:
-        count: arrivals of a phase; `arrivals` are those still to come.
-        bytes: announced and not yet arrived.
-        phase: how many have ended.
-        copies: on their way. They land when somebody waits for the phase, which is the last moment possible.
-        landed: chunks of those of the phase before.
+        count: the arrivals of a phase; `arrivals` are those still to come.
+        bytes: bytes announced and not yet arrived.
+        phase: the number of phases that have ended.
+        copies: copies in flight. They land when a lane waits for the phase, the latest possible moment.
+        landed: chunks written by the copies of the phase before.
     """
 
     count: int
@@ -40,7 +40,7 @@ class Barrier:
     landed: list[Array] = field(default_factory=list)
 
     def end_phase(self, machine: Machine) -> bool:
-        """End the phase if everything for it is there or on its way."""
+        """End the phase if all arrivals have come and all bytes are in flight or have landed."""
         if self.arrivals or self.bytes != sum(copy.data.size for copy in self.copies):
             return False
         for copy in self.copies:
@@ -53,9 +53,9 @@ class Barrier:
 
 
 def _places(machine: Machine, operand: Operand, changed: bool = False) -> Iterator[tuple[tuple[int, int], Array]]:
-    """(Block, address) of the barriers that lanes name, and the lanes (their numbers among all).
+    """Return (block, address) of the barriers that lanes name, and the indices of the lanes.
 
-    Races for a barrier are about whether it is there: `changed` says that it comes or goes.
+    A race for a barrier concerns its existence: `changed` means that it is created or deleted.
     """
     lanes = np.arange(machine.count)[machine.lanes]
     address = machine.address(operand, 4)
@@ -106,7 +106,7 @@ def _arrive(machine: Machine, instruction: Instruction) -> None:
 
 @executes("mbarrier.try_wait.parity.shared::cta.b64")
 def _wait(machine: Machine, instruction: Instruction) -> None:
-    """Give up the first time, as it may; then lanes whose phase has not ended stay, others see what copies brought."""
+    """Fail the first try, as allowed; then lanes whose phase has not ended stall, others see the copied data."""
     again = machine.tried[machine.lanes].copy()
     machine.write(instruction.operands[0], again, PRED)
     machine.tried[machine.lanes] = ~again
@@ -129,13 +129,13 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
 
 @executes("fence.proxy.async.shared::cta")
 def _fence(machine: Machine, instruction: Instruction) -> None:
-    """What a warp stored, or sees of others' stores, tensor copies and products see from now on."""
+    """Fence: tensor copies and products see a warp's stores, and other stores visible to it, from now on."""
     machine.shared.races.fence(machine.of_lanes(machine.block), machine.of_lanes(machine.warp))
 
 
 @executes("elect.sync", together=WARP)
 def _elect(machine: Machine, instruction: Instruction) -> None:
-    """Some lane of the warp, which is the first."""
+    """Elect one lane of the warp: the first."""
     first = machine.of_lanes(machine.thread) % 32 == 0
     lane, chosen = machine.members(instruction.operands[0])
     machine.write(lane, np.zeros(machine.active, np.uint32), U32)

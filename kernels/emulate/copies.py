@@ -1,4 +1,4 @@
-"""cp.async: copies from global to shared memory that land when they are waited for, and not a moment earlier."""
+"""cp.async: copies from global to shared memory, which land only when a lane waits for them."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from emulate.values import U32, Array
 
 
 class _Copy(NamedTuple):
-    """Copies of one instruction, one a lane, that have not landed: which lanes, whose how many-th group, what where."""
+    """Copies of one instruction in flight, one per lane: lanes, commit groups, target chunks and data."""
 
     lanes: Array
     group: Array
@@ -25,7 +25,7 @@ class _Copy(NamedTuple):
 
 @executes("cp.async.ca.shared.global", "cp.async.cg.shared.global")
 def _copy(machine: Machine, instruction: Instruction) -> None:
-    """4, 8 or 16 bytes a lane; those behind the source's size, where one is given, become zeros."""
+    """Issue copies of 4, 8 or 16 bytes per lane; bytes past the source size, if given, become zeros."""
     to, source, count, *given = instruction.operands
     size = int(machine.read(count, U32))
     if size not in (4, 8, 16) or (size != 16 and ".cg" in instruction.opcode):
@@ -56,7 +56,7 @@ def _commit(machine: Machine, instruction: Instruction) -> None:
 
 @executes("cp.async.wait_group")
 def _wait(machine: Machine, instruction: Instruction) -> None:
-    """Land what the lanes have committed but for the last so many groups; what is in no group yet stays."""
+    """Land the lanes' committed copies except the last N groups; uncommitted copies stay in flight."""
     _land(machine, int(machine.read(instruction.operands[0], U32)))
 
 

@@ -1,4 +1,4 @@
-"""Operands of wgmma in shared memory: where a matrix's elements are, out of its 64-bit descriptor."""
+"""Operands of wgmma in shared memory: locate a matrix's elements from its 64-bit descriptor."""
 
 from dataclasses import dataclass, replace
 
@@ -11,13 +11,13 @@ from emulate.ptx import Operand
 from emulate.tensors import swizzle
 from emulate.values import U64, Array, half_to_float
 
-INNER = 16  # places that a product sums over
-_SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes of a row of the pattern, by the descriptor's two highest bits
+INNER = 16  # the depth of a product
+_SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes per row of the pattern, by the descriptor's two highest bits
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (rows, 16) in shared memory, one for each warpgroup: chunks (groups, chunks) of 8 elements."""
+    """A matrix (rows, 16) in shared memory for each warpgroup: chunks (groups, chunks) of 8 elements."""
 
     chunk: Array
     rows: int
@@ -27,7 +27,7 @@ class Matrix:
         return replace(self, chunk=self.chunk[some])
 
     def numbers(self, machine: Machine, kind: str) -> Array:
-        """(groups, rows, 16), of "bf16" or "f16", as they are in memory now."""
+        """Return the current elements (groups, rows, 16), read as "bf16" or "f16"."""
         groups = len(self.chunk)
         numbers = half_to_float(machine.shared.peek(self.chunk.reshape(-1), 16).view(np.uint16), kind)
         if self.transposed:
@@ -36,10 +36,10 @@ class Matrix:
 
 
 def described(machine: Machine, descriptor: Operand, rows: int, transposed: bool) -> Matrix:
-    """PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout".
+    """Decode descriptors (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout").
 
-    Eight neighbours of a row (or, transposed, of a column) follow each other: a chunk. A swizzled pattern has 8 rows of
-    32, 64 or 128 bytes; without a swizzle it is 8 chunks one after another.
+    A chunk is eight adjacent elements of a row (transposed: of a column). A swizzled pattern has 8 rows of 32, 64 or
+    128 bytes; without a swizzle it is 8 adjacent chunks.
     """
     given = machine.lanes_of(descriptor, U64).reshape(-1, WARPGROUP)
     if (given != given[:, :1]).any():
@@ -52,13 +52,13 @@ def described(machine: Machine, descriptor: Operand, rows: int, transposed: bool
         raise EmulationError("descriptors of different kinds, or with an offset of their base, are not emulated")
     width = _SWIZZLE[int(modes[0])]
     leading, stride = leading[:, None, None], stride[:, None, None]
-    if transposed:  # chunks of 8 rows, each of one inner place
+    if transposed:  # chunks of 8 rows at one depth
         row, inner = np.arange(rows // 8)[:, None], np.arange(INNER)
         if width:
             offset = row % (width // 16) * 16 + row // (width // 16) * leading + inner % 8 * width + inner // 8 * stride
         else:
             offset = row * stride + inner % 8 * 16 + inner // 8 * leading
-    else:  # chunks of 8 inner places, each of one row
+    else:  # chunks of 8 depths in one row
         row, inner = np.arange(rows)[:, None], np.arange(INNER // 8)
         if width:
             offset = row % 8 * width + row // 8 * stride + inner * 16

@@ -1,5 +1,5 @@
-"""The one error: a kernel did what a GPU would not do, must not do, or what is not emulated."""
+"""The only error: a kernel did something invalid, undefined or not emulated."""
 
 
 class EmulationError(RuntimeError):
-    """Names the kernel, the instruction and, where there is one, the address."""
+    """Names the kernel, the instruction and, if any, the address."""

@@ -1,4 +1,4 @@
-"""Runs a Launch of CPU tensors: compiled for a GPU that is not there, executed here."""
+"""Run a Launch of CPU tensors: compile it for a GPU and emulate it."""
 
 import struct
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from emulate.schedule import Schedule
 from emulate.tensors import TensorMap
 from emulate.values import Array
 
-# What each kernel stores to; everything else it may only load.
+# Arguments that each kernel may store to; all others are read-only.
 OUTPUTS = {
     "_layer_norm_kernel": ("y_ptr",),
     "_row_stats_kernel": ("stats_ptr",),
@@ -38,11 +38,11 @@ OUTPUTS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What Triton made of a launch: the kernel's text, and bytes of shared memory of a block."""
+    """A launch compiled by Triton: the kernel's PTX, and bytes of shared memory per block."""
 
     ptx: str
     shared: int
-    maps: tuple[dict[str, Any], ...]  # of every tensor descriptor its block, element size and swizzle
+    maps: tuple[dict[str, Any], ...]  # block, element size and swizzle of every tensor descriptor
 
 
 _compiled: dict[tuple[str, ...], Compiled] = {}
@@ -50,7 +50,7 @@ _programs: dict[str, Program] = {}
 
 
 def compiled_for(launch: Launch, capability: int) -> Compiled:
-    """The launch compiled for a compute capability, 80 or 90, as Triton would at run time."""
+    """Compile the launch for a compute capability, 80 or 90, as Triton does at run time."""
     source = _source(launch)
     options = launch.options_for(capability)
     key = source.hash(), str(capability), str(options)
@@ -63,7 +63,7 @@ def compiled_for(launch: Launch, capability: int) -> Compiled:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """As `aot.source`, where every tensor is aligned, but with the tensors' true alignment."""
+    """Return the same as `aot.source`, but with the tensors' true alignment; there all are aligned."""
     source = aot.source(launch)
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -75,17 +75,18 @@ def _source(launch: Launch) -> ASTSource:
 def run(
     launch: Launch, capability: int = 80, order: str = "together", early_copies: bool = False, ptx: str | None = None
 ) -> int:
-    """Execute a launch and leave its results in its tensors; the number of instructions executed.
+    """Execute a launch, write the results into its tensors and return the number of executed instructions.
 
     Args:
-        launch: its tensors are on the CPU.
-        capability: of the GPU that it is compiled for: 80 or 90.
-        order: how warps take turns, one of `schedule.ORDERS`. A right kernel does not depend on it.
-        early_copies: asynchronous copies land when issued instead of when waited for. Nor on that.
-        ptx: another text in place of the compiled one, to see what becomes of it.
+        launch: a launch with CPU tensors.
+        capability: the compute capability to compile for, 80 or 90.
+        order: the order of warps, one of `schedule.ORDERS`. A correct kernel does not depend on it.
+        early_copies: asynchronous copies land when issued instead of when waited for. A correct kernel does not
+            depend on it.
+        ptx: PTX to run instead of the compiled one.
 
     Raises:
-        EmulationError: the kernel accesses what it must not, races, cannot go on, or has an unknown instruction.
+        EmulationError: the kernel makes an invalid access, races, deadlocks, or has an unknown instruction.
     """
     kernel = compiled_for(launch, capability)
     text = ptx or kernel.ptx
@@ -93,7 +94,7 @@ def run(
     memory = GlobalMemory()
     addresses, written = _place(launch, memory)
     values = _arguments(launch, addresses, kernel.maps)
-    # Triton adds pointers to global and to profiling scratch memory, of which these kernels have none.
+    # Triton adds pointers to global and profiling scratch memory, which these kernels do not use.
     if len(program.parameters) != len(values) + 2:
         raise EmulationError(f"{program.name}: {len(program.parameters)} parameters for {len(values)} arguments")
     parameters = dict(zip(program.parameters, [*values, 0, 0], strict=True))
@@ -106,13 +107,13 @@ def run(
 
 
 def _tensor(value: Any) -> torch.Tensor | None:
-    """The tensor of an argument that is one or describes one."""
+    """Return the tensor of an argument: a tensor or a tensor descriptor."""
     value = value.base if isinstance(value, TensorDescriptor) else value
     return value if isinstance(value, torch.Tensor) else None
 
 
 def _place(launch: Launch, memory: GlobalMemory) -> tuple[dict[int, int], list[tuple[Array, int]]]:
-    """Put the tensors' storages into memory: their addresses; bytes of outputs, and where they are."""
+    """Copy the tensors' storages into memory; return their addresses, and the outputs' bytes and addresses."""
     outputs = OUTPUTS.get(launch.kernel.__name__)
     if outputs is None:
         raise EmulationError(f"{launch.kernel.__name__}: emulate/launching.py does not say what it stores to")
@@ -136,7 +137,7 @@ def _place(launch: Launch, memory: GlobalMemory) -> tuple[dict[int, int], list[t
 
 
 def _arguments(launch: Launch, addresses: dict[int, int], maps: tuple[dict[str, Any], ...]) -> list[Any]:
-    """What the kernel is called with: a descriptor becomes a map, the sizes and the strides."""
+    """Return the kernel's parameters: a descriptor becomes a map, the sizes and the strides."""
     signature, described = aot.source(launch).signature, iter(maps)
     found: list[Any] = []
     for parameter in launch.kernel.params:
@@ -165,13 +166,13 @@ def _map(descriptor: TensorDescriptor, address: int, given: dict[str, Any]) -> T
 
 
 def _key(tensor: torch.Tensor) -> int:
-    """The same for tensors that share memory; without memory every tensor has its own."""
+    """Return a key that is equal for tensors sharing memory; tensors without memory have their own."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() or -id(tensor)
 
 
 def _bytes_of(tensor: torch.Tensor) -> Array:
-    """All of a tensor's storage, shared with it."""
+    """Return all bytes of a tensor's storage, as a view."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 

@@ -1,4 +1,4 @@
-"""All lanes of a grid: their registers, where they are, and the memory they see."""
+"""All lanes of a grid: their registers, positions and memory."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from emulate.ptx import DISCARD, Address, Group, Immediate, Operand, Program, Re
 from emulate.values import Array, Type, to_bits, to_values
 
 WARP_LANES = 32
-PARAMETERS = 1 << 56  # address of the first parameter, the next follow one by one: only tensor maps are reached so
+PARAMETERS = 1 << 56  # address of the first parameter; the others follow. Only tensor maps are addressed
 _SHARED = "global_smem"
 
 
 class Machine:
-    """Lanes (block after block, thread after thread) with their registers.
+    """Lanes, ordered by block and thread, with their registers.
 
     Attributes:
-        lanes: the ones that execute the current instruction, as an index into arrays of all.
-        block, thread, warp: of every lane, the last two within its block.
-        early_copies: whether asynchronous copies land when they are issued, not when they are waited for.
-        stalled: set by an instruction that some of `lanes` have to repeat, as a mask of all lanes.
+        lanes: the lanes that execute the current instruction, as an index into arrays of all lanes.
+        block, thread, warp: indices for every lane, the last two within its block.
+        early_copies: whether asynchronous copies land when issued instead of when waited for.
+        stalled: a mask of all lanes, set by an instruction that some of `lanes` must repeat.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Machine:
         self.warp = self.thread // WARP_LANES
         self.lanes: Any = slice(None)
         self.stalled: Array | None = None
-        # What copies.py, barriers.py, tensors.py and wgmma.py keep between instructions.
+        # State of copies.py, barriers.py, tensors.py and wgmma.py.
         self.copies: list[Any] = []
         self.copy_groups = np.zeros(self.count, np.int64)
         self.barriers: dict[tuple[int, int], Any] = {}
@@ -75,16 +75,16 @@ class Machine:
 
     @property
     def active(self) -> int:
-        """How many lanes execute the current instruction."""
+        """The number of lanes that execute the current instruction."""
         return self.count if isinstance(self.lanes, slice) else len(self.lanes)
 
     def of_lanes(self, values: Array) -> Array:
-        """An array of all lanes, of those that execute."""
+        """Return the elements of the active lanes from an array of all lanes."""
         found: Array = values[self.lanes]
         return found
 
     def read(self, operand: Operand, kind: Type) -> Array:
-        """Numbers (lanes,), or one for all of them."""
+        """Return numbers (lanes,), or one for all lanes."""
         match operand:
             case Immediate(bits):
                 one = np.bool_(bits != 0) if kind.kind == "pred" else kind.bits(bits & ((1 << 8 * kind.size) - 1))
@@ -99,15 +99,15 @@ class Machine:
         raise EmulationError(f"{operand} cannot be read")
 
     def lanes_of(self, operand: Operand, kind: Type) -> Array:
-        """Numbers (lanes,)."""
+        """Return numbers (lanes,)."""
         values = self.read(operand, kind)
         return values if values.ndim else np.full(self.active, values)
 
     def write(self, operand: Operand, values: Array, kind: Type, moved: bool = False) -> None:
-        """Round numbers (lanes,), or one for all of them, to the type and store them in a register.
+        """Round numbers (lanes,), or one for all lanes, to the type and store them in a register.
 
-        `moved` says that they were in another register: a product may use them without a fence since. LLVM puts such
-        moves behind the fence, and ptxas fences once more then (its note C7519).
+        `moved` means that they come from another register: a product may then use them without another fence. LLVM
+        puts such moves after the fence, and ptxas then adds a fence (its note C7519).
         """
         if operand == DISCARD:
             return
@@ -120,17 +120,17 @@ class Machine:
         bits = to_bits(values, kind)
         if held.size < kind.size or (held.kind == "pred") != (kind.kind == "pred"):
             raise EmulationError(f"{operand.name} does not hold {kind.size} bytes")
-        if held.size > kind.size:  # a signed number extends its sign
+        if held.size > kind.size:  # sign-extend a signed number
             bits = (bits.view(kind.values) if kind.kind == "s" else bits).astype(held.bits)
         register[self.lanes] = bits
 
     def _refuse(self, busy: dict[str, Array], name: str, what: str) -> None:
-        """Raise where a product that has not been waited for has the register."""
+        """Raise if a product in flight uses the register."""
         if name in busy and busy[name][self.lanes].any():
             raise EmulationError(f"{name} is {what} while a product has it")
 
     def register(self, name: str) -> Array:
-        """Of all lanes; NaN before it is written, which is not an error: lanes may shuffle what nobody uses."""
+        """Return a register of all lanes; NaN before it is written, no error: unused values may be shuffled."""
         register = self._registers.get(name)
         if register is None:
             held = self.program.registers.get(name)
@@ -144,7 +144,7 @@ class Machine:
         return operand.members if isinstance(operand, Group) else (operand,)
 
     def address(self, operand: Operand, bytes_wide: int) -> Array:
-        """Addresses (lanes,) int64; `bytes_wide` is 8 for global memory, 4 for shared."""
+        """Return addresses (lanes,) in int64; `bytes_wide` is 8 for global memory, 4 for shared."""
         if not isinstance(operand, Address):
             raise EmulationError(f"{operand} is no address")
         base = self.lanes_of(operand.base, Type("u", bytes_wide)).astype(np.int64)
@@ -159,23 +159,23 @@ class Machine:
         return PARAMETERS + names.index(name)
 
     def parameter_at(self, address: int) -> Any:
-        """The parameter that an address made from its name leads to."""
+        """Return the parameter at an address."""
         index = address - PARAMETERS
         if not 0 <= index < len(self.parameters):
             raise EmulationError(f"{address:#x} is no parameter's address")
         return list(self.parameters.values())[index]
 
     def guard(self, name: str, negated: bool) -> Array:
-        """Which of the lanes a guard lets through."""
+        """Return the mask of lanes that pass a guard."""
         return self.read(Register(name), Type("pred", 1)) ^ negated
 
     def in_warps(self, values: Array) -> Array:
-        """(lanes,) as (warps, 32)."""
+        """Reshape (lanes,) to (warps, 32)."""
         return values.reshape(-1, WARP_LANES)
 
 
 def _of_products(program: Program) -> set[str]:
-    """Registers that products of a warpgroup use."""
+    """Return the registers used by products of a warpgroup."""
     products = (one for one in program.code if one.opcode.startswith("wgmma.mma_async"))
     groups = (operand for one in products for operand in one.operands[:2] if isinstance(operand, Group))
     return {member.name for group in groups for member in group.members if isinstance(member, Register)}

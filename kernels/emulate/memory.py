@@ -1,4 +1,4 @@
-"""Global memory with an argument's views in it, and the shared memory of all blocks: every access is checked."""
+"""Global memory with the arguments' tensors, and the shared memory of all blocks; every access is checked."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from emulate.errors import EmulationError
 from emulate.races import Races
 from emulate.values import Array
 
-BASE = 1 << 40  # of global memory: no small number is an address
+BASE = 1 << 40  # of global memory, so that no small number is a valid address
 _BETWEEN = 4096  # bytes around every argument's memory
 _POISON = 0xFF  # NaN in every floating-point type
 
@@ -23,8 +23,11 @@ class _Region:
 
 
 class GlobalMemory:
-    """Memory of the arguments. A byte may be loaded that belongs to an element of some argument's view, and stored
-    that belongs to an output's; all else is an error, also where a GPU would find mapped memory."""
+    """The memory of the arguments.
+
+    A byte may be loaded if it belongs to an element of some argument's view, and stored if to an output's. Any other
+    access is an error, even where a GPU would find mapped memory.
+    """
 
     def __init__(self) -> None:
         self._regions: list[_Region] = []
@@ -32,14 +35,14 @@ class GlobalMemory:
         self._data = self._readable = self._writable = np.zeros(0, np.uint8)
 
     def add(self, data: Array, names: list[str], readable: Array, writable: Array) -> int:
-        """Place bytes, with flags that say which may be loaded and stored; the address of the first."""
+        """Place bytes with flags for permitted loads and stores; return the address of the first."""
         start = self._size
         self._regions.append(_Region(names, start, data, readable, writable))
         self._size = (start + len(data) + _BETWEEN + 255) // 256 * 256
         return BASE + start
 
     def seal(self) -> None:
-        """Make the memory, once everything is placed."""
+        """Allocate the memory after everything is placed."""
         self._data = np.full(self._size, _POISON, np.uint8)
         self._readable, self._writable = np.zeros(self._size, np.bool_), np.zeros(self._size, np.bool_)
         for region in self._regions:
@@ -50,7 +53,7 @@ class GlobalMemory:
         return self._data[address - BASE : address - BASE + count]
 
     def load(self, at: Array, size: int) -> Array:
-        """(lanes, size) bytes from addresses (lanes,)."""
+        """Load (lanes, size) bytes from addresses (lanes,)."""
         return _rows(self._data, size)[self._checked(at, size, self._readable, "load")]
 
     def store(self, at: Array, values: Array) -> None:
@@ -59,7 +62,7 @@ class GlobalMemory:
         _rows(self._data, size)[self._checked(at, size, self._writable, "store")] = values
 
     def _checked(self, at: Array, size: int, allowed: Array, what: str) -> Array:
-        """Numbers of the chunks of `size` bytes."""
+        """Check addresses and return the indices of their chunks of `size` bytes."""
         at = at - BASE
         if (wrong := at % size != 0).any():
             raise EmulationError(f"misaligned {what} of {size} bytes at {self._name(at[wrong][0])}")
@@ -72,14 +75,14 @@ class GlobalMemory:
         return chunk
 
     def _name(self, at: int) -> str:
-        """An address as an error shows it: with the argument it is in or next to."""
+        """Return an address for messages, with the argument that it is in or next to."""
         near = min(self._regions, key=lambda r: max(r.start - at, at - r.start - len(r.data), 0), default=None)
         place = f", byte {at - near.start} of {len(near.data)} of {' and '.join(near.names)}" if near else ""
         return f"{at + BASE:#x}{place}"
 
 
 class SharedMemory:
-    """The shared memory of every block, all NaN at first, with the races in it found."""
+    """The shared memory of every block, initially NaN, with race detection."""
 
     def __init__(self, blocks: int, size: int, warps: int) -> None:
         self.size = size
@@ -88,16 +91,16 @@ class SharedMemory:
         self.races = Races(blocks, self._stride, warps)
 
     def load(self, block: Array, at: Array, size: int, warp: Array) -> Array:
-        """(lanes, size) bytes; the lanes are of blocks and warps (lanes,)."""
+        """Load (lanes, size) bytes for lanes of blocks and warps (lanes,)."""
         chunk = self.chunks(block, at, size, "load")
         self.races.load(block, chunk, size, warp)
         return _rows(self._data, size)[chunk]
 
     def store(self, block: Array, at: Array, values: Array, warp: Array) -> None:
-        """Of lanes of a warp that write one place the last one's value stays; of several warps they have to be equal.
+        """Store; if lanes of a warp write to one place, the last one wins; values of several warps must be equal.
 
-        Which one stays a GPU leaves open. Triton has lanes store what all of them hold, and a butterfly of sums whose
-        first step became a fused multiply-add leaves them a last bit apart.
+        On a GPU the winner is undefined. Triton has several lanes store a value that all hold, and butterfly sums whose
+        first step became a fused multiply-add may differ in the last bit.
         """
         size = values.shape[1]
         chunk = self.chunks(block, at, size, "store")
@@ -108,18 +111,18 @@ class SharedMemory:
             self.races.check_writer(chunk[lost], size, warp[lost])
 
     def peek(self, chunk: Array, size: int) -> Array:
-        """(chunks, size) bytes without a look at races."""
+        """Return (chunks, size) bytes without race detection."""
         return _rows(self._data, size)[chunk]
 
     def put(self, chunk: Array, values: Array) -> None:
-        """Write what a copy brought; where two bring something to one place they have to agree."""
+        """Write the data of copies; if two write to one place, their data must agree."""
         rows = _rows(self._data, values.shape[1])
         rows[chunk] = values
         if (rows[chunk] != values).any():
             raise EmulationError("copies of different values to one address of shared memory")
 
     def chunks(self, block: Array, at: Array, size: int, what: str) -> Array:
-        """Numbers of the chunks of `size` bytes, within the memory of all blocks."""
+        """Return the indices of chunks of `size` bytes in the memory of all blocks."""
         if (wrong := at % size != 0).any():
             raise EmulationError(f"misaligned {what} of {size} bytes at shared address {at[wrong][0]:#x}")
         if (wrong := (at < 0) | (at + size > self.size)).any():

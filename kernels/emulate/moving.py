@@ -1,4 +1,4 @@
-"""Instructions that move values: between registers, between types, and to and from memory."""
+"""Instructions that move values between registers, between types, and to and from memory."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from emulate.wgmma import rename
 
 @executes("mov")
 def _move(machine: Machine, instruction: Instruction) -> None:
-    """Also between one register and several that share its bits, the lowest first."""
+    """Move; also between one register and several that share its bits, the lowest first."""
     to, source = instruction.operands
     kind = instruction.types[-1]
     if isinstance(to, Group):
@@ -36,7 +36,7 @@ def _rename(machine: Machine, to: Operand, source: Operand) -> bool:
 
 @executes("cvta.param", "cvta.global")
 def _generic(machine: Machine, instruction: Instruction) -> None:
-    """Addresses are the same in every space here."""
+    """Convert an address between spaces: here it is the same in all."""
     machine.write(instruction.operands[0], machine.read(instruction.operands[1], U64), U64)
 
 
@@ -49,7 +49,7 @@ def _select(machine: Machine, instruction: Instruction) -> None:
 
 @executes("prmt")
 def _permute_bytes(machine: Machine, instruction: Instruction) -> None:
-    """Four of eight bytes, each chosen by four bits; the highest of those repeats the byte's sign instead."""
+    """Select four of eight bytes, each by four bits; the highest of those replicates the byte's sign instead."""
     low, high, choice = (machine.lanes_of(one, B32).astype(np.uint64) for one in instruction.operands[1:])
     both = low | high << np.uint64(32)
     result = np.zeros(machine.active, np.uint64)
@@ -66,7 +66,7 @@ _TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 @executes("cvt", words="rn ftz rzi rni rmi rpi")
 def _convert(machine: Machine, instruction: Instruction) -> None:
-    """Between types; two float32 to a pair of halves, the second source in the lower one."""
+    """Convert between types; two float32 become a pair of halves, the second source in the lower half."""
     to, *sources = instruction.operands
     pair = next((word[:-2] for word in instruction.modifiers if word.endswith("x2")), None)
     if pair is not None:
@@ -80,7 +80,7 @@ def _convert(machine: Machine, instruction: Instruction) -> None:
         value = flush(value)
     rounding = next((word for word in instruction.modifiers if word in _TO_INTEGER), None)
     if rounding is not None and given.is_float and not into.is_float:
-        ends = np.iinfo(into.values)  # beyond them, the nearest; 0 for NaN
+        ends = np.iinfo(into.values)  # saturate; 0 for NaN
         exact = np.nan_to_num(_TO_INTEGER[rounding](value.astype(np.float64)), nan=0.0)
         value = np.where(exact >= ends.max, ends.max, np.where(exact <= ends.min, ends.min, exact).astype(into.values))
     elif rounding is not None or (given.is_float and not into.is_float):
@@ -112,7 +112,7 @@ def _access(machine: Machine, instruction: Instruction) -> None:
     if loads:
         bits = (machine.shared.load(*where) if shared else machine.memory.load(at, size)).view(kind.values)
         for i, member in enumerate(members):
-            machine.write(member, np.ascontiguousarray(bits[:, i]), kind)  # where the register is wider, with the sign
+            machine.write(member, np.ascontiguousarray(bits[:, i]), kind)  # sign-extend into a wider register
         return
     bits = np.stack([machine.lanes_of(member, kind) for member in members], axis=1)
     stored = np.ascontiguousarray(bits).view(np.uint8)
@@ -124,7 +124,7 @@ def _access(machine: Machine, instruction: Instruction) -> None:
 
 @executes("prefetch.global.L2")
 def _prefetch(machine: Machine, instruction: Instruction) -> None:
-    """Nothing is loaded, but what is asked for has to be there."""
+    """Prefetch: load nothing, but check the address."""
     machine.memory.load(machine.address(instruction.operands[0], 8), 1)
 
 
@@ -137,9 +137,9 @@ def _barrier(machine: Machine, instruction: Instruction) -> None:
 
 @executes("bar.warp.sync", together=WARP)
 def _warp_barrier(machine: Machine, instruction: Instruction) -> None:
-    """Lanes of a warp are together then; what they did was in order anyway."""
+    """Synchronise a warp: its lanes meet; their accesses are in order anyway."""
 
 
 @executes("griddepcontrol.wait", "griddepcontrol.launch_dependents")
 def _dependents(machine: Machine, instruction: Instruction) -> None:
-    """Launches run one after another here."""
+    """Do nothing: launches run one after another here."""

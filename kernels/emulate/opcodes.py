@@ -1,4 +1,4 @@
-"""Which function executes which instruction; a word that it does not know is refused before anything runs."""
+"""Map instructions to functions; unknown modifiers are rejected before anything runs."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,12 +10,12 @@ from emulate.values import type_named
 if TYPE_CHECKING:
     from emulate.machine import Machine
 
-LANE, WARP, WARPGROUP, BLOCK = 1, 32, 128, 0  # lanes that have to be there together
+LANE, WARP, WARPGROUP, BLOCK = 1, 32, 128, 0  # lanes that must execute together
 
 
 class Opcode(NamedTuple):
     run: "Callable[[Machine, Instruction], None]"
-    words: frozenset[str]  # modifiers it takes besides types
+    words: frozenset[str]  # accepted modifiers besides types
     together: int
 
 
@@ -23,7 +23,7 @@ _OPCODES: dict[str, Opcode] = {}
 
 
 def executes(*names: str, words: str = "", together: int = LANE) -> Callable[..., Callable[..., None]]:
-    """Register a function for opcodes that begin with one of the names; the longest one counts."""
+    """Register a function for opcodes that begin with one of the names; the longest match wins."""
 
     def register(run: "Callable[[Machine, Instruction], None]") -> "Callable[[Machine, Instruction], None]":
         _OPCODES.update(dict.fromkeys(names, Opcode(run, frozenset(words.split()), together)))

@@ -1,4 +1,4 @@
-"""PTX text becomes a list of instructions: what Triton writes, and no more of the language than that."""
+"""Parse PTX into a list of instructions: only the part of the language that Triton emits."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ class Register(NamedTuple):
 
 
 class Immediate(NamedTuple):
-    bits: int  # of a float its bits; may be negative
+    bits: int  # bits, for a float; may be negative
 
 
 class Symbol(NamedTuple):
@@ -26,11 +26,11 @@ class Symbol(NamedTuple):
 class Address(NamedTuple):
     base: "Register | Symbol"
     offset: int
-    coordinates: "tuple[Operand, ...]" = ()  # of a tensor map
+    coordinates: "tuple[Operand, ...]" = ()  # for a tensor map
 
 
 class Group(NamedTuple):
-    """A vector in braces, or a register and a predicate with a bar between them."""
+    """A vector in braces, or a register and a predicate separated by a bar."""
 
     members: "tuple[Operand, ...]"
 
@@ -44,13 +44,13 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        text: as it stands in the program, on one line.
-        opcode: with its modifiers and types, such as "setp.lt.s32".
-        modifiers: all of them, types too.
-        types: those of the modifiers that name one.
-        operands: in order.
-        guard: the predicate register before it, and whether it is negated; None: it always runs.
-        target: of a branch, the number of the instruction it goes to.
+        text: the source, on one line.
+        opcode: the opcode with modifiers and types, such as "setp.lt.s32".
+        modifiers: all modifiers, including types.
+        types: the types among the modifiers.
+        operands: the operands, in order.
+        guard: the predicate register and whether it is negated; None: it always runs.
+        target: for a branch, the index of the target instruction.
     """
 
     text: str
@@ -77,7 +77,7 @@ _PARAMETER = re.compile(r"\.param(?P<words>[^,]*?)(?P<name>\w+)(?:\[(?P<bytes>\d
 
 
 def parse(ptx: str) -> Program:
-    """The one kernel of a module."""
+    """Return the only kernel of a module."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
     ptx = re.sub(r"^\s*\.(loc|file|section)\b[^\n]*", "", ptx, flags=re.M)
     head = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)([^{]*)\{", ptx, re.S)
@@ -97,7 +97,7 @@ def parse(ptx: str) -> Program:
 
 
 def _statements(ptx: str, at: int) -> Iterator[tuple[str, str]]:
-    """Kind and text of every statement of a body, up to the brace that closes it."""
+    """Yield kind and text of every statement of a body, up to its closing brace."""
     depth = 1
     while depth:
         found = _STATEMENT.match(ptx, at)
@@ -109,7 +109,7 @@ def _statements(ptx: str, at: int) -> Iterator[tuple[str, str]]:
 
 
 def _body(ptx: str, start: int) -> tuple[dict[str, Type], tuple[Instruction, ...]]:
-    """Registers and instructions. Names declared inside braces belong to them: they get a suffix."""
+    """Parse registers and instructions. Names declared in an inner block get a suffix."""
     registers: dict[str, Type] = {}
     labels: dict[str, int] = {}
     lines: list[tuple[str, tuple[str, ...]]] = []
@@ -145,7 +145,7 @@ def _declared(text: str) -> Iterator[tuple[str, Type]]:
 
 
 class _Names:
-    """What the names of a program's operands stand for."""
+    """Resolves the names of a program's operands."""
 
     def __init__(self, registers: dict[str, Type], labels: dict[str, int]) -> None:
         self.registers, self.labels = registers, labels
@@ -202,7 +202,7 @@ class _Names:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that no bracket holds together."""
+    """Split at commas outside brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "[{") - (character in "]}")

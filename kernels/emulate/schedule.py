@@ -1,10 +1,10 @@
-"""Decides which lanes execute next, and lets those wait that have to be there together."""
+"""Pick the lanes that execute next, and let lanes wait for those they must execute with."""
 
 from typing import Any
 
 import numpy as np
 
-from emulate import arithmetic, copies, moving, tensors, warps, wgmma  # noqa: F401  (they register what they execute)
+from emulate import arithmetic, copies, moving, tensors, warps, wgmma  # noqa: F401  (they register their instructions)
 from emulate.errors import EmulationError
 from emulate.machine import Machine
 from emulate.opcodes import BLOCK, LANE, Opcode, opcode_of
@@ -16,10 +16,9 @@ ORDERS = ("together", "first", "last")
 class Schedule:
     """One run of a program.
 
-    All lanes go together, and where they part those that are furthest behind go first; or ("first", "last") a warp goes
-    as far as it can before the next one of its block does, from the first or from the last. Lanes wait at an
-    instruction until all of their warp (or warpgroup, or block, as it says) are there: the order of LLVM's blocks is
-    not enough to bring them together.
+    All lanes run together, and where they diverge, those furthest behind run first; or ("first", "last") each warp runs
+    as far as it can before the next one of its block, starting from the first or the last. If an instruction needs it,
+    lanes wait until all of their warp, warpgroup or block arrive: the order of LLVM's blocks does not ensure this.
     """
 
     def __init__(self, machine: Machine, order: str = "together") -> None:
@@ -30,7 +29,7 @@ class Schedule:
             raise EmulationError(f"{machine.program.name}: {error}") from None
         self.steps = 0
         self._alive = np.ones(machine.count, np.bool_)
-        self._at = np.zeros(machine.count, np.int64)  # of every lane the next instruction
+        self._at = np.zeros(machine.count, np.int64)  # the next instruction of every lane
         self._waiting = np.zeros(machine.count, np.bool_)
         self._released_at = -1
         upwards = [*range(machine.threads // 32)]
@@ -50,14 +49,14 @@ class Schedule:
                 raise EmulationError(f"{self.machine.program.name}: {error}") from None
 
     def _one_place(self) -> bool:
-        """Whether all lanes left are at one instruction, and none waits for another."""
+        """Return whether all remaining lanes are at one instruction and none waits."""
         if len(self._turns) > 1 or self._waiting.any():
             return False
         places = self._at[self._alive]
         return bool((places == places[0]).all())
 
     def _together(self) -> None:
-        """Execute until lanes go different ways: all of them have one place."""
+        """Execute while all lanes are at one instruction, until they diverge."""
         everyone: Any = slice(None) if self._alive.all() else np.flatnonzero(self._alive)
         at = int(self._at[everyone][0])
         while True:
@@ -102,7 +101,7 @@ class Schedule:
             self._leave(instruction, at)
 
     def _leave(self, instruction: Instruction, at: int) -> None:
-        """Lanes branch, end, or stay where they are because the instruction could not be completed."""
+        """Move lanes on: they branch, end, or stay because the instruction could not be completed."""
         lanes, stalled = self.machine.lanes, self.machine.stalled
         if instruction.target >= 0:
             self._at[lanes] = instruction.target
@@ -115,7 +114,7 @@ class Schedule:
             self.machine.stalled = None
 
     def _turn(self) -> Any:
-        """Mask of the lanes whose turn it is; those that wait try again when no other can go on."""
+        """Return the mask of lanes whose turn it is; waiting lanes retry when no other can run."""
         ready = self._alive & ~self._waiting
         if not ready.any():
             if self._released_at == self.steps:
@@ -130,7 +129,7 @@ class Schedule:
         return ready
 
     def _gather(self, here: Any, turn: Any, together: int) -> Any:
-        """Of the lanes at an instruction those that may execute it; the others whose turn it is wait."""
+        """Return the lanes at an instruction that may execute it; let the others whose turn it is wait."""
         if together == LANE:
             return turn
         size = self.machine.threads if together == BLOCK else together
@@ -145,7 +144,7 @@ class Schedule:
         return self.code[at]
 
     def _guarded(self, instruction: Instruction) -> Any:
-        """Which of the lanes the guard lets through; None: all."""
+        """Return the lanes that pass the guard; None: all."""
         if instruction.guard is None:
             return None
         allowed = self.machine.guard(*instruction.guard)
@@ -163,7 +162,7 @@ class Schedule:
         self.steps += machine.stalled is None or machine.stalled.sum() < machine.active
 
     def _check_all_there(self, together: int) -> None:
-        """Raise where a guard lets only some of those through that have to be there together."""
+        """Raise if a guard passes only some of the lanes that must execute together."""
         if isinstance(self.machine.lanes, slice):
             return
         size = self.machine.threads if together == BLOCK else together

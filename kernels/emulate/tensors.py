@@ -11,11 +11,11 @@ from emulate.opcodes import executes
 from emulate.ptx import Address, Instruction
 from emulate.values import S32, U32, U64, Array
 
-SWIZZLED_BITS = {32: 1, 64: 2, 128: 3}  # by the bytes that a row of the pattern has
+SWIZZLED_BITS = {32: 1, 64: 2, 128: 3}  # by bytes per row of the pattern
 
 
 def swizzle(address: Array, row_bytes: int) -> Array:
-    """Where an element of a swizzled block really is: bits 4 and up are changed by as many from bit 7."""
+    """Return the real offset in a swizzled block: bits from 4 up are XORed with as many bits from 7 up."""
     bits = SWIZZLED_BITS.get(row_bytes, 0)
     place: Array = address ^ (address >> 3 & ((1 << bits) - 1) << 4)
     return place
@@ -23,15 +23,15 @@ def swizzle(address: Array, row_bytes: int) -> Array:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A matrix in global memory and the blocks it is copied in, as cuTensorMapEncodeTiled takes them.
+    """A matrix in global memory and its blocks, with the arguments of cuTensorMapEncodeTiled.
 
     Attributes:
-        address: of the first element.
+        address: the address of the first element.
         shape: rows and columns.
         stride: elements from row to row.
         block: rows and columns of a block.
-        element_bytes: of an element.
-        swizzle_bytes: 32, 64, 128; 0: rows of a block simply follow each other.
+        element_bytes: bytes per element.
+        swizzle_bytes: 32, 64, 128; 0: no swizzle.
     """
 
     address: int
@@ -51,13 +51,13 @@ class TensorMap:
             raise EmulationError("a block narrower than its swizzle is not emulated")
 
     def elements(self, column: int, row: int) -> tuple[Array, Array]:
-        """Addresses (rows, columns) of a block's elements in global memory, and which of them there are."""
+        """Return global addresses (rows, columns) of a block's elements, and the mask of those inside the matrix."""
         rows, columns = (start + np.arange(size) for start, size in zip((row, column), self.block, strict=True))
         there = ((rows >= 0) & (rows < self.shape[0]))[:, None] & ((columns >= 0) & (columns < self.shape[1]))
         return self.address + (rows[:, None] * self.stride + columns) * self.element_bytes, there
 
     def chunks(self) -> Array:
-        """Offsets of a block's pieces of 16 bytes in shared memory, before the swizzle."""
+        """Return offsets of a block's 16-byte chunks in shared memory, before the swizzle."""
         return np.arange(0, self.block[0] * self.block[1] * self.element_bytes, 16)
 
 
@@ -69,7 +69,7 @@ _NAME = "cp.async.bulk.tensor.2d"
     f"{_NAME}.shared::cluster.global.mbarrier::complete_tx::bytes",
 )
 def _load(machine: Machine, instruction: Instruction) -> None:
-    """One lane asks for a whole block; what of it lies outside the matrix arrives as zeros, and counts."""
+    """Load a whole block for one lane; elements outside the matrix arrive as zeros and count as bytes."""
     to, source, barrier = instruction.operands
     starts, places = machine.address(to, 4), machine.address(barrier, 4)
     for i, (lane, tensor, column, row) in enumerate(_blocks(machine, source)):
@@ -87,9 +87,9 @@ def _load(machine: Machine, instruction: Instruction) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Store:
-    """A block on its way to global memory: of which lane, in its how many-th group, from and to where, since when.
+    """A store of a block to global memory in flight: lane, commit group, source, target and time of issue.
 
-    `data` is what was there when it was issued, where it is not to be read at the wait.
+    `data` is the source data at issue, if it is not to be read at the wait.
     """
 
     lane: int
@@ -103,7 +103,7 @@ class _Store:
 
 @executes(f"{_NAME}.global.shared::cta.bulk_group")
 def _store(machine: Machine, instruction: Instruction) -> None:
-    """What of a block lies outside the matrix is not stored."""
+    """Store a block; elements outside the matrix are skipped."""
     to, source = instruction.operands
     starts, races = machine.address(source, 4), machine.shared.races
     for i, (lane, tensor, column, row) in enumerate(_blocks(machine, to)):
@@ -122,7 +122,7 @@ def _commit(machine: Machine, instruction: Instruction) -> None:
 
 @executes("cp.async.bulk.wait_group", words="read")
 def _wait(machine: Machine, instruction: Instruction) -> None:
-    """Finish what the lanes have committed but for the last so many groups."""
+    """Finish the lanes' committed stores except the last N groups."""
     left = int(machine.read(instruction.operands[0], U32))
     waits = np.zeros(machine.count, np.bool_)
     waits[machine.lanes] = True
@@ -135,7 +135,7 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
 
 
 def _blocks(machine: Machine, source: object) -> list[tuple[int, TensorMap, int, int]]:
-    """Lane, map, column and row of the block that each lane names."""
+    """Yield lane, map, column and row of the block that each lane names."""
     if not isinstance(source, Address) or len(source.coordinates) != 2:
         raise EmulationError("names no block of a matrix")
     lanes = np.arange(machine.count)[machine.lanes]
@@ -151,7 +151,7 @@ def _blocks(machine: Machine, source: object) -> list[tuple[int, TensorMap, int,
 
 
 def _chunks(machine: Machine, tensor: TensorMap, start: int, block: int) -> Array:
-    """Numbers of the chunks of 16 bytes in shared memory where a block of a matrix goes."""
+    """Return the indices of the 16-byte chunks of a block in shared memory."""
     if start % 128:
         raise EmulationError(f"misaligned block at shared address {start:#x}")
     at = swizzle(start + tensor.chunks(), tensor.swizzle_bytes)

@@ -1,4 +1,4 @@
-"""PTX's types, and the bits in registers as the numbers they stand for."""
+"""PTX types, and conversion between register bits and numbers."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # registers hold these, by size in bytes
+UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # register types, by size in bytes
 _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _FLOAT: dict[int, Any] = {2: np.float16, 4: np.float32, 8: np.float64}
 _HALF = {"f2": "f16", "bf2": "bf16"}
@@ -22,7 +22,7 @@ class Type:
 
     Attributes:
         kind: "b" (bits), "u", "s", "f", "bf" or "pred"; "f2" and "bf2" are two halves in one register.
-        size: in bytes; of a predicate 1.
+        size: size in bytes; 1 for a predicate.
     """
 
     kind: str
@@ -34,12 +34,12 @@ class Type:
 
     @property
     def bits(self) -> Any:
-        """NumPy's type of a register of that size."""
+        """The NumPy type of a register of that size."""
         return np.bool_ if self.kind == "pred" else UINT[self.size]
 
     @property
     def values(self) -> Any:
-        """NumPy's type to compute with: bfloat16 and pairs are computed in float32 and rounded when they are stored."""
+        """The NumPy type for arithmetic: bfloat16 and pairs use float32 and are rounded when stored."""
         if self.kind == "pred":
             return np.bool_
         if self.kind in ("bf", "f2", "bf2"):
@@ -63,7 +63,7 @@ PRED, B32, S32, U32, U64, F32 = (
 
 @functools.cache
 def type_named(name: str) -> Type | None:
-    """The type of that name in PTX, None where there is none."""
+    """Return the PTX type of that name, or None."""
     if name == "pred":
         return PRED
     if name in ("f16x2", "bf16x2"):
@@ -75,7 +75,7 @@ def type_named(name: str) -> Type | None:
 
 
 def to_values(bits: Array, kind: Type) -> Array:
-    """Numbers that bits of the same size stand for; of pairs (lanes, 2)."""
+    """Convert bits to numbers; pairs become (lanes, 2)."""
     if kind.kind in ("f2", "bf2"):
         return half_to_float(np.ascontiguousarray(bits).view(np.uint16), _HALF[kind.kind]).reshape(-1, 2)
     if kind.kind == "bf":
@@ -84,7 +84,7 @@ def to_values(bits: Array, kind: Type) -> Array:
 
 
 def to_bits(values: Array, kind: Type) -> Array:
-    """Bits of numbers, rounded to the type."""
+    """Convert numbers to bits, rounded to the type."""
     if kind.kind in ("f2", "bf2"):
         return float_to_half(np.asarray(values, np.float32), _HALF[kind.kind]).view(np.uint32)[:, 0]
     if kind.kind == "bf":
@@ -100,7 +100,7 @@ def bf16_to_float(bits: Array) -> Array:
 
 
 def float_to_bf16(values: Array) -> Array:
-    """Round to nearest, ties to even; NaN becomes the canonical 0x7fff, as PTX says of cvt."""
+    """Round to nearest, ties to even; NaN becomes the canonical 0x7fff, as PTX specifies for cvt."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
@@ -108,15 +108,15 @@ def float_to_bf16(values: Array) -> Array:
 
 
 def half_to_float(bits: Array, kind: str) -> Array:
-    """float32 numbers that 16 bits of `kind`, "f16" or "bf16", stand for."""
+    """Convert 16 bits of `kind`, "f16" or "bf16", to float32."""
     return bf16_to_float(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
 
 
 def float_to_half(values: Array, kind: str) -> Array:
-    """16 bits of `kind`, "f16" or "bf16", nearest to float32 numbers."""
+    """Round float32 to 16 bits of `kind`, "f16" or "bf16"."""
     return float_to_bf16(values) if kind == "bf16" else values.astype(np.float16).view(np.uint16)
 
 
 def flush(values: Array) -> Array:
-    """What `.ftz` does to float32: subnormal numbers become zeros of their sign."""
+    """Flush float32 subnormals to zeros of their sign, as `.ftz` does."""
     return np.where(np.abs(values) < SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)

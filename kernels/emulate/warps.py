@@ -1,4 +1,4 @@
-"""Instructions of a whole warp: exchange between lanes, matrices in shared memory, products of matrices (mma)."""
+"""Instructions of a whole warp: shuffles, matrices in shared memory, matrix products (mma)."""
 
 from collections.abc import Callable
 
@@ -11,12 +11,12 @@ from emulate.ptx import Instruction, Operand
 from emulate.values import B32, F32, PRED, U32, Array, half_to_float
 
 _LANE = np.arange(WARP_LANES)
-ROW, PAIR = _LANE // 4, 2 * (_LANE % 4)  # of an 8 x 8 matrix, where a lane's two elements are
+ROW, PAIR = _LANE // 4, 2 * (_LANE % 4)  # positions of a lane's two elements in an 8 x 8 matrix
 
 
 @executes("shfl.sync", words="bfly up down idx", together=WARP)
 def _shuffle(machine: Machine, instruction: Instruction) -> None:
-    """The value of another lane; where that is beyond the clamp, the lane's own, and the predicate is false."""
+    """Read another lane's value; beyond the clamp, the lane's own, and the predicate is false."""
     to, value, *given, _ = instruction.operands
     mode = instruction.modifiers[1]
     by, clamp = (machine.in_warps(machine.lanes_of(one, U32)).astype(np.int64) for one in given)
@@ -52,7 +52,7 @@ def _reduce(machine: Machine, instruction: Instruction) -> None:
 
 
 def _matrix_rows(machine: Machine, instruction: Instruction) -> tuple[Array, Array, Array, int]:
-    """Block, address and warp of the rows of a warp's 8 x 8 matrices, which its first lanes point at; how many."""
+    """Return block, address and warp of the rows of a warp's 8 x 8 matrices, and their number, from its first lanes."""
     count = next(int(word[1]) for word in instruction.modifiers if word in ("x1", "x2", "x4"))
     address = instruction.operands[0 if instruction.opcode.startswith("st") else 1]
     at = machine.in_warps(machine.address(address, 4))[:, : 8 * count].reshape(-1)
@@ -62,7 +62,7 @@ def _matrix_rows(machine: Machine, instruction: Instruction) -> tuple[Array, Arr
 
 @executes("ldmatrix.sync.aligned", words="m8n8 x1 x2 x4 trans shared", together=WARP)
 def _load_matrices(machine: Machine, instruction: Instruction) -> None:
-    """Up to four 8 x 8 matrices of 16-bit elements, or their transposes, two elements of each to a lane."""
+    """Load up to four 8 x 8 matrices of 16-bit elements, or their transposes, two elements of each per lane."""
     block, at, warp, count = _matrix_rows(machine, instruction)
     rows = machine.shared.load(block, at, 16, warp).view(np.uint16).reshape(-1, count, 8, 8)
     if "trans" in instruction.modifiers:
@@ -85,17 +85,17 @@ def _store_matrices(machine: Machine, instruction: Instruction) -> None:
 
 
 def halves_of(machine: Machine, registers: tuple[Operand, ...], kind: str) -> Array:
-    """(warps, 32, registers, 2) float32: the two 16-bit numbers in each of a lane's registers."""
+    """Return (warps, 32, registers, 2) float32: the two 16-bit numbers in each register of a lane."""
     bits = np.stack([machine.lanes_of(one, B32) for one in registers], axis=1)
     return half_to_float(bits.view(np.uint16), kind).reshape(-1, WARP_LANES, len(registers), 2)
 
 
 @executes("mma.sync.aligned.m16n8k16.row.col", together=WARP)
 def _multiply_matrices(machine: Machine, instruction: Instruction) -> None:
-    """16 x 16 times 16 x 8 in half precision, added to float32.
+    """Multiply 16 x 16 by 16 x 8 in half precision and add to float32.
 
-    Products and sums are exact in float64 and rounded once: a GPU adds in an order, and to a width, of its own. A lane
-    has two neighbours in a row of every 8 x 8 quarter: rows are lane // 4, columns 2 * (lane % 4) and the next.
+    Products and sums are exact in float64 and rounded once; the order and width of a GPU's additions differ. A lane
+    holds two neighbours in a row of every 8 x 8 quarter: rows are lane // 4, columns 2 * (lane % 4) and the next.
     """
     if ".".join(instruction.modifiers[5:]) not in ("f32.bf16.bf16.f32", "f32.f16.f16.f32"):
         raise EmulationError("is emulated of halves into float32 only")

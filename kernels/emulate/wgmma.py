@@ -1,4 +1,4 @@
-"""Products of a warpgroup (wgmma): operands described in shared memory, results there when they are waited for."""
+"""Products of a warpgroup (wgmma): operands in shared memory by descriptor, results available after the wait."""
 
 from dataclasses import dataclass, replace
 
@@ -12,23 +12,23 @@ from emulate.ptx import Group, Immediate, Instruction, Operand, Register
 from emulate.values import PRED, U32, Array
 from emulate.warps import halves_of
 
-ROWS = 64  # of every product
+ROWS = 64  # for every product
 
 
 @dataclass(frozen=True)
 class _Product:
-    """Products of one instruction that have not been waited for, by warpgroup.
+    """Products of one instruction in flight, by warpgroup.
 
     Attributes:
         lanes: (groups, 128).
-        number: (groups,), which of each warpgroup's groups of products it belongs to.
-        results: names of the accumulators.
-        a: an operand, or the numbers (groups, 64, 16) that its registers held, which are `sources`.
-        added: (groups,), whether the accumulators are added.
-        began: when it was issued.
-        renamed: (accumulator, register, lanes): moves of accumulators that were not there yet. LLVM puts such moves in
-            front of the wait, and ptxas makes one register of the two; the result goes to both.
-        early: both operands as they were then, where they are not to be read at the wait.
+        number: (groups,), index of the commit group of each warpgroup.
+        results: the names of the accumulators.
+        a: an operand, or the numbers (groups, 64, 16) that its registers, `sources`, held.
+        added: (groups,), whether the product is added to the accumulators.
+        began: the time of issue.
+        renamed: (accumulator, register, lanes): moves of accumulators that were not available yet. LLVM puts such moves
+            before the wait, and ptxas merges the two registers; the result goes to both.
+        early: both operands at issue, if they are not to be read at the wait.
     """
 
     lanes: Array
@@ -50,11 +50,11 @@ class _Product:
         return replace(self, lanes=lanes, number=number, a=a, b=self.b.of(some), added=added, early=early)
 
     def matrices(self) -> list[Matrix]:
-        """Its operands in shared memory."""
+        """The operands in shared memory."""
         return [one for one in (self.a, self.b) if isinstance(one, Matrix)]
 
     def operands(self, machine: Machine) -> tuple[Array, Array]:
-        """As they are now, (groups, 64, 16) and (groups, columns, 16)."""
+        """Return the current operands, (groups, 64, 16) and (groups, columns, 16)."""
         a = self.a.numbers(machine, self.kind) if isinstance(self.a, Matrix) else self.a
         return a, self.b.numbers(machine, self.kind)
 
@@ -101,7 +101,7 @@ def _names(machine: Machine, operand: Operand) -> tuple[str, ...]:
 
 
 def _check_fenced(machine: Machine, names: tuple[str, ...]) -> None:
-    """Registers that other instructions have written need a fence before a product uses them."""
+    """Raise if a product uses registers that other instructions have written without a fence since."""
     fenced = machine.fenced[machine.lanes]
     for name in names:
         if (machine.written[name][machine.lanes] > fenced).any():
@@ -109,7 +109,7 @@ def _check_fenced(machine: Machine, names: tuple[str, ...]) -> None:
 
 
 def _from_registers(machine: Machine, operand: Group, kind: str) -> Array:
-    """(groups, 64, 16): a warp holds 16 rows, as for mma."""
+    """Return (groups, 64, 16) from registers: a warp holds 16 rows, as for mma."""
     halves = halves_of(machine, operand.members, kind).reshape(-1, 4, 8, 4, 2, 2, 2)
     return halves.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, ROWS, INNER)
 
@@ -126,7 +126,7 @@ def _commit(machine: Machine, instruction: Instruction) -> None:
 
 @executes("wgmma.wait_group.sync.aligned", together=WARPGROUP)
 def _wait(machine: Machine, instruction: Instruction) -> None:
-    """Finish what the warpgroups have committed but for the last so many groups."""
+    """Finish the warpgroups' committed products except the last N groups."""
     left = int(machine.read(instruction.operands[0], U32))
     waits = np.zeros(machine.count, np.bool_)
     waits[machine.lanes] = True
@@ -143,12 +143,12 @@ def _wait(machine: Machine, instruction: Instruction) -> None:
 
 
 def _finish(machine: Machine, product: _Product) -> None:
-    """Products and sums are exact in float64 and rounded once, as those of mma."""
+    """Compute products and sums exactly in float64 and round once, as for mma."""
     for matrix in product.matrices():
         machine.shared.races.end_read(matrix.chunk.reshape(-1), 16, product.began)
     a, b = product.early or product.operands(machine)
     result = a.astype(np.float64) @ b.astype(np.float64).swapaxes(1, 2)
-    # A warp has 16 rows: a lane, in every 8 columns, two neighbours in a row and the two 8 rows below.
+    # A warp has 16 rows. In every 8 columns, a lane holds two neighbours in a row and the two 8 rows below.
     lanes = result.reshape(-1, 4, 2, 8, b.shape[1] // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
     lanes = lanes.reshape(*product.lanes.shape, -1)
     values = {}
@@ -162,7 +162,7 @@ def _finish(machine: Machine, product: _Product) -> None:
 
 
 def rename(machine: Machine, name: str, other: str) -> bool:
-    """Move an accumulator that is not there yet, if it is one: the last product that has it will write both."""
+    """Move a register that is an accumulator in flight, if it is one: its last product will write both."""
     moved = np.zeros(machine.count, np.bool_)
     moved[machine.lanes] = True
     if not (name in machine.unreadable and machine.unreadable[name][moved].all()):
@@ -179,7 +179,7 @@ def rename(machine: Machine, name: str, other: str) -> bool:
 
 
 def _mark_busy(machine: Machine) -> None:
-    """Accumulators on their way may be neither read nor written, registers of an operand not be written."""
+    """Forbid reads and writes of accumulators in flight, and writes of operand registers."""
     machine.unreadable.clear()
     machine.unwritable.clear()
     for product in machine.products:

@@ -86,7 +86,7 @@ def test_a_missing_package_is_named(checkpoint, model, package, capsys, monkeypa
     find = dvit.utils.packages.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
     line = fails(convert, [checkpoint, *TINY_FACTS, "--format", "onnx"], capsys)
-    assert f"needs {package}, not installed; pip install 'dvit-infer[onnx]' would do" in line
+    assert f"needs {package}, not installed; run pip install 'dvit-infer[onnx]'" in line
     if package == "onnxruntime":
         line = fails(bench, [model], capsys)
         assert "pip install 'dvit-infer[onnx]'" in line
@@ -146,7 +146,7 @@ def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
         (
             '"patch_size": 16',
             '"patch_size": "16"',
-            "cannot be true: patch_size: '16' is not a positive integer",
+            "is invalid: patch_size: '16' is not a positive integer",
         ),
         ('"format": 1', '"format": 2', "its format is 2"),
         ('"patch_size": 16', '"patch_size": 1000000000', "is not a multiple of the patch size"),

@@ -57,7 +57,7 @@ def whole(dense, folder, tmp_path_factory):
         (["--image-size", "30"], "--image-size: 30x30 is no multiple"),
         (["--resume", "nothing.pth"], "--resume: nothing.pth: No such file"),
         (["-o", "nowhere/out.pth"], "--out: nowhere/out.pth: there is no folder"),
-        (["--device", "tpu"], "--device: 'tpu' is no device"),
+        (["--device", "tpu"], "--device: 'tpu' is not a device"),
     ],
 )
 def test_bad_options_are_named(more, expected, dense, folder, capsys):

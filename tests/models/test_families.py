@@ -139,7 +139,7 @@ def test_lvvit_keys_that_do_not_belong_are_named():
     ("arguments", "message"),
     [
         ({"arch": "resnet50"}, r"arch: 'resnet50' does not exist.*dynamicvit-deit-s"),
-        ({"arch": "lvvit-s"}, "arch: lvvit-s was asked for"),
+        ({"arch": "lvvit-s"}, "arch: lvvit-s was requested"),
         ({"arch": "deit-s"}, "score predictors"),
         ({"arch": "dynamicvit-deit-s"}, r"missing key blocks\.4\."),
         ({"keep_rate": 0}, "keep_rate: 0"),

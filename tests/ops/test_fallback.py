@@ -262,7 +262,7 @@ def test_kernels_can_be_turned_off(monkeypatch):
 
 def test_an_unknown_setting_is_refused(monkeypatch):
     monkeypatch.setenv("DVIT_KERNELS", "on")
-    with pytest.raises(InputError, match=r"^DVIT_KERNELS: 'on'; require or off can be asked for, or nothing$"):
+    with pytest.raises(InputError, match=r"^DVIT_KERNELS: 'on'; require, off or nothing is expected$"):
         dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
 
 
