@@ -29,7 +29,7 @@ LESS_OFTEN = 0.1  # less accurate: top-1 agreement fell by this share of the ima
 
 @dataclass(frozen=True)
 class Measured:
-    """One row.
+    """The figures of one row.
 
     Attributes:
         us: the median, microseconds.

@@ -78,8 +78,8 @@ class Comparison:
         self.baseline = next(iter(names), next(iter(self._candidates)))
         # One reference model for each function; functions differ in the tokens they keep.
         functions = {candidate.config.num_keep: candidate.config for candidate in self._candidates.values()}
-        self._right = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
-        self._plain = self._right
+        self._references = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
+        self._plain = self._references
         if subject.dtype != torch.float32:
             self._plain = {
                 key: build_reference(config, subject.checkpoint).to(self.device, subject.dtype)
@@ -95,7 +95,7 @@ class Comparison:
 
     @property
     def runs(self) -> str:
-        """What runs the engine."""
+        """The backend of the engine, as one line."""
         return f"engine: {self.engine.graph.how}"
 
     @property
@@ -117,7 +117,7 @@ class Comparison:
         self.check_memory(batch)
         try:
             images = self.images(batch)
-            expected = {key: self._expected(key, images) for key in self._right}
+            expected = {key: self._expected(key, images) for key in self._references}
             images = images.to(self.device, self.subject.dtype)
             with torch.no_grad():
                 calls = {
@@ -151,7 +151,7 @@ class Comparison:
         return Outcome(rows, self._pruning_speedups(timings, batch), strays, unsure, noise(timings.values()))
 
     def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
-        right = evaluate(self._right[key], images)
+        right = evaluate(self._references[key], images)
         if not torch.isfinite(right.logits).all():
             name = self.subject.checkpoint.name
             raise InputError(f"{name}: the reference model itself gives NaN or Inf; its weights are too large")
@@ -180,7 +180,7 @@ class Comparison:
     @property
     def reference(self) -> VisionTransformer:
         """The reference of `engine`, in float32."""
-        return self._right[self.engine.config.num_keep]
+        return self._references[self.engine.config.num_keep]
 
     def time_nodes(
         self, batch: int, limits: Limits, seconds: float, progress: Callable[[float], None] = lambda share: None
@@ -206,7 +206,7 @@ class Comparison:
         ]
 
     def _row(
-        self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, right: torch.Tensor
+        self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, expected: torch.Tensor
     ) -> Row:
         candidate, timing = self._candidates[name], timings[name]
         held = candidate.held_mib()
@@ -222,8 +222,8 @@ class Comparison:
             gmacs=candidate.gmacs,
             params=self.subject.params(candidate.is_dense),
             peak_mib=None if timing.peak_mib is None or held is None else timing.peak_mib + held,
-            max_logit_error=(logits - right).abs().max().item(),
-            top1_agreement=(logits.argmax(dim=1) == right.argmax(dim=1)).float().mean().item(),
+            max_logit_error=(logits - expected).abs().max().item(),
+            top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
             baseline=self.baseline,
             speedup=timing.speedup_over(timings[self.baseline]),
         )

@@ -123,7 +123,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    """'0.5:0.9:0.1' -> (0.5, 0.6, 0.7, 0.8, 0.9)."""
+    """Parse '0.5:0.9:0.1' to (0.5, 0.6, 0.7, 0.8, 0.9)."""
     try:
         first, last, step = (float(part) for part in text.split(":"))
         count = math.floor((last - first) / step + 1e-9) + 1

@@ -87,7 +87,7 @@ def _is_image(name: str) -> bool:
 def _below(
     folder: str, parts: Sequence[_Part], above: frozenset[tuple[int, int]] = frozenset(), *, ordered: bool = True
 ) -> Iterator[str]:
-    """Files below a folder whose path matches the parts; `above`: the folders that this one is in, for links may loop.
+    """Yield files below a folder whose path matches the parts; `above`: parent folders, as links may loop.
 
     Raises:
         OSError: a folder cannot be read.

@@ -51,7 +51,7 @@ class OnnxRunner:
             ValueError: `watch` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
         if watch is not None:
-            raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
+            raise ValueError("watch: ONNX Runtime does not report node outputs; use node_values")
         given = {"images": self.prepare(images)}
         if kept is not None:
             return self.node_values(images, kept, ())["logits"], list(kept)
