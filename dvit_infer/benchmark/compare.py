@@ -135,7 +135,7 @@ class Comparison:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error):
                 raise
-            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
+            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None
         rows, strays, unsure = [], [], []
         for name, candidate in self._candidates.items():
             right = expected[candidate.config.num_keep]
@@ -174,7 +174,7 @@ class Comparison:
         if self.device.type == "cpu" and free is not None and needed > free:
             raise InputError(
                 f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
-                f"{free / 2**30:.1f} GiB are free; a smaller batch would"
+                f"{free / 2**30:.1f} GiB are free; use a smaller batch"
             )
 
     @property

@@ -131,7 +131,7 @@ def _rates(text: str) -> tuple[float, ...]:
             raise ValueError
     except (ValueError, OverflowError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no range of keep rates such as 0.5:0.9:0.1: first, last (above 0, at most 1), step"
+            f"{text!r} is not a range of keep rates such as 0.5:0.9:0.1: first, last (above 0, at most 1), step"
         ) from None
     return tuple(round(first + i * step, 9) for i in range(count))
 

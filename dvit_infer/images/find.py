@@ -54,7 +54,7 @@ def _found(arguments: Sequence[str], searches: Sequence[tuple[str, tuple[_Part, 
 def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
     """Return the folder to search and the parts of the pattern; None if the argument is a file."""
     if "\0" in argument or not argument:
-        raise InputError(f"{argument!a}: is no file's name")
+        raise InputError(f"{argument!a}: is not a file name")
     if os.path.isdir(argument):
         return argument, (None, _is_image)
     if os.path.lexists(argument):
