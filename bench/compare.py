@@ -29,7 +29,7 @@ LESS_OFTEN = 0.1  # less accurate: top-1 agreement fell by this share of the ima
 
 @dataclass(frozen=True)
 class Measured:
-    """One row.
+    """The figures of one row.
 
     Attributes:
         us: the median, microseconds.
@@ -48,7 +48,7 @@ def read(path: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], Measured]]:
     """Return the environment and rows of a result file.
 
     Raises:
-        InputError: It cannot be read, has an unknown version, or is no result file.
+        InputError: It cannot be read, has an unknown version, or is not a result file.
     """
     content = read_results(path)
     try:
@@ -56,9 +56,9 @@ def read(path: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], Measured]]:
         where["machine"], where.get("commit")
         found = {_name(row): _measured(row) for row in rows if _is_timed(row)}
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{path}: is no result file ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}: is not a result file ({type(error).__name__}: {error})") from None
     if not found:
-        raise InputError(f"{path}: is no result file (no row in it has a time)")
+        raise InputError(f"{path}: is not a result file (no row in it has a time)")
     return where, found
 
 

@@ -150,7 +150,7 @@ def parts_of(only: str | None) -> list[str]:
     names = [name.strip() for name in only.split(",")]
     for name in names:
         if name not in PARTS:
-            raise InputError(f"ONLY: {name!r} is no part of the suite; these are: {', '.join(PARTS)}")
+            raise InputError(f"ONLY: {name!r} is not a part of the suite; these are: {', '.join(PARTS)}")
     return [part for part in PARTS if part in names]
 
 
@@ -160,7 +160,9 @@ def seconds_of(budget: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise InputError(f"BUDGET: {budget!r} is no number of seconds; more than 0 are needed, {BUDGET:.0f} are usual")
+        raise InputError(
+            f"BUDGET: {budget!r} is not a number of seconds; more than 0 are needed, {BUDGET:.0f} are usual"
+        )
     return seconds
 
 

@@ -49,10 +49,10 @@ def steps(batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Cal
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 with torch.no_grad():
-                    right = teacher(images)
+                    teacher_out = teacher(images)
                 out = trained(images)
             if out.decisions:
-                loss = losses(objective, out, right, labels).total
+                loss = losses(objective, out, teacher_out, labels).total
             else:
                 loss = F.cross_entropy(out.pred.float(), labels)
             loss.backward()

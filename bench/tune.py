@@ -57,12 +57,12 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[
     else:
         candidates = attention_candidates(shape, dtype, device, tiles)
     times, failed = microseconds(candidates, device, 0.0 if dry else SECONDS, 8 + shape.flops / 3e8)
-    expected = answer(candidates["pytorch"]).float()
+    expected = output_of(candidates["pytorch"]).float()
     numbers = {by(tile): dataclasses.astuple(tile) for tile in tiles}
     rows: list[dict[str, Any]] = []
     same = {"dtype": str(dtype).removeprefix("torch."), **shape.kind}
     for name, us in times.items():
-        error = (answer(candidates[name]).float().view_as(expected) - expected).abs().max().item()
+        error = (output_of(candidates[name]).float().view_as(expected) - expected).abs().max().item()
         if not error <= TOLERANCE * expected.abs().max().item():  # also catches NaN
             failed[name] = f"{WRONG} by {error:.1e}"
             continue
@@ -81,7 +81,7 @@ def named(candidate: str) -> dict[str, str | None]:
     return {"runtime": runtime, "variant": variant or None}
 
 
-def answer(calls: Sequence[Callable[[], Any]]) -> torch.Tensor:
+def output_of(calls: Sequence[Callable[[], Any]]) -> torch.Tensor:
     """Return the output of a candidate, without the statistics that linears also return."""
     found = calls[0]()
     return found[0] if isinstance(found, tuple) else found

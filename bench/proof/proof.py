@@ -112,7 +112,7 @@ def _run(*command: object) -> None:
 
 
 def _write_training(folder: Path) -> None:
-    """Training digits, rotated, scaled and sheared a little; clutter and all, as the dense model saw them."""
+    """Write training images: slightly distorted digits with clutter, as the dense model saw them."""
     pictures, labels = draw(TRAINING_PICTURES, "train", TRAINING_SEED)
     rng = np.random.default_rng(TRAINING_SEED)
     parts = [turned(torch.from_numpy(part).float(), rng) for part in np.array_split(pictures, 24)]
@@ -156,16 +156,16 @@ def _random_top1(engine: dvit.Engine, folder: LabelledFolder) -> float:
     """Evaluate the same weights and counts, but with randomly chosen patches at every stage."""
     rng = np.random.default_rng(0)
     stream = decode((Entry(path, label) for path, label in folder.entries()), preprocess_for(engine.config))
-    right = total = 0
+    correct = total = 0
     for group in batches(stream, 100):
         images = pixels(group)
         assert images is not None
         order = rng.random((len(images), engine.config.num_patches)).argsort(axis=1)
         kept = [torch.from_numpy(np.sort(order[:, :count], axis=1)) for count in engine.config.num_keep]
         found = engine(images, kept=kept).argmax(dim=1).cpu()
-        right += int((found == torch.tensor([picture.label for picture in group])).sum())
+        correct += int((found == torch.tensor([picture.label for picture in group])).sum())
         total += len(images)
-    return 100 * right / total
+    return 100 * correct / total
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:

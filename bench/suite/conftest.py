@@ -17,10 +17,7 @@ from dvit_infer.benchmark.timing import Timing
 
 Call = Callable[[], Any]
 Timed = Callable[..., None]
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.1,
-}  # relative to the largest expected value; wrong outputs are not timed
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to the largest expected value
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +39,7 @@ def batch(device: torch.device) -> int:
 def timed(benchmark: Any, device: torch.device, dtype: torch.dtype) -> Timed:
     """Time a call whose output is correct; its row includes the error."""
 
-    def measure(call: Call, right: torch.Tensor, group: str, **row: Any) -> None:
+    def measure(call: Call, expected: torch.Tensor, group: str, **row: Any) -> None:
         def until_done() -> None:
             call()
             if device.type == "cuda":
@@ -51,8 +48,8 @@ def timed(benchmark: Any, device: torch.device, dtype: torch.dtype) -> Timed:
         with torch.no_grad():
             found = call()
             answer = (found[0] if isinstance(found, tuple) else found).float()
-            error = (answer - right).abs().max().item()
-            assert error <= TOLERANCE[dtype] * right.abs().max().item()
+            error = (answer - expected).abs().max().item()
+            assert error <= TOLERANCE[dtype] * expected.abs().max().item()
             benchmark.group = group
             benchmark.extra_info.update(row, dtype=str(dtype).removeprefix("torch."), max_error=error)
             benchmark(until_done)

@@ -27,6 +27,6 @@ def test_attention(tokens, runtime, device, dtype, batch, timed):
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
     q, k, v = qkv.unbind(2)
     candidates = {"eager": plain, "sdpa": sdpa, "op": lambda q, k, v: attention(q, k, v, SCALE)}
-    right = plain(*(t.float() for t in (q, k, v)))
+    expected = plain(*(t.float() for t in (q, k, v)))
     row = {"op": "attention", "runtime": runtime, "batch": batch, "shape": [tokens, HEADS, HEAD_DIM]}
-    timed(lambda: candidates[runtime](q, k, v), right, f"attention, {tokens} tokens", **row)
+    timed(lambda: candidates[runtime](q, k, v), expected, f"attention, {tokens} tokens", **row)

@@ -40,6 +40,6 @@ def test_linear(tokens, name, runtime, device, dtype, batch, timed):
 
     tensors = x, weight, bias, residual
     candidates = {"eager": eager, "op": op}
-    right = eager(*(t.float() for t in tensors))
+    expected = eager(*(t.float() for t in tensors))
     row = {"op": f"linear, {name}", "runtime": runtime, "batch": batch, "shape": [tokens, dim_in, dim_out]}
-    timed(lambda: candidates[runtime](*tensors), right, f"linear, {name}, {tokens} tokens", **row)
+    timed(lambda: candidates[runtime](*tensors), expected, f"linear, {name}, {tokens} tokens", **row)

@@ -35,6 +35,6 @@ def test_prune_tokens(stage, runtime, predictors, device, dtype, batch, timed):
         "op": lambda: torch.ops.dvit.prune_tokens(x, packed, num_keep, 1, EPS)[0],
     }
     # Near ties may differ in bfloat16; the tests compare the op with the reference.
-    right = calls["eager" if dtype == torch.float32 else runtime]().float()
+    expected = calls["eager" if dtype == torch.float32 else runtime]().float()
     row = {"op": "prune_tokens", "runtime": runtime, "batch": batch, "shape": [n + 1, 384, num_keep]}
-    timed(calls[runtime], right, f"prune_tokens, stage {stage}", **row)
+    timed(calls[runtime], expected, f"prune_tokens, stage {stage}", **row)

@@ -79,8 +79,8 @@ class Comparison:
         self.baseline = next(iter(names), next(iter(self._candidates)))
         # One reference model for each function; functions differ in the tokens they keep.
         functions = {candidate.config.num_keep: candidate.config for candidate in self._candidates.values()}
-        self._right = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
-        self._plain = self._right
+        self._references = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
+        self._plain = self._references
         if subject.dtype != torch.float32:
             self._plain = {
                 key: build_reference(config, subject.checkpoint).to(self.device, subject.dtype)
@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def runs(self) -> str:
-        """What runs the engine."""
+        """The backend of the engine, as one line."""
         return f"engine: {self.engine.graph.runtime}"
 
     @property
@@ -118,7 +118,7 @@ class Comparison:
         self.check_memory(batch)
         try:
             images = self.images(batch)
-            expected = {key: self._expected(key, images) for key in self._right}
+            expected = {key: self._expected(key, images) for key in self._references}
             images = images.to(self.device, self.subject.dtype)
             with torch.no_grad():
                 calls = {
@@ -136,7 +136,7 @@ class Comparison:
         except (MemoryError, RuntimeError) as error:
             if not is_allocation_failure(error):
                 raise
-            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
+            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None
         rows, strays, unsure = [], [], []
         for name, candidate in self._candidates.items():
             right = expected[candidate.config.num_keep]
@@ -152,7 +152,7 @@ class Comparison:
         return Outcome(rows, self._pruning_speedups(timings, batch), strays, unsure, noise(timings.values()))
 
     def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
-        right = evaluate(self._right[key], images)
+        right = evaluate(self._references[key], images)
         if not torch.isfinite(right.logits).all():
             name = self.subject.checkpoint.name
             raise InputError(f"{name}: the reference model itself gives NaN or Inf; its weights are too large")
@@ -175,13 +175,13 @@ class Comparison:
         if self.device.type == "cpu" and free is not None and needed > free:
             raise InputError(
                 f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
-                f"{free / 2**30:.1f} GiB are free; a smaller batch would"
+                f"{free / 2**30:.1f} GiB are free; use a smaller batch"
             )
 
     @property
     def reference(self) -> VisionTransformer:
         """The reference of `engine`, in float32."""
-        return self._right[self.engine.config.num_keep]
+        return self._references[self.engine.config.num_keep]
 
     def time_nodes(
         self, batch: int, limits: Limits, seconds: float, progress: Callable[[float], None] = lambda share: None
@@ -207,7 +207,7 @@ class Comparison:
         ]
 
     def _row(
-        self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, right: torch.Tensor
+        self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, expected: torch.Tensor
     ) -> Row:
         candidate, timing = self._candidates[name], timings[name]
         held = candidate.held_mib()
@@ -223,8 +223,8 @@ class Comparison:
             gmacs=candidate.gmacs,
             params=self.subject.params(candidate.is_dense),
             peak_mib=None if timing.peak_mib is None or held is None else timing.peak_mib + held,
-            max_logit_error=(logits - right).abs().max().item(),
-            top1_agreement=(logits.argmax(dim=1) == right.argmax(dim=1)).float().mean().item(),
+            max_logit_error=(logits - expected).abs().max().item(),
+            top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
             baseline=self.baseline,
             speedup=timing.speedup_over(timings[self.baseline]),
         )

@@ -98,7 +98,7 @@ class OnnxComparison:
             raise InputError(f"batch: {self.path} takes {self.fixed_batch} images at a time, not {batch}")
         free, needed = free_memory(torch.device("cpu")), 8 * batch * math.prod(self._shape)
         if free is not None and needed > free:
-            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would")
+            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch")
 
     def images(self, batch: int) -> torch.Tensor:
         """Return the images for a batch, in the layout and dtype of the file's input."""
@@ -126,7 +126,7 @@ class OnnxComparison:
         except (MemoryError, RuntimeError) as error:
             if not is_allocation_failure(error):
                 raise
-            raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
+            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None
         rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
         first = logits[self.baseline]
         same = SAME_MAX if self._precision == "float32" else SAME_RMS

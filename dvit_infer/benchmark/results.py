@@ -89,14 +89,14 @@ def read_results(path: str | Path) -> dict[str, Any]:
     """Return the content of a result file, with rows converted to version 2.
 
     Raises:
-        InputError: The file cannot be read, is no result file, or has an unknown version.
+        InputError: The file cannot be read, is not a result file, or has an unknown version.
     """
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no JSON ({error})") from None
+        raise InputError(f"{path}: is not JSON ({error})") from None
     return as_version_2(content, str(path))
 
 
@@ -104,7 +104,7 @@ def as_version_2(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Convert the content of a result file of version 1, which had no version key, or 2 to version 2.
 
     Raises:
-        InputError: It is no result file, or has another version; the message begins with `name`.
+        InputError: It is not a result file, or has another version; the message begins with `name`.
     """
     try:
         version = content.get("version", 1)
@@ -114,4 +114,4 @@ def as_version_2(content: Mapping[str, Any], name: str) -> dict[str, Any]:
         rows = [{renamed.get(key, key): value for key, value in row.items()} for row in content["rows"]]
         return {**content, "version": VERSION, "environment": content["environment"], "rows": rows}
     except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{name}: is no result file ({type(error).__name__}: {error})") from None
+        raise InputError(f"{name}: is not a result file ({type(error).__name__}: {error})") from None

@@ -123,7 +123,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    """'0.5:0.9:0.1' -> (0.5, 0.6, 0.7, 0.8, 0.9)."""
+    """Parse '0.5:0.9:0.1' to (0.5, 0.6, 0.7, 0.8, 0.9)."""
     try:
         first, last, step = (float(part) for part in text.split(":"))
         count = math.floor((last - first) / step + 1e-9) + 1
@@ -131,7 +131,7 @@ def _rates(text: str) -> tuple[float, ...]:
             raise ValueError
     except (ValueError, OverflowError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no range of keep rates such as 0.5:0.9:0.1: first, last (above 0, at most 1), step"
+            f"{text!r} is not a range of keep rates such as 0.5:0.9:0.1: first, last (above 0, at most 1), step"
         ) from None
     return tuple(round(first + i * step, 9) for i in range(count))
 

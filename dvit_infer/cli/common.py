@@ -160,7 +160,7 @@ def integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 3,6,9") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 3,6,9") from None
 
 
 def size(text: str) -> int | tuple[int, ...]:
@@ -168,7 +168,7 @@ def size(text: str) -> int | tuple[int, ...]:
     try:
         sides = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224 or 192x256") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 192x256") from None
     return sides[0] if len(sides) == 1 else sides
 
 
@@ -178,7 +178,7 @@ def assumptions(text: str) -> dict[str, Any]:
     for item in text.split(","):
         name, equals, value = item.partition("=")
         if not equals or not name.strip() or not value.strip():
-            raise argparse.ArgumentTypeError(f"{item!r} is no assumption such as num_heads=6")
+            raise argparse.ArgumentTypeError(f"{item!r} is not an assumption such as num_heads=6")
         parts = [_number(part) for part in re.split(r"[:x]" if value[:1].isdigit() else ":", value.strip())]
         if name.strip() in chosen:
             raise argparse.ArgumentTypeError(f"{name.strip()} is given twice")

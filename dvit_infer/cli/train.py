@@ -162,7 +162,7 @@ def _prepared(
     if options.workers is None:
         workers //= world.local_size
     if options.out.endswith(".safetensors"):
-        raise InputError(f"out: {options.out}: the output is no safetensors file; choose a name that ends in .pth")
+        raise InputError(f"out: {options.out}: the output is not a safetensors file; choose a name that ends in .pth")
     out = check_output(options.out, "out", not_this=options.dense)
     if options.logdir is not None:
         check_logdir(options.logdir)

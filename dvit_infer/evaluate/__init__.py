@@ -1,1 +1,1 @@
-"""Many images through one model: accuracy, predictions, images of what was kept."""
+"""Run one model on many images: accuracy, predictions, visualisation of kept patches."""

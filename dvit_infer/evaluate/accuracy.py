@@ -169,16 +169,16 @@ class _Counts:
         self.model_seconds += seconds
         labels = torch.tensor([image.label for image in group if image.error is None])
         top, finite = _top(logits)
-        right = (top[:, 0] == labels) & finite
+        correct = (top[:, 0] == labels) & finite
         self.images += len(images)
-        self.top1 += int(right.sum())
+        self.top1 += int(correct.sum())
         self.top5 += int(((top == labels[:, None]).any(dim=1) & finite).sum())
         self.not_finite += int((~finite).sum())
         if reference is not None:
             mean, std = engine.config.mean, engine.config.std
             expected, sound = _top(evaluate(reference, normalise(images, mean, std)).logits)
             self.agree += int(((top[:, 0] == expected[:, 0]) & finite & sound).sum())
-            sides = 2 * ~right + ~((expected[:, 0] == labels) & sound)
+            sides = 2 * ~correct + ~((expected[:, 0] == labels) & sound)
             self.sides += torch.bincount(sides, minlength=4)
 
 

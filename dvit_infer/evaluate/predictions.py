@@ -56,8 +56,8 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     id. The device is excluded, as it changes only rounding.
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
-    said = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    content = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for part in engine.digest(source):
         digest.update(part)
     return f"{engine.config.arch}@{digest.hexdigest()[:8]}"
@@ -90,16 +90,17 @@ def predict(
     while True:
         with running(batch):  # not around the yield: errors of the caller must pass unchanged
             group = next(groups, None)
-            answers = None if group is None else _answers(engine, group, kept)
-        if answers is None:
+            predictions = None if group is None else _predictions(engine, group, kept)
+        if predictions is None:
             return
-        yield answers
+        yield predictions
 
 
-def _answers(engine: Classifier, group: Sequence[Decoded], kept: bool) -> list[Prediction]:
+def _predictions(engine: Classifier, group: Sequence[Decoded], kept: bool) -> list[Prediction]:
     images = pixels(group)
-    answered = iter(()) if images is None else _classified(engine, [p.path for p in group if not p.error], images, kept)
-    return [Prediction(p.path, error=p.error) if p.error else next(answered) for p in group]
+    readable = [image.path for image in group if not image.error]
+    classified = iter(()) if images is None else _classified(engine, readable, images, kept)
+    return [Prediction(p.path, error=p.error) if p.error else next(classified) for p in group]
 
 
 def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, kept: bool) -> Iterator[Prediction]:
@@ -107,8 +108,8 @@ def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, 
     finite = torch.isfinite(logits).all(dim=1).tolist()
     best = logits.cpu().softmax(dim=1).topk(min(TOP, logits.shape[1]))
     stages = [stage.tolist() for stage in chosen]
-    answers = zip(paths, finite, best.indices.tolist(), best.values.tolist(), strict=True)
-    for row, (path, is_finite, classes, probabilities) in enumerate(answers):
+    predictions = zip(paths, finite, best.indices.tolist(), best.values.tolist(), strict=True)
+    for row, (path, is_finite, classes, probabilities) in enumerate(predictions):
         if not is_finite:
             yield Prediction(path, error=f"the model's output in {str(engine.dtype)[6:]} is NaN or Inf")
             continue

@@ -103,7 +103,7 @@ def _read(path: Path, model: str, kept: bool, labelled: bool, done: Names) -> in
             if not line.endswith(b"\n"):
                 if len(line) < LONGEST and (line.startswith(START) or START.startswith(line)):
                     return end
-                raise InputError(f"{where}: is no line of dvit-predict; choose another file")
+                raise InputError(f"{where}: is not a line of dvit-predict; choose another file")
             done.add([_image(where, line, model, kept, labelled)])
             end += len(line)
     return end
@@ -120,7 +120,7 @@ def _image(where: str, line: bytes, model: str, kept: bool, labelled: bool) -> t
         if not (isinstance(image, str) and isinstance(by, str)):
             raise TypeError
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{where}: is no line of dvit-predict of this version; choose another file") from None
+        raise InputError(f"{where}: is not a line of dvit-predict of this version; choose another file") from None
     if by != model:
         raise InputError(f"{where}: is by {by}, this run by {model} (weights or settings differ); choose another file")
     if not failed and ("kept" in content) != kept:

@@ -97,7 +97,7 @@ def labelled_folder(path: str | Path, num_classes: int, classes: ClassMap | None
     where = str(path)
     if not os.path.isdir(where):
         raise InputError(
-            f"{where}: there is no such folder" if not os.path.lexists(where) else f"{where}: is no folder"
+            f"{where}: there is no such folder" if not os.path.lexists(where) else f"{where}: is not a folder"
         )
     with os.scandir(where) as found:
         names = sorted(entry.name for entry in found if entry.name[0] != "." and os.path.isdir(entry.path))
@@ -130,7 +130,7 @@ def _json(path: str | Path) -> Any:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"classes: {path}: is no JSON ({error})") from None
+        raise InputError(f"classes: {path}: is not JSON ({error})") from None
 
 
 def _entries(path: str | Path, content: Any) -> list[tuple[object, int, list[str]]]:

@@ -58,12 +58,12 @@ def open_image(path: str | Path) -> Image.Image:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageFileError(path, "is no regular file")
+            raise ImageFileError(path, "is not a regular file")
         with warnings.catch_warnings():  # about decompression bombs, which are refused below, and harmless damage
             warnings.simplefilter("ignore")
             return _read(path)
     except UnidentifiedImageError:
-        raise ImageFileError(path, f"is no image that can be read ({', '.join(FORMATS)})") from None
+        raise ImageFileError(path, f"is not a readable image ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:  # Pillow itself refuses images over twice its limit
         count = re.search(r"\d+ pixels", str(error))
         raise ImageFileError(path, _too_large(count[0] if count else "it")) from None

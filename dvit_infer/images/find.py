@@ -54,7 +54,7 @@ def _found(arguments: Sequence[str], searches: Sequence[tuple[str, tuple[_Part, 
 def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
     """Return the folder to search and the parts of the pattern; None if the argument is a file."""
     if "\0" in argument or not argument:
-        raise InputError(f"{argument!a}: is no file's name")
+        raise InputError(f"{argument!a}: is not a file name")
     if os.path.isdir(argument):
         return argument, (None, _is_image)
     if os.path.lexists(argument):
@@ -87,7 +87,7 @@ def _is_image(name: str) -> bool:
 def _below(
     folder: str, parts: Sequence[_Part], above: frozenset[tuple[int, int]] = frozenset(), *, ordered: bool = True
 ) -> Iterator[str]:
-    """Files below a folder whose path matches the parts; `above`: the folders that this one is in, for links may loop.
+    """Yield files below a folder whose path matches the parts; `above`: parent folders, as links may loop.
 
     Raises:
         OSError: a folder cannot be read.

@@ -176,7 +176,7 @@ def check_fits(batch: int, image_size: tuple[int, int]) -> None:
     if free is not None and needed > free:
         raise InputError(
             f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
-            "free; a smaller batch would"
+            "free; use a smaller batch"
         )
 
 
@@ -194,4 +194,4 @@ def running(batch: int) -> Iterator[None]:
             raise InputError("workers: a worker process was killed, perhaps out of memory; try fewer") from None
         if not is_allocation_failure(error):
             raise
-        raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
+        raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None

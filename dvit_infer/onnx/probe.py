@@ -62,7 +62,7 @@ def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | 
     graph = model.graph
     known = {value.name: value for value in [*graph.value_info, *graph.output]}
     if missing := [name for name in outputs if name not in known]:
-        raise InputError(f"{path}: has no value {missing[0]}; dvit-convert writes files that have")
+        raise InputError(f"{path}: has no value {missing[0]}, which files of dvit-convert have")
     present = {value.name for value in graph.output}
     graph.output.extend(known[name] for name in outputs if name not in present)
     if given:

@@ -51,7 +51,7 @@ class OnnxRunner:
             ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
         if hook is not None:
-            raise ValueError("hook: ONNX Runtime has no hooks; node_values returns the values of nodes")
+            raise ValueError("hook: ONNX Runtime does not report node outputs; use node_values")
         given = {"images": self.prepare(images)}
         if kept is not None:
             return self.node_values(images, kept, ())["logits"], list(kept)

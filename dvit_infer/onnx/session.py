@@ -41,7 +41,7 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
     if device.type == "cuda":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise InputError(
-                f"device: this onnxruntime has no CUDA provider; '{EXTRA[:-1]}-gpu]' would, or --device cpu"
+                f"device: this onnxruntime has no CUDA provider; install '{EXTRA[:-1]}-gpu]', or use --device cpu"
             )
         # No TF32: it could keep other tokens than float32.
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
@@ -49,11 +49,11 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # exceptions without a common base
         if found := re.search(r'External data path does not exist: "?([^"]+)', str(error)):
-            raise InputError(f"{name}: its weights are in {Path(found[1]).name}, which is not beside it") from None
+            raise InputError(f"{name}: its weights are in {Path(found[1]).name}, which is missing beside it") from None
         reason = _reason(error).removeprefix(f"Load model from {name} failed:")
         raise InputError(f"{name}: ONNX Runtime cannot load it: {reason}") from None
     if device.type == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise InputError("device: ONNX Runtime's CUDA provider cannot start here; --device cpu would")
+        raise InputError("device: ONNX Runtime's CUDA provider cannot start here; use --device cpu")
     return session
 
 

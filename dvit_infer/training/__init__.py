@@ -1,1 +1,1 @@
-"""Fine-tuning: a dense model becomes a dynamic one."""
+"""Fine-tune a dense model into a dynamic one."""

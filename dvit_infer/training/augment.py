@@ -49,12 +49,14 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1:
-            raise InputError(f"scale: {self.scale:g} is no share of an image; a number above 0, at most 1, is expected")
+            raise InputError(
+                f"scale: {self.scale:g} is not a share of an image; a number above 0, at most 1, is expected"
+            )
         for name in ("flip", "erase"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: {getattr(self, name):g} is no probability")
+                raise InputError(f"{name}: {getattr(self, name):g} is not a probability")
         if not 0 <= self.randaugment <= 30:
-            raise InputError(f"randaugment: {self.randaugment} is no magnitude from 0 to 30")
+            raise InputError(f"randaugment: {self.randaugment} is not a magnitude from 0 to 30")
 
     def __str__(self) -> str:
         done = ["the whole image" if self.scale == 1 else f"random resized crop from {100 * self.scale:g}%"]

@@ -92,16 +92,16 @@ class Loading:
                 raise InputError(f"{name}: {getattr(self, name)} is not possible; 1 or more is")
         for name in ("mixup", "cutmix"):
             if not 0 <= getattr(self, name) < 1e6:
-                raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
+                raise InputError(f"{name}: {getattr(self, name):g} is negative or not a number")
         if self.batch % self.world:
             count = f"{self.batch} images a step cannot be shared by {self.world} processes"
-            raise InputError(f"batch: {count}; a multiple of {self.world} can")
+            raise InputError(f"batch: {count}; use a multiple of {self.world}")
         if self.batch % (self.world * self.accumulate):
             count = f"the {self.batch // self.world} images of a process cannot be taken in {self.accumulate} parts"
-            raise InputError(f"accumulate: {count}; a divisor of them would do")
+            raise InputError(f"accumulate: {count}; use a divisor of that")
         if self.part % 2 and (self.mixup or self.cutmix):
             count = f"{self.batch} images a step are {self.part} at a time, which cannot be mixed in pairs"
-            raise InputError(f"batch: {count}; an even number can, or --mixup 0 --cutmix 0")
+            raise InputError(f"batch: {count}; use an even number, or --mixup 0 --cutmix 0")
 
     @property
     def part(self) -> int:

@@ -48,7 +48,7 @@ def world_of_environment() -> World:
     except ValueError:
         raise InputError(f"{', '.join(_VARIABLES)}: whole numbers are expected, as torchrun sets them") from None
     if size < 1 or not 0 <= rank < size:
-        raise InputError(f"RANK: {rank} is no process of WORLD_SIZE {size}")
+        raise InputError(f"RANK: {rank} is not a process of WORLD_SIZE {size}")
     return World(rank, size, local_rank, max(1, local_size))
 
 

@@ -51,7 +51,7 @@ class Losses:
     kept: torch.Tensor
 
     def parts(self) -> torch.Tensor:
-        """(5 + stages,) total, cross-entropy, ratio, logits, tokens and the kept shares, without gradient."""
+        """Return (5 + stages,): total, cross-entropy, ratio, logits, tokens and the kept shares, without gradient."""
         scalars = torch.stack([self.total, self.cross_entropy, self.ratio, self.logits, self.tokens])
         return torch.cat([scalars, self.kept]).detach()
 

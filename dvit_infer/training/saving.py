@@ -52,7 +52,7 @@ def unfinished(path: str | Path) -> dict[str, Any] | None:
     """Return the content of a file to resume from; None if its run is finished, or it is of another origin.
 
     Raises:
-        InputError: It cannot be read, or is no torch file.
+        InputError: It cannot be read, or is not a torch file.
     """
     file = Path(path)
     try:
@@ -61,7 +61,7 @@ def unfinished(path: str | Path) -> dict[str, Any] | None:
     except OSError as error:
         raise InputError(f"resume: {path}: {error.strerror or error}") from None
     if head != b"PK\x03\x04":
-        raise InputError(f"resume: {path}: is no file of dvit-train")
+        raise InputError(f"resume: {path}: is not a file of dvit-train")
     try:
         content = load_torch(file, True)
     except InputError as error:
@@ -73,7 +73,7 @@ def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str
     """Raise InputError, naming the first difference, unless the file belongs to this run."""
     said = state.get("identity")
     if not isinstance(said, dict):
-        raise InputError(f"resume: {path}: is no file of dvit-train")
+        raise InputError(f"resume: {path}: is not a file of dvit-train")
     for name, value in expected.items():
         if name in said and said[name] == value:
             continue

@@ -67,7 +67,7 @@ class Settings:
         above = {"lr": self.lr, "clip": self.clip}
         for name, value in above.items():
             if value is not None and not 0 < value < 1e6:
-                raise InputError(f"{name}: {value:g} is no positive number")
+                raise InputError(f"{name}: {value:g} is not a positive number")
         shares = ("backbone_lr_scale", "smoothing")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
@@ -76,7 +76,7 @@ class Settings:
             raise InputError(f"ema: {self.ema:g} is not from 0 to below 1")
         for name in ("weight_decay", "warmup_epochs", "min_lr"):
             if not 0 <= getattr(self, name) < 1e6:
-                raise InputError(f"{name}: {getattr(self, name):g} is negative, or no number")
+                raise InputError(f"{name}: {getattr(self, name):g} is negative or not a number")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype: {self.dtype} is not one of float32, bfloat16")
         if not 0 <= self.seed < 1 << 63:

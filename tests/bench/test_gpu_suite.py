@@ -83,7 +83,7 @@ def test_a_budget_that_is_none(budget, tmp_path, capsys):
     assert gpu.main(["--dry", "--out", str(tmp_path / "out"), f"--budget={budget}"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"error: BUDGET: {budget!r} is no number of seconds; more than 0 are needed, 540 are usual\n"
+    assert err == f"error: BUDGET: {budget!r} is not a number of seconds; more than 0 are needed, 540 are usual\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -94,7 +94,7 @@ def test_bad_input_is_one_line_each(tmp_path, capsys):
         assert (out, err.count("\n")) == ("", 1)
         return err
 
-    expected = "error: ONLY: 'nonsense' is no part of the suite; these are: smoke, models, "
+    expected = "error: ONLY: 'nonsense' is not a part of the suite; these are: smoke, models, "
     assert error("--only", "smoke,nonsense").startswith(expected)
     (tmp_path / "file").write_text("")
     expected = f"error: {tmp_path}/file/out: results cannot be written there (Not a directory)"

@@ -165,7 +165,7 @@ def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monke
 
     def measure(self, batch, *rest):
         if batch == 3:
-            raise dvit.InputError("batch: 3 images do not fit in memory; a smaller batch would")
+            raise dvit.InputError("batch: 3 images do not fit in memory; use a smaller batch")
         return usual(self, batch, *rest)
 
     monkeypatch.setattr(Comparison, "measure", measure)
@@ -173,7 +173,7 @@ def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monke
     assert bench.main(argv) == 2
     out = capsys.readouterr()
     assert out.out.count(" engine ") == 1
-    assert out.err == "error: --batch: 3 images do not fit in memory; a smaller batch would\n"
+    assert out.err == "error: --batch: 3 images do not fit in memory; use a smaller batch\n"
     assert not Path("x.json").exists()
 
 

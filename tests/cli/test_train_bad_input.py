@@ -46,13 +46,13 @@ def whole(dense, folder, tmp_path_factory):
         (["--batch", "25", *PLAIN], "--batch: 24 images are fewer"),
         (["--batch", "5"], "--batch: 5"),
         (["--batch", "4", "--accumulate", "3"], "--accumulate"),
-        (["--lr", "0"], "--lr: 0 is no positive number"),
+        (["--lr", "0"], "--lr: 0 is not a positive number"),
         (["--ema", "1"], "--ema: 1 is not"),
         (["--optimizer", "sgd"], "--optimizer: sgd is not"),
         (["--dtype", "float16"], "--dtype: float16 is not"),
         (["--flip", "2"], "--flip"),
         (["--seed", "18446744073709551616"], "--seed: 18446744073709551616 is not"),
-        (["-o", "out.safetensors"], "--out: out.safetensors: the output is no safetensors file"),
+        (["-o", "out.safetensors"], "--out: out.safetensors: the output is not a safetensors file"),
         (["--logdir", "/dev/null/logs"], "--logdir: /dev/null/logs: Not a directory"),
         (["--image-size", "30"], "--image-size: 30x30 is no multiple"),
         (["--resume", "nothing.pth"], "--resume: nothing.pth: No such file"),
@@ -120,7 +120,7 @@ def test_only_the_same_run_goes_on(dense, folder, whole, tmp_path, capsys, monke
         changed = arguments(dense, folder, "new.pth", "--resume", tmp_path / "changed.pth")
         assert "does not fit this run" in fails(train, changed, capsys)
     no_file = arguments(dense, folder, "out.pth", "--resume", folder / "a" / "000.png")
-    assert "is no file of dvit-train" in fails(train, no_file, capsys)
+    assert "is not a file of dvit-train" in fails(train, no_file, capsys)
 
 
 class _StoppedError(Exception):

@@ -104,7 +104,7 @@ def test_files_of_something_else_are_left_alone(content, checkpoint, capsys):
             good = Path("good.jsonl").read_bytes()
         Path("r.jsonl").write_bytes(good + content)
         line = fails(command, [checkpoint, "d", *OPTIONS, "-o", "r.jsonl"], capsys)
-        assert f"r.jsonl: line {2 if good else 1}: is no line of dvit-predict" in line
+        assert f"r.jsonl: line {2 if good else 1}: is not a line of dvit-predict" in line
         assert Path("r.jsonl").read_bytes() == good + content
 
 
@@ -114,7 +114,7 @@ def test_results_never_replace_the_model(checkpoint, capsys):
     assert "input itself" in fails(command, ["m.pth", "d", *OPTIONS, "-o", "m.pth"], capsys)
     assert Path("m.pth").read_bytes() == checkpoint.read_bytes()
     image = Path("d/000.png").read_bytes()
-    assert "line 1: is no line" in fails(command, ["m.pth", "d", *OPTIONS, "-o", "d/000.png"], capsys)
+    assert "line 1: is not a line" in fails(command, ["m.pth", "d", *OPTIONS, "-o", "d/000.png"], capsys)
     assert Path("d/000.png").read_bytes() == image
 
 

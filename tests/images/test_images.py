@@ -119,16 +119,16 @@ def test_1x1(tmp_path):
 
 
 def test_what_is_no_image(tmp_path):
-    assert "is no image" in fails(write_text(tmp_path / "text.jpg"))
+    assert "is not a readable image" in fails(write_text(tmp_path / "text.jpg"))
     (tmp_path / "empty.jpg").touch()
-    assert "is no image" in fails(tmp_path / "empty.jpg")
+    assert "is not a readable image" in fails(tmp_path / "empty.jpg")
     assert "No such file" in fails(tmp_path / "none.jpg")
     assert "no regular file" in fails(tmp_path)
     os.mkfifo(tmp_path / "pipe.jpg")
     assert "no regular file" in fails(tmp_path / "pipe.jpg")
     page = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "page.jpg").write_text(page)  # Pillow would start Ghostscript
-    assert "is no image" in fails(tmp_path / "page.jpg")
+    assert "is not a readable image" in fails(tmp_path / "page.jpg")
 
 
 def test_images_cut_short(tmp_path):

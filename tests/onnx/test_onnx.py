@@ -218,7 +218,7 @@ def test_weights_of_a_large_model_lie_beside_it(inline, tmp_path, monkeypatch):
     report = dvit.verify(model, official_checkpoint(TINY), num_images=2)  # the probe is too large for one message too
     assert report.passed, report
     (tmp_path / "m.onnx.data").unlink()
-    with pytest.raises(dvit.InputError, match=r"m.onnx: its weights are in m.onnx.data, which is not beside it"):
+    with pytest.raises(dvit.InputError, match=r"m.onnx: its weights are in m.onnx.data, which is missing beside it"):
         dvit.load_onnx(path, device="cpu")
 
 

@@ -115,7 +115,7 @@ def test_a_image_that_cannot_be_read(paths, image_files, tmp_path, workers):
     broken = ImageFiles((text if index == bad else path, index) for index, path in enumerate(paths))
     after = list(batches(broken, AUGMENT, loading, 0))
     assert [path for path, _ in after[0].unreadable] == [text]
-    assert "is no image" in after[0].unreadable[0][1]
+    assert "is not a readable image" in after[0].unreadable[0][1]
     assert before[0].unreadable == after[1].unreadable == []
     was, now = by_image(before), by_image(after)
     assert now[bad][1] == 0
@@ -229,7 +229,7 @@ def test_targets(image_files):
         ({"batch": 0}, "batch: 0 "),
         ({"batch": -4}, "batch: -4 "),
         ({"accumulate": 0}, "accumulate: 0 "),
-        ({"batch": 10, "world": 4}, "batch: 10 images a step cannot be shared by 4 processes; a multiple of 4 can$"),
+        ({"batch": 10, "world": 4}, "batch: 10 images a step cannot be shared by 4 processes; use a multiple of 4$"),
         ({"batch": 8, "world": 2, "accumulate": 3}, "accumulate: the 4 images of a process .* 3 parts"),
         ({"batch": 12, "world": 2, "accumulate": 2, "mixup": 0.8}, "batch: .* cannot be mixed in pairs; "),
         ({"batch": 9, "cutmix": 1.0}, "batch: .* cannot be mixed in pairs; "),

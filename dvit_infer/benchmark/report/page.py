@@ -26,7 +26,7 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
             "floor_us" become the time of each node of the graph. Other op rows become a table for each kind.
 
     Raises:
-        InputError: The content is no result file or of another version, or writing failed (a full disk).
+        InputError: The content is not a result file or of another version, or writing failed (a full disk).
     """
     text = page(content)
     with atomic_write(path, "report") as part:
