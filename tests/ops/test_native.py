@@ -24,6 +24,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.ops import native
 from dvit_infer.ops.prune_tokens import gather_tokens_ref, how, prune_tokens_ref, score_tokens_ref, select_tokens_ref
 
+pytestmark = pytest.mark.slow  # it builds the library
 HEADER = ROOT / "kernels/csrc/include/dvit_kernels.h"
 CPU = torch.device("cpu")
 
