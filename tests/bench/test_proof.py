@@ -41,6 +41,7 @@ def test_the_result_is_what_the_project_claims():
     assert PROOF["pruned_gflops"] < 0.75 * PROOF["dense_gflops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "claimed"), [(TRAINED, "pruned_top1"), (DENSE, "dense_top1")])
 def test_the_committed_files_are_as_right_as_claimed(path, claimed, test_images):
     assert path.stat().st_size < 4 << 20

@@ -121,6 +121,7 @@ def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
     assert out.err.startswith("error: not all candidates compute the same function: batch 2: engine: error ")
 
 
+@pytest.mark.slow
 def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch):
     """A near tie that falls the other way costs plain PyTorch as much as a head that is 20% off."""
     usual = compare.candidates.engine_candidate
@@ -193,6 +194,7 @@ def test_a_peer_that_fails_is_named_in_one_line(tiny, capsys, monkeypatch):
     assert "onnxruntime cannot run the reference here: [ONNXRuntimeError] : 9" in line
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
     rows = run(tiny, "--batch", "2", "--sweep", "0.5:0.9:0.2", "--compare", "reference")
     assert [(row["runtime"], row["keep_rate"]) for row in rows] == [

@@ -112,6 +112,7 @@ def test_bench_measures_side_by_side(checkpoint, capsys, monkeypatch):
     assert dense["params"] < engine["params"] == reference["params"]
 
 
+@pytest.mark.slow
 def test_bench_of_a_dense_model_and_of_chosen_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SECONDS", 0.1)
     torch.save(
@@ -129,6 +130,7 @@ def test_bench_of_a_dense_model_and_of_chosen_rows(tmp_path, capsys, monkeypatch
     assert [(row["runtime"], row["baseline"]) for row in rows] == [("dense", "dense"), ("engine", "dense")]
 
 
+@pytest.mark.slow
 def test_bench_against_the_compiled_reference(checkpoint, capsys, monkeypatch):
     """torch.compile itself needs a C++ compiler and a minute: here it gives the model back."""
     monkeypatch.setattr(bench, "SECONDS", 0.1)

@@ -243,6 +243,7 @@ def test_closed_and_full_streams_raise_no_traceback(closed, checkpoint):
     assert os.listdir() == ["tiny.dvit.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(checkpoint):
     done = subprocess.run(
         f"{sys.executable} -m dvit_infer.cli.convert {checkpoint} {' '.join(TINY)} | head -1",

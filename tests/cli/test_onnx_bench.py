@@ -113,6 +113,7 @@ def test_bench_refuses_what_takes_no_images(capsys):
     assert "--batch: f.onnx takes 2 images at a time, not 8" in fails(bench, [path, "--batch", "8"], capsys)
 
 
+@pytest.mark.slow
 def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):
     import torch
 

@@ -174,6 +174,7 @@ def test_an_input_of_a_wrong_shape_is_told(model):
         dvit.onnx.session.run_session(loaded.runner.session, {"images": images}, ["logits"])
 
 
+@pytest.mark.slow
 def test_int8_is_written_with_the_flips_it_caused(checkpoint, capsys, tmp_path):
     given = ["--format", "onnx", "--quantize", "int8", "--kept", "--json", "j.json"]
     assert convert.main([str(checkpoint), *TINY_FACTS, *given]) == 0

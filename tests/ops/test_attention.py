@@ -88,6 +88,7 @@ class Block(torch.nn.Module):
         return attention(*(packed * 2).unbind(2)) + 1
 
 
+@pytest.mark.slow
 def test_compile_and_export_give_the_eager_answer():
     block, packed = Block(), torch.randn(3, 11, 3, 2, 32)
     right = block(packed)

@@ -30,6 +30,7 @@ from dvit_infer.ops.prune_tokens import (
     select_tokens_ref,
 )
 
+pytestmark = pytest.mark.slow  # it builds the library
 HEADER = ROOT / "kernels/csrc/include/dvit_kernels.h"
 CPU = torch.device("cpu")
 

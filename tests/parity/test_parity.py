@@ -62,7 +62,7 @@ def names(engine: dvit.Engine) -> list[tuple[str, str]]:
     return [(name, key) for (_, key), name in last.items()]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("node", "key"), names(converted()))
 def test_one_value_of_a_weight_changed_by_one_percent_is_caught(node, key, dtype):
     engine = converted(dtype=dtype)
