@@ -176,7 +176,7 @@ def test_a_killed_worker_is_an_error_that_says_what_would_do():
 
 def test_workers_that_nobody_reads_from_end_with_a_process_that_is_killed():
     paths = draw_all(Path("p"), 8)
-    lines = "import time; from dvit_infer.images.decode import Preprocess; from dvit_infer.images.stream import *"
+    lines = "import time; from dvit_infer.images.preprocess import Preprocess; from dvit_infer.images.stream import *"
     lines += f"\nfound = decode([Entry(path) for path in {paths!r} * 99], Preprocess((224, 224)), 2); next(found)"
     lines += "\ntime.sleep(1); print('full', flush=True); time.sleep(99)"  # pipes hold 64 KiB, the next batch has 1 MiB
     process = subprocess.Popen([sys.executable, "-c", lines], env=ENV, stdout=subprocess.PIPE, start_new_session=True)
