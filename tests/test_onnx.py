@@ -210,7 +210,7 @@ def test_inlined_it_runs_in_openvino_with_the_same_answers(case_id, tmp_path):
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_weights_of_a_large_model_lie_beside_it(inline, tmp_path, monkeypatch):
-    monkeypatch.setattr("dvit_infer.onnx.export.LARGEST", 1 << 16)
+    monkeypatch.setattr("dvit_infer.onnx.probe.LARGEST", 1 << 16)
     path = exported(TINY, tmp_path / "m.onnx", inline=inline)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert path.stat().st_size < 1 << 18
@@ -285,7 +285,7 @@ def test_verify_looks_at_quantised_weights(tmp_path):
 
 
 def test_a_link_finds_weights_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("dvit_infer.onnx.export.LARGEST", 1 << 16)
+    monkeypatch.setattr("dvit_infer.onnx.probe.LARGEST", 1 << 16)
     (tmp_path / "there").mkdir()
     path = exported(TINY, tmp_path / "there" / "m.onnx")
     (tmp_path / "link.onnx").symlink_to(path)
@@ -295,7 +295,7 @@ def test_a_link_finds_weights_beside_the_file(tmp_path, monkeypatch):
     other = dvit.convert(official_checkpoint("tiny-deit-r0.7-s41-tame"), device="cpu", **options(TINY))
     dvit.export_onnx(other, path)  # other weights in a file beside it are another model
     assert list(dvit.load_onnx(path, device="cpu").digest(path)) != digest
-    monkeypatch.setattr("dvit_infer.onnx.export.LARGEST", 1 << 30)
+    monkeypatch.setattr("dvit_infer.onnx.probe.LARGEST", 1 << 30)
     dvit.export_onnx(other, path)
     assert not (tmp_path / "there" / "m.onnx.data").exists()
 
