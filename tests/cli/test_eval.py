@@ -192,7 +192,7 @@ def test_folders_that_cannot_be_evaluated(checkpoint, capsys):
     Path("file.txt").touch()
     for folder, why in {
         "empty": "class folders", "flat": "class folders", "hollow": "no image", "many": "11 class folders",
-        "none": "no such folder", "file.txt": "no folder",
+        "none": "no such folder", "file.txt": "not a folder",
     }.items():  # fmt: skip
         line = fails(command, [checkpoint, folder, *OPTIONS], capsys)
         assert line.startswith(f"error: {folder}: ")
@@ -263,8 +263,8 @@ def test_a_name_of_two_classes_is_a_label_but_no_folders():
 @pytest.mark.parametrize(
     ("text", "entry"),
     [
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("3", "list"),
         ("{}", "list"),
         ('{"a": 10}', "'a'"),
@@ -279,7 +279,7 @@ def test_a_name_of_two_classes_is_a_label_but_no_folders():
         ('{"0": []}', "'0'"),
         ("[1, 2]", "'0'"),
         (json.dumps([str(number) for number in range(11)]), "'10'"),
-        ("\xff", "no JSON"),
+        ("\xff", "not JSON"),
     ],
 )
 def test_class_maps_that_cannot_be_used(text, entry):

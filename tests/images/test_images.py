@@ -123,9 +123,9 @@ def test_what_is_no_image(tmp_path):
     (tmp_path / "empty.jpg").touch()
     assert "is not a readable image" in fails(tmp_path / "empty.jpg")
     assert "No such file" in fails(tmp_path / "none.jpg")
-    assert "no regular file" in fails(tmp_path)
+    assert "not a regular file" in fails(tmp_path)
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert "no regular file" in fails(tmp_path / "pipe.jpg")
+    assert "not a regular file" in fails(tmp_path / "pipe.jpg")
     page = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "page.jpg").write_text(page)  # Pillow would start Ghostscript
     assert "is not a readable image" in fails(tmp_path / "page.jpg")
