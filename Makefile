@@ -30,7 +30,7 @@ DIGITS := bench/proof/digits-0.7.pth
 
 demo: $(READY)
 	mkdir -p build/demo
-	$(BIN)/python bench/proof/images.py build/demo/pictures 1000
+	$(BIN)/python bench/proof/pictures.py build/demo/pictures 1000
 	$(BIN)/dvit-convert $(DIGITS) -o build/demo/digits.dvit.safetensors
 	$(BIN)/dvit-eval build/demo/digits.dvit.safetensors build/demo/pictures
 	$(BIN)/dvit-bench build/demo/digits.dvit.safetensors --batch 64 --json build/demo/bench.json --report build/demo/bench.html

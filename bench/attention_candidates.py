@@ -1,4 +1,4 @@
-"""What `tune.py` times for attention: SDPA by each backend, PyTorch's attention for ragged batches, the kernels."""
+"""The attention candidates of `tune.py`: SDPA with each backend, PyTorch's varlen attention, the kernels."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from dvit_infer.ops.choices import using
 def attention_candidates(
     shape: Attention, dtype: torch.dtype, device: torch.device, tiles: Sequence[AttentionTile]
 ) -> Mapping[str, Sequence[Callable[[], Any]]]:
-    """Calls of every candidate, by name, over buffers enough for the cache."""
+    """Return the calls of every candidate by name, over buffers that exceed the cache."""
     size = shape.batch, shape.tokens, 3, shape.heads, shape.head_dim
     moved = shape.batch * shape.tokens * 4 * shape.heads * shape.head_dim * dtype.itemsize
     qkv = [torch.randn(*size, device=device, dtype=dtype) for _ in range(copies(moved, device))]
@@ -46,7 +46,7 @@ def attention_candidates(
 
 
 def _varlen(batch: int, n: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """torch's own attention for ragged batches, where it has one."""
+    """Return torch's attention for ragged batches, if this version has it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

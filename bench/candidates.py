@@ -1,4 +1,4 @@
-"""What `tune.py` measures: shapes of the models, and the candidates for each, kernels with many tiles among them."""
+"""The launches that `tune.py` measures: shapes of the models, and candidates for each, with many tiles."""
 
 import dataclasses
 import functools
@@ -32,14 +32,14 @@ MORE_TILES = (
     LinearTile(128, 128, 64, 8, 4, PREFETCHING),
     LinearTile(128, 256, 64, 8, 3, PREFETCHING),
     LinearTile(128, 128, 64, 8, 3, PAIRED),
-    LinearTile(128, 128, 64, 8, 3, PAIRED, maxnreg=128),  # where 132 registers would leave room for one program
+    LinearTile(128, 128, 64, 8, 3, PAIRED, maxnreg=128),  # with 132 registers only one program would fit
 )
-MANY_ROWS = 4096  # from here on programs may stay for several tiles
+MANY_ROWS = 4096  # from here on a program may compute several tiles
 SPILLING = ((128, 64, 16), (128, 128), (256,))  # chunks of keys: with 128 queries and 4 warps 80 to 576 bytes on sm_90
 
 
 class Model(NamedTuple):
-    """Channels, heads, hidden channels of a block; tokens of the stages, with the class token."""
+    """Channels, heads and hidden channels of a block; tokens of each stage, including the class token."""
 
     name: str
     channels: int
@@ -50,7 +50,7 @@ class Model(NamedTuple):
 
 DEIT_S, DEIT_B = Model("DeiT-S", 384, 6, 1536), Model("DeiT-B", 768, 12, 3072)
 LVVIT_S = Model("LV-ViT-S", 384, 6, 1152)
-# In the order of its value, should the time run out: a model's large batch and its batch 1, which choices need both.
+# Most valuable first, in case time runs out. Choices need both the large batch and batch 1 of a model.
 PLAN = (
     *((model, batch) for model in (DEIT_S, DEIT_B, LVVIT_S) for batch in (256, 1)),
     *((model._replace(tokens=model.tokens[::2]), 32) for model in (DEIT_S, DEIT_B, LVVIT_S)),
@@ -76,7 +76,7 @@ class Linear:
 
     @property
     def kind(self) -> dict[str, Any]:
-        """What a row says of it: the keys of a choice, and `shape` as every result file has it."""
+        """The fields of its row: the keys of a choice, and `shape` as in every result file."""
         does = does_what(self.norm, self.residual, self.activation)
         kind = {"op": "linear", "batch": self.batch, "size": self.rows, "in": self.dim_in, "out": self.dim_out}
         return {**kind, "does": does, "shape": [self.rows, self.dim_in, self.dim_out, does]}
@@ -84,7 +84,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention of all tokens among themselves."""
+    """Self-attention over all tokens."""
 
     batch: int
     tokens: int
@@ -107,14 +107,14 @@ Tile = LinearTile | AttentionTile
 
 
 def shapes_of(model: Model, batch: int, dtype: torch.dtype) -> Iterator[Shape]:
-    """What a model's blocks launch."""
+    """Yield the launches of a model's blocks."""
     for n in model.tokens:
         yield Attention(batch, n, model.heads, model.channels // model.heads)
         yield from linears(batch, n, model.channels, model.hidden, dtype)
 
 
 def linears(batch: int, n: int, c: int, hidden: int, dtype: torch.dtype) -> tuple[Linear, ...]:
-    """Those of a block."""
+    """Return the linears of a block."""
     rows = batch * n
     return (
         Linear(batch, rows, c, 3 * c, True, "none", False),
@@ -125,9 +125,9 @@ def linears(batch: int, n: int, c: int, hidden: int, dtype: torch.dtype) -> tupl
 
 
 def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTile]:
-    """The default's first; no tile that would mostly be empty, none by TMA where the plain kernel would stand in.
+    """Return the tiles, the default first; without mostly empty ones, and TMA only where it would really be used.
 
-    Of many rows none of fewer than 64: they go by smaller instructions, in tens of thousands of programs.
+    For many rows, tiles have at least 64 rows: smaller ones use smaller instructions, in tens of thousands of programs.
     """
     many = shape.rows >= MANY_ROWS
     first = default_tile(shape.rows, shape.dim_out, dtype)
@@ -146,7 +146,7 @@ def linear_tiles(shape: Linear, dtype: torch.dtype, dry: bool) -> list[LinearTil
 def linear_candidates(
     shape: Linear, dtype: torch.dtype, device: torch.device, count: int, tiles: Sequence[LinearTile]
 ) -> dict[str, list[Callable[[], Any]]]:
-    """Calls of every candidate, by name, over `count` buffers."""
+    """Return the calls of every candidate by name, over `count` buffers."""
 
     def buffers(dim: int) -> list[torch.Tensor]:
         return [torch.randn(shape.rows, dim, device=device, dtype=dtype) for _ in range(count)]
@@ -164,7 +164,7 @@ def linear_candidates(
     def by_pytorch(*given: Any) -> Any:
         with using(PYTORCH):
             y, _ = linear(*given)
-        # The kernels leave the next LayerNorm's statistics; here a launch has to find them.
+        # The kernels also write the next LayerNorm's statistics; PyTorch needs a launch for them.
         return y, row_stats(y) if shape.residual else None
 
     candidates = {"pytorch": [call(by_pytorch, i) for i in range(count)]}
@@ -175,7 +175,7 @@ def linear_candidates(
 
 
 def by(tile: LinearTile | AttentionTile) -> str:
-    """What a candidate is called."""
+    """Return the name of a candidate."""
     return "triton " + "x".join(map(str, dataclasses.astuple(tile)))
 
 
@@ -185,7 +185,7 @@ def _stats(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attention_tiles(n: int, head_dim: int, dtype: torch.dtype) -> list[AttentionTile]:
-    """The default's first; none that spills registers on Hopper."""
+    """Return the tiles, the default first; none that spills registers on Hopper."""
     first = default_attention_tile(n, n, head_dim, dtype)
     found = [first]
     sums = {197: ((128, 64, 16), (256,), (128, 128)), 138: ((128, 16), (256,)), 97: ((64, 32, 16), (128,), (64, 64))}

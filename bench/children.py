@@ -1,4 +1,4 @@
-"""A command of the suite: its output as it comes, and in the end nothing left of it or of what it started."""
+"""Run a command of the suite with live output, and end it with everything that it started."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from typing import TextIO
 ROOT = Path(__file__).parent.parent
 CUT_OFF = 124  # exit status of a command that took too long
 DRY = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # environment of a part in a dry run
-PATIENCE_S = 2.0  # from asking a command to end until it is killed
+PATIENCE_S = 2.0  # between SIGTERM and SIGKILL
 
 
 def run(
@@ -21,14 +21,14 @@ def run(
     say: Callable[[str], None],
     variables: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a command of this project in a process group of its own, at most `seconds`.
+    """Run a command of this project in its own process group for at most `seconds`.
 
     Args:
-        say: called with every line that it prints, as it comes.
+        say: called with every line that it prints, immediately.
         variables: added to the environment.
 
     Returns:
-        Its exit status; `CUT_OFF` if its time was up.
+        Its exit status; `CUT_OFF` on timeout.
     """
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "bench"))
     process = subprocess.Popen(
@@ -58,7 +58,7 @@ def _read(output: TextIO, say: Callable[[str], None]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End the whole group: pool workers, test workers and what a sanitizer started outlive their parent."""
+    """End the whole group: pool workers, test workers and children of a sanitizer would outlive their parent."""
     if process.poll() is None:
         _signal(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

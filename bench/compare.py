@@ -1,9 +1,9 @@
-"""Hold one result file against an earlier one of the same machine; exit status 1 on a regression.
+"""Compare a result file with an earlier one of the same machine; exit status 1 on a regression.
 
-    python bench/compare.py OLD.json NEW.json      # of version 1 or 2, each
+    python bench/compare.py OLD.json NEW.json      # each of version 1 or 2
 
-A row is a regression if it is slower by more than the noise of the two files, or its answer is further off. What both
-files measured of PyTorch alone (the reference, eager) tells how much faster or slower the machine was: taken out.
+A row is a regression if it is slower by more than the noise of the two files, or less accurate. Rows of plain PyTorch
+(the reference, eager) in both files measure the drift of the machine's speed, which is factored out.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from dvit_infer.utils.tables import table
 
 NAMES = ("op", "model", "keep_rate", "runtime", "variant", "device", "dtype", "batch", "shape")
 OF_PYTORCH = ("reference", "eager")
-LEAST = 0.03  # the least noise believed: what medians of quiet runs differ by
-FURTHER_OFF, ROUNDING = 3.0, 1e-4  # an answer is further off by this factor, where it is no longer rounding
-LESS_OFTEN = 0.1  # the first class is the right one for so many fewer of the images
+LEAST = 0.03  # minimum noise: medians of quiet runs differ by this
+FURTHER_OFF, ROUNDING = 3.0, 1e-4  # less accurate: the error grew by this factor, and is above rounding
+LESS_OFTEN = 0.1  # less accurate: top-1 agreement fell by this share of the images
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Measured:
 
     Attributes:
         us: the median, microseconds.
-        spread: how far apart its 20th and 80th percentiles are, as a share of it; None: the file does not say.
-        error: of its answer; None where the file has null, which is NaN or Inf or what was not measured.
-        agreement: share of images with the right first class; None for single ops.
+        spread: distance between the 20th and 80th percentiles, relative to the median; None: not in the file.
+        error: error of the output; None if the file has null: NaN, Inf or not measured.
+        agreement: top-1 agreement; None for single ops.
     """
 
     us: float
@@ -45,10 +45,10 @@ class Measured:
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[tuple[Any, ...], Measured]]:
-    """Environment and rows of a result file.
+    """Return the environment and rows of a result file.
 
     Raises:
-        InputError: it cannot be read, is of an unknown version, or is no result file.
+        InputError: It cannot be read, has an unknown version, or is no result file.
     """
     content = read_results(path)
     try:
@@ -67,7 +67,7 @@ def _name(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_timed(row: Mapping[str, Any]) -> bool:
-    """What the machine was measured to do at best is none of this project's doing."""
+    """Return whether a row is a timing of this project; measured limits of the machine are not."""
     return ("us" in row or "images_per_s" in row) and not str(row.get("runtime")).startswith("measured limit")
 
 
@@ -88,7 +88,7 @@ def _measured(row: Mapping[str, Any]) -> Measured:
 
 
 def _noise(old: Measured, new: Measured) -> float | None:
-    """By how much medians of the two may differ by chance; None: not known, as a file has no percentiles."""
+    """Return the difference of medians that noise explains; None if unknown, as a file has no percentiles."""
     if old.spread is None or new.spread is None:
         return None
     return max(LEAST, (old.spread + new.spread) / 2)
@@ -129,7 +129,7 @@ def _compare(options: argparse.Namespace) -> int:
         rows.append((label, *times, *errors, verdict or faster))
     columns = ("row", ">old us", ">new us", ">time", ">noise", ">old error", ">new error", "verdict")
     print(table(columns, rows, title=f"{old_where['machine']}: {old_where.get('commit')} to {new_where.get('commit')}"))
-    print(f"machine: PyTorch alone took {drift:.3f} x its time of before; taken out" if steady else "drift: unknown")
+    print(f"machine: plain PyTorch took {drift:.3f} x its earlier time; factored out" if steady else "drift: unknown")
     for what, names in (("only in the old", old.keys() - new.keys()), ("only in the new", new.keys() - old.keys())):
         if names:
             print(f"{len(names)} rows {what} file")

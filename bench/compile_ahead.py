@@ -1,4 +1,4 @@
-"""Candidates' kernels compiled before they are timed, by many processes: one by one would take most of the time."""
+"""Compile the candidates' kernels in many processes before timing; one by one it would take most of the time."""
 
 import contextlib
 import dataclasses
@@ -13,8 +13,8 @@ from dvit_kernels.linear import linear_launch
 
 
 def compile_ahead(pool: multiprocessing.pool.Pool, shapes: Sequence[Shape], dtype: torch.dtype) -> Callable[[], None]:
-    """Start to compile the shapes' kernels, in processes of their own; returns a call that waits for them."""
-    # Rows are not compiled in: linears that differ in nothing else share their kernels.
+    """Start compiling the shapes' kernels in separate processes; return a call that waits for them."""
+    # Rows are not compiled in: linears that differ only in rows share their kernels.
     jobs = {
         (dataclasses.replace(shape, batch=1, rows=64) if isinstance(shape, Linear) else shape, tile): None
         for shape in shapes
@@ -25,20 +25,20 @@ def compile_ahead(pool: multiprocessing.pool.Pool, shapes: Sequence[Shape], dtyp
 
 
 def compile_only(shape: Shape, tile: Tile, dtype: torch.dtype) -> None:
-    """Compile a candidate's kernel for this GPU; nothing is launched, which would disturb what is being timed."""
-    with contextlib.suppress(Exception):  # what cannot be compiled is reported where it is measured
+    """Compile a candidate's kernel for this GPU, without launching it, which would disturb timings."""
+    with contextlib.suppress(Exception):  # a compile error is reported when the candidate is measured
         launch = launch_of(shape, tile, dtype)
         compile_launch(launch, *torch.cuda.get_device_capability())
 
 
 def compile_launch(launch: Launch, major: int, minor: int) -> None:
-    """Compile a launch for the driver that Triton has, of that compute capability, or find it in Triton's cache."""
+    """Compile a launch for Triton's active driver and this compute capability, or find it in Triton's cache."""
     options = launch.options_for(10 * major + minor)
     launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **options)
 
 
 def launch_of(shape: Shape, tile: Tile, dtype: torch.dtype) -> Launch:
-    """The candidate's launch, on tensors without memory."""
+    """Return the candidate's launch, on meta tensors."""
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")

@@ -2,7 +2,7 @@
 
     python bench/cpu.py        # writes bench/results/<machine>/cpu.json
 
-The reference in bfloat16 runs both ways that people use: under autocast, and cast as a whole.
+The bfloat16 reference runs in the two variants in common use: under autocast, and cast as a whole.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from dvit_infer.utils.tables import table
 ARCH = "dynamicvit-deit-s"
 
 
-class Way(NamedTuple):
-    """One way to run the model, the name of the way it is held against, and what its answers should be."""
+class Candidate(NamedTuple):
+    """One way to run the model, its baseline, and a call that gives the expected logits."""
 
     runtime: str
     variant: str | None
@@ -36,14 +36,14 @@ class Way(NamedTuple):
     params: int
     held_mib: Callable[[], float]
     baseline: str
-    right: Callable[[torch.Tensor], torch.Tensor]
+    expected: Callable[[torch.Tensor], torch.Tensor]
 
     @property
     def name(self) -> str:
         return " ".join(filter(None, (self.runtime, self.variant, self.dtype)))
 
 
-def ways() -> Iterator[Way]:
+def candidates() -> Iterator[Candidate]:
     checkpoint = example_checkpoint(ARCH)
     reference = dvit.load_reference(checkpoint)
     cast = dvit.load_reference(checkpoint).to(torch.bfloat16)
@@ -52,7 +52,7 @@ def ways() -> Iterator[Way]:
         for dtype in ("float32", "bfloat16")
         for runtime, method in (("dense", "none"), ("engine", None))
     }
-    gmacs = build_graph(reference, engines["engine", "float32"].config).gflops
+    gmacs = build_graph(reference, engines["engine", "float32"].config).gmacs
 
     def eager(images: torch.Tensor) -> torch.Tensor:
         return reference.evaluate(images).logits
@@ -74,47 +74,47 @@ def ways() -> Iterator[Way]:
     ):
         against = float32 if dtype == "float32" else bfloat16
         mib = params * itemsize / 2**20
-        yield Way("reference", variant, dtype, call, gmacs, params, lambda mib=mib: mib, against, eager)
+        yield Candidate("reference", variant, dtype, call, gmacs, params, lambda mib=mib: mib, against, eager)
     for (runtime, dtype), engine in engines.items():
-        print(f"{runtime}, {dtype}: {engine.runner.how}")
-        right = eager if runtime == "engine" else engines["dense", "float32"]
+        print(f"{runtime}, {dtype}: {engine.runner.runtime}")
+        expected = eager if runtime == "engine" else engines["dense", "float32"]
         against = float32 if dtype == "float32" else bfloat16
         own = dense_params if runtime == "dense" else params
-        variant = None if f"in {dtype}" in engine.runner.how else "float32 arithmetic"
+        variant = None if f"in {dtype}" in engine.runner.runtime else "float32 arithmetic"
         held = functools.partial(held_mib, engine)
-        yield Way(runtime, variant, dtype, engine, engine.graph.gflops, own, held, against, right)
+        yield Candidate(runtime, variant, dtype, engine, engine.graph.gmacs, own, held, against, expected)
 
 
 def held_mib(engine: dvit.Engine) -> float:
     graph = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
-    return (graph + engine.runner.own_bytes) / 2**20
+    return (graph + engine.runner.buffer_bytes) / 2**20
 
 
 @torch.no_grad()
-def rows(all_ways: list[Way], batch: int, seconds: float) -> Iterator[Row]:
+def rows(all_candidates: list[Candidate], batch: int, seconds: float) -> Iterator[Row]:
     images = sample_images(batch, (224, 224), seed=2)
-    calls = {way.name: (lambda call=way.call: call(images)) for way in all_ways}
+    calls = {candidate.name: (lambda call=candidate.call: call(images)) for candidate in all_candidates}
     timings = interleave(calls, torch.device("cpu"), seconds)
-    for way in all_ways:
-        timing, logits, right = timings[way.name], way.call(images).float(), way.right(images)
+    for candidate in all_candidates:
+        timing, logits, expected = timings[candidate.name], candidate.call(images).float(), candidate.expected(images)
         yield Row(
             model=ARCH,
-            keep_rate=1.0 if way.runtime == "dense" else 0.7,
-            runtime=way.runtime,
-            variant=way.variant,
+            keep_rate=1.0 if candidate.runtime == "dense" else 0.7,
+            runtime=candidate.runtime,
+            variant=candidate.variant,
             device="cpu",
-            dtype=way.dtype,
+            dtype=candidate.dtype,
             batch=batch,
             **timing.rates(batch),
-            gmacs=way.gmacs,
-            params=way.params,
-            peak_mib=None if timing.peak_mib is None else timing.peak_mib + way.held_mib(),
-            max_logit_error=(logits - right).abs().max().item(),
-            top1_agreement=(logits.argmax(dim=1) == right.argmax(dim=1)).float().mean().item(),
-            baseline=way.baseline,
-            speedup=timing.speedup_over(timings[way.baseline]),
+            gmacs=candidate.gmacs,
+            params=candidate.params,
+            peak_mib=None if timing.peak_mib is None else timing.peak_mib + candidate.held_mib(),
+            max_logit_error=(logits - expected).abs().max().item(),
+            top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
+            baseline=candidate.baseline,
+            speedup=timing.speedup_over(timings[candidate.baseline]),
         )
-    ours = {(way.runtime, way.dtype): way for way in all_ways if way.runtime != "reference"}
+    ours = {(one.runtime, one.dtype): one for one in all_candidates if one.runtime != "reference"}
     for dtype in ("float32", "bfloat16"):
         pruned, dense = ours["engine", dtype], ours["dense", dtype]
         ratio, ceiling = timings[pruned.name].speedup_over(timings[dense.name]), dense.gmacs / pruned.gmacs
@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    all_ways = list(ways())
-    found = [row for batch in given.batch.split(",") for row in rows(all_ways, int(batch), given.seconds)]
+    all_candidates = list(candidates())
+    found = [row for batch in given.batch.split(",") for row in rows(all_candidates, int(batch), given.seconds)]
     columns = (">batch", "runtime", "dtype", ">images/s", ">p20", ">p80", ">speed-up", "over", ">max error")
     cells = [
         (

@@ -1,9 +1,9 @@
-"""A pytest plugin for the suite: every failure's text when it happens, not at the end, which may never come.
+"""A pytest plugin for the suite: print every failure when it happens, not at the end, which may never come.
 
     python -m pytest -p first_failures -m gpu
 
-With pytest-xdist a worker whose GPU context is broken (an illegal access, say) ends itself after the test that broke
-it, and another takes its place: in the same process all later tests would fail with it.
+With pytest-xdist, a worker whose GPU context is broken (e.g. by an illegal access) ends itself after the test that
+broke it, and a new one replaces it: in the same process all later tests would fail.
 """
 
 import os
@@ -11,11 +11,11 @@ import sys
 
 import pytest
 
-EVERY = 50  # tests between lines that say how far it is
+EVERY = 50  # tests between progress lines
 
 
 class FirstFailures:
-    """Prints failures as they come. Knows how many tests there were only in the process that prints."""
+    """Prints failures as they occur. Only the printing process counts the tests."""
 
     def __init__(self) -> None:
         self.done = self.failed = 0
@@ -31,7 +31,7 @@ class FirstFailures:
 
 
 class FreshWorkers:
-    """In a worker of xdist: ends it once CUDA fails every call."""
+    """In an xdist worker: ends it once every CUDA call fails."""
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> object:
@@ -54,7 +54,7 @@ def _usable() -> bool:
 
 
 def _say(text: str) -> None:
-    """Past whatever captures output; a worker's stdout is its channel to xdist, its stderr the terminal."""
+    """Write past output capturing; a worker's stdout is its channel to xdist, its stderr the terminal."""
     os.write(2, f"{text}\n".encode(errors="replace"))
 
 

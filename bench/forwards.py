@@ -1,4 +1,4 @@
-"""Forwards of an engine under given choices, each held against the reference model before its time counts."""
+"""Forwards of an engine under given choices, each compared with the reference model before it is timed."""
 
 import argparse
 import contextlib
@@ -24,18 +24,18 @@ from dvit_infer.parity.verification import MOST_RMS, RMS_FACTOR, evaluate
 
 Call = Callable[[], object]
 PATCH = 16  # pixels
-SAME_RMS = 0.05  # of the logits' rms, by the engine's own choice of tokens: near ties may fall otherwise
-FLOAT32_RMS = 1e-4  # the same with the reference's kept sets, in float32
+SAME_RMS = 0.05  # rms error relative to the logits' rms, by the engine's own choice of tokens: near ties may differ
+FLOAT32_RMS = 1e-4  # the same in float32, with the reference's kept sets given
 
 
 @functools.cache
 def checkpoint(arch: str, dry: bool) -> dict[str, Any]:
-    """Random weights for `arch`, or of a tiny model of its family."""
+    """Return random weights for `arch`, or in a dry run for a tiny model of its family."""
     return _tiny_checkpoint(LVVIT.name if "lvvit" in arch else DEIT.name) if dry else example_checkpoint(arch)
 
 
 def _tiny_checkpoint(family: str) -> dict[str, Any]:
-    """64 channels, two blocks, four patches."""
+    """Return a model with 64 channels, two blocks and four patches."""
     size = (2 * PATCH, 2 * PATCH)
     config = Config(
         **{"arch": "tiny", "family": family, "image_size": size, "trained_size": size, "patch_size": PATCH},
@@ -50,9 +50,9 @@ def _tiny_checkpoint(family: str) -> dict[str, Any]:
 
 
 class Uncaptured:
-    """Stands for a captured forward on a CPU, in the suite's dry run."""
+    """A stand-in for a captured forward on a CPU, for the suite's dry run."""
 
-    own_bytes = 0
+    buffer_bytes = 0
 
     def __init__(self, runner: TorchRunner) -> None:
         self._runner = runner
@@ -62,7 +62,7 @@ class Uncaptured:
 
 
 def engine_under(choices: Choices, source: Mapping[str, Any], device: torch.device, **options: Any) -> dvit.Engine:
-    """An engine that runs by these choices; on a CPU, for which there are none, behind the same interface."""
+    """Return an engine that runs by these choices; on a CPU, which has none, one with the same interface."""
     with chosen(choices):
         engine = dvit.convert(source, device=device, **options)
     if device.type == "cpu":
@@ -72,12 +72,12 @@ def engine_under(choices: Choices, source: Mapping[str, Any], device: torch.devi
 
 
 def chosen(choices: Choices) -> contextlib.AbstractContextManager[None]:
-    """Inside, a GPU goes by these choices. A dry run does not: they would take it to Triton's interpreter."""
+    """Apply these choices on a GPU inside the block. A dry run ignores them: they would select Triton's interpreter."""
     return using(choices) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
 def under(choices: Choices, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with these choices: what is captured keeps them, what is not reads them every time."""
+    """Wrap a call in these choices: a captured forward keeps them, others read them at every call."""
 
     def run() -> Any:
         with chosen(choices):
@@ -87,7 +87,7 @@ def under(choices: Choices, call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def programmatic(choices: Choices) -> contextlib.AbstractContextManager[None]:
-    """Inside, launches are programmatic ones if the choices say so and the GPU has them."""
+    """Use programmatic launches inside the block if the choices ask for them and the GPU supports them."""
     if not (choices.programmatic and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)):
         return contextlib.nullcontext()
     from dvit_kernels.launch import programmatic_launches
@@ -97,12 +97,12 @@ def programmatic(choices: Choices) -> contextlib.AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model should answer for some images: the reference's in float32, and plain PyTorch's error in the dtype.
+    """The expected outputs for some images: the float32 reference's, and plain PyTorch's error in the dtype.
 
     Attributes:
-        images: as the engine takes them.
-        logits, kept: the reference's.
-        error, given_error: plain PyTorch's (`typical_error`), by its own choice of tokens and with `kept` given.
+        images: the engine's input.
+        logits, kept: outputs of the reference.
+        error, given_error: plain PyTorch's errors (`typical_error`), by its own choice of tokens and with `kept` given.
     """
 
     images: torch.Tensor
@@ -123,30 +123,30 @@ class Expected:
         return cls(images.to(dtype), expected.logits, expected.kept, *errors)
 
     def disagreement(self, logits: torch.Tensor, given: torch.Tensor | None = None) -> str | None:
-        """Say how an engine's logits are not those of this model, by its own choice or with `kept` given; or None."""
+        """Describe how logits, by the engine's own choice and with `kept` given, disagree with this model, or None."""
         checks = [(logits, min(MOST_RMS, max(SAME_RMS, RMS_FACTOR * self.error)), "its own choice of tokens")]
         if given is not None:
             checks.append((given, max(FLOAT32_RMS, RMS_FACTOR * self.given_error), "the reference's kept sets"))
         for found, limit, by in checks:
             error = typical_error(found, self.logits)
-            if not error <= limit:  # NaN is none either
+            if not error <= limit:  # also catches NaN
                 return f"rms error {error:.1e} of the logits' rms by {by}, at most {limit:.1e} is expected"
         return None
 
 
 def typical_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The median over images of the rms error, over the rms of the expected logits."""
+    """Return the median over images of the rms error, relative to the rms of the expected logits."""
     errors = (logits.float() - expected).square().mean(dim=1).sqrt()
     return (errors.median() / expected.square().mean().sqrt()).item()
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A model as it is run: its row's `runtime` and `variant`, and the calls.
+    """A model in one variant: the `runtime` and `variant` of its row, and its calls.
 
     Attributes:
         call: () -> logits, on the images of an `Expected`.
-        given: the same with the reference's kept sets; None: it cannot be given any.
+        given: the same with the reference's kept sets given; None: not supported.
     """
 
     runtime: str
@@ -161,14 +161,14 @@ class Forward:
         return f"{self.runtime}, {self.variant or 'defaults'}"
 
     def beside(self, variant: str, call: Callable[[], torch.Tensor]) -> "Forward":
-        """Another call of the same engine."""
+        """Return another call of the same engine as a variant."""
         return replace(self, variant=variant, call=under(self.choices, call))
 
     def row(self, batch: int, timing: Timing, logits: torch.Tensor, expected: Expected) -> dict[str, Any]:
         return {
             **self.identity(batch),
             **timing.rates(batch),
-            "gmacs": self.engine.graph.gflops,
+            "gmacs": self.engine.graph.gmacs,
             "peak_mib": timing.peak_mib,
             "max_logit_error": (logits - expected.logits).abs().max().item(),
             "top1_agreement": (logits.argmax(dim=1) == expected.logits.argmax(dim=1)).float().mean().item(),
@@ -189,7 +189,7 @@ def forward_of(
     variant: str | None = None,
     captured: bool = True,
 ) -> Forward:
-    """The engine under these choices on the expected images, dense if that is the runtime."""
+    """Return the engine's forward under these choices on the expected images; dense if that is the runtime."""
     device, dtype = expected.logits.device, expected.images.dtype
     dense = {"method": "none"} if runtime == "dense" else {}
     engine = engine_under(choices, source, device, dtype=dtype, **dense)

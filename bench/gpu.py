@@ -1,12 +1,12 @@
-"""The suite for a GPU, the most telling first: `make gpu BUDGET=540 ONLY=smoke,models` runs it.
+"""Run the GPU suite, most informative parts first: `make gpu BUDGET=540 ONLY=smoke,models`.
 
     PYTHONPATH=.:kernels python bench/gpu.py [--budget 540] [--only smoke,models] [--out FOLDER] [--dry]
 
-Each part is a process of its own, which a fault of the GPU ends alone, and has its share of the seconds that are left;
-what it measured until its time is up stays. Results are at most eight files in FOLDER (default: $OUT, else
-bench/results/<gpu>): JSON, and gpu.txt with everything printed; those of the parts that run are replaced. Where there
-is no .git, DVIT_COMMIT names the commit. A dry run takes tiny sizes through all parts on a CPU, into build/gpu-dry.
-Exit status 1: a part failed.
+Each part is a separate process, so that a GPU fault ends only that part, and gets its share of the remaining seconds;
+rows measured before its time is up are kept. Results are at most eight files in FOLDER (default: $OUT, else
+bench/results/<gpu>): JSON, and gpu.txt with everything printed; files of the parts that run are replaced. Without .git,
+DVIT_COMMIT names the commit. A dry run runs all parts with tiny sizes on a CPU, into build/gpu-dry. Exit status 1: a
+part failed.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from dvit_infer.cli.common import Parser, run
 from dvit_infer.errors import InputError
 
 BUDGET = 540.0
-# In order, with the seconds of each in a run of BUDGET; what one leaves goes to those after it. The last two get what
-# is left, and run only if that is enough.
+# In order, with the seconds of each in a run of BUDGET; unused seconds go to later parts. The last two get the
+# remaining time, and run only if it is enough.
 PARTS = {
     "smoke": 40,
     "models": 65,
@@ -48,11 +48,11 @@ PARTS = {
     "native": 2,
     "sanitizer": 2,
 }
-ASKED_FOR = ("second", "more")  # parts that run only where --only names them
-LEAST = {"native": 45, "sanitizer": 30}  # seconds below which a part is not begun; else LEAST_S
+ASKED_FOR = ("second", "more")  # parts that run only if --only names them
+LEAST = {"native": 45, "sanitizer": 30}  # seconds below which a part is not started; else LEAST_S
 LEAST_S = 4.0
-MARGIN_S = 4.0  # before its end, a script begins no more
-# Scripts that run several parts, into one file; else both are called as the part is.
+MARGIN_S = 4.0  # a script starts nothing in its last seconds
+# Scripts that run several parts into one file; otherwise script and file have the name of the part.
 FILES = {"capture": "models", "choices": "models", "lvvit": "models", "more": "models"}
 BY_TESTS: dict[str, Callable[[float, Callable[[str], None], bool], int]] = {
     "tests": gpu_tests.tests,
@@ -62,7 +62,7 @@ BY_TESTS: dict[str, Callable[[float, Callable[[str], None], bool], int]] = {
 
 
 class Log:
-    """Prints, and keeps what was printed."""
+    """Prints lines, and also writes them to a file."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w")
@@ -74,7 +74,7 @@ class Log:
 
 
 def command(part: str, out: Path, seconds: float, dry: bool) -> list[str]:
-    """The script of a part, with its options."""
+    """Return the script of a part, with its options."""
     script = FILES.get(part, part)
     options = {
         "models": ["--part", part],
@@ -92,7 +92,7 @@ def results_of(part: str) -> str:
 
 
 def run_parts(parts: Sequence[str], out: Path, end: float, dry: bool, log: Log) -> dict[str, list[str]]:
-    """Run the parts in order; returns those that failed and those that were cut off or had no time."""
+    """Run the parts in order; return those that failed, were cut off, or had no time."""
     found: dict[str, list[str]] = {"failed": [], "cut off": [], "not run": []}
     for place, part in enumerate(parts):
         left = end - time.monotonic()
@@ -112,7 +112,7 @@ def run_parts(parts: Sequence[str], out: Path, end: float, dry: bool, log: Log) 
         log(f"== {part}: {outcome}, {time.monotonic() - start:.0f} s")
         if status != 0:
             found["cut off" if status == CUT_OFF else "failed"].append(part)
-        for partial in out.glob(".*.part"):  # of a file that a child was writing when it was ended
+        for partial in out.glob(".*.part"):  # partial file of a child that was ended while writing
             partial.unlink(missing_ok=True)
     return found
 
@@ -130,7 +130,7 @@ def suite(given: argparse.Namespace) -> int:
     log = Log(out / "gpu.txt")
     log(cache)
     log(json.dumps(where))
-    for part in parts:  # an earlier run's results are not this one's
+    for part in parts:  # remove results of an earlier run
         for name in [results_of(part), *(["choices.json"] if part == "tune" else [])]:
             (out / name).unlink(missing_ok=True)
     if not given.dry:
@@ -144,7 +144,7 @@ def suite(given: argparse.Namespace) -> int:
 
 
 def parts_of(only: str | None) -> list[str]:
-    """The parts to run, in the suite's order."""
+    """Return the parts to run, in the suite's order."""
     if only is None:
         return [part for part in PARTS if part not in ASKED_FOR]
     names = [name.strip() for name in only.split(",")]
@@ -165,7 +165,7 @@ def seconds_of(budget: str) -> float:
 
 
 def card() -> str:
-    """Clocks, power and temperature as found; nothing of them is changed."""
+    """Return clocks, power and temperature as found; none is changed."""
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,memory.used"
     asked: Any = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
     try:
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", default=f"{BUDGET:.0f}", help="seconds for all (default: %(default)s)")
     parser.add_argument("--only", help=f"parts, of {','.join(PARTS)} (default: all but {' and '.join(ASKED_FOR)})")
     parser.add_argument("--out", type=Path, help="folder for results")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU: shows that it runs")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, to show that it runs")
     return run(parser, suite, argv)
 
 

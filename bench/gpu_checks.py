@@ -1,4 +1,4 @@
-"""What the suite needs of a machine, said in one line before anything starts."""
+"""Check the suite's requirements before anything starts; a missing one gives one line."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ def check_machine() -> None:
     if capability < OLDEST:
         name, found = torch.cuda.get_device_name(), ".".join(map(str, capability))
         raise InputError(f"{name}: compute capability {found}; the kernels need 8.0 or later")
-    setting()  # DVIT_KERNELS, if it is anything that it cannot be
+    setting()  # raises if DVIT_KERNELS is invalid
     if importlib.util.find_spec("triton") is None:
         raise InputError("Triton is not installed for this Python; the suite needs it")
     compiler = os.environ.get("CC") or "gcc"
@@ -35,17 +35,17 @@ def check_machine() -> None:
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps what it compiles."""
+    """Return Triton's cache folder."""
     if named := os.environ.get("TRITON_CACHE_DIR"):
         return Path(named)
     return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
 
 
 def check_folder(path: str | Path) -> Path:
-    """The folder for results, made if need be.
+    """Return the folder for results, created if missing.
 
     Raises:
-        InputError: nothing can be written there.
+        InputError: It is not writable.
     """
     folder = Path(path).resolve()
     if why := _unwritable(folder):

@@ -1,4 +1,4 @@
-"""The parts of the suite that run tests: all of them marked gpu; the native library's; some under compute-sanitizer."""
+"""The parts of the suite that run tests: those marked gpu, the native library's, some under compute-sanitizer."""
 
 import importlib.util
 import os
@@ -21,12 +21,12 @@ NATIVE_TESTS = ROOT / "tests" / "ops" / "test_native.py"
 FIRST = ("test_gpu_engine.py", "test_linear_kernels.py", "test_attention_kernels.py", "test_prune_tokens_kernels.py")
 SMALL, SMALL_NATIVE = "(neighbours or strides) and float16", "strides"  # what pytest selects for compute-sanitizer
 DRY_TESTS = ["tests/kernels/test_layer_norm_kernels.py", "-k", "strides and float16"]
-TIMEOUT_S = 120  # of one test, compiling included
+TIMEOUT_S = 120  # for one test, including compilation
 NOTHING_SELECTED = 5  # pytest's exit status
 
 
 def test_files() -> list[Path]:
-    """Files with tests for a GPU, the most telling first; but the native library's, which would have to be built."""
+    """Return the files with GPU tests, most informative first, without those of the native library."""
     files = (f for f in (ROOT / "tests").rglob("test_*.py") if WITH_GPU_TESTS.search(f.read_text()))
     order = {name: place for place, name in enumerate(FIRST)}
     return sorted((f for f in files if f != NATIVE_TESTS), key=lambda f: (order.get(f.name, len(FIRST)), f.name))
@@ -37,21 +37,21 @@ def _pytest(*arguments: str) -> list[str]:
 
 
 def tests(seconds: float, say: Say, dry: bool) -> int:
-    """The tests of the kernels and the engine, by as many processes as there are cores."""
+    """Run the tests of the kernels and the engine, spread over the cores."""
     if dry:
         return children.run(_pytest(*DRY_TESTS), seconds, say, children.DRY)
     spread = []
-    if importlib.util.find_spec("xdist"):  # in the order given: what comes first says most
+    if importlib.util.find_spec("xdist"):  # in the given order: most informative first
         spread = ["-n", str(max(1, (os.cpu_count() or 1) - 2)), "--dist", "load", "--maxschedchunk", "2"]
     else:
         say("pytest-xdist is not installed: one process runs all tests")
     if importlib.util.find_spec("pytest_timeout"):
-        spread += ["--timeout", str(TIMEOUT_S), "--timeout-method", "thread"]  # ends a process that waits for a GPU
+        spread += ["--timeout", str(TIMEOUT_S), "--timeout-method", "thread"]  # ends a process that hangs on the GPU
     return children.run(_pytest("-m", "gpu", *spread, *map(str, test_files())), seconds, say)
 
 
 def native_tests(seconds: float, say: Say, dry: bool) -> int:
-    """The native library's tests for a GPU, after it has been built."""
+    """Build the native library and run its GPU tests."""
     end = time.monotonic() + seconds
     if dry or not name_native_library(0.7 * seconds, say):
         return 0
@@ -60,7 +60,7 @@ def native_tests(seconds: float, say: Say, dry: bool) -> int:
 
 
 def name_native_library(seconds: float, say: Say) -> bool:
-    """Leave DVIT_NATIVE_LIBRARY naming a library with CUDA, built here if need be; or say that there is none."""
+    """Set DVIT_NATIVE_LIBRARY to a library with CUDA, built here if needed; report if there is none."""
     if not os.environ.get("DVIT_NATIVE_LIBRARY"):
         if missing := [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]:
             say(f"native library: its GPU tests are NOT RUN: no {' and no '.join(missing)}, no DVIT_NATIVE_LIBRARY")
@@ -86,9 +86,9 @@ def name_native_library(seconds: float, say: Say) -> bool:
 
 
 def sanitizer(seconds: float, say: Say, dry: bool) -> int:
-    """The small kernel tests under compute-sanitizer, where it is and can run.
+    """Run the small kernel tests under compute-sanitizer, if it is installed and works.
 
-    All under memcheck; the native library's under racecheck too: its barriers are placed by hand.
+    All run under memcheck; the native library's also under racecheck, because its barriers are placed by hand.
     """
     tool = shutil.which("compute-sanitizer")
     if dry or tool is None:

@@ -1,8 +1,8 @@
-"""Kernels compiled beforehand (`make gpu-cache`), unpacked into Triton's cache on the machine that has the GPU.
+"""Unpack kernels compiled beforehand (`make gpu-cache`) into Triton's cache on a GPU machine.
 
-Compiling is most of a first run: 0.7 s for each of some 500 kernels. Triton finds a kernel by a key of its own files,
-libtriton.so of that very Python among them, and of the kernel's source, arguments and options; where a key differs it
-compiles as ever.
+Compilation takes most of a first run: 0.7 s for each of some 500 kernels. Triton finds a kernel by a key of Triton's
+own files, including libtriton.so for the Python in use, and of the kernel's source, arguments and options. If a key
+differs, Triton compiles the kernel as usual.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ MANIFEST = "manifest.json"
 
 
 def fingerprint() -> dict[str, str]:
-    """Hashes of the kernels' source files."""
+    """Return hashes of the kernels' source files."""
     files = sorted((ROOT / "kernels" / "dvit_kernels").glob("*.py"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def short(key: str) -> str:
-    """Triton's key of itself, as it is shown."""
+    """Return the short form of Triton's own key."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def pack(cache: Path, manifest: dict[str, Any], path: Path) -> int:
-    """Pack what a launch reads of Triton's cache: binaries and their metadata. Returns the number of kernels."""
+    """Pack the files that a launch reads from Triton's cache, binaries and metadata; return the number of kernels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = sorted(f for f in cache.glob("*/*") if f.suffix in (".cubin", ".json") and f.name[:2] != "__")
     count = sum(file.suffix == ".cubin" for file in kept)
@@ -48,7 +48,7 @@ def pack(cache: Path, manifest: dict[str, Any], path: Path) -> int:
 
 
 def unpack(path: Path = PACKED) -> str:
-    """Unpack into Triton's cache if the kernels are for the Triton and the GPU that are here; the line that says so."""
+    """Unpack into Triton's cache if the kernels fit this Triton and GPU; return a line that reports it."""
     if not path.exists():
         return "compiled kernels: MISS, none were taken along (make gpu-cache makes them)"
     try:
@@ -84,7 +84,7 @@ def _unpacked(path: Path) -> str:
 
 
 def _write_group(metadata: Path) -> None:
-    """The list of a kernel's files, by absolute paths, without which Triton does not see them."""
+    """Write the list of a kernel's files, by absolute paths; Triton does not see the files without it."""
     files = metadata.parent.glob(f"{metadata.stem}.*")
     group = metadata.with_name(f"__grp__{metadata.name}")
     group.write_text(json.dumps({"child_paths": {file.name: str(file.resolve()) for file in files}}))

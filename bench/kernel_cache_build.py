@@ -1,10 +1,10 @@
-"""Compile the suite's kernels for a GPU that is not here, as another Python's Triton will look for them.
+"""Compile the suite's kernels without a GPU, under the keys of another Python's Triton.
 
     PYTHONPATH=.:kernels:bench python bench/kernel_cache_build.py --for FOLDER [--out kernels.tar.xz]
 
-`make gpu-cache` runs this. FOLDER holds the same version of Triton, unpacked, for the Python that the kernels are for:
-the two differ in nothing but compiled libraries, libtriton.so among them, whose hash is part of every key. The models'
-forwards run on a CPU with their launches recorded and nothing launched; a stub stands for the driver.
+`make gpu-cache` runs this. FOLDER holds the same version of Triton, unpacked, for the target Python: the two differ
+only in compiled libraries, such as libtriton.so, whose hash is part of every key. The models' forwards run on a CPU,
+where launches are recorded instead of run; a stub replaces the driver.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ BF16 = torch.bfloat16
 
 
 class StubDriver:
-    """Answers what Triton asks a driver when it compiles and does not launch."""
+    """The parts of a driver that Triton needs to compile without launching."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
@@ -59,10 +59,10 @@ class StubDriver:
 
 
 def key_for(folder: Path) -> str:
-    """Triton's key of itself as the Triton in `folder` would find it.
+    """Return the key that the Triton in `folder` computes for itself.
 
     Raises:
-        SystemExit: it is another Triton.
+        SystemExit: It is another version of Triton.
     """
     from triton.runtime.cache import triton_key
 
@@ -79,11 +79,11 @@ def key_for(folder: Path) -> str:
 
 
 def recorded() -> Iterator[Launch]:
-    """Every launch of the suite's forwards, with its arguments as tensors without memory."""
+    """Yield every launch of the suite's forwards, with meta tensors as arguments."""
     for arch in ARCHS:
         for method in ("predictor", "none"):
             engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=BF16, method=method)
-            for programmatic in (False, True):  # 128: a half of two branches
+            for programmatic in (False, True):  # 128: one of two branches
                 yield from launches_of(engine, (256, 1, 128), (BF16, torch.uint8), programmatic)
     for arch, dtype in itertools.product((*ARCHS, "deit-b-distilled"), (BF16, torch.float16, torch.float32)):
         engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=dtype)
@@ -93,13 +93,13 @@ def recorded() -> Iterator[Launch]:
 def launches_of(
     engine: dvit.Engine, batches: Sequence[int], inputs: Sequence[torch.dtype], programmatic: bool
 ) -> Iterator[Launch]:
-    """Those of forwards of so many images in these dtypes."""
+    """Yield the launches of forwards for these batch sizes and dtypes."""
     found: list[Launch] = []
 
     def record(launch: Launch) -> None:
         for value in launch.arguments.values():
             if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
-                value.zero_()  # positions that were not computed must be some
+                value.zero_()  # uncomputed positions must be valid
         found.append(replace(launch, arguments={name: _bare(value) for name, value in launch.arguments.items()}))
 
     with using(Choices(programmatic=programmatic)), _launching(record), programmatic_launches(programmatic):
@@ -122,7 +122,7 @@ def _bare(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _launching(record: Any) -> Iterator[None]:
-    """Inside, launches are recorded, and convolutions, which are PyTorch's, give tensors of the right shape."""
+    """Record launches inside the block, and replace PyTorch's convolutions by empty tensors of their shape."""
     run, conv2d = Launch.run, F.conv2d
 
     def no_conv2d(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
@@ -137,7 +137,7 @@ def _launching(record: Any) -> Iterator[None]:
 
 
 def candidates() -> Iterator[Launch]:
-    """What bench/tune.py and bench/machine.py time."""
+    """Yield the launches that bench/tune.py and bench/machine.py time."""
     for model, batch in PLAN:
         for shape in shapes_of(model, batch, BF16):
             for tile in tiles_of(shape, BF16, False):
@@ -151,7 +151,7 @@ def candidates() -> Iterator[Launch]:
 
 
 def distinct() -> list[Launch]:
-    """One launch for each kernel that comes of it."""
+    """Return one launch for each distinct kernel."""
     found: dict[str, Launch] = {}
     for launch in (*recorded(), *candidates()):
         made = source(launch)
@@ -161,11 +161,11 @@ def distinct() -> list[Launch]:
 
 
 def compile_one(index: int) -> str | None:
-    """Compile one of `LAUNCHES`; the compiler's complaint if there is one."""
+    """Compile one of `LAUNCHES`; return the compiler's error, if any."""
     launch = LAUNCHES[index]
     try:
         compile_launch(launch, *divmod(TARGET.arch, 10))
-    except Exception as error:  # a tile that does not fit is compiled, and fails, where it is measured
+    except Exception as error:  # a tile that does not fit fails again when it is measured
         return f"{launch.kernel.__name__}: {repr(error)[:200]}"
     return None
 

@@ -1,4 +1,4 @@
-"""Layers that PyTorch has beside the kernels: patch embedding, fc1 with each GELU and in float8, the stem of LV-ViT."""
+"""Compare layers with PyTorch's: patch embedding, fc1 with each GELU and in float8, the stem of LV-ViT."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Sizes(NamedTuple):
-    """How much is measured; `DRY` is little enough for Triton's interpreter."""
+    """The sizes to measure; `DRY` is small enough for Triton's interpreter."""
 
     product: int = 8192
     copy_mib: float = 1024
@@ -27,13 +27,13 @@ DRY = Sizes(64, 0.25, (0.01,), 2, 1, 32, (64, 128), 0.0, 1024)
 
 
 def measured(part: Callable[[torch.device, Sizes], Iterator[Row]], device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """The rows of one of `PARTS`, said to be measured: a row of limits may be derived."""
+    """Yield the rows of one of `PARTS`, with runtime "measured" as default."""
     for row in part(device, sizes):
         yield {"runtime": "measured", **row}
 
 
 def patch_embedding(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """Images to tokens of DeiT-S: the kernel from uint8 and bfloat16, a convolution and what follows."""
+    """Patch embedding of DeiT-S: the kernel from uint8 and bfloat16, and PyTorch's convolution with its epilogue."""
     from dvit_kernels.patch_embedding import launch_patch_embedding
 
     from dvit_infer.ops.patch_embedding import pack_patch_embedding
@@ -89,9 +89,9 @@ def activations(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 
 def float8(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """fc1 of DeiT-S and -B by `torch._scaled_mm` beside bfloat16: whether float8 is worth a second look.
+    """fc1 of DeiT-S and -B by `torch._scaled_mm` beside bfloat16, to see whether float8 is worth while.
 
-    The product alone, of tensors that are in float8 already, with one scale each.
+    Only the product is timed, of tensors already in float8, with one scale each.
     """
     if device.type == "cpu":
         return
@@ -121,8 +121,8 @@ def _fc1_rows(sizes: Sizes) -> int:
 def stem(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """LV-ViT-S's four convolutions: channels last and not, without bias, with it, and fused with bias and ReLU.
 
-    PyTorch adds a bias behind cuDNN's convolution, and then applies ReLU: two passes over the result that
-    `torch.cudnn_convolution_relu` does not make.
+    PyTorch adds the bias after cuDNN's convolution and then applies ReLU: two passes over the result that
+    `torch.cudnn_convolution_relu` avoids.
     """
     shapes = ((3, 64, 7, 2), (64, 64, 3, 1), (64, 64, 3, 1), (64, sizes.channels[0], 8, 8))
     given = torch.randn(sizes.images, 3, sizes.pixels, sizes.pixels, device=device).bfloat16()

@@ -1,10 +1,10 @@
-"""What a GPU can do at best, in the figures that this project's decisions hang on.
+"""Measure the limits of a GPU on which design decisions depend.
 
     PYTHONPATH=.:kernels python bench/machine.py --out machine.json
 
-Copy bandwidth, bfloat16 matrix product, reading through the L2 cache by how much is read, what a launch costs on a
-stream, in a CUDA graph and with programmatic dependent launch, patch embedding, each form of GELU behind a linear, fc1
-in float8; and the stem of LV-ViT by itself. Each fails alone.
+The parts are copy bandwidth, bfloat16 matrix product, L2 bandwidth by size, launch overhead on a stream, in a CUDA
+graph and with programmatic dependent launch, patch embedding, each form of GELU after a linear, fc1 in float8, and the
+stem of LV-ViT. Each may fail by itself.
 """
 
 import sys
@@ -29,7 +29,7 @@ def _nothing_kernel(x_ptr, PDL: tl.constexpr):
 
 @triton.jit
 def _read_kernel(x_ptr, y_ptr, programs, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Every program reads BLOCKS blocks, all programs together each block as often as the others."""
+    """Read BLOCKS blocks in every program, so that all programs together read each block equally often."""
     wait_for_inputs(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     at = tl.program_id(0).to(tl.int64) * BLOCK
@@ -51,7 +51,7 @@ def peaks(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 
 def cache(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """The same bytes read over and over: below the cache's size they come from it."""
+    """Time repeated reads of the same bytes, which come from the cache if they fit."""
     programs, block = sizes.programs, sizes.block
     y = torch.empty(programs, device=device)
     for mib in sizes.cache_mib:
@@ -64,7 +64,7 @@ def cache(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 
 def gaps(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """Microseconds from one launch to the next, of kernels that do nothing and wait for each other."""
+    """Time the interval between launches of empty kernels that wait for each other."""
     x = torch.zeros(1, device=device)
 
     def launch(programmatic: bool) -> Callable[[], None]:

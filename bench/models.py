@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:kernels python bench/models.py --part models --out models.json [--budget 60] [--dry]
 
-Random weights, keep rate 0.7, bfloat16. Parts: `models`, the headline, by the default choices; `capture`, variants of
-capturing a forward beside the plain one; `choices`, what bench/tune.py chose beside the defaults; `lvvit`, LV-ViT-S and
-its stem's share; `more`, other batches and torch.compile, which takes minutes.
+Random weights, keep rate 0.7, bfloat16. Parts: `models`, the main figures, by the default choices; `capture`, variants
+of capturing a forward beside the plain one; `choices`, the choices of bench/tune.py beside the defaults; `lvvit`,
+LV-ViT-S and the share of its stem; `more`, other batches and torch.compile, which takes minutes.
 """
 
 import sys
@@ -51,7 +51,7 @@ class Models:
 
     Args:
         seconds: for each interleaved run.
-        choices: the file that bench/tune.py left, if any.
+        choices: the file that bench/tune.py wrote, if any.
     """
 
     def __init__(self, device: torch.device, dry: bool, seconds: float, choices: Path | None) -> None:
@@ -76,20 +76,20 @@ class Models:
             yield "measured choices, DeiT-B", lambda: self.by_choices(DEIT_B, self.batch(256))
 
     def compared(self, arch: str, batches: tuple[int, ...], names: tuple[str, ...]) -> Iterator[Row]:
-        """Rows as dvit-bench writes them, by the default choices."""
+        """Yield rows as dvit-bench writes them, by the default choices."""
         with chosen(PLAIN):
             comparison = Comparison(checkpoint(arch, self.dry), names, str(self.device))
             for batch in map(self.batch, batches):
                 outcome = comparison.measure(batch, self.seconds)
                 yield from (asdict(row) for row in outcome.rows)
                 print(f"  {comparison.runs}", flush=True)
-                for line in filter(None, (*map(str, outcome.gains), outcome.verdict, outcome.noise)):
+                for line in filter(None, (*map(str, outcome.pruning_speedups), outcome.verdict, outcome.noise)):
                     print(f"  {arch}, batch {batch}: {line}", flush=True)
                 if outcome.strays:
                     raise RuntimeError(f"{arch}, batch {batch}: {outcome.verdict}")
 
     def capture_variants(self, batch: int) -> Iterator[Row]:
-        """The engine captured in each variant, and from uint8 images, beside the plain one."""
+        """Time the engine captured in each variant, and from uint8 images, beside the plain one."""
         source = checkpoint(DEIT_S, self.dry)
         expected = Expected.of(source, batch, self.device, self.dtype)
         variants = {
@@ -108,7 +108,7 @@ class Models:
         yield from self.interleaved("forward, captured", forwards, expected, plain, unchecked=[from_uint8])
 
     def by_choices(self, arch: str, batch: int) -> Iterator[Row]:
-        """Engine and dense counterpart by what was measured on this GPU, beside the defaults."""
+        """Time engine and dense counterpart by the choices measured on this GPU, beside the defaults."""
         if self.choices is None or not self.choices.exists():
             print("  no choices were measured: nothing to compare", flush=True)
             return
@@ -122,7 +122,7 @@ class Models:
     def interleaved(
         self, op: str, forwards: list[Forward], expected: Expected, baseline: Forward, unchecked: list[Forward]
     ) -> Iterator[Row]:
-        """Time the forwards together, those alone whose answers are right; `unchecked` compute another function."""
+        """Time the forwards whose outputs are correct, and `unchecked`, which compute another function, interleaved."""
         batch, logits = len(expected.images), {}
         for forward in forwards:
             found = forward.call()
@@ -147,7 +147,7 @@ class Models:
             yield row
 
     def share_of_stem(self) -> Iterator[Row]:
-        """LV-ViT-S, and its convolutions and patch embedding alone, both launched one by one."""
+        """Time LV-ViT-S, and its convolutions and patch embedding alone, both launched one by one."""
         batch = self.batch(256)
         engine = engine_under(PLAIN, checkpoint(LVVIT_S, self.dry), self.device, dtype=self.dtype)
         images = sample_images(batch, engine.config.image_size).to(self.device, self.dtype)
@@ -167,7 +167,7 @@ class Models:
 def main() -> int:
     parser = arguments(__doc__, 60)
     parser.add_argument("--part", choices=("models", "capture", "choices", "lvvit", "more"), default="models")
-    parser.add_argument("--choices", type=Path, help="what bench/tune.py left, for the part of that name")
+    parser.add_argument("--choices", type=Path, help="output of bench/tune.py, for the part choices")
     parser.add_argument("--seconds", type=float, default=3, help="for each interleaved run (default: %(default)s)")
     given = parser.parse_args()
     device = device_for(given.dry)

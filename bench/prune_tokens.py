@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:kernels python bench/prune_tokens.py --out prune_tokens.json [--dry]
 
-On CUDA both are also replayed from a captured graph, which is how the engine will run them. Inputs are random and
-rotate among buffers that together exceed the L2 cache at large batches; at batch 1, where 64 of them do not, they are
-as warm as what a block before has just written.
+On CUDA both are also replayed from a captured graph, as the engine runs them. Inputs are random and rotate among
+buffers that together exceed the L2 cache at large batches. At batch 1, 64 of them fit in it, as does the output of a
+preceding block.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from rows import Part, Row, Rows, arguments, device_for
 
 import dvit_infer as dvit
 from dvit_infer.benchmark.timing import interleave
-from dvit_infer.ops.prune_tokens import how, prune_tokens_ref, score_tokens_ref
+from dvit_infer.ops.prune_tokens import backend_of, prune_tokens_ref, score_tokens_ref
 
 STAGES = ((196, 137), (137, 96), (96, 67))  # patch tokens in, kept
 DIM, CACHE_BYTES = 384, 120e6  # twice an H200's L2
@@ -26,7 +26,7 @@ Call = Callable[[], object]
 
 
 def captured(call: Call) -> Call:
-    """The call as a replay of a CUDA graph."""
+    """Return the replay of a CUDA graph of the call."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -36,7 +36,7 @@ def captured(call: Call) -> Call:
 
 
 def rotating(calls: list[Call], times: int) -> Call:
-    """`times` calls, each with the next inputs: one would not last long enough to be timed."""
+    """Return a function of `times` calls, each with the next inputs; a single one is too short to be timed."""
     turns = itertools.cycle(calls)
 
     def run() -> None:
@@ -66,14 +66,14 @@ def measure(device: torch.device, dtype: torch.dtype, batch: int, seconds: float
             calls[f"{name}, graph"] = rotating([captured(stages(op, xs)) for xs in inputs], times)
     timings = interleave(calls, device, seconds, warm_up=0.5 if on_gpu else 0.0)
 
-    # Arithmetic: what the op keeps, scored in float32, against the best that could be kept.
+    # Accuracy: the float32 scores of the tokens kept by the op, against the best possible.
     x, (n, k) = inputs[0][0], patches[0]
     best = score_tokens_ref(x[:, 1:].float(), dvit.pack_predictor(model.score_predictor[0].to(device)), 1e-5)
     for name, timing in timings.items():
         runtime, _, graph = name.partition(", ")
         index = ops[runtime](x, packed[0], k, 1, 1e-5)[1]
         lost = best.topk(k).values.sum(dim=1) - best.gather(1, index).sum(dim=1)
-        by = [how(device, n, dim)] if runtime == "op" else []
+        by = [backend_of(device, n, dim)] if runtime == "op" else []
         yield {
             "op": f"prune_tokens, {len(patches)} stages",
             "runtime": runtime,

@@ -1,4 +1,4 @@
-"""What the measuring scripts share: rows written as they come, jobs that fail by themselves, a time to end."""
+"""Shared by the measuring scripts: incremental result files, jobs that may fail by themselves, a time limit."""
 
 import argparse
 import json
@@ -14,18 +14,18 @@ from dvit_infer.benchmark import timing
 from dvit_infer.benchmark.results import environment, write_json
 
 FIGURES = ("batch", "images_per_s", "p50_ms", "us", "tflops", "tb_per_s", "max_error", "max_logit_error")
-FIGURES = (*FIGURES, "max_difference", "top1_agreement", "speedup", "share")  # what a line of the log shows of a row
-OFTEN_S = 0.5  # a file is written no more often, but at the end of a job
+FIGURES = (*FIGURES, "max_difference", "top1_agreement", "speedup", "share")  # fields of a row shown in the log
+OFTEN_S = 0.5  # minimum interval between writes of a file, except at the end of a job
 Row = Mapping[str, Any]
 Job = Callable[[], Iterable[Row]]
 
 
 class Rows:
-    """A result file in the making, written again with every row.
+    """A growing result file, rewritten with every row.
 
     Args:
-        path: of the JSON.
-        add: keep the rows that the file has, of an earlier part of the same run.
+        path: the JSON file.
+        add: keep the rows in the file, from an earlier part of the same run.
     """
 
     def __init__(self, path: Path, add: bool = False) -> None:
@@ -33,7 +33,7 @@ class Rows:
         self.rows: list[Row] = json.loads(path.read_text())["rows"] if add and path.exists() else []
 
     def add(self, row: Row) -> None:
-        """Write it at once, or with the next, or by `flush` where several come in one go."""
+        """Add a row; it is written now, with a later row, or by `flush`."""
         self.rows.append(row)
         if time.monotonic() - self._written > OFTEN_S:
             self.flush()
@@ -44,20 +44,20 @@ class Rows:
 
 
 def shown(row: Row) -> str:
-    """One line: what was measured, then the figures."""
+    """Format a row as one line: its names, then the figures."""
     words = [str(row[key]) for key in ("model", "op", "runtime", "variant") if row.get(key)]
     figures = [f"{key} {row[key]:.5g}" for key in FIGURES if row.get(key) is not None]
     return ", ".join([*words, *figures, *([f"FAILED: {row['failed']}"] if "failed" in row else [])])
 
 
 class Part:
-    """Runs jobs one after the other, each of which may fail alone, until the time is up."""
+    """Runs jobs in order until the time is up; a failure affects only its own job."""
 
     def __init__(self, rows: Rows, device: torch.device, budget: float) -> None:
         self.rows, self.device, self.end = rows, device, time.monotonic() + budget
 
     def run(self, jobs: Iterable[tuple[str, Job]], show: Callable[[Row], str] = shown) -> int:
-        """Add every job's rows as it yields them; returns the exit status, 1 if a job or a row failed."""
+        """Add every job's rows as they are yielded; return the exit status, 1 if a job or a row failed."""
         failed = False
         for name, job in jobs:
             if time.monotonic() > self.end:
@@ -70,12 +70,12 @@ class Part:
                     failed |= "failed" in row
                     if text := show(row):
                         print(f"  {text}", flush=True)
-            except Exception:  # the other jobs are still worth having
+            except Exception:  # the other jobs still run
                 traceback.print_exc()
                 print(f"{name}: FAILED", flush=True)
                 failed = True
                 if not usable(self.device):
-                    print("this process cannot use the GPU any more: it ends here, with what it has", flush=True)
+                    print("this process cannot use the GPU any more; it ends here and keeps its rows", flush=True)
                     break
             finally:
                 self.rows.flush()
@@ -83,7 +83,7 @@ class Part:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the device still answers: after an illegal access, say, CUDA fails every later call of a process."""
+    """Return whether the device is usable: after e.g. an illegal access, CUDA fails every later call of a process."""
     if device.type != "cuda":
         return True
     try:
@@ -95,17 +95,17 @@ def usable(device: torch.device) -> bool:
 
 
 def arguments(description: str, budget: float) -> argparse.ArgumentParser:
-    """The options that every part of the suite takes."""
+    """Return a parser with the options of every part of the suite."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON, written again with every row")
-    parser.add_argument("--add", action="store_true", help="to the rows that the file has")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, rewritten with every row")
+    parser.add_argument("--add", action="store_true", help="keep the rows in the file")
     parser.add_argument("--budget", type=float, default=budget, help="seconds (default: %(default)s)")
-    parser.add_argument("--dry", action="store_true", help="on the CPU with tiny sizes: shows that it runs")
+    parser.add_argument("--dry", action="store_true", help="run on the CPU with tiny sizes, to show that it runs")
     return parser
 
 
 def device_for(dry: bool) -> torch.device:
-    """The GPU; in a dry run the CPU, on which a call or two are enough."""
+    """Return the GPU; in a dry run the CPU, with timing reduced to a few calls."""
     if dry:
         timing.MIN_ROUNDS, timing.WARM_UP_LIMIT_S = 1, 0.0
         torch.set_num_threads(1)

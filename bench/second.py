@@ -1,10 +1,10 @@
-"""Changes to the kernels that wait for a GPU, each beside what it would replace, in one interleaved run.
+"""Measure kernel changes that wait for a GPU, each beside the current version, in one interleaved run.
 
     PYTHONPATH=.:kernels python bench/second.py --out second.json [--dry]
 
-Registers bounded at 128 a thread where 130 to 175 leave room for one program a multiprocessor; the tile of the first
-launch of prune_tokens; forms of GELU behind fc1, and LV-ViT's stem with bias and ReLU in cuDNN
-(both of bench/layers.py).
+They are: at most 128 registers per thread where 130 to 175 allow only one program per multiprocessor; the tile of the
+first launch of prune_tokens; forms of GELU after fc1, and LV-ViT's stem with bias and ReLU in cuDNN (both in
+bench/layers.py).
 """
 
 import itertools
@@ -33,7 +33,7 @@ SECONDS = 0.5
 
 
 class Sizes:
-    """Batch, channels of DeiT-S and -B, pixels and stages; in a dry run as small as the interpreter likes."""
+    """Batch, channels of DeiT-S and -B, pixels and stages; in a dry run small enough for the interpreter."""
 
     def __init__(self, dry: bool) -> None:
         self.dry = dry
@@ -44,7 +44,7 @@ class Sizes:
 
 
 def with_registers(launch: Launch, most: int | None) -> Callable[[], None]:
-    """The launch with its registers bounded, or not, whatever it is now."""
+    """Return the launch with another register limit, or none."""
     options = {**launch.options, "maxnreg": most}  # None: the compiler's choice
     return lambda: launch.kernel[launch.grid](**launch.arguments, **options)
 
@@ -52,7 +52,7 @@ def with_registers(launch: Launch, most: int | None) -> Callable[[], None]:
 def compared(
     op: str, candidates: dict[str, tuple[Launch, int | None]], output: str, device: torch.device, sizes: Sizes
 ) -> Iterator[Row]:
-    """Rows of launches that fill the argument `output` with the same values, the first the baseline."""
+    """Yield rows for launches that write equal values to the argument `output`; the first is the baseline."""
     calls = {name: [with_registers(launch, most)] for name, (launch, most) in candidates.items()}
     times, failed = microseconds(calls, device, 0.0 if sizes.dry else SECONDS, 60)
     baseline = next(iter(candidates))
@@ -70,7 +70,7 @@ def compared(
 
 
 def linears(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """Linears with a residual by TMA, two programs a multiprocessor: 132 registers leave room for one."""
+    """Linears with a residual by TMA, with two programs per multiprocessor; 132 registers allow only one."""
     rows = sizes.batch * (1 + (sizes.pixels // 16) ** 2)
     tile = LinearTile(16, 32, 16, 4, 2, 0) if sizes.dry else LinearTile(128, 128, 64, 8, 3, PAIRED)
     for (name, c), (layer, wide) in itertools.product(sizes.channels.items(), (("proj", 1), ("fc2", 4))):
@@ -111,7 +111,7 @@ def predictor(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 
 def with_blocks(score: Launch, tokens: int, hidden: int, inner: int) -> Launch:
-    """The second launch of prune_tokens by blocks of so many tokens, hidden and inner channels."""
+    """Return the second launch of prune_tokens with blocks of these numbers of tokens, hidden and inner channels."""
     given = score.arguments
     images = score.grid[0] // cdiv(given["n_tokens"], given["BLOCK_M"])
     blocks = {"BLOCK_M": tokens, "BLOCK_H": hidden, "BLOCK_K": min(inner, given["DIM"] // 2)}
@@ -119,7 +119,7 @@ def with_blocks(score: Launch, tokens: int, hidden: int, inner: int) -> Launch:
 
 
 def packed(c: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Random weights of a predictor as `pack_predictor` orders them."""
+    """Return random predictor weights in the order of `pack_predictor`."""
     half, quarter = c // 2, c // 4
     matrices = {0: (c, c), 3: (half, half), 4: (half, half), 6: (quarter, half)}
     vectors = {1: c, 2: c, 5: half, 7: quarter, 8: quarter, 9: 1}
@@ -134,7 +134,7 @@ def packed(c: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tenso
 
 
 def with_tile(project: Launch, block_m: int, block_n: int, warps: int) -> Launch:
-    """The first launch of prune_tokens with another tile, and the sums that go with it."""
+    """Return the first launch of prune_tokens with another tile, and its sums."""
     given = project.arguments
     batch, n, c = given["batch"], given["n_tokens"], given["DIM"]
     tiles, segments = cdiv(batch * n, block_m), min(block_m, (block_m - 2) // n + 2)
@@ -145,7 +145,7 @@ def with_tile(project: Launch, block_m: int, block_n: int, warps: int) -> Launch
 
 
 def patch_embedding(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """From float32 images, whose 138 registers leave room for one program a multiprocessor."""
+    """Patch embedding from float32 images, whose 138 registers allow only one program per multiprocessor."""
     c, tokens = sizes.channels["S"], 1 + (sizes.pixels // 16) ** 2
     images = torch.randn(sizes.batch, 3, sizes.pixels, sizes.pixels, device=device)
     weight = (torch.randn(c, 768, device=device) * 0.03).to(sizes.dtype)

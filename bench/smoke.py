@@ -1,11 +1,11 @@
-"""The first half minute on a GPU: does DeiT-S/0.7 run in every form that a forward has, correctly, and how fast?
+"""The first half minute on a GPU: check and time DeiT-S/0.7 in every variant of a forward.
 
     PYTHONPATH=.:kernels python bench/smoke.py --out smoke.json [--dry]
 
 In bfloat16 at batch 256 and 1: launched one by one, in a CUDA graph, with programmatic launches, as two branches. Each
-fails by itself; logits are held against the reference with its kept sets given, and by the engine's own choice. How
-far they are from those of the first form is written too: only two branches may take other tiles, and differ. Kernels
-that fail are errors here; the other parts go on without them, as users would (DVIT_KERNELS).
+may fail by itself. Logits are compared with the reference's, with its kept sets given and by the engine's own choice.
+Rows also hold the difference from the first variant: only two branches may use other tiles, and differ. A failing
+kernel is an error here; the other parts replace it, as for users (DVIT_KERNELS).
 """
 
 import os
@@ -31,10 +31,10 @@ SECONDS, WARM_UP_S = 1.0, 0.2
 def one(
     source: dict[str, Any], variant: str, expected: Expected, seconds: float, seen: list[torch.Tensor]
 ) -> Iterator[Row]:
-    """The row of one form of the forward; a wrong answer has no time. `seen` holds logits of the forms before."""
+    """Yield the row of one variant; a wrong output is not timed. `seen` holds the logits of earlier variants."""
     batch, device = len(expected.images), expected.logits.device
     forward = forward_of(source, VARIANTS[variant], expected, variant=variant, captured=variant != "not captured")
-    print(f"  {forward.engine.runner.how}", flush=True)
+    print(f"  {forward.engine.runner.runtime}", flush=True)
     logits = forward.call()
     if why := expected.disagreement(logits, forward.given()):
         yield {**forward.identity(batch), "failed": why}
@@ -48,7 +48,7 @@ def one(
 def main() -> int:
     given = arguments(__doc__, 30).parse_args()
     device = device_for(given.dry)
-    os.environ.setdefault("DVIT_KERNELS", "require")  # PyTorch's operators in a kernel's place would hide its fault
+    os.environ.setdefault("DVIT_KERNELS", "require")  # falling back to PyTorch's operators would hide a faulty kernel
     dtype = torch.float32 if given.dry else torch.bfloat16
     source = checkpoint("dynamicvit-deit-s", given.dry)
     part, status = Part(Rows(given.out, given.add), device, given.budget), 0

@@ -1,11 +1,11 @@
-"""A step of training DynamicViT-DeiT-S/0.7 with its dense teacher against one of dense DeiT-S with the same teacher.
+"""Time a training step of DynamicViT-DeiT-S/0.7 against one of dense DeiT-S with the same teacher.
 
     python bench/train_step.py                     # batch 8 on a CPU, 128 on a GPU
     python bench/train_step.py --dtype bfloat16 --out step.json
 
-A step is forward, losses, backward and AdamW; the teacher's forward is in both. Dense models attend by PyTorch's
-scaled_dot_product_attention (in bfloat16 on a CPU by plain products, which are quicker there), the student by
-masked_attention (fused) and by plain products. All in one interleaved run.
+A step is forward, losses, backward and AdamW; the teacher's forward is in both. Dense models use PyTorch's
+scaled_dot_product_attention (in bfloat16 on a CPU plain products, which are faster there), the student uses
+masked_attention (fused) and plain products. All run interleaved.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dvit_infer.training.losses import Objective, losses
 from dvit_infer.utils.tables import table
 
 DENSE, FUSED, PLAIN = "dense", "student, fused", "student, plain"
-AIM = 1.6  # of a dense step's time
+AIM = 1.6  # target, relative to the time of a dense step
 
 
 def model(arch: str, fused: bool, device: torch.device) -> VisionTransformer:
@@ -43,7 +43,7 @@ def steps(batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Cal
     objective = Objective((0.7, 0.7**2, 0.7**3))
 
     def step_of(trained: VisionTransformer) -> Callable[[], None]:
-        # At a rate of 0 AdamW works as it always does, and every step is of the same weights.
+        # A learning rate of 0 keeps the weights, while AdamW does its usual work.
         optimizer = torch.optim.AdamW(trained.parameters(), lr=0.0)
 
         def step() -> None:

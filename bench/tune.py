@@ -1,11 +1,11 @@
-"""Every linear and attention of the models by each candidate: cuBLAS or SDPA, and the kernels with several tiles.
+"""Time every linear and attention of the models with each candidate: cuBLAS or SDPA, and kernels with several tiles.
 
     PYTHONPATH=.:kernels python bench/tune.py --out tune.json --choices choices.json [--budget 110] [--dry]
 
-Writes what was measured, and the choices that follow (dvit_infer/ops/choices.py): the fastest candidate of each shape,
-the default's own unless another wins by more than `MARGIN`; a kind of launch is chosen only once its batch 1 has been
-measured too. Inputs are random and rotate among buffers larger than the L2 cache. A dry run takes tiny sizes to
-Triton's interpreter, which shows that it runs and says nothing about time.
+It writes the rows, and the resulting choices (dvit_infer/ops/choices.py): the fastest candidate of each shape, or the
+default unless another wins by more than `MARGIN`. A kind of launch gets choices only if its batch 1 has been measured
+too. Inputs are random and rotate among buffers larger than the L2 cache. A dry run uses tiny sizes in Triton's
+interpreter; its times mean nothing.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ from rows import Job, Part, Row, Rows, arguments, device_for
 from dvit_infer.benchmark.results import environment, write_json
 
 MARGIN = 1.03  # how much faster than the default another candidate must be to replace it
-# Of the largest value: what bfloat16 rounds is well below, and the time of a wrong answer is no time.
+# Largest error, relative to the largest value; bfloat16 rounding is well below. Wrong outputs are not timed.
 TOLERANCE = 2**-5
 SECONDS = 0.25  # for each shape
-SHOWN = 4  # of the candidates for a shape, the fastest
+SHOWN = 4  # fastest candidates of a shape that are printed
 WRONG = "wrong"
-WORKERS = 12  # that compile ahead
+WORKERS = 12  # processes that compile ahead
 
 Candidates = Mapping[str, Sequence[Callable[[], Any]]]
 
 
 def measure(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """A row for every candidate, its error that against PyTorch."""
+    """Yield a row for every candidate, with its error against PyTorch."""
     dry = device.type == "cpu"
     tiles = tiles_of(shape, dtype, dry)
     if isinstance(shape, Linear):
@@ -63,34 +63,34 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[
     same = {"dtype": str(dtype).removeprefix("torch."), **shape.kind}
     for name, us in times.items():
         error = (answer(candidates[name]).float().view_as(expected) - expected).abs().max().item()
-        if not error <= TOLERANCE * expected.abs().max().item():  # NaN is wrong too
+        if not error <= TOLERANCE * expected.abs().max().item():  # also catches NaN
             failed[name] = f"{WRONG} by {error:.1e}"
             continue
         figures = {"us": us, "tflops": shape.flops / us / 1e6, "max_error": error}
         rows.append({**same, **named(name), "tile": numbers.get(name), **figures})
     print("\n".join(map(shown, sorted(rows, key=lambda row: row["us"])[:SHOWN])), flush=True)
-    yield from rows  # the default tile's before those of others, which `choose` relies on
+    yield from rows  # the default tile first, as `choose` requires
     for name, why in failed.items():
         print(f"  {name}: not measured, {why}", flush=True)
         yield {**same, **named(name), ("failed" if why.startswith(WRONG) else "not_run"): why}
 
 
 def named(candidate: str) -> dict[str, str | None]:
-    """'triton 128x128x64' as a row has it."""
+    """Return the fields of a row for a name such as 'triton 128x128x64'."""
     runtime, _, variant = candidate.partition(" ")
     return {"runtime": runtime, "variant": variant or None}
 
 
 def answer(calls: Sequence[Callable[[], Any]]) -> torch.Tensor:
-    """The result of a candidate; linears return their statistics too."""
+    """Return the output of a candidate, without the statistics that linears also return."""
     found = calls[0]()
     return found[0] if isinstance(found, tuple) else found
 
 
 def choose(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The choice of each shape, and the kinds of launches that have none because batch 1 was not measured.
+    """Return the choice of each shape, and the kinds of launches without choices because batch 1 was not measured.
 
-    A choice is the fastest candidate, or the default where that is within the margin.
+    A choice is the fastest candidate, or the default if that is within the margin.
     """
     shapes: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def choose(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _kind(row: Row) -> tuple[tuple[str, Any], ...]:
-    """What a choice is looked up by, but for its size."""
+    """Return the key by which a choice is looked up, without its size."""
     keys = ("in", "out", "does") if row["op"] == "linear" else ("queries", "tokens", "head_dim")
     return tuple((key, row[key]) for key in ("op", "dtype", *keys))
 
@@ -124,7 +124,7 @@ def shown(row: Row) -> str:
 
 def main() -> int:
     parser = arguments(__doc__, 110)
-    parser.add_argument("--choices", type=Path, help="JSON of the choices that follow")
+    parser.add_argument("--choices", type=Path, help="JSON file for the resulting choices")
     given = parser.parse_args()
     device, dtype = device_for(given.dry), torch.float32 if given.dry else torch.bfloat16
     part = Part(Rows(given.out, given.add), device, given.budget)
@@ -157,7 +157,7 @@ def main() -> int:
 def _write_choices(path: Path | None, rows: Sequence[Row], where: Mapping[str, str | None]) -> None:
     chosen, without = choose(rows)
     if without:
-        print(f"no choice is made where batch 1 was not measured: {'; '.join(without)}", flush=True)
+        print(f"no choices without a measurement of batch 1: {'; '.join(without)}", flush=True)
     if path and chosen:
         capture = {"programmatic": False, "two_branches_from": None}
         write_json(path, {"environment": where, "rows": chosen, **capture})

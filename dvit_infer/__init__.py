@@ -1,4 +1,4 @@
-"""DynamicViT inference: the public names, each imported on first use so that importing this loads no torch."""
+"""DynamicViT inference: the public names. Each is imported on first use, so that importing the package is fast."""
 
 import importlib
 import sys
@@ -66,5 +66,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if "torch" in sys.modules:  # then torch.ops.dvit is there at once, as for a loaded program that calls it
+if "torch" in sys.modules:  # register torch.ops.dvit at once: an exported program may call it
     importlib.import_module(f"{__name__}.ops")

@@ -1,4 +1,4 @@
-"""What classifies images, whatever runs it: checks, chunks, kept sets given or returned."""
+"""The base class of all models that classify images: input checks, micro-batches, kept sets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,25 +10,25 @@ import torch
 from dvit_infer.config import Config
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain
-from dvit_infer.utils.devices import chunk, free_memory, is_out_of_memory
+from dvit_infer.utils.devices import free_memory, is_out_of_memory, micro_batch
 
 Source = str | Path | Mapping[str, Any]
 
 
 class Runner(Protocol):
-    """What runs a model for one batch that fits."""
+    """Runs a model on one batch that fits in memory."""
 
     @property
-    def how(self) -> str: ...
+    def runtime(self) -> str: ...
 
     @property
-    def own_bytes(self) -> int: ...
+    def buffer_bytes(self) -> int: ...
 
     def __call__(
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
+        hook: Any = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
 
@@ -36,46 +36,46 @@ class Runner(Protocol):
 
 
 class Classifier(ABC):
-    """A model that classifies images and tells which patches it kept.
+    """A model that classifies images and can return the patches that it kept.
 
     Attributes:
-        config: what the model is (frozen).
-        runner: what runs it, for one batch that fits.
-        device, dtype: where and in what it runs.
-        chunk: images that go through it together; larger batches are cut.
+        config: the description of the model (frozen).
+        runner: runs one micro-batch.
+        device, dtype: the device it runs on and the dtype it runs in.
+        micro_batch: the most images that run together; larger batches are split.
     """
 
-    only_uint8 = False  # whether it takes no images but uint8
-    labels: Mapping[int, str] | None = None  # names of classes, where the file has them
+    only_uint8 = False  # whether it accepts uint8 images only
+    labels: Mapping[int, str] | None = None  # class names, if present in the file
 
     def __init__(self, config: Config, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.runner, self.device, self.dtype = config, runner, device, dtype
-        self.chunk = chunk(device, config.num_patches, config.embed_dim)
+        self.micro_batch = micro_batch(device, config.num_patches, config.embed_dim)
 
     @property
     def precision(self) -> str:
-        """What it computes in: a dtype's name."""
+        """The name of the dtype it computes in."""
         return str(self.dtype).removeprefix("torch.")
 
-    # What `verify` and result files ask of it.
+    # For `verify` and for result files.
 
     @abstractmethod
     def own_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor it runs with, by name."""
+        """Return every tensor it runs with, by name."""
 
     @abstractmethod
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
-        """Those it would run with, were it made from that graph."""
+        """Return the tensors it would run with if it were built from `graph`."""
 
     @abstractmethod
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> list[tuple[Node, torch.Tensor]]:
-        """What it has at every node of its graph, kept sets given (none: it is dense)."""
+        """Return the output of every node, computed with the given kept sets (none: the model is dense)."""
 
     @abstractmethod
     def digest(self, source: Source) -> Iterator[bytes]:
-        """All that tells its weights, as read from `source`, from others."""
+        """Yield bytes that identify its weights as read from `source`."""
 
     @overload
     def __call__(
@@ -95,30 +95,30 @@ class Classifier(ABC):
             images: (B, 3, H, W), any B >= 1, any device and strides; floating point is taken as normalised, uint8 is
                 normalised inside with the config's mean and std.
             return_kept: also return which patches were kept.
-            kept: a stage each, (B, k) int64 original patch positions, ascending, to keep instead of the predictors'
-                choice; every stage's must be among the stage's before.
+            kept: one (B, k) int64 tensor per stage: original patch positions, ascending, to keep instead of the
+                predictors' choice. The positions of a stage must be a subset of those of the stage before.
 
         Returns:
-            Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions, a stage each
-            (B, k) int64 in the original grid, row-major, ascending.
+            Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions: one (B, k) int64
+            tensor per stage, in the original grid, row-major, ascending.
 
         Raises:
-            ValueError: images or kept are of a rank, size, dtype or content that does not fit.
-            MemoryError: a GPU has no memory for even one image.
+            ValueError: images or kept have an invalid rank, size, dtype or content.
+            MemoryError: the GPU has no memory for even one image.
         """
         check_images(images, self.config)
         stages = None if kept is None else check_kept(kept, self.config, len(images), self.device)
         logits, chosen = [], []
         start = 0
         while start < len(images):
-            part = slice(start, start + self.chunk)
+            part = slice(start, start + self.micro_batch)
             given = None if stages is None else [stage[part] for stage in stages]
             try:
                 out = self.runner(images[part], given, return_kept=return_kept)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                out = None  # what the failed call held is free only once its traceback is gone
+                out = None  # memory of the failed call is freed only once its traceback is gone
             if out is None:
                 self._take_less(len(images[part]))
                 continue
@@ -129,10 +129,10 @@ class Classifier(ABC):
         return (result, [torch.cat(stage) for stage in zip(*chosen, strict=True)]) if return_kept else result
 
     def _take_less(self, images: int) -> None:
-        """After a GPU had too little memory for so many images at a time: halve that, from now on.
+        """Halve the micro-batch for this and all later calls, after the GPU ran out of memory.
 
         Raises:
-            MemoryError: there is nothing to halve.
+            MemoryError: the micro-batch was a single image.
         """
         self.runner.release()
         if images == 1:
@@ -142,14 +142,14 @@ class Classifier(ABC):
                 f"images: not one image of {height}x{width} fits in what is free on {self.device}, "
                 f"{free / 2**20:.0f} MiB; other programs may hold the rest"
             )
-        self.chunk = (images + 1) // 2
+        self.micro_batch = (images + 1) // 2
 
 
 def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:
-    """Kept sets given by the caller, on the device, after every check that keeps indices in bounds.
+    """Check the kept sets given by a caller and return them on the device; their indices are then in bounds.
 
     Raises:
-        ValueError: the number of stages, a shape, a dtype, an order, or a position that an earlier stage dropped.
+        ValueError: the number of stages, a shape, a dtype or an order is wrong, or an earlier stage dropped a position.
     """
     if not isinstance(kept, list | tuple):
         raise ValueError(f"kept: a list of tensors is expected, not a {type(kept).__name__}")

@@ -1,4 +1,4 @@
-"""What a model is: everything but its weights. Knows no torch."""
+"""The description of a model: everything but its weights. Does not import torch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -19,7 +19,7 @@ class Config:
     or not the weights hold predictors).
     """
 
-    arch: str  # a name of list_archs(), or family-WIDTHxDEPTH for a size that has none
+    arch: str  # a name from list_archs(), or family-WIDTHxDEPTH for an unnamed size
     family: str
     image_size: tuple[int, int]
     trained_size: tuple[int, int]
@@ -29,22 +29,22 @@ class Config:
     depth: int
     num_heads: int
     mlp_dim: int
-    eps: float  # of every LayerNorm in the blocks and of the last one
-    num_prefix: int  # class token, and distillation token where there is one: never pruned
+    eps: float  # for every LayerNorm in the blocks and for the last one
+    num_prefix: int  # class token, and distillation token if present: never pruned
     method: Method
-    prune_at: tuple[int, ...]  # one block index, 0-based, for every predictor the weights hold
+    prune_at: tuple[int, ...]  # one 0-based block index for each predictor in the weights
     keep_rate: float
     predictor_eps: float = 1e-5
     stem_dim: int = 0  # channels of LV-ViT's convolutional stem
     skip_lam: float = 1.0  # LV-ViT divides its residual branches by this
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    crop_pct: float | None = None  # what evaluation keeps of an image's shorter side; None: as the family's
-    weights: str | None = None  # which of a checkpoint's sets of weights was taken
+    crop_pct: float | None = None  # share of an image's shorter side that evaluation keeps; None: the family's
+    weights: str | None = None  # which of a checkpoint's sets of weights is used
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """The number of patches down and across."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
@@ -57,10 +57,11 @@ class Config:
 
     @property
     def num_keep(self) -> tuple[int, ...]:
-        """Patch tokens kept at every stage; () when dense.
+        """The number of patch tokens kept at each stage; () when dense.
 
-        `int(N * rate)` with rates r, r**2, r**3 in double precision, of the original N, as DynamicViT's own
-        inference script (Rao et al. 2021, section 3.3, and `infer.py`): a rounded rate can shift a count.
+        The counts are `int(N * rate)` of the original N, with rates r, r**2, r**3 in double precision, as in
+        DynamicViT's own inference script (Rao et al. 2021, section 3.3, and `infer.py`): a rounded rate can change a
+        count.
         """
         if self.method == "none":
             return ()

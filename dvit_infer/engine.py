@@ -22,16 +22,16 @@ from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import build_reference, recognise
 from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
-from dvit_infer.utils.files import check_output, whole_file
+from dvit_infer.utils.files import atomic_write, check_output
 
 
 class Engine(Classifier):
-    """A converted model. Call it with images; `convert` and `load` make one.
+    """A converted model, to be called with images. `convert` and `load` return one.
 
     Attributes:
-        graph: the nodes that run, with their weights; `print(engine.graph)` shows them and what runs them.
-        notes: what was read, assumed or given when the checkpoint was recognised.
-        config, runner, device, dtype, chunk: as of every `Classifier`.
+        graph: the nodes that run, with their weights; `print(engine.graph)` shows them and their runtime.
+        notes: the facts read, assumed or given when the checkpoint was recognised.
+        config, runner, device, dtype, micro_batch: as for every `Classifier`.
     """
 
     def __init__(
@@ -45,25 +45,26 @@ class Engine(Classifier):
 
     @property
     def graph(self) -> Graph:
-        """What runs it may change at its first call, where a kernel fails."""
-        return replace(self._graph, how=self.runner.how)
+        """The nodes and their runtime, which changes if a kernel fails at the first call."""
+        return replace(self._graph, runtime=self.runner.runtime)
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.
 
-        Everything can be built from the file: other keep rates, dtypes and devices, the dense twin, the reference.
+        Everything can be built from the file: other keep rates, dtypes and devices, the dense counterpart, the
+        reference.
 
         Raises:
-            InputError: nothing can be written there. No partial file is left.
+            InputError: the file cannot be written. No partial file is left.
         """
-        with whole_file(check_output(path, "save"), "save") as part:
+        with atomic_write(check_output(path, "save"), "save") as part:
             self.write(part)
 
     def write(self, path: Path) -> None:
-        """What `save` does, but right to `path`: for callers with a temporary file of their own.
+        """Write the same to `path` directly, for callers that write to a temporary file.
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: for example, the disk is full.
         """
         try:
             save_file(self._checkpoint.state, path, {HEADER_KEY: header_text(self.config)})
@@ -71,12 +72,12 @@ class Engine(Classifier):
             raise OSError(errno.EIO, str(error)) from None
 
     def graph_in(self, dtype: torch.dtype) -> Graph:
-        """The graph folded anew, on the CPU in another dtype: for what writes it elsewhere."""
+        """Return the graph folded again on the CPU in another dtype, for exporters."""
         return folded_graph(self.config, self._checkpoint, torch.device("cpu"), dtype)
 
     @property
     def params(self) -> int:
-        """Weights of the model as the file has them, a dense engine's without the predictors (`Checkpoint.params`)."""
+        """The number of weights in the file, for a dense engine without the predictors (`Checkpoint.params`)."""
         return self._checkpoint.params(dense=self.config.method == "none")
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
@@ -113,18 +114,18 @@ def convert(
     """Make an engine from a checkpoint.
 
     Args:
-        source: a checkpoint's path, or an already loaded state dict.
-        arch: a name of `list_archs()`; None: recognised from keys and shapes.
-        keep_rate: share r of the patch tokens kept at the first stage, r**2 at the second and so on, of the original
-            count; None: from the file's args, else 0.7.
+        source: the path of a checkpoint, or a loaded state dict.
+        arch: a name from `list_archs()`; None: recognised from keys and shapes.
+        keep_rate: the share r of the original patch tokens that the first stage keeps; the second keeps r**2, and so
+            on. None: from the file's args, else 0.7.
         prune_at: 0-based indices of the blocks before which tokens are dropped; None: from the file or its depth.
-        method: 'predictor', or 'none' for the dense model; None: what the weights allow.
-        image_size: pixels, one number or (H, W), multiples of the patch; None: as trained. Another size resamples the
-            position embedding.
-        assume: what a file cannot say: num_heads, skip_lam, eps, predictor_eps, trained_size, mean, std, weights
-            (which set of several), and the above.
-        device: 'cuda' if there is one, else 'cpu'.
-        dtype: bfloat16 on CUDA, float32 on a CPU.
+        method: 'predictor', or 'none' for the dense model; None: 'predictor' if the weights hold predictors.
+        image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
+            resamples the position embedding.
+        assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size, mean, std,
+            weights (which set of several), and the arguments above.
+        device: None: 'cuda' if available, else 'cpu'.
+        dtype: None: bfloat16 on CUDA, float32 on a CPU.
 
     Raises:
         InputError: a ValueError whose one line names the file, the key or the argument.
@@ -143,10 +144,10 @@ def load(
     method: str | None = None,
     keep_rate: float | None = None,
 ) -> Engine:
-    """Make an engine from a file that `Engine.save` wrote; arguments as `convert`, by default as saved.
+    """Make an engine from a file that `Engine.save` wrote. Arguments are as for `convert`; defaults are as saved.
 
     Raises:
-        InputError: as `convert`, and when the file is no saved engine.
+        InputError: as for `convert`, or the file is not a saved engine.
     """
     where = resolve_device(device)
     what = resolve_dtype(dtype, where)
@@ -167,24 +168,24 @@ def load_reference(
     image_size: int | tuple[int, int] | None = None,
     assume: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The reference model of a checkpoint: plain PyTorch, official parameter names, float32, CPU, evaluation mode.
+    """Return the reference model of a checkpoint: plain PyTorch, official names, float32, CPU, evaluation mode.
 
-    Its forward gives logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it gives what
-    training needs (`reference.vit.TrainOutput`). Arguments and errors as `convert`.
+    Its forward returns logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it returns a
+    `TrainOutput` (models/vit/reference.py). Arguments and errors are as for `convert`.
     """
     checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, None, image_size, assume)
     return build_reference(config, checkpoint)
 
 
 def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
-    """The checkpoint that an engine was made from, with the set of weights that it took, if there are several."""
+    """Return the checkpoint of an engine, with the set of weights that the engine uses."""
     checkpoint = read_checkpoint(source)
     wanted = engine.config.weights
     return checkpoint if None in (checkpoint.weights, wanted) else read_checkpoint(source, wanted)
 
 
 def folded_graph(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Graph:
-    """The graph an engine runs: built from the reference model, folded, on its device in its dtype."""
+    """Return the graph that an engine runs: built from the reference model, folded, on the device in the dtype."""
     return fold(build_graph(build_reference(config, checkpoint), config), dtype).to(device, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The errors that are told in one line: what the caller can mend, and a kernel that has to run and cannot."""
+"""Errors reported in one line: bad input, and a kernel that is required and cannot run."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class KernelError(RuntimeError):
-    """A kernel failed where PyTorch's operators may not, or can no longer, take its place; the message is one line."""
+    """A kernel failed and PyTorch's operators may not, or can no longer, replace it; the message is one line."""

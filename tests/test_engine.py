@@ -9,7 +9,7 @@ from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, 
 
 import dvit_infer as dvit
 from dvit_infer.models.checkpoint import read_checkpoint
-from dvit_infer.utils.devices import chunk
+from dvit_infer.utils.devices import micro_batch
 
 TINY = "tiny-deit-r0.7-s1"
 
@@ -31,12 +31,12 @@ def test_agrees_with_the_golden_case(case_id, device):
 
 def test_small_models_take_more_images_at_a_time(tiny):
     cpu = torch.device("cpu")
-    assert [chunk(cpu, 196, width) for width in (768, 384, 192, 8)] == [16, 16, 32, 256]
-    assert tiny.chunk == chunk(tiny.device, 196, 64)
+    assert [micro_batch(cpu, 196, width) for width in (768, 384, 192, 8)] == [16, 16, 32, 256]
+    assert tiny.micro_batch == micro_batch(tiny.device, 196, 64)
 
 
 def test_a_images_answer_does_not_depend_on_its_batch(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "chunk", 8)
+    monkeypatch.setattr(tiny, "micro_batch", 8)
     images = case_images(TINY).repeat(7, 1, 1, 1)[:19] + 0.01 * torch.arange(19).view(19, 1, 1, 1)
     logits, kept = tiny(images, return_kept=True)
     for batch in (1, 2, 7, 8, 9, 16, 17):

@@ -211,7 +211,7 @@ def test_the_cache_of_graphs_is_bounded(monkeypatch):
         for size in BUCKETS[:6]:
             torch.testing.assert_close(engine(images[:size]), right[:size], atol=1e-4, rtol=0)
     assert len(engine.runner._forwards) == 3
-    assert engine.runner.own_bytes > 0
+    assert engine.runner.buffer_bytes > 0
 
 
 def test_a_large_batch_is_split():
@@ -234,7 +234,7 @@ def test_too_little_memory():
         # Of 256 images the hidden channels of one MLP alone take 295 MiB, and the images 147.
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 320 * 2**20) / total)
         logits = engine(images)
-        assert engine.chunk < 256
+        assert engine.micro_batch < 256
         torch.testing.assert_close(logits, right.repeat(128, 1), atol=1e-4, rtol=0)
         engine.runner.release()
         torch.cuda.empty_cache()

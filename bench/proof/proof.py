@@ -1,9 +1,9 @@
-"""The whole claim on a small trained model: `make proof`. Two thirds of the tokens gone, as right as the dense model.
+"""Test the claim end to end on a small trained model (`make proof`): two thirds of the tokens dropped, equal accuracy.
 
-A dense ViT learns cluttered digits (dense.py), dvit-train makes it dynamic at 0.7 three times with other random
-numbers, dvit-convert verifies, and all are counted on the 10,000 test images; so is one that keeps as many patches at
-random. What is done is kept in build/proof, so that a run goes on where it stopped; of another recipe, it starts anew.
-With --update the two checkpoints, proof.json and the image go where the project keeps them.
+A dense ViT learns cluttered digits (dense.py), dvit-train fine-tunes it at keep rate 0.7 three times with different
+seeds, dvit-convert verifies, and all are evaluated on the 10,000 test images, also with as many patches kept at random.
+Finished steps stay in build/proof, so that an interrupted run resumes; if the recipe changed, it starts over. --update
+copies the two checkpoints, proof.json and the image into the repository.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from dvit_infer.images.classes import LabelledFolder, labelled_folder
 from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
 from dvit_infer.training import saving
-from dvit_infer.utils.files import whole_json
+from dvit_infer.utils.files import atomic_write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "proof"
@@ -42,21 +42,21 @@ FINE_TUNING = (
     *("--lr", "1e-3", "--backbone-lr-scale", "0.1", "--batch", "128", "--smoothing", "0", "--dtype", "bfloat16"),
     *("--scale", "1", "--flip", "0", "--mixup", "0", "--cutmix", "0", "--randaugment", "0", "--erase", "0"),
 )
-SHOWN = (0, 3, 4)  # of the test images, not chosen for what the model makes of them
+SHOWN = (0, 3, 4)  # indices of test images, not chosen by the model's results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="put what came out where the project keeps it")
+    parser.add_argument("--update", action="store_true", help="copy the results into the repository")
     update = parser.parse_args().update
-    # What the scripts say, but for comments.
+    # The scripts without comments.
     recipe = [ast.dump(ast.parse(path.read_text())) for path in sorted(Path(__file__).parent.glob("*.py"))]
     begun = json.loads(_text(BUILD / "begun.json") or "{}")
     if begun.get("recipe") != recipe:
         shutil.rmtree(BUILD, ignore_errors=True)
         BUILD.mkdir(parents=True)
         begun = {"commit": environment()["commit"], "recipe": recipe}
-        whole_json(BUILD / "begun.json", begun)
+        atomic_write_json(BUILD / "begun.json", begun)
     seconds: dict[str, float] = json.loads(_text(BUILD / "seconds.json") or "{}")
 
     def stage(name: str, result: Path, work: Callable[[], object]) -> None:
@@ -65,7 +65,7 @@ def main() -> None:
             start = time.perf_counter()
             work()
             seconds[name] = time.perf_counter() - start
-            whole_json(BUILD / "seconds.json", seconds)
+            atomic_write_json(BUILD / "seconds.json", seconds)
 
     dense, train, test = BUILD / "dense.pth", BUILD / "train", BUILD / "test"
     tuned = [BUILD / f"digits-0.7-{seed}.pth" for seed in SEEDS]
@@ -88,7 +88,7 @@ def main() -> None:
         **_costs(rows),
         "seconds": seconds,
     }
-    whole_json(BUILD / "proof.json", content)
+    atomic_write_json(BUILD / "proof.json", content)
     shown = [path for i, path in enumerate(sorted(test.glob("*/*.png"), key=lambda path: path.name)) if i in SHOWN]
     dvit.draw_kept(dvit.load(saved), [str(path) for path in shown]).save(BUILD / "kept.png")
     print(json.dumps(content, indent=1))
@@ -104,7 +104,7 @@ def _run(*command: object) -> None:
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # which the command has had too, and finishes its step
+    except KeyboardInterrupt:  # the command received it too, and finishes its step
         process.wait()
         raise
     if status:
@@ -121,9 +121,9 @@ def _write_training(folder: Path) -> None:
 
 def _fine_tune(dense: Path, train: Path, out: Path, seed: int) -> None:
     part = out.with_suffix(".part.pth")
-    going_on = part.exists() and saving.unfinished(part) is not None
-    if going_on or not part.exists():
-        arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *(["--resume"] if going_on else []))
+    resuming = part.exists() and saving.unfinished(part) is not None
+    if resuming or not part.exists():
+        arguments = ("-o", part, *FINE_TUNING, "--seed", seed, *(["--resume"] if resuming else []))
         _run("-m", "dvit_infer.cli.train", dense, train, *arguments)
     part.rename(out)
 
@@ -153,7 +153,7 @@ def _engine(path: Path) -> dvit.Engine:
 
 
 def _random_top1(engine: dvit.Engine, folder: LabelledFolder) -> float:
-    """The same weights and counts, but every stage keeps patches drawn from those that are left."""
+    """Evaluate the same weights and counts, but with randomly chosen patches at every stage."""
     rng = np.random.default_rng(0)
     stream = decode((Entry(path, label) for path, label in folder.entries()), preprocess_for(engine.config))
     right = total = 0
@@ -169,7 +169,7 @@ def _random_top1(engine: dvit.Engine, folder: LabelledFolder) -> float:
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """GMACs (`gflops` in proof.json) and images/s of both, of one run with alternating calls."""
+    """Return GMACs (`gflops` in proof.json) and images/s of both, from one interleaved run."""
     by = {row["runtime"]: row for row in rows if row.get("runtime") in ("engine", "dense")}
     pruned, dense = by["engine"], by["dense"]
     return {

@@ -1,6 +1,6 @@
-"""What the benchmarks share: device and dtype, timing with accuracy, and their rows, written as a result file.
+"""Shared by the benchmarks: device and dtype, timing with accuracy, and rows, written as a result file.
 
-`make bench` runs them; every run adds a file to bench/results/<machine>/, which bench/compare.py holds against another.
+`make bench` runs them; every run adds a file to bench/results/<machine>/ for bench/compare.py.
 """
 
 import re
@@ -17,7 +17,10 @@ from dvit_infer.benchmark.timing import Timing
 
 Call = Callable[[], Any]
 Timed = Callable[..., None]
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest value right: the time of a wrong answer is none
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+}  # relative to the largest expected value; wrong outputs are not timed
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +40,7 @@ def batch(device: torch.device) -> int:
 
 @pytest.fixture
 def timed(benchmark: Any, device: torch.device, dtype: torch.dtype) -> Timed:
-    """Time a call whose answer is right; its row says what it is and how far its answer is off."""
+    """Time a call whose output is correct; its row includes the error."""
 
     def measure(call: Call, right: torch.Tensor, group: str, **row: Any) -> None:
         def until_done() -> None:
@@ -58,7 +61,7 @@ def timed(benchmark: Any, device: torch.device, dtype: torch.dtype) -> Timed:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Iterable[Any], output_json: dict[str, Any]) -> None:
-    """Rows of the project's own schema beside pytest-benchmark's file."""
+    """Write rows in the project's schema beside pytest-benchmark's file."""
     where = environment()
     found = [(bench.extra_info, np.array(bench.stats.data)) for bench in benchmarks]
     rows = [(_op_row if "op" in info else _model_row)(info, seconds) for info, seconds in found]
@@ -79,5 +82,5 @@ def _model_row(info: dict[str, Any], seconds: np.ndarray) -> dict[str, Any]:
     keys = {key: info[key] for key in ("model", "keep_rate", "runtime", "variant", "device", "dtype", "batch")}
     after = {key: info[key] for key in ("gmacs", "params", "peak_mib")}
     error = {"max_logit_error": info["max_error"], "top1_agreement": info["top1_agreement"]}
-    # pytest-benchmark times one after the other: a ratio of theirs is none of interleaved runs, as dvit-bench's is.
+    # pytest-benchmark does not interleave, so ratios of its times are not comparable with dvit-bench's.
     return keys | Timing(seconds, None).rates(info["batch"]) | after | error | {"baseline": None, "speedup": None}

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from dvit_infer.benchmark import candidates as ways
+from dvit_infer.benchmark import candidates
 from dvit_infer.benchmark.candidates import Subject
 from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.registry import build_reference
 from dvit_infer.parity.verification import evaluate
 
-WAYS = {
-    "reference": ways.reference_way,
-    "sdpa": ways.sdpa_way,
-    "dense": ways.dense_way,
-    "engine": lambda subject: ways.engine_way(subject, subject.config),
+CANDIDATES = {
+    "reference": candidates.reference_candidate,
+    "sdpa": candidates.sdpa_candidate,
+    "dense": candidates.dense_candidate,
+    "engine": lambda subject: candidates.engine_candidate(subject, subject.config),
 }
 
 
@@ -23,27 +23,27 @@ def subject() -> Subject:
 
 
 @pytest.mark.parametrize("size", ["one", "many"])
-@pytest.mark.parametrize("runtime", WAYS)
+@pytest.mark.parametrize("runtime", CANDIDATES)
 def test_model(size, runtime, subject, batch, timed):
     count = 1 if size == "one" else batch
-    way = WAYS[runtime](subject)
+    candidate = CANDIDATES[runtime](subject)
     images = sample_images(count, subject.config.image_size, seed=2)
-    right = evaluate(build_reference(way.config, subject.checkpoint).to(subject.device), images).logits
+    expected = evaluate(build_reference(candidate.config, subject.checkpoint).to(subject.device), images).logits
     images = images.to(subject.device, subject.dtype)
     with torch.no_grad():
-        agreement = (way.call(images).argmax(dim=1) == right.argmax(dim=1)).float().mean().item()
+        agreement = (candidate.call(images).argmax(dim=1) == expected.argmax(dim=1)).float().mean().item()
     timed(
-        lambda: way.call(images),
-        right,
+        lambda: candidate.call(images),
+        expected,
         f"{subject.config.arch}, batch {count}",
         model=subject.config.arch,
-        keep_rate=way.keep_rate,
+        keep_rate=candidate.keep_rate,
         runtime=runtime,
         variant=None,
         device=subject.device.type,
         batch=count,
-        gmacs=way.gmacs,
-        params=subject.params(way.is_dense),
+        gmacs=candidate.gmacs,
+        params=subject.params(candidate.is_dense),
         peak_mib=None,
         top1_agreement=agreement,
     )

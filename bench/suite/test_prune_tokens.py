@@ -16,7 +16,7 @@ def predictors() -> torch.nn.ModuleList:
 
 
 def eager(predictor: torch.nn.Module, x: torch.Tensor, num_keep: int) -> torch.Tensor:
-    """As the reference model does it."""
+    """Prune like the reference model."""
     logits = predictor(x[:, 1:]).float()
     order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True).indices
     rows = torch.cat([order.new_zeros(len(x), 1), order[:, :num_keep].sort(dim=1).values + 1], dim=1)
@@ -34,7 +34,7 @@ def test_prune_tokens(stage, runtime, predictors, device, dtype, batch, timed):
         "eager": lambda: eager(predictor, x, num_keep),
         "op": lambda: torch.ops.dvit.prune_tokens(x, packed, num_keep, 1, EPS)[0],
     }
-    # Near ties may fall either way in bfloat16; the op's own answer is held to the reference by the tests.
+    # Near ties may differ in bfloat16; the tests compare the op with the reference.
     right = calls["eager" if dtype == torch.float32 else runtime]().float()
     row = {"op": "prune_tokens", "runtime": runtime, "batch": batch, "shape": [n + 1, 384, num_keep]}
     timed(calls[runtime], right, f"prune_tokens, stage {stage}", **row)

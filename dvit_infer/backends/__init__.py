@@ -1,4 +1,4 @@
-"""Backends: node kind -> what runs it. A backend is one file."""
+"""Backends: each runs a graph, with a method per node kind. A backend is one file."""
 
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
@@ -10,10 +10,10 @@ from dvit_infer.ops.fallback import SETTING, setting
 
 
 def runner_for(graph: Graph) -> TorchRunner | CapturedRunner:
-    """What runs the graph where its weights are.
+    """Return the runner for a graph on the device of its weights.
 
     Raises:
-        InputError: DVIT_KERNELS is something else than require or off; it is require, and the GPU runs no kernels.
+        InputError: DVIT_KERNELS is neither require nor off, or it is require and the GPU runs no kernels.
     """
     asked = setting()
     if graph.device.type == "cpu":

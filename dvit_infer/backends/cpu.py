@@ -1,8 +1,8 @@
-"""The CPU backend: the fastest linear that this processor has, and results in memory that is used again.
+"""The CPU backend: the fastest linear on this processor, and reused memory for results.
 
-Fresh memory for every large result costs page faults, which make GELU and softmax five times as slow; so PyTorch's
-matmul writes into buffers that the next linears reuse, GELU runs in place, and a residual is what its linear adds to.
-oneDNN's prepacked linears return memory of their own.
+New memory for every large result causes page faults, which make GELU and softmax five times slower. Therefore PyTorch's
+matmul writes into buffers that later linears reuse, GELU runs in place, and a linear adds into its residual. oneDNN's
+prepacked linears allocate their results.
 """
 
 import functools
@@ -23,20 +23,20 @@ from dvit_infer.ops import prune_tokens as op
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
 PROBE_ROUNDS = 9
-# Share of an earlier way's time that a later one must stay below to be preferred. The best of the rounds repeats within
-# 0.02; where the probe said 0.89 (an EPYC, two threads, torch 2.13), whole models gained more: 1.10 to 1.23 x.
-CLEARLY = 0.94
-_EXPECTED_ROWS = 1024  # oneDNN lays a weight out for about as many rows; others work too
-_FEW_ROWS = ("q.weight", "packed.4")  # the class row's queries and the mean half: one row an image
+# A later candidate replaces an earlier one if it is faster by more than this. The best of the rounds repeats within 2%;
+# where the probe measured 1.12 x (an EPYC, two threads, torch 2.13), whole models gained as much: 1.10 to 1.23 x.
+MIN_SPEEDUP = 1 / 0.94
+_EXPECTED_ROWS = 1024  # oneDNN chooses a weight layout for about this many rows; others work too
+_FEW_ROWS = ("q.weight", "packed.4")  # queries of the class token, and the mean half: one row per image
 
 
 class Linear(NamedTuple):
-    """How linears are computed.
+    """An implementation of linears.
 
     Attributes:
-        dtype: of the arithmetic; it may be float32 where the model is in less.
-        prepacked: by oneDNN, weights in a layout of its own and GELU fused, as torch.compile's freezing emits it,
-            through operators that are not public; else by PyTorch's matmul into reused memory.
+        dtype: the dtype of the arithmetic; may be float32 for a model in lower precision.
+        prepacked: use oneDNN with weights in its own layout and GELU fused, as torch.compile's freezing emits it,
+            through private operators; else PyTorch's matmul into reused memory.
     """
 
     dtype: torch.dtype
@@ -72,22 +72,22 @@ def _matmul(
 
 @functools.cache
 def fastest_linear(dtype: torch.dtype, threads: int) -> Linear:
-    """The fastest way for a model in `dtype`, found by trying each once a process: no list of processors says it.
+    """Return the fastest candidate for a model in `dtype`, by measuring each once per process.
 
-    Seen with AVX-512 on two cores: on an EPYC, oneDNN's prepacked linears run at 2.4 times the speed of PyTorch's
-    matmul in float32, and bfloat16 at twice that; on a Xeon without matrix tiles (AMX) all float32 runs alike and
-    bfloat16 at 0.6 times its speed. A way counts only if it runs here and gives the right answer.
+    Measured with AVX-512 on two cores: on an EPYC, oneDNN's prepacked linears run at 2.4 times the speed of PyTorch's
+    matmul in float32, and bfloat16 at twice that; on a Xeon without matrix tiles (AMX), all float32 candidates are
+    equally fast and bfloat16 runs at 0.6 times their speed. A candidate must run here and give the expected result.
     """
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # what surrounds the first call decides nothing
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the modes of the first call's context must not decide
         return _fastest(dtype)
 
 
 def _fastest(dtype: torch.dtype) -> Linear:
     seconds = time_linears(dtype, PROBE_SHAPE, PROBE_ROUNDS)
     best = Linear(dtype, prepacked=False)
-    for way in seconds:
-        if seconds[way] < CLEARLY * seconds.get(best, math.inf):
-            best = way
+    for candidate in seconds:
+        if seconds[candidate] * MIN_SPEEDUP < seconds.get(best, math.inf):
+            best = candidate
     return best
 
 
@@ -95,36 +95,38 @@ def _fastest(dtype: torch.dtype) -> Linear:
 def time_linears(
     dtype: torch.dtype, shape: tuple[int, int, int], rounds: int, gelu: bool = True
 ) -> dict[Linear, float]:
-    """Seconds at best of a linear, (rows, in) -> (rows, out), by every way that gives the right answer."""
+    """Return the best seconds of a linear, (rows, in) -> (rows, out), for each candidate with the expected result."""
     rows, fan_in, fan_out = shape
     generator = torch.Generator("cpu").manual_seed(0)
     shapes: tuple[tuple[int, ...], ...] = (rows, fan_in), (fan_out, fan_in), (fan_out,)
     x, weight, bias = (torch.randn(s, generator=generator, device="cpu").to(dtype) for s in shapes)
-    right = F.linear(x.float(), weight.float(), bias.float())
-    right = F.gelu(right) if gelu else right
+    expected = F.linear(x.float(), weight.float(), bias.float())
+    expected = F.gelu(expected) if gelu else expected
     calls: dict[Linear, Callable[[], torch.Tensor]] = {}
-    for way in [Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)]:
+    for candidate in [
+        Linear(d, prepacked) for d in dict.fromkeys((dtype, torch.float32)) for prepacked in (False, True)
+    ]:
         try:
-            call = _probe(way, x, weight, bias, gelu)
-            error = (call().float() - right).square().mean().sqrt() / right.square().mean().sqrt()
-        except (RuntimeError, AttributeError):  # the operator is not there, or not for this processor
+            call = _probe(candidate, x, weight, bias, gelu)
+            error = (call().float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        except (RuntimeError, AttributeError):  # the operator does not exist or does not support this processor
             continue
-        if error < max(torch.finfo(way.dtype).eps, 2e-6):  # not NaN either
-            calls[way] = call
+        if error < max(torch.finfo(candidate.dtype).eps, 2e-6):  # not NaN either
+            calls[candidate] = call
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(rounds):
-        for way, call in calls.items():
+        for candidate, call in calls.items():
             start = time.perf_counter()
             call()
-            seconds[way] = min(seconds[way], time.perf_counter() - start)
+            seconds[candidate] = min(seconds[candidate], time.perf_counter() - start)
     return seconds
 
 
 def _probe(
-    way: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
+    candidate: Linear, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
 ) -> Callable[[], torch.Tensor]:
-    x, weight, bias = (t.to(way.dtype) for t in (x, weight, bias))
-    if way.prepacked:
+    x, weight, bias = (t.to(candidate.dtype) for t in (x, weight, bias))
+    if candidate.prepacked:
         packed = _pack(weight)
         return lambda: _prepacked(x, packed, bias, gelu)
     out = x.new_empty(len(x), len(weight))
@@ -132,7 +134,7 @@ def _probe(
 
 
 class _Buffers(threading.local):
-    """Memory of one thread that every node uses again; grown to the largest request, never given back."""
+    """Memory of one thread that all nodes reuse; it grows to the largest request and is never freed."""
 
     def __init__(self) -> None:
         self.flat: dict[str, torch.Tensor] = {}
@@ -140,7 +142,7 @@ class _Buffers(threading.local):
     def get(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
         size = math.prod(shape)
         if name not in self.flat or self.flat[name].numel() < size:
-            with torch.inference_mode(False):  # a caller's inference mode must not mark what outlives it
+            with torch.inference_mode(False):  # buffers outlive the caller's inference mode
                 self.flat[name] = like.new_empty(size)
         return self.flat[name][:size].view(shape)
 
@@ -152,15 +154,15 @@ class CpuRunner(TorchRunner):
     """Runs a graph on a CPU.
 
     Args:
-        graph: with its weights on the CPU. Those that the arithmetic needs in another form are copied.
-        linear: how linears are computed; None: the fastest here.
+        graph: a graph with its weights on the CPU. Weights needed in another form are copied.
+        linear: the implementation of linears; None: the fastest here.
     """
 
     def __init__(self, graph: Graph, linear: Linear | None = None) -> None:
         super().__init__(graph)
         self._graph = graph
-        self._way = linear or fastest_linear(self.dtype, torch.get_num_threads())
-        self._how = self.told(f"PyTorch, {self._way}", usually="PyTorch")
+        self._linear = linear or fastest_linear(self.dtype, torch.get_num_threads())
+        self._runtime = self.describe(f"PyTorch, {self._linear}", usually="PyTorch")
         self._native = self.prunes_by == "native (CPU)"
         self._buffers = _Buffers()
         self.nodes = [self._prepared(node) for node in graph.nodes]
@@ -169,29 +171,32 @@ class CpuRunner(TorchRunner):
         self._copied_bytes = sum(w.numel() * w.element_size() for w in ours)
 
     def __reduce__(self) -> tuple[type["CpuRunner"], tuple[Graph, Linear]]:
-        return CpuRunner, (self._graph, self._way)  # buffers are a thread's, oneDNN's layouts cannot be copied
+        return CpuRunner, (
+            self._graph,
+            self._linear,
+        )  # buffers and oneDNN's layouts cannot be copied
 
     @property
-    def own_bytes(self) -> int:
-        """Copies of weights, and the buffers of the thread that asks."""
+    def buffer_bytes(self) -> int:
+        """Bytes of copied weights and of the calling thread's buffers."""
         return self._copied_bytes + sum(b.numel() * b.element_size() for b in self._buffers.flat.values())
 
     def _prepared(self, node: Node) -> Node:
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
-                w = w.to(self._way.dtype)
+                w = w.to(self._linear.dtype)
             ours = isinstance(node, Attention | Mlp) or (isinstance(node, Prune) and not self._native)
             linear = ours and w.ndim == 2 and name not in _FEW_ROWS
-            return _pack(w) if linear and self._way.prepacked else w
+            return _pack(w) if linear and self._linear.prepacked else w
 
         return replace(node, weights={name: prepared(name, w) for name, w in node.weights.items()})
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        return super().prepare(images).to(self._way.dtype)
+        return super().prepare(images).to(self._linear.dtype)
 
     def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._native:
-            from dvit_infer.ops.native import prune_tokens  # here: nobody else needs it
+            from dvit_infer.ops.native import prune_tokens  # here: not needed otherwise
 
             return prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
         score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self.linear)
@@ -220,8 +225,8 @@ class CpuRunner(TorchRunner):
         return x
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        if q.dtype != torch.bfloat16:  # in float16 scores may overflow; CPU attention keeps them in float32
+        if q.dtype != torch.bfloat16:  # float16 scores may overflow; CPU attention keeps them in float32
             return super().attend(q, k, v, scale)
-        # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (seen on an EPYC).
+        # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (measured on an EPYC).
         scores = q @ k.transpose(-2, -1)
         return (scores if scale == 1.0 else scores * scale).softmax(dim=-1) @ v

@@ -1,8 +1,8 @@
-"""The first forward of an engine on a GPU finds out whether the kernels answer right there, and remembers that they do.
+"""Check the kernels at the first forward of an engine on a GPU, and record that they passed.
 
-Two made-up images fill a batch, and every op holds its kernel's result against plain PyTorch's (ops/fallback.py). What
-passed is remembered in the user's cache folder, one small file for each GPU, driver, torch, Triton, version of the
-project and set of kernels: the size of a batch is part of that, as tiles depend on it.
+Two random images are repeated to fill a batch, and every op compares its kernel's result with plain PyTorch's
+(ops/fallback.py). A pass is recorded in the user's cache folder, in one small file per GPU, driver, torch, Triton,
+version of the project and set of kernels. The batch size is part of that, as tiles depend on it.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.ops.choices import choices_for
 from dvit_infer.ops.fallback import checking, replaced
-from dvit_infer.utils.files import cache_folder, whole_json
+from dvit_infer.utils.files import atomic_write_json, cache_folder
 
 
 def check_kernels(
     graph: Graph, batch: int, uint8: bool, programmatic: bool, forward: Callable[[torch.Tensor], object]
 ) -> None:
-    """Run `forward` on made-up images with every op checked, unless that is known to pass.
+    """Run `forward` on random images with every op checked, unless a pass is on record.
 
     Args:
-        graph: what it runs.
-        batch: images of a batch, at least 1.
-        uint8: whether they are bytes.
+        graph: the graph that it runs.
+        batch: the number of images, at least 1.
+        uint8: whether the images are uint8.
         programmatic: whether launches are programmatic dependent ones.
-        forward: takes (batch, 3, H, W) on the graph's device, as an engine would be given them.
+        forward: takes (batch, 3, H, W) on the graph's device.
     """
     marker = _folder() / f"{_name(graph, batch, uint8, programmatic)}.json"
     if marker.exists():
@@ -44,7 +44,7 @@ def check_kernels(
 
 
 def _made_up(graph: Graph, batch: int, uint8: bool) -> torch.Tensor:
-    """Two images of noise in turn, on the graph's device in its dtype or in bytes."""
+    """Return two images of noise, repeated, on the graph's device in its dtype or in uint8."""
     noise = torch.randn(2, 3, *graph.config.image_size, generator=torch.Generator().manual_seed(0))
     pair = (noise * 60 + 120).clamp(0, 255).to(torch.uint8) if uint8 else noise.to(graph.dtype)
     return pair.to(graph.device).repeat((batch + 1) // 2, 1, 1, 1)[:batch]
@@ -55,7 +55,7 @@ def _folder() -> Path:
 
 
 def _name(graph: Graph, batch: int, uint8: bool, programmatic: bool) -> str:
-    """A name for all that decides which kernels run, and what runs them."""
+    """Return a digest of all facts that decide which kernels run, and of the system."""
     facts = [
         *_system(graph.device).values(),
         *(str(graph.dtype), batch, uint8, programmatic),
@@ -81,12 +81,12 @@ def _system(device: torch.device) -> dict[str, str]:
 def _driver() -> str:
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):  # no such file outside Linux; PyTorch knows the version of the driver's interface
+    except (OSError, IndexError):  # no such file outside Linux; PyTorch knows the version of the driver API
         return str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "")())
 
 
 def _kernels() -> str:
-    """A digest of the kernels' source: in a checkout it changes and the version does not."""
+    """Return a digest of the kernels' source, which in a checkout changes without the version."""
     import dvit_kernels
 
     digest = hashlib.sha256()
@@ -98,6 +98,6 @@ def _kernels() -> str:
 def _remember(marker: Path, device: torch.device) -> None:
     try:
         marker.parent.mkdir(parents=True, exist_ok=True)
-        whole_json(marker, _system(device))
-    except (OSError, InputError):  # a home that cannot be written: the next process checks again
+        atomic_write_json(marker, _system(device))
+    except (OSError, InputError):  # the home folder is not writable: the next process checks again
         return

@@ -13,24 +13,24 @@ from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Nod
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 
-Watch = Callable[[Node, torch.Tensor], None]
+Hook = Callable[[Node, torch.Tensor], None]
 
 
 class TorchRunner:
-    """Runs a graph. What a device does in its own way is a method of its own: norm, linear, add_linear, attend, prune.
+    """Runs a graph. Subclasses override the primitives norm, linear, add_linear, attend and prune for a device.
 
     Args:
-        graph: what it runs.
-        why: it is this one that does, where kernels could be expected; shown with `how`.
+        graph: the graph to run.
+        why: the reason for plain PyTorch on a device that could have kernels; shown in `runtime`.
 
     Attributes:
-        how: what runs it, in words.
-        prunes_by: what runs prune_tokens.
-        config: the model's.
-        device, dtype: of the weights.
+        runtime: a description of what runs the model.
+        prunes_by: the backend of prune_tokens.
+        config: the model's config.
+        device, dtype: the device and dtype of the weights.
         takes_uint8: whether `run` normalises uint8 images itself.
-        embeds_apart_from: images of a batch from which a captured forward begins at the tokens, which `embed_into`
-            makes of the caller's images: that spares their copy. None: always at the images.
+        embeds_apart_from: the batch size from which a captured forward begins at the tokens, which `embed_into`
+            computes from the caller's images without copying them. None: it always begins at the images.
     """
 
     takes_uint8 = False
@@ -40,21 +40,21 @@ class TorchRunner:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
-        by = {op.how(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
+        by = {op.backend_of(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
         self.prunes_by = " and ".join(sorted(by))
-        self._how = self.told(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
+        self._runtime = self.describe(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
 
     @property
-    def how(self) -> str:
-        return self._how
+    def runtime(self) -> str:
+        return self._runtime
 
-    def told(self, how: str, usually: str) -> str:
-        """`how`, and what runs prune_tokens where that is not what it usually is."""
-        return how if self.prunes_by in ("", usually) else f"{how}, prune_tokens by {self.prunes_by}"
+    def describe(self, runtime: str, usually: str) -> str:
+        """Return `runtime`, with the backend of prune_tokens if it is not the usual one."""
+        return runtime if self.prunes_by in ("", usually) else f"{runtime}, prune_tokens by {self.prunes_by}"
 
     @property
-    def own_bytes(self) -> int:
-        """What it holds beside the graph's weights, in bytes."""
+    def buffer_bytes(self) -> int:
+        """Bytes held beside the graph's weights."""
         return 0
 
     @torch.no_grad()
@@ -62,55 +62,55 @@ class TorchRunner:
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the graph.
 
         Args:
-            images: (B, 3, H, W) of any device, strides and dtype that `check_images` lets through.
-            kept: a stage each, (B, k) original patch positions to keep instead of the predictors' choice.
-            watch: called with every node and its output, which holds until the next node runs.
-            return_kept: whether the kept positions are wanted; where not, a runner that saves by it returns none.
+            images: (B, 3, H, W), any device, strides and dtype that `check_images` accepts.
+            kept: one (B, k) tensor per stage: original patch positions to keep instead of the predictors' choice.
+            hook: called with every node and its output, which is valid until the next node runs.
+            return_kept: whether the kept positions are wanted; if not, a runner may return none to save time.
 
         Returns:
-            Logits (B, K) float32, and the kept original positions, a stage each.
+            Logits (B, K) float32, and the kept original positions, one tensor per stage.
         """
         images = self.prepare(images)
         with as_asked(self.device, self.dtype):
-            return self.run(images, kept, watch)
+            return self.run(images, kept, hook)
 
     def check(self, batch: int, dtype: torch.dtype) -> None:
-        """Find out, before a forward of so many images of that dtype is captured, that what it runs answers right."""
+        """Check the kernels of a forward for this batch size and image dtype, before it is captured."""
 
     def embed_into(self, images: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Write what the first node makes of images (B, 3, H, W) into `tokens` (B, P+N, C)."""
+        """Write the first node's output for images (B, 3, H, W) into `tokens` (B, P+N, C)."""
         images = self.prepare(images)
         with as_asked(self.device, self.dtype):
             tokens.copy_(getattr(self, self.nodes[0].kind)(self.nodes[0], images))
 
     def from_tokens(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run what follows the first node; results as those of a call."""
+        """Run all nodes after the first; returns the same as a call."""
         with as_asked(self.device, self.dtype):
             return self.run(tokens, None, None, self.nodes[1:])
 
     def release(self) -> None:
-        """Give back memory that calls have left to the next; there is none."""
+        """Free memory that calls keep for later calls; here there is none."""
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Images as `run` takes them: on the device, normalised, in the dtype."""
+        """Return images as `run` needs them: on the device, normalised, in the dtype."""
         return prepare(images, self.config, self.device, self.dtype)
 
     def run(
         self,
         x: torch.Tensor,
         kept: Sequence[torch.Tensor] | None,
-        watch: Watch | None,
+        hook: Hook | None,
         nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run all nodes, or the last ones, which are `nodes`, on what those before have made."""
+        """Run all nodes, or only the last ones, `nodes`, on the output of those before."""
         chosen: list[torch.Tensor] = []
-        positions: torch.Tensor | None = None  # original positions of the surviving patches; None: all are there
+        positions: torch.Tensor | None = None  # original positions of the remaining patches; None: all remain
         for node in self.nodes if nodes is None else nodes:
             if isinstance(node, Prune):
                 given = None if kept is None else kept[len(chosen)]
@@ -118,14 +118,14 @@ class TorchRunner:
                 chosen.append(positions)
             else:
                 x = getattr(self, node.kind)(node, x)
-            if watch is not None:
-                watch(node, x)
+            if hook is not None:
+                hook(node, x)
         return x, chosen
 
     def prune_to(
         self, node: Prune, x: torch.Tensor, positions: torch.Tensor | None, given: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that stay and their original positions; `positions` are those of x's patches (None: all)."""
+        """Return the kept tokens and their original positions; `positions` are those of x's patches (None: all)."""
         if given is None:
             x, index = self.prune(node, x)
         else:
@@ -175,7 +175,7 @@ class TorchRunner:
         return logits.float()
 
     def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, P+N, C) -> the tokens that stay, and their (B, k) positions among the N."""
+        """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
         kept_x, index = torch.ops.dvit.prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
         return kept_x, index
 
@@ -186,34 +186,34 @@ class TorchRunner:
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False
     ) -> torch.Tensor:
-        """x weight^T + bias, through GELU if asked for. The result holds until the next linear but one."""
+        """Return x weight^T + bias, through GELU if `gelu`; valid until the second linear after this one."""
         y = F.linear(x, weight, bias)
         return F.gelu(y) if gelu else y
 
     def add_linear(
         self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """x + scale * (y weight^T + bias). It may be written into x."""
+        """Return x + scale * (y weight^T + bias), which may be written into x."""
         branch = F.linear(y, weight, bias)
         return x + branch if scale == 1.0 else x + branch * scale
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """softmax(scale * q k^T) v, of (B, heads, tokens, head size)."""
+        """Return softmax(scale * q k^T) v for q, k, v of (B, heads, tokens, head size)."""
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-_CUDNN: Any = torch.backends.cudnn  # its stubs do not know the setting
+_CUDNN: Any = torch.backends.cudnn  # its stubs lack the setting
 _PRECISION = threading.Lock()
-_in_full = 0  # how many runs need full precision right now
+_in_full = 0  # the number of runs that need full precision now
 _before = ""
 
 
 @contextlib.contextmanager
 def as_asked(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Arithmetic in that dtype and no other: no autocast around the call, no TF32 in float32 convolutions.
+    """Compute in exactly this dtype: without the caller's autocast, without TF32 in float32 convolutions.
 
-    TF32 is what cuDNN's convolutions use by default. The setting is the process's: the first run in changes it, the
-    last one out puts it back.
+    cuDNN's convolutions use TF32 by default. The setting is global to the process: the first run that enters changes
+    it, the last one that leaves restores it.
     """
     global _in_full, _before
     with torch.autocast(device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The Triton backend for NVIDIA GPUs: the ops of this project, each a few launches, with LayerNorm in the linears."""
+"""The Triton backend for NVIDIA GPUs: this project's ops, a few launches each, with LayerNorm fused into linears."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,7 +8,7 @@ from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import TorchRunner, Watch
+from dvit_infer.backends.torch import Hook, TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
 from dvit_infer.ops.attention import attention
@@ -18,7 +18,7 @@ from dvit_infer.ops.linear import free_stats_block, linear, row_sums
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
 from dvit_infer.utils.devices import is_out_of_memory
 
-# By bytes copied: 18 us at 3 TB/s, what launching a kernel by itself takes. Derived, not measured yet.
+# Copying so many images takes 18 us at 3 TB/s, as long as launching a separate kernel. Derived, not measured.
 EMBED_APART_FROM = 128
 _NORMALISED = {Attention: ("qkv", "q", "kv"), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}
 
@@ -26,11 +26,11 @@ _NORMALISED = {Attention: ("qkv", "q", "kv"), Mlp: ("fc1",), Head: ("head", "hea
 class TritonRunner(TorchRunner):
     """Runs a folded graph.
 
-    Rows' means and deviations travel with them: the launch that adds a residual leaves what the LayerNorm after it
-    needs, where that costs nothing (`ops.linear.free_stats_block`).
+    Row statistics travel with the rows: a launch that adds a residual also returns the statistics for the LayerNorm
+    after it, where they are free (`ops.linear.free_stats_block`).
 
     Args:
-        graph: with LayerNorm, scales and predictors folded into its weights.
+        graph: a graph with LayerNorm, scales and predictors folded into its weights.
 
     Raises:
         ValueError: the graph is not folded.
@@ -51,12 +51,12 @@ class TritonRunner(TorchRunner):
         }
         self.takes_uint8 = not self._stem
         self.embeds_apart_from = None if self._stem else EMBED_APART_FROM
-        # BatchNorm is folded; in float32 cuDNN would have to be kept from TF32 by another setting.
+        # BatchNorm is folded; in float32 another setting would be needed to keep cuDNN from using TF32.
         fuses = self.device.type == "cuda" and self.dtype != torch.float32
         self._fused_convolutions = {node.name for node in graph.nodes if isinstance(node, Convolution) and fuses}
         self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
         known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
-        self._how = self.told(f"Triton and cuBLAS, {known}", usually="Triton")
+        self._runtime = self.describe(f"Triton and cuBLAS, {known}", usually="Triton")
         self.checks_kernels = self.device.type == "cuda"
         self._checked: set[tuple[int, bool, bool]] = set()
 
@@ -64,7 +64,7 @@ class TritonRunner(TorchRunner):
         return TritonRunner, (self._graph,)
 
     @property
-    def own_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         own = [t for sums in self._sums.values() for t in sums.values()]
         own += [t for packed in (*self._embed.values(), self._embed_uint8) for t in packed]
         return sum(t.numel() * t.element_size() for t in own)
@@ -77,20 +77,20 @@ class TritonRunner(TorchRunner):
         )
 
     @property
-    def how(self) -> str:
+    def runtime(self) -> str:
         failed = replaced(self.device)
-        return f"{self._how}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._how
+        return f"{self._runtime}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._runtime
 
     def __call__(
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Watch | None = None,
+        hook: Hook | None = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """As for any runner; the first call for a size of batch checks the kernels that it takes."""
+        """Run the graph, as any runner; the first call for a batch size checks the kernels that it uses."""
         self.check(len(images), images.dtype)
-        return super().__call__(images, kept, watch, return_kept)
+        return super().__call__(images, kept, hook, return_kept)
 
     def check(self, batch: int, dtype: torch.dtype) -> None:
         takes = batch, dtype == torch.uint8 and self.takes_uint8, is_programmatic()
@@ -99,7 +99,7 @@ class TritonRunner(TorchRunner):
             check_kernels(self._graph, *takes, super().__call__)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """As for any runner; but the patch embedding takes uint8 as it is, and any strides."""
+        """Prepare images, as any runner; but the patch embedding takes uint8 and any strides directly."""
         if images.dtype == torch.uint8 and self.takes_uint8:
             return images.to(self.device)
         return super().prepare(images)
@@ -108,12 +108,12 @@ class TritonRunner(TorchRunner):
         self,
         x: torch.Tensor,
         kept: Sequence[torch.Tensor] | None,
-        watch: Watch | None,
+        hook: Hook | None,
         nodes: Sequence[Node] | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         chosen: list[torch.Tensor] = []
         positions: torch.Tensor | None = None
-        stats: torch.Tensor | None = None  # of x's rows, where the launch before has left them
+        stats: torch.Tensor | None = None  # statistics of x's rows, if the launch before returned them
         for node, following in pairwise([*(self.nodes if nodes is None else nodes), None]):
             left: torch.Tensor | None = None
             if isinstance(node, Prune):
@@ -126,22 +126,21 @@ class TritonRunner(TorchRunner):
             elif node is not None:
                 x = getattr(self, node.kind)(node, x)
             stats = left
-            if watch is not None and node is not None:
-                watch(node, x)
+            if hook is not None and node is not None:
+                hook(node, x)
         return x, chosen
 
     def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
-        # cuDNN's convolutions on tensor cores want channels last, and would turn their input round at every call.
+        # cuDNN's tensor-core convolutions need channels last, and would convert other inputs at every call.
         x = x.contiguous(memory_format=torch.channels_last)
         if node.name in self._fused_convolutions:
-            # With bias and ReLU behind the product; PyTorch's own call adds the bias and takes the ReLU in two more
-            # passes over the result.
+            # Fused with bias and ReLU, which PyTorch's own call applies in two more passes over the result.
             w, size = node.weights["weight"], node.weights["weight"].shape[-1]
             settings = [node.stride] * 2, [size // 2] * 2, [1, 1], 1  # stride, padding, dilation, groups
             try:
                 y: torch.Tensor = torch.cudnn_convolution_relu(x, w, node.weights.get("bias"), *settings)
                 return y
-            except RuntimeError as error:  # cuDNN has no such engine for every number of channels
+            except RuntimeError as error:  # cuDNN has no such engine for some numbers of channels
                 if is_out_of_memory(error):
                     raise
                 self._fused_convolutions.discard(node.name)
@@ -155,13 +154,13 @@ class TritonRunner(TorchRunner):
         if not isinstance(node, Embed):
             super().embed_into(images, tokens)
             return
-        # Any dtype and strides as they are: the kernel rounds to its weight's dtype.
+        # The kernel takes any dtype and strides, and rounds to its weight's dtype.
         takes = images.dtype == torch.uint8 or images.dtype in DTYPES
         images = images.to(self.device) if takes else self.prepare(images)
         patch_embedding_into(tokens, images, *self._embedding(node, images.dtype))
 
     def _embedding(self, node: Embed, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int, bool]:
-        """What `patch_embedding` takes behind images of that dtype."""
+        """Return the arguments of `patch_embedding` after images of that dtype."""
         weight, table = self._embed_uint8 if dtype == torch.uint8 else self._embed[node.name]
         return weight, table, node.weights["weight"].shape[-1], self._stem
 
@@ -202,7 +201,7 @@ class TritonRunner(TorchRunner):
         activation: str = "none",
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """activation(LayerNorm(x) w^T + b) of the linear `name`."""
+        """Return activation(LayerNorm(x) w^T + b) for the linear `name`."""
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
         y, _ = linear(x, w, b, None, self._sums[node.name][name], stats, node.eps, activation, out_dtype=out_dtype)
         return y
@@ -210,7 +209,7 @@ class TritonRunner(TorchRunner):
     def _added(
         self, node: Attention | Mlp, name: str, y: torch.Tensor, x: torch.Tensor, following: Node | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x + y w^T + b of the linear `name`, and its statistics if the node that follows normalises all its rows."""
+        """Return x + y w^T + b for the linear `name`, and its statistics if the next node normalises all its rows."""
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
         block = 0
         if isinstance(following, Attention | Mlp):
@@ -229,6 +228,6 @@ def _channels_last(node: Convolution) -> Convolution:
 
 
 def _sums(node: Node) -> dict[str, torch.Tensor]:
-    """Row sums of the weights that take normalised rows, by the linear's name."""
+    """Return row sums of the weights that multiply normalised rows, by the linear's name."""
     names = _NORMALISED.get(type(node), ())
     return {n: row_sums(node.weights[f"{n}.weight"]) for n in names if f"{n}.weight" in node.weights}

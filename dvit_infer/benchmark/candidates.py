@@ -1,4 +1,4 @@
-"""The ways to run one model that need nothing but this project and PyTorch; `peers.py` has the others."""
+"""Candidates that need only this project and PyTorch; `peers.py` has those of other projects."""
 
 import contextlib
 import functools
@@ -19,24 +19,25 @@ from dvit_infer.models.vit.graph import build_graph
 from dvit_infer.models.vit.layers import Attention
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
+from dvit_infer.utils.memory import is_allocation_failure
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """One way to run the model.
 
     Attributes:
-        runtime, variant: its name in result files.
-        config: of the model it runs; method 'none' where that is the dense twin.
-        call: (B, 3, H, W) on the device in the dtype -> logits (B, K).
-        gmacs: MACs in 10^9 of the graph it runs.
-        held_mib: what it holds between calls, weights and buffers; None: a runtime that does not tell.
-        given: as call, with kept sets, a stage each; None: it chooses by itself alone.
-        prepare: makes of the images, once, what call takes.
-        engine: where it is our engine.
-        approximate: its answers are not meant to be the reference's to rounding (int8).
+        runtime, variant: its names in result files.
+        config: the config of the model it runs; method 'none' for the dense counterpart.
+        call: takes images (B, 3, H, W) on the device, in the dtype; returns logits (B, K).
+        gmacs: GMACs of the graph it runs.
+        held_mib: returns the size of weights and buffers held between calls, or None if the runtime does not report it.
+        given: like call, with the kept set of each stage given; None: kept sets cannot be given.
+        prepare: converts the images once to the form that call takes.
+        engine: the engine, if this candidate is one.
+        approximate: its outputs match the reference only approximately (int8).
     """
 
     runtime: str
@@ -60,13 +61,13 @@ class Way:
 
 
 class Subject:
-    """A model that is run in several ways, read once.
+    """A model that several candidates run, read once.
 
     Args:
         model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
 
     Raises:
-        InputError: it cannot be read; there is no such device or dtype.
+        InputError: The model cannot be read, or the device or dtype does not exist.
     """
 
     def __init__(self, model: Source | None, device: str | None, dtype: str | None) -> None:
@@ -86,43 +87,43 @@ class Subject:
         return recognise(self.checkpoint, None, {}, {"method": "none"})[0]
 
     def config_at(self, keep_rate: float) -> Config:
-        """Raises InputError: the model holds no predictors, or the rate leaves no token."""
+        """Return the config at a keep rate. Raise InputError if there are no predictors or the rate leaves no token."""
         return recognise(self.checkpoint, None, {"keep_rate": keep_rate}, {})[0]
 
     @functools.cached_property
     def plain(self) -> VisionTransformer:
-        """The reference on the device in the dtype."""
+        """The reference model, on the device and in the dtype."""
         return build_reference(self.config, self.checkpoint).to(self.device, self.dtype)
 
     @functools.cached_property
     def plain_gmacs(self) -> float:
-        return build_graph(self.plain, self.config).gflops
+        return build_graph(self.plain, self.config).gmacs
 
     def params(self, dense: bool) -> int:
         return self.checkpoint.params(dense)
 
 
-def engine_way(subject: Subject, config: Config, runtime: str = "engine") -> Way:
-    """Our engine, by the given config."""
+def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") -> Candidate:
+    """The engine, converted by the given config."""
     notes: Sequence[Note] = subject.notes
     engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
     weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
-    held = lambda: weights + engine.runner.own_bytes / 2**20  # noqa: E731
+    held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
-    # A result file has to tell whether the native library pruned (DVIT_PRUNE): nothing else in a row would.
-    variant = "native" if "by native" in engine.runner.how else None
-    return Way(runtime, variant, config, engine, engine.graph.gflops, held, given, engine=engine)
+    # Nothing else in a row records whether the native library pruned (DVIT_PRUNE).
+    variant = "native" if "by native" in engine.runner.runtime else None
+    return Candidate(runtime, variant, config, engine, engine.graph.gmacs, held, given, engine=engine)
 
 
-def dense_way(subject: Subject) -> Way:
-    return engine_way(subject, subject.dense_config, "dense")
+def dense_candidate(subject: Subject) -> Candidate:
+    return engine_candidate(subject, subject.dense_config, "dense")
 
 
-def reference_way(subject: Subject) -> Way:
+def reference_candidate(subject: Subject) -> Candidate:
     return _of_plain(subject, "reference", subject.plain)
 
 
-def sdpa_way(subject: Subject) -> Way:
+def sdpa_candidate(subject: Subject) -> Candidate:
     fused = build_reference(subject.config, subject.checkpoint).to(subject.device, subject.dtype)
     for module in fused.modules():
         if isinstance(module, Attention):
@@ -130,46 +131,46 @@ def sdpa_way(subject: Subject) -> Way:
     return _of_plain(subject, "sdpa", fused)
 
 
-def _of_plain(subject: Subject, runtime: str, model: VisionTransformer) -> Way:
+def _of_plain(subject: Subject, runtime: str, model: VisionTransformer) -> Candidate:
     weights = mib(model.parameters())
 
     def given(images: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
         return model.evaluate(images, kept).logits
 
     call = lambda images: model.evaluate(images).logits  # noqa: E731
-    return Way(runtime, None, subject.config, call, subject.plain_gmacs, lambda: weights, given)
+    return Candidate(runtime, None, subject.config, call, subject.plain_gmacs, lambda: weights, given)
 
 
-def compiled_way(subject: Subject) -> Way:
+def compiled_candidate(subject: Subject) -> Candidate:
     variant = "max-autotune" if subject.device.type == "cuda" else "default"
     compiled = torch.compile(subject.plain, mode=variant, dynamic=False)
     sizes: set[int] = set()
 
     def call(images: torch.Tensor) -> torch.Tensor:
         if len(images) not in sizes:
-            torch.compiler.reset()  # after eight sizes it would run them eagerly and not say so
+            torch.compiler.reset()  # after eight sizes it would silently run eagerly
             sizes.clear()
             sizes.add(len(images))
         logits: torch.Tensor = compiled(images)
         return logits
 
     weights = mib(subject.plain.parameters())
-    return Way("compile", variant, subject.config, call, subject.plain_gmacs, lambda: weights)
+    return Candidate("compile", variant, subject.config, call, subject.plain_gmacs, lambda: weights)
 
 
 @contextlib.contextmanager
 def blaming(name: str) -> Iterator[None]:
-    """What goes wrong in the block, of whatever kind compilers and other projects raise, is one line about the way.
+    """Turn any error that a compiler or another project raises in the block into one line that names the candidate.
 
     Raises:
-        InputError: naming the way. Want of memory is not its fault and passes.
+        InputError: The block failed. Out-of-memory errors pass unchanged.
     """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+        if is_allocation_failure(error):
             raise
         raise InputError(f"compare: {name} cannot run the reference here: {first_line(error)}") from None
 

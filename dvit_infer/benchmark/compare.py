@@ -1,4 +1,4 @@
-"""One model run in several ways, side by side, on the same images; that all compute the same function is checked."""
+"""Run one model by several candidates on the same images, time them, and check that all compute the same function."""
 
 import contextlib
 import math
@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from dvit_infer.benchmark import candidates as ways
-from dvit_infer.benchmark import peers
-from dvit_infer.benchmark.candidates import Call, Subject, Way
-from dvit_infer.benchmark.outcome import Gain, Outcome
+from dvit_infer.benchmark import candidates, peers
+from dvit_infer.benchmark.candidates import Call, Candidate, Subject
+from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
 from dvit_infer.benchmark.timing import Row, Timing, interleave, noise
 from dvit_infer.classifier import Source
@@ -20,37 +19,38 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import VisionTransformer
-from dvit_infer.parity.agreement import Expected, stray, unchecked, unlike
+from dvit_infer.parity.agreement import Expected, check_approximate, check_exact, unchecked
 from dvit_infer.parity.verification import evaluate
 from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.memory import is_allocation_failure
 
-WAYS: dict[str, Callable[[Subject], Way]] = {  # what the engine can be compared with
-    "reference": ways.reference_way,
-    "dense": ways.dense_way,
-    "compile": ways.compiled_way,
-    "sdpa": ways.sdpa_way,
-    "onnxruntime": peers.onnxruntime_way,
-    "onnx": peers.onnx_way,
-    "onnx-int8": peers.onnx_int8_way,
-    "openvino": peers.openvino_way,
-    "timm": peers.timm_way,
+CANDIDATES: dict[str, Callable[[Subject], Candidate]] = {
+    "reference": candidates.reference_candidate,
+    "dense": candidates.dense_candidate,
+    "compile": candidates.compiled_candidate,
+    "sdpa": candidates.sdpa_candidate,
+    "onnxruntime": peers.onnxruntime_candidate,
+    "onnx": peers.onnx_candidate,
+    "onnx-int8": peers.onnx_int8_candidate,
+    "openvino": peers.openvino_candidate,
+    "timm": peers.timm_candidate,
 }
 USUAL = ("reference", "dense")
 DISTINCT_IMAGES = 64
-OURS = ("reference", "dense", "sdpa")  # ways that nothing but this project can make fail
+OURS = ("reference", "dense", "sdpa")  # candidates that nothing but this project can make fail
 
 
 class Comparison:
-    """The ways to run one model, loaded once.
+    """The candidates that run one model, each loaded once.
 
     Args:
         model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
-        names: which of `WAYS` to run beside the engine; the first is the baseline of every speed-up. 'compile' is the
-            reference under torch.compile, by mode max-autotune on CUDA and default on a CPU.
-        keep_rates: run the engine at each of these, and dense; empty: at the model's own.
+        names: keys of `CANDIDATES` to run beside the engine; the first is the baseline of every speed-up. 'compile'
+            is the reference under torch.compile, with mode max-autotune on CUDA and default on a CPU.
+        keep_rates: run the engine at each of these rates, and dense. Empty: at the model's own rate.
 
     Raises:
-        InputError: the model, a name, a rate, or a package that is not installed.
+        InputError: The model, a name or a rate is invalid, or a package is not installed.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class Comparison:
         dtype: str | None = None,
         keep_rates: Sequence[float] = (),
     ) -> None:
-        if unknown := [name for name in names if name not in WAYS]:
-            raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(WAYS)}")
+        if unknown := [name for name in names if name not in CANDIDATES]:
+            raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(CANDIDATES)}")
         self.subject = subject = Subject(model, device, dtype)
         self.config, self.device = subject.config, subject.device
         is_dense = self.config.method == "none"
         wanted = dict.fromkeys([*names, *(["dense"] if is_dense or keep_rates else [])])
-        self._ways: dict[str, Way] = {}
-        for name in WAYS:
+        self._candidates: dict[str, Candidate] = {}
+        for name in CANDIDATES:
             if name in wanted:
                 with _blaming(name):
-                    self._ways[name] = WAYS[name](subject)
+                    self._candidates[name] = CANDIDATES[name](subject)
         configs = [subject.config_at(rate) for rate in keep_rates] or ([] if is_dense else [self.config])
         for config in configs:
             name = f"engine at {config.keep_rate}" if keep_rates else "engine"
-            self._ways[name] = ways.engine_way(subject, config)
-        self.baseline = next(iter(names), next(iter(self._ways)))
-        # One model for every function, told apart by the tokens it keeps.
-        functions = {way.config.num_keep: way.config for way in self._ways.values()}
+            self._candidates[name] = candidates.engine_candidate(subject, config)
+        self.baseline = next(iter(names), next(iter(self._candidates)))
+        # One reference model for each function; functions differ in the tokens they keep.
+        functions = {candidate.config.num_keep: candidate.config for candidate in self._candidates.values()}
         self._right = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
         self._plain = self._right
         if subject.dtype != torch.float32:
@@ -89,7 +89,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The model, and the dtype of its ways."""
+        """The model, and the dtype of its candidates."""
         config = self.config
         stages = ",".join(map(str, config.num_keep)) or "all"
         return f"{config.arch}, keeping {stages} of {config.num_patches} patches; {self.subject.dtype_name}"
@@ -97,20 +97,20 @@ class Comparison:
     @property
     def runs(self) -> str:
         """What runs the engine."""
-        return f"engine: {self.engine.graph.how}"
+        return f"engine: {self.engine.graph.runtime}"
 
     @property
     def engine(self) -> Engine:
-        """The one at the model's own keep rate, else the last of the sweep; dense if the model is."""
-        engines = [way.engine for way in self._ways.values() if way.engine is not None]
+        """The engine at the model's own keep rate, else the last of the sweep; dense if the model is dense."""
+        engines = [candidate.engine for candidate in self._candidates.values() if candidate.engine is not None]
         return next((engine for engine in engines if engine.config == self.config), engines[-1])
 
     def images(self, batch: int) -> torch.Tensor:
-        """What a batch of that size is measured on, (B, 3, H, W) float32."""
+        """Return the images on which a batch of that size is measured, (B, 3, H, W) float32."""
         return _images(batch, self.config.image_size)
 
     def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-        """Time every way on the same images, interleaved.
+        """Time every candidate on the same images, interleaved.
 
         Raises:
             InputError: the batch does not fit in memory.
@@ -121,32 +121,35 @@ class Comparison:
             expected = {key: self._expected(key, images) for key in self._right}
             images = images.to(self.device, self.subject.dtype)
             with torch.no_grad():
-                calls = {name: _bound(way.call, way.prepare(images)) for name, way in self._ways.items()}
+                calls = {
+                    name: _bound(candidate.call, candidate.prepare(images))
+                    for name, candidate in self._candidates.items()
+                }
                 logits = {name: self._first_call(name, call) for name, call in calls.items()}
                 given = {
                     name: None
-                    if way.given is None or not way.config.num_keep
-                    else way.given(images, expected[way.config.num_keep].right.kept).float()
-                    for name, way in self._ways.items()
+                    if candidate.given is None or not candidate.config.num_keep
+                    else candidate.given(images, expected[candidate.config.num_keep].reference.kept).float()
+                    for name, candidate in self._candidates.items()
                 }
                 timings = interleave(calls, self.device, seconds, progress)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            if not is_allocation_failure(error):
                 raise
             raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
         rows, strays, unsure = [], [], []
-        for name, way in self._ways.items():
-            right = expected[way.config.num_keep]
-            rows.append(self._row(name, batch, timings, logits[name], right.right.logits))
-            if way.approximate:
-                found = unlike(logits[name], right.right.logits)
+        for name, candidate in self._candidates.items():
+            right = expected[candidate.config.num_keep]
+            rows.append(self._row(name, batch, timings, logits[name], right.reference.logits))
+            if candidate.approximate:
+                found = check_approximate(logits[name], right.reference.logits)
             else:
-                found = stray(logits[name], given[name], right, self.subject.dtype)
+                found = check_exact(logits[name], given[name], right, self.subject.dtype)
             if found:
                 strays.append(f"{name}: {found}")
-            elif given[name] is None and not way.approximate and unchecked(right, self.subject.dtype):
+            elif given[name] is None and not candidate.approximate and unchecked(right, self.subject.dtype):
                 unsure.append(name)
-        return Outcome(rows, self._gains(timings, batch), strays, unsure, noise(timings.values()))
+        return Outcome(rows, self._pruning_speedups(timings, batch), strays, unsure, noise(timings.values()))
 
     def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
         right = evaluate(self._right[key], images)
@@ -159,7 +162,7 @@ class Comparison:
         return Expected(right, plain, given)
 
     def _first_call(self, name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Compiles what compiles. A copy: a captured graph writes its answers over those before."""
+        """Run a call once, which compiles if needed, and return a copy: a captured graph overwrites its last output."""
         with _blaming(name):
             return call().to(self.device, torch.float32, copy=True)
 
@@ -177,48 +180,48 @@ class Comparison:
 
     @property
     def reference(self) -> VisionTransformer:
-        """That of `engine`, in float32."""
+        """The reference of `engine`, in float32."""
         return self._right[self.engine.config.num_keep]
 
     def time_nodes(
         self, batch: int, limits: Limits, seconds: float, progress: Callable[[float], None] = lambda share: None
     ) -> list[NodeTime]:
-        """Where the time of `engine` goes (node_times.py)."""
+        """Time every node of `engine` (roofline.py)."""
         return time_nodes(self.engine, self.reference, self.images(batch), limits, seconds, progress)
 
-    def _gains(self, timings: Mapping[str, Timing], batch: int) -> list[Gain]:
-        dense = self._ways.get("dense")
+    def _pruning_speedups(self, timings: Mapping[str, Timing], batch: int) -> list[PruningSpeedup]:
+        dense = self._candidates.get("dense")
         if dense is None:
             return []
         return [
-            Gain(
-                keep_rate=way.keep_rate,
-                num_keep=way.config.num_keep,
-                gmacs=way.gmacs,
+            PruningSpeedup(
+                keep_rate=candidate.keep_rate,
+                num_keep=candidate.config.num_keep,
+                gmacs=candidate.gmacs,
                 images_per_s=timings[name].rates(batch)["images_per_s"],
                 speedup=timings[name].speedup_over(timings["dense"]),
-                ceiling=dense.gmacs / way.gmacs,
+                ceiling=dense.gmacs / candidate.gmacs,
             )
-            for name, way in self._ways.items()
-            if way.runtime == "engine"
+            for name, candidate in self._candidates.items()
+            if candidate.runtime == "engine"
         ]
 
     def _row(
         self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, right: torch.Tensor
     ) -> Row:
-        way, timing = self._ways[name], timings[name]
-        held = way.held_mib()
+        candidate, timing = self._candidates[name], timings[name]
+        held = candidate.held_mib()
         return Row(
             model=self.config.arch,
-            keep_rate=way.keep_rate,
-            runtime=way.runtime,
-            variant=way.variant,
+            keep_rate=candidate.keep_rate,
+            runtime=candidate.runtime,
+            variant=candidate.variant,
             device=self.device.type,
             dtype=self.subject.dtype_name,
             batch=batch,
             **timing.rates(batch),
-            gmacs=way.gmacs,
-            params=self.subject.params(way.is_dense),
+            gmacs=candidate.gmacs,
+            params=self.subject.params(candidate.is_dense),
             peak_mib=None if timing.peak_mib is None or held is None else timing.peak_mib + held,
             max_logit_error=(logits - right).abs().max().item(),
             top1_agreement=(logits.argmax(dim=1) == right.argmax(dim=1)).float().mean().item(),
@@ -228,7 +231,7 @@ class Comparison:
 
 
 def _bytes_per_image(config: Config) -> int:
-    """Roughly what one image needs of memory in the reference: itself, copied, and a block's largest tensors."""
+    """Estimate the memory that one image needs in the reference: its copies, and a block's largest tensors."""
     tokens = config.num_prefix + config.num_patches
     attention = 2 * config.num_heads * tokens + 5 * config.embed_dim
     mlp = 2 * (config.mlp_dim + config.embed_dim)
@@ -236,17 +239,17 @@ def _bytes_per_image(config: Config) -> int:
 
 
 def _blaming(name: str) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if name in OURS or name.startswith("engine") else ways.blaming(name)
+    return contextlib.nullcontext() if name in OURS or name.startswith("engine") else candidates.blaming(name)
 
 
 def fvcore_gmacs(model: torch.nn.Module, images: torch.Tensor) -> float | None:
-    """GMACs an image as fvcore counts them in the reference; None where it is not installed."""
+    """Return GMACs per image as fvcore counts them in the reference, or None if fvcore is not installed."""
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it uses of torch
+        warnings.simplefilter("ignore")  # about torch functions that fvcore uses
         counted = FlopCountAnalysis(model, images).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return float(counted.total()) / len(images) / 1e9
 
@@ -256,7 +259,7 @@ def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _images(batch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Made-up images; beyond `DISTINCT_IMAGES` the same again with noise of their own."""
+    """Return synthetic images; beyond `DISTINCT_IMAGES` they repeat, with different noise added."""
     distinct = sample_images(min(batch, DISTINCT_IMAGES), size, seed=2)
     if batch <= DISTINCT_IMAGES:
         return distinct

@@ -1,6 +1,6 @@
-"""An ONNX file, of whatever origin, in the runtimes there are: how fast, and whether they agree.
+"""Measure an ONNX file of any origin in the available runtimes, and check that they agree.
 
-No reference comes with it, so what it should answer, and of a foreign file how much work it is, stays unknown.
+There is no reference, so the expected outputs, and the MACs of a foreign file, are unknown.
 """
 
 import math
@@ -21,16 +21,17 @@ from dvit_infer.onnx.engine import check_file, onnx_device
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
 from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.memory import is_allocation_failure
 from dvit_infer.utils.packages import need
 
 RUNTIMES = ("onnxruntime", "openvino")
-ASSUMED_SIZE = 224  # of a file that leaves it open
+ASSUMED_SIZE = 224  # if the file does not fix it
 _IMAGES = (torch.float32, torch.float16, torch.uint8)
 
 
 @dataclass(frozen=True)
 class OnnxOutcome(Outcome):
-    """What was measured at one batch size; `unknown` says what cannot be known of such a file."""
+    """The measurements at one batch size; `unknown` lists what cannot be known about such a file."""
 
     unknown: str = ""
 
@@ -43,15 +44,15 @@ class OnnxOutcome(Outcome):
 
 
 class OnnxComparison:
-    """An ONNX file and the runtimes that run it, loaded once.
+    """An ONNX file, loaded once in each runtime.
 
     Args:
-        path: of the file; one input of images, the first output is taken for the logits.
-        names: of `RUNTIMES`; the first is the baseline.
-        device: where ONNX Runtime runs it.
+        path: the file; it has one input, the images; its first output is taken as the logits.
+        names: names in `RUNTIMES`; the first is the baseline.
+        device: the device for ONNX Runtime.
 
     Raises:
-        InputError: naming the file, the option, or a package that is not installed.
+        InputError: The file or an option is invalid, or a package is not installed.
     """
 
     def __init__(self, path: str | Path, names: Sequence[str] = (), device: str | None = None) -> None:
@@ -81,14 +82,14 @@ class OnnxComparison:
 
     @property
     def title(self) -> str:
-        """The file, what it says it is, and its dtype."""
+        """The file, its model by its metadata, and its dtype."""
         arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
         says = f"{arch} keeping {kept} patches" if arch else "of another origin"
         return f"{_printable(self.path.name)}, {says}; {self._precision}"
 
     @property
     def runs(self) -> str:
-        """What runs it, and what had to be assumed."""
+        """The runtimes, and what had to be assumed."""
         return "; ".join([f"run by {' and '.join(self._calls)} on {self.device}", *self.notes])
 
     def check_memory(self, batch: int) -> None:
@@ -100,7 +101,7 @@ class OnnxComparison:
             raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would")
 
     def images(self, batch: int) -> torch.Tensor:
-        """What a batch is measured on, as the file takes it."""
+        """Return the images for a batch, in the layout and dtype of the file's input."""
         last = self._shape[-1] == 3 and self._shape[0] != 3
         size = (self._shape[0], self._shape[1]) if last else (self._shape[1], self._shape[2])
         made = sample_uint8_images if self._dtype == torch.uint8 else sample_images
@@ -123,7 +124,7 @@ class OnnxComparison:
             logits = {name: self._checked(name, call(), batch) for name, call in calls.items()}
             timings = interleave(calls, self.device, seconds, progress)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            if not is_allocation_failure(error):
                 raise
             raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None
         rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
@@ -134,20 +135,20 @@ class OnnxComparison:
         return OnnxOutcome(rows, [], strays, [], noise(timings.values()), self.unknown)
 
     def _checked(self, name: str, found: torch.Tensor, batch: int) -> torch.Tensor:
-        """The first answer, if it can be logits."""
+        """Return the first output as float32 logits; raise InputError if it cannot be logits."""
         if not found.is_floating_point() or found.ndim < 2 or len(found) != batch or not found.numel():
             shape = f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
             raise InputError(f"{self.path}: its first output is {shape}, no logits of {batch} images")
         if not torch.isfinite(found).all():
-            raise InputError(f"{self.path}: in {name} it answers NaN or Inf")
+            raise InputError(f"{self.path}: in {name} its output has NaN or Inf")
         return found.float().cpu()
 
     @property
     def unknown(self) -> str:
-        """What the file cannot say."""
+        """The facts that the file does not contain, as one line."""
         if self._gmacs is not None:
-            return "not known: whether its answers are right, for the file holds no reference (the checkpoint does)"
-        return "not known: its MACs, its weights, what it prunes, whether its answers are right"
+            return "not known: whether its outputs are correct, as the file holds no reference (the checkpoint does)"
+        return "not known: its MACs, its weights, what it prunes, whether its outputs are correct"
 
     def _row(self, name: str, batch: int, rates: Mapping[str, float], timings: Mapping[str, Any]) -> Row:
         return Row(
@@ -178,12 +179,12 @@ class OnnxComparison:
         need("compare: openvino", "onnx", "openvino", extra="dvit-infer[peers]")
         from dvit_infer.onnx.probe import probed
 
-        with probed(self.path, False, ()) as model:  # without functions, which OpenVINO does not know
+        with probed(self.path, False, ()) as model:  # without functions, which OpenVINO does not support
             return peers.openvino_call(model, "f32")
 
 
 def _input_of(name: str, session: Any) -> tuple[str, int | None, tuple[int, ...], list[str]]:
-    """Name of the input, the one batch size it takes (None: any), the shape of an image, what was assumed."""
+    """Return the input's name, its fixed batch size (None: any), the shape of an image, and notes on assumptions."""
     inputs = session.get_inputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4:
         found = ", ".join(f"{value.name} {value.shape}" for value in inputs)
@@ -205,7 +206,7 @@ def _printable(text: str) -> str:
 
 
 def _number(facts: Mapping[str, str], key: str) -> float | None:
-    """What a file says is a number, if it is one."""
+    """Return a positive number from the file's metadata, or None."""
     try:
         value = float(facts[key][:40])
     except (KeyError, ValueError):
@@ -214,12 +215,12 @@ def _number(facts: Mapping[str, str], key: str) -> float | None:
 
 
 def _listed(kept: str | None) -> str:
-    """'[137, 96, 67]' -> '137,96,67'."""
+    """Format '[137, 96, 67]' as '137,96,67'."""
     return (kept or "[]").strip("[]").replace(" ", "") or "all"
 
 
 def _error(found: torch.Tensor, first: torch.Tensor) -> float:
-    """The largest difference over the logits' rms; infinite where they have other shapes."""
+    """Return the largest difference relative to the logits' rms; infinity if shapes differ."""
     if found.shape != first.shape:
         return math.inf
     if torch.equal(found, first):

@@ -1,4 +1,4 @@
-"""What a comparison found: rows, speed-ups, and whether all candidates compute one function."""
+"""The outcome of a comparison: rows, speed-ups, and whether all candidates compute the same function."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from dvit_infer.benchmark.timing import Row
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What pruning made of what it could: at one keep rate, over the dense engine in the same run."""
+class PruningSpeedup:
+    """The speed-up of pruning at one keep rate over the dense engine in the same run, and its ceiling."""
 
     keep_rate: float
     num_keep: tuple[int, ...]
     gmacs: float
     images_per_s: float
     speedup: float
-    ceiling: float  # the ratio of the MACs of the two graphs as run
+    ceiling: float  # ratio of the MACs of the two graphs as run
 
     def __str__(self) -> str:
         return (
@@ -25,18 +25,18 @@ class Gain:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured at one batch size.
+    """The measurements at one batch size.
 
     Attributes:
-        rows: one a way.
-        gains: one for every keep rate of the engine, if the dense engine ran too.
-        strays: the ways that compute another function, each with its error; a check that failed.
-        unchecked: ways of which these images do not say whether they compute the same one.
-        noise: a line that says so if the machine was noisy.
+        rows: one for each candidate.
+        pruning_speedups: one for each keep rate of the engine, if the dense engine ran too.
+        strays: the candidates that compute another function, each with its error. Any makes the check fail.
+        unchecked: the candidates for which these images cannot show whether they compute the same function.
+        noise: a warning if the machine was noisy.
     """
 
     rows: list[Row]
-    gains: list[Gain]
+    pruning_speedups: list[PruningSpeedup]
     strays: list[str]
     unchecked: list[str]
     noise: str | None
@@ -51,5 +51,5 @@ class Outcome:
         exact = [row for row in self.rows if row.variant != "int8"]
         largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
         reduced = "" if self.rows[0].dtype == "float32" else f", near ties in {self.rows[0].dtype} included"
-        but = "" if len(exact) == len(self.rows) else " but int8, which only comes near it,"
-        return f"all ways{but} compute the same function: largest error of a logit {largest:.1e}{reduced}"
+        but = "" if len(exact) == len(self.rows) else " but int8, which is approximate,"
+        return f"all candidates{but} compute the same function: largest error of a logit {largest:.1e}{reduced}"

@@ -1,4 +1,4 @@
-"""Other projects' runtimes, where they are installed: timm's dense twin, ONNX Runtime, OpenVINO."""
+"""Candidates of other projects, if installed: timm's dense counterpart, ONNX Runtime, OpenVINO."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dvit_infer.benchmark.candidates import Call, Subject, Way, first_line, mib
+from dvit_infer.benchmark.candidates import Call, Candidate, Subject, first_line, mib
 from dvit_infer.config import Config
 from dvit_infer.engine import folded_graph
 from dvit_infer.errors import InputError
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-def timm_way(subject: Subject) -> Way:
-    """The dense twin as timm has it, with the checkpoint's weights."""
+def timm_candidate(subject: Subject) -> Candidate:
+    """timm's dense counterpart, with the checkpoint's weights."""
     config = subject.dense_config
     if config.family != "deit":
         raise InputError(f"compare: timm has no {config.family}; leave timm out")
@@ -39,7 +39,7 @@ def timm_way(subject: Subject) -> Way:
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision built for another torch
         raise InputError(f"compare: timm cannot be imported here: {first_line(error)}") from None
     kind = VisionTransformerDistilled if config.num_prefix == 2 else TimmViT
-    twin = kind(
+    model = kind(
         img_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=config.num_classes,
@@ -50,28 +50,28 @@ def timm_way(subject: Subject) -> Way:
         norm_layer=functools.partial(nn.LayerNorm, eps=config.eps),
     )
     dense = build_reference(config, subject.checkpoint)
-    twin.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
-    twin = twin.eval().to(subject.device, subject.dtype)
-    weights = mib(twin.parameters())
-    return Way("timm", None, config, twin, build_graph(dense, config).gflops, lambda: weights)
+    model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
+    model = model.eval().to(subject.device, subject.dtype)
+    weights = mib(model.parameters())
+    return Candidate("timm", None, config, model, build_graph(dense, config).gmacs, lambda: weights)
 
 
-def onnxruntime_way(subject: Subject) -> Way:
-    """The reference as torch.onnx exports it."""
+def onnxruntime_candidate(subject: Subject) -> Candidate:
+    """The reference, exported by torch.onnx."""
     _check_served(subject)
     _need("onnx", "onnxscript", "onnxruntime")
     return _of_runtime(subject, "onnxruntime", _session_call(subject, _exported(subject, subject.dtype)))
 
 
-def onnx_way(subject: Subject) -> Way:
-    """The model as dvit-convert writes it."""
+def onnx_candidate(subject: Subject) -> Candidate:
+    """The ONNX model that dvit-convert writes."""
     _check_served(subject)
     _need("onnx", "onnxruntime")
     return _of_converted(subject, "converted", lambda model: model)
 
 
-def onnx_int8_way(subject: Subject) -> Way:
-    """The same quantised."""
+def onnx_int8_candidate(subject: Subject) -> Candidate:
+    """The ONNX model that dvit-convert writes, quantised to int8."""
     if subject.device.type != "cpu" or subject.dtype != torch.float32:
         raise InputError(
             "compare: onnx-int8 runs on CPUs, beside float32; leave it out, or --device cpu --dtype float32"
@@ -82,12 +82,12 @@ def onnx_int8_way(subject: Subject) -> Way:
     return replace(_of_converted(subject, "int8", quantize_int8), approximate=True)
 
 
-def _of_converted(subject: Subject, variant: str, change: "Callable[[ModelProto], ModelProto]") -> Way:
+def _of_converted(subject: Subject, variant: str, change: "Callable[[ModelProto], ModelProto]") -> Candidate:
     from dvit_infer.onnx.writer import onnx_model
 
     graph = folded_graph(subject.config, subject.checkpoint, torch.device("cpu"), subject.dtype)
     call = _session_call(subject, change(onnx_model(graph)).SerializeToString())
-    return replace(_of_runtime(subject, "onnxruntime", call), variant=variant, gmacs=graph.gflops)
+    return replace(_of_runtime(subject, "onnxruntime", call), variant=variant, gmacs=graph.gmacs)
 
 
 def _check_served(subject: Subject) -> None:
@@ -103,25 +103,26 @@ def _session_call(subject: Subject, model: bytes) -> Call:
     return lambda images: run_session(session, {"images": images}, ["logits"])[0]
 
 
-def openvino_way(subject: Subject) -> Way:
+def openvino_candidate(subject: Subject) -> Candidate:
     if subject.device.type != "cpu":
         raise InputError("compare: openvino runs on CPUs; leave it out, or --device cpu")
     hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
     if subject.dtype not in hints:
         raise InputError(f"compare: openvino runs float32 and bfloat16, not {subject.dtype_name}")
     _need("onnx", "onnxscript", "openvino")
-    # Its own way to bfloat16 is the hint: weights and images come in float32.
+    # The precision hint selects bfloat16; weights and images stay float32.
     run = openvino_call(_exported(subject, torch.float32), hints[subject.dtype])
     return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
 
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO's core, one for the life of the process.
+    """Return OpenVINO's core, one for the life of the process.
 
-    The first model that a core compiles gives the thread an alternate signal stack of the CPU plugin's. The plugin
-    takes it away with its core, but not on another thread, nor when a second core came between (pull request 11894 of
-    openvinotoolkit/openvino). The next signal with a handler of Python's, Ctrl-C say, then ends the process.
+    The first model that a core compiles sets an alternate signal stack, owned by the CPU plugin, on the thread. The
+    plugin removes it together with its core, but not on another thread, nor if a second core was created in between
+    (pull request 11894 of openvinotoolkit/openvino). The next signal that Python handles, e.g. Ctrl-C, then ends the
+    process.
     """
     import openvino
 
@@ -129,7 +130,7 @@ def openvino_core() -> Any:
 
 
 def openvino_call(model: Path | bytes, precision: str) -> Call:
-    """An ONNX model without local functions, compiled by OpenVINO for this CPU."""
+    """Compile an ONNX model without local functions by OpenVINO for this CPU."""
     core = openvino_core()
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -140,8 +141,8 @@ def openvino_call(model: Path | bytes, precision: str) -> Call:
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
 
 
-def _of_runtime(subject: Subject, runtime: str, call: Call) -> Way:
-    return Way(runtime, None, subject.config, call, subject.plain_gmacs, lambda: None)
+def _of_runtime(subject: Subject, runtime: str, call: Call) -> Candidate:
+    return Candidate(runtime, None, subject.config, call, subject.plain_gmacs, lambda: None)
 
 
 def _exported(subject: Subject, dtype: torch.dtype) -> bytes:
@@ -161,12 +162,12 @@ class _Logits(nn.Module):
 
 @torch.no_grad()
 def traced_onnx(model: VisionTransformer, config: Config) -> bytes:
-    """A reference as torch.onnx writes it: input `images` (B, 3, H, W), output `logits` (B, K), any B."""
+    """Export a reference by torch.onnx: input `images` (B, 3, H, W), output `logits` (B, K), any B."""
     from onnxscript import opset18 as op
 
     def stable_sort(x: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-        """TopK orders equals by position, which makes it a stable sort; the exporter knows none."""
-        gather: Any = op.Gather  # its stubs want the type of what is only known when it runs
+        """Sort by TopK, which orders equal values by position; the exporter knows no stable sort."""
+        gather: Any = op.Gather  # its stubs require a type that is known only at run time
         size = gather(op.Shape(x), op.Constant(value_ints=[dim]))
         return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
@@ -189,7 +190,7 @@ def traced_onnx(model: VisionTransformer, config: Config) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of packages that it does not need."""
+    """Silence the exporter, which reports packages that it does not need."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -204,6 +205,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _need(*packages: str) -> None:
-    """The last of the packages is what was asked for."""
+    """Raise InputError if a package is missing; the last one is named as the candidate."""
     extra = "timm" if packages == ("timm",) else "dvit-infer[peers]"
     need(f"compare: {packages[-1]}", *packages, extra=extra)

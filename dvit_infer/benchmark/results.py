@@ -1,4 +1,4 @@
-"""Result files: rows and the environment they were measured in, as JSON. Reading one takes no torch."""
+"""Result files: rows and the environment of the measurement, as JSON. Reading one needs no torch."""
 
 import importlib.metadata
 import json
@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.errors import InputError
-from dvit_infer.utils.files import whole_json
+from dvit_infer.utils.files import atomic_write_json
 
 VERSION = 2
-NAMES_SINCE_1 = {"how": "runtime", "mode": "variant", "gflops": "gmacs"}  # of the same values: gflops counted MACs too
+NAMES_SINCE_1 = {
+    "how": "runtime",
+    "mode": "variant",
+    "gflops": "gmacs",
+}  # renamed; the values are the same: gflops counted MACs too
 
 
 def environment() -> dict[str, str | None]:
-    """Where a measurement was taken; stands in every result file."""
+    """Return the environment of a measurement, part of every result file."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -35,7 +39,7 @@ def environment() -> dict[str, str | None]:
 
 
 def machine_name(gpu: str | None) -> str:
-    """A short name that may be a folder's: of the GPU, else of the CPU and its threads."""
+    """Return a short name, usable as a folder name, of the GPU, else of the CPU and its threads."""
     import torch
 
     from dvit_infer.utils.devices import slug
@@ -59,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of this project's checkout, or what DVIT_COMMIT says: a copy may have come without its .git. None: neither."""
+    """Return the commit of this checkout, or DVIT_COMMIT for a copy without .git; None if neither is known."""
     if os.environ.get("DVIT_COMMIT"):
         return os.environ["DVIT_COMMIT"][:12]
     root = Path(__file__).resolve().parents[2]
@@ -77,15 +81,15 @@ def _output(*command: str) -> str | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file, {"environment": {...}, "rows": [...]} and its version, whole or not at all."""
-    whole_json(path, {"version": VERSION, **content})
+    """Write a result file, {"environment": {...}, "rows": [...]} and its version, atomically."""
+    atomic_write_json(path, {"version": VERSION, **content})
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """Return the content of a result file, its rows as version 2 names them.
+    """Return the content of a result file, with rows converted to version 2.
 
     Raises:
-        InputError: naming the file: it cannot be read, is no result file, or of a version that is not known.
+        InputError: The file cannot be read, is no result file, or has an unknown version.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -97,10 +101,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def as_version_2(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the content of a result file of version 1, which did not say so, or 2 as version 2.
+    """Convert the content of a result file of version 1, which had no version key, or 2 to version 2.
 
     Raises:
-        InputError: beginning with `name`: it is no result file, or of another version.
+        InputError: It is no result file, or has another version; the message begins with `name`.
     """
     try:
         version = content.get("version", 1)

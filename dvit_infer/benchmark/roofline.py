@@ -1,4 +1,4 @@
-"""Where the time goes: every node of a graph against the least that this machine could take for it."""
+"""Time every node of a graph and compare it with its floor, by a roofline model with measured limits."""
 
 import itertools
 import math
@@ -16,21 +16,21 @@ from dvit_infer.graph.nodes import Node
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.parity.verification import evaluate, node_outputs
 
-# Rows, in, out of what a CPU multiplies at its best: where weights stay in its caches, and where they do not.
+# (rows, in, out) of a CPU's best matrix products: with weights that stay in its caches, and with larger ones.
 LINEAR_SHAPES, LINEAR_ROUNDS = ((1536, 1536, 384), (2048, 1024, 4096)), 15
-GPU_SIZE = 8192  # of the square matrices that a GPU multiplies at its best
+GPU_SIZE = 8192  # side of the square matrices that a GPU multiplies
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far beyond any cache
 MIN_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine was measured to do at best.
+    """The measured limits of this machine.
 
     Attributes:
-        flops_per_s: of the best matrix product, 2 a MAC.
-        bytes_per_s: read and written by a copy of `copied` bytes.
-        product, shape: what that matrix product was: by what, and rows, inner size, columns.
+        flops_per_s: FLOP/s of the best matrix product, 2 per MAC.
+        bytes_per_s: bytes read plus written per second by a copy of `copied` bytes.
+        product, shape: the implementation of that matrix product; its rows, inner size and columns.
     """
 
     flops_per_s: float
@@ -41,8 +41,8 @@ class Limits:
 
     def __str__(self) -> str:
         return (
-            f"measured limits: {self.flops_per_s / 1e9:,.0f} x 10^9 operations a second ({self.product}), "
-            f"{self.bytes_per_s / 1e9:,.1f} x 10^9 bytes a second (copy)"
+            f"measured limits: {self.flops_per_s / 1e9:,.0f} GFLOP/s ({self.product}), "
+            f"{self.bytes_per_s / 1e9:,.1f} GB/s (copy)"
         )
 
 
@@ -50,7 +50,7 @@ class Limits:
 class NodeTime:
     """A node's median time for a batch, and its floor: its MACs or its bytes at the measured limits.
 
-    Bytes are counted as if nothing stayed in a cache; a node whose floor is memory's may run below it where much does.
+    Bytes are counted as if caches held nothing, so a memory-bound node may run below its floor.
     """
 
     node: Node
@@ -61,16 +61,16 @@ class NodeTime:
     bytes_moved: int
     floor_s: float
     bound: str  # 'compute' or 'memory'
-    max_error: float | None  # of its output against the reference's, kept sets given; None: it has no counterpart
+    max_error: float | None  # of its output from the reference's, with kept sets given; None: no counterpart
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """The best matrix product and copy of this machine, each the fastest of several calls."""
+    """Measure the best matrix product and copy of this machine, each the fastest of several calls."""
     if device.type == "cpu":
         found = {
-            (shape, way): seconds
+            (shape, candidate): seconds
             for shape in LINEAR_SHAPES
-            for way, seconds in time_linears(dtype, shape, LINEAR_ROUNDS, gelu=False).items()
+            for candidate, seconds in time_linears(dtype, shape, LINEAR_ROUNDS, gelu=False).items()
         }
         shape, best = max(found, key=lambda key: math.prod(key[0]) / found[key])
         taken, product = found[shape, best], str(best)
@@ -93,16 +93,16 @@ def time_nodes(
     seconds: float,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[NodeTime]:
-    """Median time of every node for the batch, over calls for about `seconds`.
+    """Return the median time of every node for the batch, over calls for about `seconds`.
 
-    On a GPU the nodes are launched one by one, not as the CUDA graph that the engine replays: at small batches these
-    times are those of launching.
+    On a GPU the nodes are launched one by one, not in the CUDA graph that the engine replays, so at small batches the
+    times are dominated by launching.
 
     Args:
-        images: (B, 3, H, W) float32; cut into as many at a time as the engine takes.
-        reference: of the engine's config, in float32 on its device.
+        images: (B, 3, H, W) float32; split as the engine splits a batch.
+        reference: the reference of the engine's config, in float32 on its device.
     """
-    parts = torch.split(images.to(engine.device, engine.dtype), engine.chunk)
+    parts = torch.split(images.to(engine.device, engine.dtype), engine.micro_batch)
     for part in parts:
         _node_seconds(engine, part)
     rounds: list[np.ndarray] = []
@@ -111,7 +111,7 @@ def time_nodes(
         rounds.append(np.sum([_node_seconds(engine, part) for part in parts], axis=0))
         progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
     percentiles = np.percentile(rounds, [50, 20, 80], axis=0).T
-    errors = _errors(engine, reference, images[: engine.chunk])
+    errors = _errors(engine, reference, images[: engine.micro_batch])
     return [
         _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
         for node, taken in zip(engine.graph.nodes, percentiles.tolist(), strict=True)
@@ -130,7 +130,7 @@ def _node_time(
 
 
 def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
-    """Seconds of every node in one call."""
+    """Return the seconds of every node in one call."""
     marks: list[Any] = []
     if engine.device.type == "cpu":
         start = time.perf_counter()
@@ -167,7 +167,7 @@ def _best(call: Callable[[], object], device: torch.device, rounds: int = 7) -> 
 
 
 def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str, Any]]:
-    """The rows of a result file, microseconds and MiB a batch."""
+    """Return the rows of a result file, in microseconds and MiB per batch."""
     total = sum(t.seconds for t in times)
     config = engine.config
     return [
@@ -195,7 +195,7 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
 
 
 def limit_rows(limits: Limits, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The measured limits as rows of a result file."""
+    """Return the measured limits as rows of a result file."""
     kind = {"runtime": f"measured limit: {limits.product}", "dtype": str(dtype).removeprefix("torch."), "batch": None}
     product_us = 2e6 * math.prod(limits.shape) / limits.flops_per_s
     product = {"op": "matrix product", **kind, "shape": list(limits.shape), "us": product_us, "max_error": None}

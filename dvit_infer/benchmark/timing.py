@@ -1,4 +1,4 @@
-"""The one way to measure: calls interleaved in one run, medians and percentiles, one row type."""
+"""The measurement method: calls interleaved in one run, medians and percentiles, and the row type."""
 
 import ctypes
 import random
@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WARM_UP_S, WARM_UP_LIMIT_S = 0.5, 4.0  # for every call: at least, and until it is steady at most; at least twice
-STEADY, STEADY_CALLS = 0.05, 3  # by how much the median of so many calls may fall below that of those before them
-SETTLE_S, SETTLE_LIMIT_S = 0.01, 0.2  # how long this process is watched for threads that run on, and at most
-NOISY = 0.15  # of the median: a spread from which on single figures say little
+WARM_UP_S, WARM_UP_LIMIT_S = 0.5, 4.0  # warm-up of a call: minimum, and maximum if it is not steady; at least 2 calls
+STEADY, STEADY_CALLS = 0.05, 3  # steady: the median of the last 3 calls is at most 5% below that of the 3 before
+SETTLE_S, SETTLE_LIMIT_S = 0.01, 0.2  # interval in which this process must be idle, and the longest wait for it
+NOISY = 0.15  # spread, as a share of the median, above which single figures are unreliable
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured candidate: a model and what runs it; rates are images a second, times milliseconds a batch.
+    """One measured candidate: a model and its runtime. Rates are images per second, times milliseconds per batch.
 
-    None: not known, as of an ONNX file that says nothing of itself and comes without a reference.
+    None means unknown, e.g. for an ONNX file without metadata and without a reference.
     """
 
     model: str
@@ -37,9 +37,9 @@ class Row:
     p80_images_per_s: float
     p50_ms: float
     p99_ms: float
-    gmacs: float | None  # multiply-accumulates in 10^9 of the graph as run, which papers call GFLOPs
+    gmacs: float | None  # GMACs of the graph as run, which papers call GFLOPs
     params: int | None
-    peak_mib: float | None  # of its weights and what a call allocates at most
+    peak_mib: float | None  # weights, and the peak allocation of a call
     max_logit_error: float | None
     top1_agreement: float | None
     baseline: str
@@ -48,13 +48,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every round, and what one call allocates at most, in MiB (None: this system does not tell)."""
+    """Seconds of every round, and the peak allocation of one call in MiB (None: not available on this system)."""
 
     seconds: np.ndarray
     peak_mib: float | None
 
     def rates(self, batch: int) -> dict[str, float]:
-        """The fields of a Row that follow from times."""
+        """Return the fields of a Row that follow from times."""
         p20, p50, p80, p99 = np.percentile(self.seconds, [20, 50, 80, 99])
         return {
             "images_per_s": float(batch / p50),
@@ -65,24 +65,24 @@ class Timing:
         }
 
     def speedup_over(self, other: "Timing") -> float:
-        """Median of the ratios round by round: a machine that slows down slows both."""
+        """Return the median of the per-round ratios: a machine that slows down slows both calls."""
         return float(np.median(other.seconds / self.seconds))
 
     @property
     def spread(self) -> float:
-        """From the 20th to the 80th percentile, as a share of the median."""
+        """The distance between the 20th and the 80th percentile, as a share of the median."""
         p20, p50, p80 = np.percentile(self.seconds, [20, 50, 80])
         return float((p80 - p20) / p50)
 
 
 def noise(timings: Iterable[Timing]) -> str | None:
-    """A line that says so if the machine was noisy: half of what was timed spreads by more than `NOISY`."""
+    """Return a warning if the machine was noisy: the median spread of the timings exceeds `NOISY`."""
     spread = float(np.median([timing.spread for timing in timings]))
     if spread <= NOISY:
         return None
     return (
-        f"this machine is noisy: p20 and p80 of the time of a call are {spread:.0%} of its median apart; "
-        "speed-ups, taken round by round, say more than the single figures"
+        f"this machine is noisy: p20 and p80 of the time of a call differ by {spread:.0%} of its median; "
+        "speed-ups, taken per round, are more reliable than single figures"
     )
 
 
@@ -93,10 +93,10 @@ def interleave(
     progress: Callable[[float], None] = lambda share: None,
     warm_up: float = WARM_UP_S,
 ) -> dict[str, Timing]:
-    """Time every call once a round, round after round, for about `seconds` after `warm_up` seconds of each.
+    """Time every call once per round, for about `seconds`, after warming up each for `warm_up` seconds.
 
-    The order within a round is another in each, so that no call always follows the same one; on a CPU each begins when
-    this process is idle.
+    Every round has a new random order, so that no call always follows the same one. On a CPU each call starts when this
+    process is idle.
     """
     for call in calls.values():
         _warm_up(call, device, warm_up)
@@ -116,7 +116,7 @@ def interleave(
 
 
 def _warm_up(call: Callable[[], object], device: torch.device, seconds: float) -> None:
-    """Call for `seconds`, and on until it gets no faster."""
+    """Repeat the call for `seconds`, then until it gets no faster."""
     start, taken = time.perf_counter(), []
     while True:
         taken.append(_seconds(call, device))
@@ -126,7 +126,7 @@ def _warm_up(call: Callable[[], object], device: torch.device, seconds: float) -
 
 
 def _steady(taken: Sequence[float]) -> bool:
-    """Whether the last calls were no faster than those before them."""
+    """Return whether the last calls were no faster than those before them."""
     before, last = taken[-2 * STEADY_CALLS : -STEADY_CALLS], taken[-STEADY_CALLS:]
     return len(before) == STEADY_CALLS and bool(np.median(last) >= (1 - STEADY) * np.median(before))
 
@@ -134,8 +134,8 @@ def _steady(taken: Sequence[float]) -> bool:
 def _settle(device: torch.device) -> None:
     """Wait until this process is idle, at most `SETTLE_LIMIT_S`.
 
-    Thread pools spin after their work, which takes the cores from whatever comes next: seen with ONNX Runtime, 40 ms
-    after a call, in which the engine ran at half its speed.
+    Thread pools spin after their work and so slow down the next call. ONNX Runtime's pool spins for 40 ms after a call,
+    during which the engine ran at half its speed.
     """
     end = time.perf_counter() + SETTLE_LIMIT_S
     while device.type == "cpu" and time.perf_counter() < end:
@@ -146,7 +146,7 @@ def _settle(device: torch.device) -> None:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call; on CUDA until the device has finished."""
+    """Return the wall time of one call; on CUDA until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -157,19 +157,19 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory in use during a call, beyond what was before: allocated on CUDA, resident on a CPU (Linux)."""
+    """Return the peak memory of a call above the level before: allocated on CUDA, resident on a CPU (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed goes back, or this one would take it unseen
+        ctypes.CDLL(None).malloc_trim(0)  # return memory that earlier calls freed, or reusing it would go unnoticed
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         resident = _status_kib("VmRSS")
         call()
         return (_status_kib("VmHWM") - resident) / 1024
-    except (OSError, AttributeError, LookupError):  # no Linux, or another C library
+    except (OSError, AttributeError, LookupError):  # not Linux, or another C library
         return None
 
 

@@ -1,1 +1,1 @@
-"""The commands: arguments in, a call, a table out."""
+"""The commands: parse arguments, call the library, print a table."""

@@ -1,4 +1,4 @@
-"""dvit-bench: reference, dense engine, pruned engine and their peers side by side in one run; where the time goes."""
+"""dvit-bench: measure reference, dense engine, pruned engine and peers in one run, and the time of every node."""
 
 import argparse
 import math
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dvit_infer.benchmark.outcome import Outcome
     from dvit_infer.benchmark.roofline import NodeTime
 
-SECONDS = 12.0  # of measuring at every batch size
+SECONDS = 12.0  # measuring time for each batch size
 
 
 def _parser() -> Parser:
@@ -22,18 +22,18 @@ def _parser() -> Parser:
         "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
-    parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
-        help="of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
-        "baseline of the speed-ups; default: reference,dense; with an ONNX file of onnxruntime, openvino",
+        help="any of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
+        "baseline of speed-ups; default: reference,dense; for an ONNX file: any of onnxruntime, openvino",
     )
     parser.add_argument("--sweep", type=_rates, metavar="0.5:0.9:0.1", help="measure keep rates: first, last, step")
     parser.add_argument("--nodes", action="store_true", help="time every node of the graph against its floor")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="to measure each batch size; default: %(default)g"
+        "--seconds", type=float, default=SECONDS, help="measuring time per batch size; default: %(default)g"
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with tables and charts")
@@ -61,7 +61,7 @@ def _bench(options: argparse.Namespace) -> int:
         if name is not None
     }
     if len(set(outs.values())) < len(outs):
-        raise InputError(f"report: {options.report} is where the JSON goes; choose another name")
+        raise InputError(f"report: {options.report} is also the JSON file; choose another name")
     if wrong := [batch for batch in options.batch or () if not 1 <= batch <= 1 << 24]:
         raise InputError(f"batch: {wrong[0]} images cannot be measured; 1 or more can")
     if not 0 <= options.seconds <= 86400:
@@ -73,7 +73,9 @@ def _bench(options: argparse.Namespace) -> int:
     with progress("loading"):
         if is_onnx(options.model):
             if odd := [name for name in ("dtype", "sweep", "nodes") if getattr(options, name)]:
-                raise InputError(f"{odd[0]}: {options.model} is what it was converted to; give the checkpoint for that")
+                raise InputError(
+                    f"{odd[0]}: {options.model} was converted with this fixed; give the checkpoint instead"
+                )
             comparison = OnnxComparison(options.model, names or (), options.device)
             batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         else:
@@ -96,7 +98,7 @@ def _bench(options: argparse.Namespace) -> int:
             if limits is not None and isinstance(comparison, Comparison):
                 with progress(f"nodes, batch {batch}") as show:
                     nodes[batch] = comparison.time_nodes(batch, limits, options.seconds, show)
-    finally:  # also when it is interrupted, or a later batch does not fit: what was measured is worth having
+    finally:  # also after an interrupt, or if a later batch does not fit in memory
         if outcomes:
             print(report_of(outcomes, nodes))
     rows: list[dict[str, Any]] = [asdict(row) for outcome in outcomes.values() for row in outcome.rows]
@@ -115,7 +117,7 @@ def _bench(options: argparse.Namespace) -> int:
         write_report(outs["report"], content)
         print(f"wrote {options.report}")
     if strays := [f"batch {batch}: {stray}" for batch, outcome in outcomes.items() for stray in outcome.strays]:
-        print(f"error: not all ways compute the same function: {'; '.join(strays)}", file=sys.stderr)
+        print(f"error: not all candidates compute the same function: {'; '.join(strays)}", file=sys.stderr)
         return 1
     return 0
 
@@ -129,7 +131,7 @@ def _rates(text: str) -> tuple[float, ...]:
             raise ValueError
     except (ValueError, OverflowError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} are no keep rates such as 0.5:0.9:0.1: first and last above 0, at most 1, and a step"
+            f"{text!r} is no range of keep rates such as 0.5:0.9:0.1: first, last (above 0, at most 1), step"
         ) from None
     return tuple(round(first + i * step, 9) for i in range(count))
 

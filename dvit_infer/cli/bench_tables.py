@@ -1,39 +1,39 @@
-"""What dvit-bench prints: tables of ways, keep rates and nodes, and a line for what they come to."""
+"""Tables that dvit-bench prints: candidates, keep rates and nodes, each with a summary line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.benchmark.compare_onnx import OnnxComparison
-from dvit_infer.benchmark.outcome import Gain, Outcome
+from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.roofline import NodeTime
 from dvit_infer.benchmark.timing import Row
 from dvit_infer.utils.tables import table
 
 
 def heading(comparison: Comparison | OnnxComparison, where: Mapping[str, str | None]) -> str:
-    """What is measured, where, against what; what runs it."""
+    """Return two lines: model, machine and baseline; the backend."""
     first = f"{comparison.title} on {where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
     return f"{first}\n{comparison.runs}"
 
 
 def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> str:
-    """All tables, by batch size."""
+    """Return all tables, by batch size."""
     return "\n".join(_parts(outcomes, nodes))
 
 
 def _parts(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> Iterator[str]:
-    yield _ways([row for outcome in outcomes.values() for row in outcome.rows])
+    yield _candidates([row for outcome in outcomes.values() for row in outcome.rows])
     for batch, outcome in outcomes.items():
-        if len(outcome.gains) > 1:
-            yield _gains(outcome.gains, batch)
-        lines = [str(gain) for gain in outcome.gains if len(outcome.gains) == 1]
+        if len(outcome.pruning_speedups) > 1:
+            yield _pruning_speedups(outcome.pruning_speedups, batch)
+        lines = [str(pruning) for pruning in outcome.pruning_speedups if len(outcome.pruning_speedups) == 1]
         yield from (f"batch {batch}: {line}" for line in (*lines, outcome.verdict, outcome.noise) if line)
     for batch, times in nodes.items():
         yield _nodes(times, batch)
         yield f"batch {batch}: {_by_kind(times)}"
 
 
-def _ways(rows: Sequence[Row]) -> str:
+def _candidates(rows: Sequence[Row]) -> str:
     columns = (
         *(">batch", "runtime", ">keep rate", ">images/s", ">p20", ">p80", ">p50 ms", ">p99 ms", ">GMACs"),
         *(">speed-up", ">peak MiB", ">max error", ">top-1"),
@@ -59,23 +59,23 @@ def _ways(rows: Sequence[Row]) -> str:
     return table(columns, cells)
 
 
-def _known(value: float | None, how: str) -> str:
-    return "-" if value is None else format(value, how)
+def _known(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
-def _gains(gains: Sequence[Gain], batch: int) -> str:
+def _pruning_speedups(pruning_speedups: Sequence[PruningSpeedup], batch: int) -> str:
     columns = ("keep rate", "patches kept", ">GMACs", ">images/s", ">over dense", ">allowed", ">realised")
     cells = [
         (
-            f"{gain.keep_rate:g}",
-            ",".join(map(str, gain.num_keep)),
-            f"{gain.gmacs:.3f}",
-            f"{gain.images_per_s:.1f}",
-            f"{gain.speedup:.3f} x",
-            f"{gain.ceiling:.3f} x",
-            f"{gain.speedup / gain.ceiling:.1%}",
+            f"{pruning.keep_rate:g}",
+            ",".join(map(str, pruning.num_keep)),
+            f"{pruning.gmacs:.3f}",
+            f"{pruning.images_per_s:.1f}",
+            f"{pruning.speedup:.3f} x",
+            f"{pruning.ceiling:.3f} x",
+            f"{pruning.speedup / pruning.ceiling:.1%}",
         )
-        for gain in gains
+        for pruning in pruning_speedups
     ]
     return table(columns, cells, title=f"batch {batch}: pruned over dense engine, and what the MACs allow")
 
@@ -110,7 +110,7 @@ def _nodes(times: Sequence[NodeTime], batch: int) -> str:
 
 
 def _by_kind(times: Sequence[NodeTime]) -> str:
-    """The kinds of nodes, the one that takes longest first: its share of the time, and of that its floor."""
+    """Return the share of time of each kind of node, longest first, and the share of it that is its floor."""
     spent: dict[str, float] = {}
     floor: dict[str, float] = {}
     for t in times:

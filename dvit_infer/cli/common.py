@@ -1,4 +1,4 @@
-"""What every command shares: its parser, its exit status, its progress."""
+"""Shared by all commands: argument parsing, exit status, progress."""
 
 import argparse
 import contextlib
@@ -13,18 +13,11 @@ from typing import Any, NoReturn, TextIO
 
 from dvit_infer.errors import InputError, KernelError
 
-# Arguments of the library that a command has as options: in messages they are called as the user wrote them.
-_OPTIONS = re.compile(
-    r"^(format|opset|kept|uint8|inline|quantize|calibrate|against_reference|nodes|"
-    r"arch|keep_rate|prune_at|method|image_size|assume|device|dtype|batch|compare|sweep|seconds|"
-    r"classes|crop_pct|workers|json|report|out|epochs|accumulate|lr|min_lr|backbone_lr_scale|freeze_epochs|warmup_epochs|"
-    r"optimizer|weight_decay|clip|ema|smoothing|mixup|cutmix|scale|flip|randaugment|erase|seed|resume|logdir)(?=:)"
-)
 _ASSUMED = re.compile(r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|mean|std|weights):)")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, exit 2."""
+    """An argument parser that reports an error in one line and exits with status 2."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(allow_abbrev=False, **arguments)
@@ -35,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-    """Parse, run, and turn what the user can mend into one line and exit 2."""
+    """Parse the arguments and run the command; turn an error that the user can fix into one line and exit status 2."""
     sys.stdout, sys.stderr = (_writable(stream) for stream in (sys.stdout, sys.stderr))
     options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
@@ -44,11 +37,10 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
         sys.stdout.flush()
         return status
     except InputError as error:
-        named = _OPTIONS.sub(lambda found: "--" + found[1].replace("_", "-"), str(error))
-        return _failed(_ASSUMED.sub("--assume ", named))
+        return _failed(_as_options(str(error), parser))
     except KernelError as error:
         return _failed(str(error), 1)
-    except BrokenPipeError:  # the reader of our output has gone; there is nobody to tell
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as if SIGPIPE had ended it
     except OSError as error:
@@ -56,9 +48,20 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequ
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        from dvit_infer.utils.memory import is_allocation_failure  # here: it imports torch
+
+        if not is_allocation_failure(error):
             raise
         return _failed("out of memory: a smaller batch, image or model would fit")
+
+
+def _as_options(message: str, parser: Parser) -> str:
+    """A message of the library, whose arguments are called as the user wrote them: `keep_rate: ...` is --keep-rate."""
+    name = message.partition(":")[0]
+    options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    if name in options:
+        return options[name] + message[len(name) :]
+    return _ASSUMED.sub("--assume ", message)
 
 
 def _failed(message: str, status: int = 2) -> int:
@@ -68,7 +71,7 @@ def _failed(message: str, status: int = 2) -> int:
 
 
 def _writable(stream: TextIO | None) -> TextIO:
-    """The stream, showing what it cannot write as question marks; nowhere, if it was closed."""
+    """Return the stream, which writes unencodable characters as question marks; if it is closed, the null device."""
     if stream is None:
         return open(os.devnull, "w")
     if isinstance(stream, io.TextIOWrapper):
@@ -80,13 +83,13 @@ _STOPPED = threading.Event()
 
 
 def check_interrupt() -> None:
-    """Raise KeyboardInterrupt if a signal has come to end the command."""
+    """Raise KeyboardInterrupt if a signal to end the command has arrived."""
     if _STOPPED.is_set():
         raise KeyboardInterrupt
 
 
 def _signals() -> list[signal.Signals]:
-    """Those that end a command; none outside the main thread, which alone may set handlers."""
+    """Return the signals that end a command; none outside the main thread, which alone may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
     return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -94,11 +97,11 @@ def _signals() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def _stopped_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP clean up as Ctrl-C does: a batch system's time limit leaves no half-written file.
+    """Handle SIGTERM and SIGHUP like Ctrl-C, so that a batch system's time limit leaves no partial file.
 
-    A library may turn the KeyboardInterrupt into an error of its own, which would then blame the file it was reading;
-    whatever ends the block after a signal is the signal's doing. Or it may swallow it, as imports of compiled modules
-    do; the next word of progress stops the command then (`check_interrupt`).
+    A library may turn the KeyboardInterrupt into an error of its own that blames the file it was reading, so any error
+    after a signal counts as the interrupt. It may also swallow the exception, as imports of compiled modules do; then
+    the next progress update stops the command (`check_interrupt`).
     """
     _STOPPED.clear()
 
@@ -108,7 +111,7 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
 
     before = {
         n: signal.signal(n, interrupt) for n in _signals() if signal.getsignal(n) != signal.SIG_IGN
-    }  # as by nohup
+    }  # nohup ignores SIGHUP
     try:
         yield
     except Exception:
@@ -121,12 +124,12 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_gently() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C, or signal like it, only makes the block's function true; the second interrupts."""
+    """Yield a function that returns True after the first Ctrl-C or termination signal; the second one interrupts."""
     asked, owner = threading.Event(), os.getpid()
     before = {n: signal.getsignal(n) for n in _signals()}
 
     def ask(signum: int, frame: object) -> None:
-        if asked.is_set() or os.getpid() != owner:  # a worker process that is told to end does
+        if asked.is_set() or os.getpid() != owner:  # a worker process ends at once
             _STOPPED.set()
             raise KeyboardInterrupt
         asked.set()
@@ -142,7 +145,7 @@ def stopping_gently() -> Iterator[Callable[[], bool]]:
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
-    """`--prune-at -1,1` as `--prune-at=-1,1`: argparse takes the value for an option otherwise."""
+    """Join `--prune-at -1,1` to `--prune-at=-1,1`; argparse would take the value for an option."""
     joined: list[str] = []
     for word in argv:
         if joined and re.fullmatch(r"--[a-z-]+", joined[-1]) and re.match(r"-[\d.]", word):
@@ -153,7 +156,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """'3,6,9' -> (3, 6, 9)."""
+    """Parse '3,6,9' to (3, 6, 9)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -161,7 +164,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def size(text: str) -> int | tuple[int, ...]:
-    """'224' -> 224; '192x256' -> (192, 256)."""
+    """Parse '224' to 224 and '192x256' to (192, 256)."""
     try:
         sides = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -170,7 +173,7 @@ def size(text: str) -> int | tuple[int, ...]:
 
 
 def assumptions(text: str) -> dict[str, Any]:
-    """'num_heads=6,mean=0.5:0.5:0.5' -> {'num_heads': 6, 'mean': (0.5, 0.5, 0.5)}."""
+    """Parse 'num_heads=6,mean=0.5:0.5:0.5' to {'num_heads': 6, 'mean': (0.5, 0.5, 0.5)}."""
     chosen: dict[str, Any] = {}
     for item in text.split(","):
         name, equals, value = item.partition("=")
@@ -192,7 +195,7 @@ def _number(text: str) -> int | float | str:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr; the block calls what it is given with the share done. Silent when stderr is no terminal."""
+    """Show a bar on stderr, if that is a terminal; the block calls the yielded function with the share done."""
     if not sys.stderr.isatty():
         yield lambda share: check_interrupt()
         return

@@ -1,4 +1,4 @@
-"""dvit-convert: a checkpoint in, a verified model file out, for this project's engine or, as ONNX, any runtime."""
+"""dvit-convert: convert a checkpoint to a verified model file, for this project's engine or as ONNX for any runtime."""
 
 import argparse
 import contextlib
@@ -26,23 +26,35 @@ def _parser() -> Parser:
     parser.add_argument("-o", "--out", metavar="OUT", help="default: <stem>.dvit.safetensors or .dvit.onnx here")
     parser.add_argument("--arch", metavar="A", help="default: recognised from keys and shapes")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="default: the file's base_rate, else 0.7")
-    parser.add_argument("--prune-at", type=integers, metavar="3,6,9", help="blocks before which tokens are dropped")
+    parser.add_argument(
+        "--prune-at", type=integers, metavar="3,6,9", help="indices of the blocks before which tokens are pruned"
+    )
     parser.add_argument("--method", metavar="M", help="predictor or none (dense)")
     parser.add_argument("--image-size", type=size, metavar="S|HxW", help="default: as trained")
-    parser.add_argument("--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="what the file cannot say")
-    parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16, to verify in; of an ONNX file")
-    parser.add_argument("--format", choices=["safetensors", "onnx"], default="safetensors", help="of the file written")
-    parser.add_argument("--no-verify", action="store_true", help="write the file without comparing answers")
-    parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
+    parser.add_argument(
+        "--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="facts that the file does not contain"
+    )
+    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
+    parser.add_argument(
+        "--dtype", metavar="T", help="float32, bfloat16 or float16: for verification, and of an ONNX file"
+    )
+    parser.add_argument("--format", choices=["safetensors", "onnx"], default="safetensors", help="format of the output")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="write the file without comparing it with the reference"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write config, notes and parity results as JSON")
     onnx = parser.add_argument_group("ONNX files", "with --format onnx")
     onnx.add_argument("--opset", type=int, metavar="N", help="20 (the default) or 21")
-    onnx.add_argument("--kept", action="store_true", help="outputs kept_0, kept_1, ...: the patches kept")
+    onnx.add_argument(
+        "--kept", action="store_true", help="add outputs kept_0, kept_1, ...: positions of the kept patches"
+    )
     onnx.add_argument("--uint8", action="store_true", help="take uint8 images (B, H, W, 3) and normalise them inside")
-    onnx.add_argument("--inline", action="store_true", help="write functions out, which OpenVINO and TensorRT need")
-    onnx.add_argument("--quantize", metavar="int8", help="8-bit weights and products for CPUs; scores stay float32")
+    onnx.add_argument("--inline", action="store_true", help="inline functions, as OpenVINO and TensorRT need")
+    onnx.add_argument(
+        "--quantize", metavar="int8", help="int8 weights and matrix products for CPUs; scores stay float32"
+    )
     onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these images")
-    onnx.add_argument("--classes", metavar="FILE.json", help="names of the classes, to put into the file")
+    onnx.add_argument("--classes", metavar="FILE.json", help="class names to store in the file")
     return parser
 
 
@@ -53,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import dvit_infer as dvit
     from dvit_infer.benchmark.results import environment
-    from dvit_infer.utils.files import check_output, whole_json
+    from dvit_infer.utils.files import atomic_write_json, check_output
     from dvit_infer.utils.tables import table
 
     write = _onnx if options.format == "onnx" else _safetensors
@@ -63,7 +75,7 @@ def _convert(options: argparse.Namespace) -> int:
     out = check_output(name, "out", not_this=options.checkpoint)
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.checkpoint)
     if json_out == out:
-        raise dvit.InputError(f"json: {options.json} is where the model goes; choose another name")
+        raise dvit.InputError(f"json: {options.json} is also the model file; choose another name")
     report: Report | None = None
     with progress("converting") as show:
         engine = _engine(options)
@@ -71,19 +83,19 @@ def _convert(options: argparse.Namespace) -> int:
         with contextlib.suppress(_ParityError), write(options, engine, out) as written:
             show(0.5)
             if not options.no_verify:
-                # What is verified is what the file gives back, not what was in memory when it was written.
+                # Verify the model that the written file gives, not the one in memory.
                 few = written.device.type == "cpu" and written.precision != "int8"
                 report = dvit.verify(written, options.checkpoint, num_images=8 if few else 64)
             if json_out is not None:
-                whole_json(json_out, {"environment": environment(), **_found(engine, report)})
+                atomic_write_json(json_out, {"environment": environment(), **_found(engine, report)})
             if report is not None and not report.passed:
                 raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
-    print(f"{engine.config.arch}: {engine.graph.gflops:.3f} x 10^9 multiply-adds an image as run")
-    print("not verified, as asked" if report is None else report)
+    print(f"{engine.config.arch}: {engine.graph.gmacs:.3f} GMACs per image as run")
+    print("not verified, as requested" if report is None else report)
     if report is not None and not report.passed:
         print(
-            f"error: {options.checkpoint}: the engine's answers are not the reference's; {out} was not written",
+            f"error: {options.checkpoint}: the engine does not agree with the reference; {out} was not written",
             file=sys.stderr,
         )
         return 1
@@ -110,22 +122,22 @@ def _engine(options: argparse.Namespace) -> "Engine":
 
 @contextlib.contextmanager
 def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
-    """Writes the engine's weights, and gives what was written, loaded; it is there if the block ends well."""
+    """Write the engine's weights and yield the engine loaded from them; the file is kept if the block succeeds."""
     import dvit_infer as dvit
-    from dvit_infer.utils.files import whole_file
+    from dvit_infer.utils.files import atomic_write
 
-    with whole_file(out, "out") as part:
+    with atomic_write(out, "out") as part:
         engine.write(part)
         yield engine if options.no_verify else dvit.load(part, device=engine.device, dtype=engine.dtype)
 
 
 @contextlib.contextmanager
 def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
-    """The same for an ONNX file."""
+    """Write an ONNX file and yield it loaded; the file is kept if the block succeeds."""
     import dvit_infer as dvit
     from dvit_infer.images.classes import read_classes
     from dvit_infer.onnx.export import write_onnx
-    from dvit_infer.utils.files import whole_files
+    from dvit_infer.utils.files import atomic_write_files
     from dvit_infer.utils.packages import need
 
     if not options.no_verify:
@@ -133,7 +145,7 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
     if options.calibrate is not None and options.quantize is None:
         raise dvit.InputError("calibrate: is for --quantize int8")
     classes = None if options.classes is None else read_classes(options.classes, engine.config.num_classes)
-    with whole_files(out, "out") as part:
+    with atomic_write_files(out, "out") as part:
         write_onnx(
             engine,
             part,
@@ -161,13 +173,13 @@ def _found(engine: "Engine", report: "Report | None") -> dict[str, Any]:
     return {
         "config": asdict(engine.config),
         "notes": [asdict(note) for note in engine.notes],
-        "gflops": engine.graph.gflops,
+        "gflops": engine.graph.gmacs,
         "parity": None if report is None else {"passed": report.passed, **asdict(report)},
     }
 
 
 class _ParityError(Exception):
-    """Leaves the block that writes the file, so that it is not written."""
+    """Raised to leave the block that writes the file, so that the file is discarded."""
 
 
 def _default_out(checkpoint: str, kind: str) -> str:

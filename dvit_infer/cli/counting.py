@@ -1,4 +1,4 @@
-"""Progress over many images: how many of how many, how fast, until when."""
+"""A progress bar over many images: count, rate and remaining time."""
 
 import contextlib
 import sys
@@ -9,10 +9,9 @@ from dvit_infer.cli.common import check_interrupt
 
 @contextlib.contextmanager
 def counting(what: str, count: Callable[[], int], *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the block calls what it is given with how many more are done.
+    """Show a bar on stderr; the block calls the yielded function with the number of further images done.
 
-    Silent when stderr is no terminal or it is not to be shown; `count`, which says how many there are, is not called
-    then.
+    Nothing is shown, and `count`, which returns the total, is not called, if stderr is no terminal or `shown` is False.
     """
     if not shown or not sys.stderr.isatty():
         yield lambda more: check_interrupt()
@@ -26,7 +25,7 @@ def counting(what: str, count: Callable[[], int], *, shown: bool = True) -> Iter
             return Text(f"{task.speed:.1f} images/s" if task.speed else "")
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    # What is printed meanwhile goes where it was going: rich would send it to stderr.
+    # Keep print on stdout: rich would redirect it to stderr.
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(what, total=None)
         bar.update(task, total=count())

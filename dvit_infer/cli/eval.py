@@ -1,4 +1,4 @@
-"""dvit-eval: top-1, top-5 and images/s on a folder of class folders."""
+"""dvit-eval: measure top-1, top-5 and images/s on a folder of class folders."""
 
 import argparse
 import sys
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from dvit_infer.classifier import Classifier
     from dvit_infer.evaluate.accuracy import Accuracy
 
-NAMED = 10  # unreadable images; the JSON names all
+NAMED = 10  # unreadable images that are printed; the JSON lists all
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-eval", description="Classify the images of a folder of class folders, and count.")
+    parser = Parser(prog="dvit-eval", description="Measure accuracy on a folder of class folders.")
     parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
-    parser.add_argument("folder", metavar="FOLDER", help="holds a folder for each class, as ImageNet's")
+    parser.add_argument("folder", metavar="FOLDER", help="contains one folder per class, like ImageNet")
     add_options(parser)
     parser.add_argument("--against-reference", action="store_true", help="run the reference on the same images")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")

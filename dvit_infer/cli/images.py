@@ -1,4 +1,4 @@
-"""What the commands that read images share: the options for model and images, and what becomes of them."""
+"""Shared by the commands that read images: options for model and images, and loading by them."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,27 +10,34 @@ if TYPE_CHECKING:
     from dvit_infer.images.classes import ClassMap
     from dvit_infer.images.preprocess import Preprocess
 
-MOST_UNREADABLE = 0.01  # share of the images that may be unreadable in a run that is called a success
+MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
-    parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
     parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
     parser.add_argument("--keep-rate", type=float, metavar="R", help="default: the model's own")
     parser.add_argument("--method", metavar="M", help="predictor or none (dense)")
     parser.add_argument("--image-size", type=size, metavar="S|HxW", help="default: the model's own")
-    parser.add_argument("--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="what the file cannot say")
-    parser.add_argument("--classes", metavar="FILE.json", help="names of the classes, or class of each name")
-    parser.add_argument("--crop-pct", type=float, metavar="X", help="kept of the shorter side; default: the family's")
+    parser.add_argument(
+        "--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="facts that the file does not contain"
+    )
+    parser.add_argument("--classes", metavar="FILE.json", help="class names: a list, or a map from name to class")
+    parser.add_argument(
+        "--crop-pct",
+        type=float,
+        metavar="X",
+        help="share of the shorter side that the crop keeps; default: the family's",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
 
 
 def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, ClassMap | None]":
-    """The engine or ONNX file, how its images are prepared, and the class map if one was given.
+    """Load the engine or ONNX file; return it with its preprocessing and the class map, if given.
 
     Raises:
-        InputError: any of these options cannot be used.
+        InputError: One of these options is invalid.
     """
     import dvit_infer as dvit
     from dvit_infer.images.classes import read_classes
@@ -44,7 +51,7 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
     worker_count(options.workers)
     chosen = {name: getattr(options, name) for name in ("keep_rate", "method", "image_size", "assume", "dtype")}
     if exported and (odd := [name for name, value in chosen.items() if value is not None]):
-        raise dvit.InputError(f"{odd[0]}: {options.model} is what it was converted to; convert the checkpoint anew")
+        raise dvit.InputError(f"{odd[0]}: {options.model} was converted with this fixed; convert the checkpoint again")
     engine: Classifier
     with progress("loading"):
         if exported:
@@ -60,5 +67,5 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
 
 
 def shown(text: str) -> str:
-    """Text with names of files in it, for one line of a terminal."""
+    """Return text that contains file names, made printable on one line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)

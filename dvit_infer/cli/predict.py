@@ -1,4 +1,4 @@
-"""dvit-predict: images in, one JSON line each out; it streams, and goes on where an interrupted run stopped."""
+"""dvit-predict: classify a stream of images, one JSON line each; an interrupted run can be resumed."""
 
 import argparse
 import contextlib
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-predict", description="Classify images: one JSON line each, the five likeliest classes.")
+    parser = Parser(prog="dvit-predict", description="Classify images: one JSON line each with the top five classes.")
     parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, or patterns in quotes")
-    parser.add_argument("-o", "--out", metavar="FILE", help="append to it, but for images that are in it already")
-    parser.add_argument("--kept", action="store_true", help="add the positions of the patches kept at every stage")
+    parser.add_argument("-o", "--out", metavar="FILE", help="append to FILE; images that are in it already are skipped")
+    parser.add_argument("--kept", action="store_true", help="add the positions of the kept patches of every stage")
     add_options(parser)
     return parser
 
@@ -46,7 +46,7 @@ def _predict(options: argparse.Namespace) -> int:
         if out is not None:
             file = stack.enter_context(results(out, model, kept=options.kept, labelled=labels is not None))
             write, found = file.append, tally.new(found, file.done)
-        # Where the lines themselves come to the terminal there is no place for a bar.
+        # No progress bar if the lines themselves go to the terminal.
         shows = out is not None or not sys.stdout.isatty()
         progress = stack.enter_context(
             counting("predicting", lambda: sum(1 for _ in find_images(options.images)), shown=shows)
@@ -76,7 +76,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 class _Tally:
-    """Images asked for, done now or before, and how many of them cannot be read."""
+    """Counts of requested images, done now or before, and of unreadable ones among them."""
 
     def __init__(self) -> None:
         self.images = self.unreadable = 0
@@ -89,14 +89,14 @@ class _Tally:
             self.first, self.why = (self.first, self.why) if self.first else (image, why)
 
     def new(self, found: Iterator[str], done: "Names") -> Iterator[str]:
-        """Images that are not in the file yet, each once; the others count as the file says."""
+        """Yield images that are not in the file yet, each once; count the others by their entry in the file."""
         for path in found:
             failed = done.get(path)
             if failed is None:
                 done.add([(path, False)])
                 yield path
             else:
-                self.count(path, "could not be read, says the results file" if failed else None)
+                self.count(path, "could not be read, by the results file" if failed else None)
 
 
 def _print(lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""dvit-train: a dense model becomes a dynamic one."""
+"""dvit-train: fine-tune a dense model into a dynamic one."""
 
 import argparse
 import contextlib
@@ -20,58 +20,68 @@ if TYPE_CHECKING:
     from dvit_infer.training.settings import Settings
 
 
-# Of all processes but the first.
+# For all processes but the first.
 _SILENT: Show = (lambda step: None), (lambda epoch: None), (lambda done, total: None)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="dvit-train", description="Fine-tune a dense DeiT or LV-ViT into a DynamicViT.")
     add = parser.add_argument
-    add("dense", metavar="DENSE", help="checkpoint of a dense model, recognised as dvit-convert does")
-    add("folder", metavar="FOLDER", help="a folder for each class; or train/ and val/, with such folders in each")
-    add("--keep-rate", type=float, metavar="R", required=True, help="share of the patches kept; then its powers")
+    add("dense", metavar="DENSE", help="checkpoint of a dense model, recognised as by dvit-convert")
+    add("folder", metavar="FOLDER", help="contains one folder per class, or train/ and val/ with such folders")
+    add(
+        "--keep-rate",
+        type=float,
+        metavar="R",
+        required=True,
+        help="share of patches kept by the first stage; the next keep its powers",
+    )
     add(
         "-o",
         "--out",
         metavar="OUT.pth",
         required=True,
-        help="written after every epoch; on a disk that all machines share",
+        help="output file, written after every epoch; on a disk that all machines share",
     )
-    add("--resume", nargs="?", const=True, metavar="FILE", help="go on with FILE, by default OUT")
-    add("--val", metavar="FOLDER", help="class folders to count top-1 on after every epoch; default: FOLDER/val")
+    add("--resume", nargs="?", const=True, metavar="FILE", help="resume the run of FILE, by default OUT")
+    add("--val", metavar="FOLDER", help="class folders for measuring top-1 after every epoch; default: FOLDER/val")
     model = parser.add_argument_group("model")
     model.add_argument("--arch", metavar="A", help="default: recognised from keys and shapes")
-    model.add_argument("--prune-at", type=integers, metavar="3,6,9", help="default: the depth in four equal parts")
+    model.add_argument(
+        "--prune-at", type=integers, metavar="3,6,9", help="block indices; default: the depth in four equal parts"
+    )
     model.add_argument("--image-size", type=size, metavar="S|HxW", help="default: as trained")
-    model.add_argument("--assume", type=assumptions, metavar="num_heads=6,...", help="what the file cannot say")
+    model.add_argument(
+        "--assume", type=assumptions, metavar="num_heads=6,...", help="facts that the file does not contain"
+    )
     _add_settings(parser)
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
+    machine.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
     machine.add_argument("--dtype", metavar="T", help="float32, or bfloat16 by autocast; default: bfloat16 on CUDA")
     machine.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
-    machine.add_argument("--logdir", metavar="FOLDER", help="write losses for TensorBoard there")
+    machine.add_argument("--logdir", metavar="FOLDER", help="write TensorBoard logs to FOLDER")
     return parser
 
 
 def _add_settings(parser: Parser) -> None:
-    """Options that are called as the `Settings` they set; what is not given keeps its default there."""
+    """Add an option for each field of `Settings`; an option that is not given keeps the field's default."""
     numbers: list[tuple[str, Callable[[str], Any], str]] = [
         ("epochs", int, "default: 30"),
-        ("batch", int, "images a step, over all processes; default: 128"),
-        ("accumulate", int, "parts a process takes its share of a step in, with the mean of their losses; default: 1"),
-        ("lr", float, "of the predictors; default: 0.001 for a batch of 1024, in proportion for others"),
-        ("min-lr", float, "where the cosine ends; default: 1e-6"),
-        ("backbone-lr-scale", float, "of all else, as a share of that; default: 0.01"),
-        ("freeze-epochs", int, "for so long only the predictors learn; default: 5"),
-        ("warmup-epochs", float, "default: 1"),
+        ("batch", int, "images per step, over all processes; default: 128"),
+        ("accumulate", int, "parts into which a process splits its share of a step; losses are averaged; default: 1"),
+        ("lr", float, "learning rate of the predictors; default: 0.001 for batch 1024, scaled linearly"),
+        ("min-lr", float, "final learning rate of the cosine; default: 1e-6"),
+        ("backbone-lr-scale", float, "learning rate of all other weights, relative to --lr; default: 0.01"),
+        ("freeze-epochs", int, "epochs in which only the predictors are trained; default: 5"),
+        ("warmup-epochs", float, "epochs of linear warm-up; default: 1"),
         ("weight-decay", float, "default: 0.05"),
-        ("clip", float, "largest norm of the gradient; default: 1"),
-        ("ema", float, "decay of averaged weights, which are written then; default: 0, none"),
-        ("smoothing", float, "of the labels; default: 0.1"),
+        ("clip", float, "gradient norm at which gradients are clipped; default: 1"),
+        ("ema", float, "decay of averaged weights, which are then written; default: 0 (none)"),
+        ("smoothing", float, "label smoothing; default: 0.1"),
         ("mixup", float, "parameter of its beta distribution, 0: off; default: 0.8"),
         ("cutmix", float, "parameter of its beta distribution, 0: off; default: 1"),
-        ("scale", float, "least share of an image's area that a crop keeps, 1: no crop; default: 0.08"),
-        ("flip", float, "probability; default: 0.5"),
+        ("scale", float, "smallest share of the area that a crop keeps, 1: no crop; default: 0.08"),
+        ("flip", float, "probability of a horizontal flip; default: 0.5"),
         ("randaugment", int, "magnitude, 0: off; default: 9 (needs torchvision)"),
         ("erase", float, "probability of erasing a rectangle; default: 0.25 (needs torchvision)"),
         ("seed", int, "default: 0"),
@@ -80,7 +90,7 @@ def _add_settings(parser: Parser) -> None:
     for name, kind, text in numbers:
         group.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
     group.add_argument("--optimizer", metavar="NAME", help="adamw")
-    group.add_argument("--per-image", choices=["on", "off"], help="off: only the batch keeps the rate on average")
+    group.add_argument("--per-image", choices=["on", "off"], help="off: only the batch has to keep the rate on average")
     group.add_argument("--token-loss", choices=["mse", "kl"], help="default: mse for DeiT, kl for LV-ViT")
 
 
@@ -107,8 +117,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         source = options.out if options.resume is True else options.resume
         if not training.resume(source):
-            raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to go on with")
-        say(f"going on from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
+            raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to resume")
+        say(f"resuming from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
     quiet: contextlib.AbstractContextManager[Show] = contextlib.nullcontext(_SILENT)
     show = showing(settings.epochs, options.logdir) if world.is_first else quiet
     with show as said, joined(world, device), stopping_gently() as stop:
@@ -118,11 +128,11 @@ def _train(options: argparse.Namespace) -> int:
         except NotFiniteError as error:
             there = f"{options.out} holds the last good state" if training.has_saved else "nothing was written"
             if world.is_first:
-                print(shown(f"error: {error}; {there}; a new run with a lower --lr may do"), file=sys.stderr)
+                print(shown(f"error: {error}; {there}; try a new run with a lower --lr"), file=sys.stderr)
             return 1
     if not finished:
         done = f"step {training.step} of epoch {training.epoch + 1}" if training.step else f"epoch {training.epoch}"
-        say(f"stopped after {done}; --resume goes on from {options.out}")
+        say(f"stopped after {done}; --resume continues from {options.out}")
         raise KeyboardInterrupt
     say(f"wrote {options.out}")
     return 0
@@ -131,7 +141,7 @@ def _train(options: argparse.Namespace) -> int:
 def _prepared(
     options: argparse.Namespace, device: "torch.device", world: "World", say: Callable[[str], None]
 ) -> "tuple[Run, Settings]":
-    """Everything checked before the first step. InputError: any of it cannot be used."""
+    """Check everything before the first step; raise InputError if an option or file is invalid."""
     from dataclasses import fields
 
     from dvit_infer.errors import InputError
@@ -152,9 +162,7 @@ def _prepared(
     if options.workers is None:
         workers //= world.local_size
     if options.out.endswith(".safetensors"):
-        raise InputError(
-            f"out: {options.out}: what is written is no safetensors file; a name that ends in .pth would do"
-        )
+        raise InputError(f"out: {options.out}: the output is no safetensors file; choose a name that ends in .pth")
     out = check_output(options.out, "out", not_this=options.dense)
     if options.logdir is not None:
         check_logdir(options.logdir)
@@ -171,7 +179,7 @@ def _prepared(
     folder, held_out = _folders(options)
     found = labelled_folder(folder, config.num_classes)
     if len(found.labels) < 2:
-        raise InputError(f"{folder}: has one class folder; there is nothing to tell apart")
+        raise InputError(f"{folder}: has only one class folder; at least two are needed")
     if len(found.labels) != config.num_classes:
         count = f"{len(found.labels)} class folders"
         raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
@@ -202,9 +210,9 @@ def _prepared(
         world=world,
         held_out=tests,
     )
-    goes_on = options.resume is True or (options.resume is not None and Path(options.resume).resolve() == out)
-    if not goes_on and out.exists() and out.stat().st_size and _is_unfinished(out):
-        raise InputError(f"out: {options.out} holds an unfinished training; --resume goes on with it; or another name")
+    resumes = options.resume is True or (options.resume is not None and Path(options.resume).resolve() == out)
+    if not resumes and out.exists() and out.stat().st_size and _is_unfinished(out):
+        raise InputError(f"out: {options.out} holds an unfinished training; add --resume, or choose another name")
     for note in pair.notes:
         if note.how == "assumed":
             say(shown(f"assumed {note.what} {note.value}: {note.why}"))
@@ -216,14 +224,14 @@ def _prepared(
 
 
 def _same_classes(tests: "LabelledFolder", learned: "LabelledFolder") -> list[tuple[str, int]]:
-    """Held-out images with the classes that their folders' names have in training."""
+    """Return the held-out images, with classes matched by folder name."""
     from dataclasses import replace
 
     from dvit_infer.errors import InputError
 
     for name in tests.labels:
         if name not in learned.labels:
-            raise InputError(f"{tests.path}: has a class folder {name!a}, which {learned.path} has not")
+            raise InputError(f"{tests.path}: has a class folder {name!a}, which {learned.path} does not have")
     return list(replace(tests, labels={name: learned.labels[name] for name in tests.labels}).entries())
 
 
@@ -238,7 +246,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _folders(options: argparse.Namespace) -> tuple[str, str | None]:
-    """Where the images to learn from are, and those to count on, if there are any."""
+    """Return the folder of training images, and that of held-out images, if present."""
     inside = {name: Path(options.folder) / name for name in ("train", "val")}
     if all(path.is_dir() for path in inside.values()):
         return str(inside["train"]), options.val or str(inside["val"])

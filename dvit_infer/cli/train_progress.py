@@ -1,4 +1,4 @@
-"""What dvit-train says while it runs: a bar with losses, a line an epoch, logs for TensorBoard."""
+"""Progress of dvit-train: a bar with losses, a line per epoch, TensorBoard logs."""
 
 import contextlib
 import importlib
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from dvit_infer.training.reports import Epoch, Step
 
 _NAMES = ("loss", "cross-entropy", "ratio", "logits", "tokens")
-_NAMED = 3  # unreadable images of an epoch; the rest are only counted
+_NAMED = 3  # unreadable images of an epoch that are named; the rest are only counted
 
-# After a step; after some held-out images; out of the way while the block writes to the same terminal.
+# Called after a step; called after some held-out images; hides the bar while the block prints.
 _Bar = tuple[
     Callable[["Step"], None], Callable[[int, int], None], Callable[[], contextlib.AbstractContextManager[None]]
 ]
@@ -25,15 +25,15 @@ Show = tuple[Callable[["Step"], None], Callable[["Epoch"], None], Callable[[int,
 
 
 def check_logdir(folder: str) -> None:
-    """Make the folder of the logs.
+    """Create the log folder.
 
     Raises:
-        InputError: TensorBoard is not installed, or the folder cannot be made.
+        InputError: TensorBoard is not installed, or the folder cannot be created.
     """
     try:
         importlib.import_module("torch.utils.tensorboard")
     except ImportError:
-        raise InputError("logdir: TensorBoard is not installed; pip install 'dvit-infer[train]' would do") from None
+        raise InputError("logdir: TensorBoard is not installed; pip install 'dvit-infer[train]'") from None
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,9 +42,9 @@ def check_logdir(folder: str) -> None:
 
 @contextlib.contextmanager
 def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
-    """What to call after every step, every epoch, and every few held-out images.
+    """Yield the functions to call after every step, every epoch, and every few held-out images.
 
-    The bar is on stderr, where that is a terminal; `check_logdir` says whether the log can be written.
+    The bar is shown on stderr, if that is a terminal. Call `check_logdir` first.
     """
     with contextlib.ExitStack() as stack:
         bar, counted, hidden = stack.enter_context(_bar(epochs))

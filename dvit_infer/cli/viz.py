@@ -1,4 +1,4 @@
-"""dvit-viz: which patches a model kept, as an image."""
+"""dvit-viz: draw the patches that a model keeps."""
 
 import argparse
 import itertools
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
     from dvit_infer.images.stream import Decoded
 
-TRAINED = Path(__file__).resolve().parent.parent / "digits-0.7.pth"  # what `make proof` trained
-MOST = 64  # rows of a grid
-NAMES = "saved file or checkpoint (else a small trained model of digits); files, folders, or patterns in quotes"
-NAMED = 100  # images of a heat map that cannot be read; more are only counted
+TRAINED = Path(__file__).resolve().parent.parent / "digits-0.7.pth"  # trained by `make proof`
+MOST = 64  # largest number of rows in a grid
+NAMES = "saved file or checkpoint (default: a small model trained on digits); files, folders, or quoted patterns"
+NAMED = 100  # unreadable images of a heat map that are named; more are only counted
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-viz", description="Draw which patches of images a dynamic model keeps at each stage.")
+    parser = Parser(prog="dvit-viz", description="Draw the patches that a dynamic model keeps at each stage.")
     parser.add_argument("names", metavar="[MODEL] IMAGE", nargs="+", help=NAMES)
     parser.add_argument(
-        "-o", "--out", metavar="FILE.png", help="default: <first image>.kept.png, or .heat.png, in this folder"
+        "-o", "--out", metavar="FILE.png", help="default: <first image>.kept.png, or .heat.png, in the current folder"
     )
     parser.add_argument("--heat-map", action="store_true", help="draw the share of all images that kept each patch")
     add_options(parser)
@@ -43,13 +43,13 @@ def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
     from dvit_infer.images.find import find_images
     from dvit_infer.images.stream import Entry, batch_size, batches, decode, running
-    from dvit_infer.utils.files import check_output, whole_file
+    from dvit_infer.utils.files import atomic_write, check_output
 
     options.model, options.images = _model_and_images(options.names)
     found = find_images(options.images)
     some = list(itertools.islice(found, MOST + 1))
     if len(some) > MOST and not options.heat_map:
-        raise InputError(f"more than {MOST} images make no grid; --heat-map takes any number")
+        raise InputError(f"more than {MOST} images do not fit in a grid; --heat-map takes any number")
     name = _default_out(options, some[0]) if options.out is None else options.out
     if not name.lower().endswith(".png"):
         raise InputError(f"out: {name}: a name that ends in .png is expected")
@@ -78,17 +78,17 @@ def _viz(options: argparse.Namespace) -> int:
             sheet = draw_seen(seen, config)
             pairs = zip(some, seen, strict=True)
             lines = [f"{path}: {one.label} {one.probability:.1%}, {kept}" for path, one in pairs]
-    with whole_file(out, "out") as part:
+    with atomic_write(out, "out") as part:
         sheet.save(part, format="PNG")
     if options.model == str(TRAINED):
-        lines.insert(0, "no MODEL was given: this is a small model that was trained on digits among clutter")
+        lines.insert(0, "no MODEL was given: using a small model trained on cluttered digits")
     for line in (*lines, f"wrote {name} ({sheet.width}x{sheet.height})"):
         print(shown(line))
     return 0
 
 
 def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The first name is the model's, unless it is an image's, a folder, or a pattern."""
+    """Split the names: the first is the model, unless it is an image, a folder, or a pattern."""
     from dvit_infer.errors import InputError
     from dvit_infer.images.find import SUFFIXES
 
@@ -96,12 +96,12 @@ def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
     if first.suffix.lower() in SUFFIXES or first.is_dir() or (set("*?[") & set(names[0]) and not first.exists()):
         return str(TRAINED), names
     if len(names) == 1:
-        raise InputError(f"{names[0]}: the model is there, but no image; IMAGE is missing")
+        raise InputError(f"{names[0]}: is the model; IMAGE is missing")
     return names[0], names[1:]
 
 
 class _Tally:
-    """Images that could not be read."""
+    """Count and names of unreadable images."""
 
     def __init__(self) -> None:
         self.unreadable = 0
@@ -110,10 +110,10 @@ class _Tally:
     def readable(
         self, parts: "Iterable[list[Decoded]]", progress: Callable[[int], None], *, all_of_them: bool = False
     ) -> "Iterator[torch.Tensor]":
-        """The images, (B, 3, H, W) uint8, without those that cannot be read.
+        """Yield the images, (B, 3, H, W) uint8, without unreadable ones.
 
         Raises:
-            InputError: none can be read, or one cannot and all of them are wanted.
+            InputError: No image can be read, or one cannot and `all_of_them` is True.
         """
         from dvit_infer.errors import InputError
         from dvit_infer.images.stream import pixels
@@ -141,7 +141,7 @@ class _Tally:
 
 
 def _not_replaced(paths: Iterable[str], out: Path) -> Iterator[str]:
-    """The paths, of which none may be the file that is to be replaced."""
+    """Yield the paths; raise InputError if one is the output file."""
     from dvit_infer.utils.files import check_output
 
     there = out.exists()
@@ -156,7 +156,7 @@ def _default_out(options: argparse.Namespace, first: str) -> str:
     if options.heat_map:
         folder = options.images[0] if os.path.isdir(options.images[0]) else None
         stem, kind = stem if folder is None else os.path.basename(os.path.realpath(folder)) or "images", "heat"
-    # The image's name need not be UTF-8; what is written has to be.
+    # The input name need not be UTF-8; the output name must be.
     return f"{''.join(c if c.isprintable() else '_' for c in stem)}.{kind}.png"
 
 

@@ -1,4 +1,4 @@
-"""Accuracy: how often a model is right about the images of a folder, how fast, and where the reference differs."""
+"""Measure accuracy and speed on a folder of images, and agreement with the reference."""
 
 import math
 import time
@@ -26,20 +26,20 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The outcome of `measure_accuracy`; `str()` is the table. NaN where no image could be read.
+    """The outcome of `measure_accuracy`; `str()` is the table. Values are NaN if no image could be read.
 
     Attributes:
-        images: how many could be read and were classified.
-        top1, top5: percent of them with the right class first, or among the first five (or all, of fewer classes).
-        images_per_s: overall; None where the reference ran too, for the workers decode ahead meanwhile.
-        decode_images_per_s: what the workers decode together, by the time that they spent on it while the model ran.
-        model_images_per_s: of the engine, from pixels in main memory to logits, while the workers ran.
+        images: number of images that were read and classified.
+        top1, top5: percentage of them with the label first, or among the first five (or all, if fewer).
+        images_per_s: overall; None if the reference ran too, because the workers decode ahead meanwhile.
+        decode_images_per_s: decoding rate of all workers together, by the time they spent decoding while the model ran.
+        model_images_per_s: rate of the engine, from pixels in main memory to logits, while the workers ran.
         batch: images at a time.
-        workers: worker processes; 0: decoding and model took turns.
-        unreadable: path and reason of every image that was left out.
-        not_finite: answers with NaN or Inf in them, which count as wrong.
-        confusion: images by [engine right, wrong] and [reference right, wrong]; None: it was not asked.
-        agreement: share of images with the reference's first class.
+        workers: worker processes; 0: decoding and model alternated.
+        unreadable: path and reason of every skipped image file.
+        not_finite: outputs with NaN or Inf, which count as wrong.
+        confusion: images by [engine right, wrong] and [reference right, wrong]; None: without reference.
+        agreement: share of images with the same top-1 class as the reference.
     """
 
     images: int
@@ -57,7 +57,7 @@ class Accuracy:
 
     @property
     def reference_top1(self) -> float | None:
-        """Percent of images that the reference is right about."""
+        """The top-1 accuracy of the reference, in percent."""
         return None if self.confusion is None else _percent(sum(row[0] for row in self.confusion), self.images)
 
     @property
@@ -77,7 +77,7 @@ class Accuracy:
         if self.unreadable:
             rows.append(("could not be read", str(len(self.unreadable))))
         if self.not_finite:
-            rows.append(("answers with NaN or Inf, taken as wrong", str(self.not_finite)))
+            rows.append(("outputs with NaN or Inf, counted as wrong", str(self.not_finite)))
         if self.confusion is None:
             return table(("", ">engine"), rows)
         rows += [("reference, top-1", f"{self.reference_top1:.2f}%"), ("top-1 agreement", f"{self.agreement:.2%}")]
@@ -87,10 +87,10 @@ class Accuracy:
 
 
 def reference_of(engine: Classifier, source: Source) -> VisionTransformer:
-    """The reference model with the engine's config, from the file it was made from, in float32, on its device.
+    """Return the engine's reference model, built from its source file, in float32, on its device.
 
     Raises:
-        InputError: that is an ONNX file, which holds no weights by their official names.
+        InputError: The source is an ONNX file, which holds no weights under their official names.
     """
     if is_onnx(source):
         raise InputError(f"against_reference: {source} holds no reference model; the checkpoint does")
@@ -107,17 +107,17 @@ def measure_accuracy(
     reference: VisionTransformer | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Accuracy:
-    """Classify every image of a folder (`labelled_folder`) and count.
+    """Classify every image of a folder (`labelled_folder`) and measure accuracy and speed.
 
     Args:
         batch: images at a time; None: 256 on CUDA, 16 on a CPU.
-        preprocess: None: as the model's family was evaluated (`preprocess_for`).
-        workers: processes that decode; 0: none; None: one a processor but one, at most 8.
-        reference: classifies the same images (`reference_of`).
+        preprocess: None: `preprocess_for`, as the model's family was evaluated.
+        workers: processes that decode; 0: none; None: one less than processors, at most 8.
+        reference: a model that classifies the same images (`reference_of`).
         progress: called with the number of images done since the last call.
 
     Raises:
-        InputError: batch or workers are out of range; a batch does not fit in memory.
+        InputError: `batch` or `workers` is out of range, or a batch does not fit in memory.
     """
     batch = batch_size(batch, engine.device)
     workers = worker_count(workers)
@@ -125,8 +125,8 @@ def measure_accuracy(
     stream = decode(entries, preprocess or preprocess_for(engine.config), workers)
     counts = _Counts()
     with running(batch):
-        # The first call looks for the fastest linear, or captures: that is not the model's speed.
-        engine(torch.zeros(min(batch, engine.chunk), 3, *engine.config.image_size, dtype=torch.uint8))
+        # The first call selects linears or captures a graph; exclude it from the timing.
+        engine(torch.zeros(min(batch, engine.micro_batch), 3, *engine.config.image_size, dtype=torch.uint8))
         start = time.perf_counter()
         for group in batches(stream, batch):
             counts.take(group, engine, reference)
@@ -151,7 +151,7 @@ def measure_accuracy(
 
 
 class _Counts:
-    """What adds up batch by batch."""
+    """Counts that accumulate over batches."""
 
     def __init__(self) -> None:
         self.images = self.top1 = self.top5 = self.not_finite = self.agree = 0
@@ -183,13 +183,13 @@ class _Counts:
 
 
 def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, 5) best classes (or all, of fewer), and (B,) whether the answer is finite."""
+    """Return the (B, 5) best classes (or all, if fewer), and (B,) whether the logits are finite."""
     logits = logits.cpu()
     return logits.topk(min(5, logits.shape[1])).indices, torch.isfinite(logits).all(dim=1)
 
 
 def _timed(call: Callable[[], _Out], device: torch.device) -> tuple[_Out, float]:
-    """What a call gives, and its seconds until the device has finished."""
+    """Return the result of a call, and its seconds until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Predictions: the five likeliest classes of every image of a stream, and the patches that were kept."""
+"""Predictions for a stream of images: the top five classes and the kept patches."""
 
 import hashlib
 import json
@@ -12,19 +12,19 @@ from dvit_infer.images.preprocess import Preprocess, preprocess_for
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 
 TOP = 5
-VERSION = 1  # of answers: another one where the same model may say something else of the same image
-_IN_NAME_ONLY = ("arch", "weights", "crop_pct")  # facts of a config that no answer depends on, given the preprocessing
+VERSION = 1  # of predictions; increased when the same model may give a different output for the same image
+_IN_NAME_ONLY = ("arch", "weights", "crop_pct")  # config fields that do not affect outputs, given the preprocessing
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image.
+    """A model's prediction for one image.
 
     Attributes:
-        image: its path, as it was found.
-        top: class and probability of the likeliest `TOP` (or all, of fewer) classes, the likeliest first.
-        kept: a stage each, original patch positions, ascending; None: they were not asked for.
-        error: why there is no answer; None if there is one.
+        image: the path, as found.
+        top: class and probability of the `TOP` most likely classes (or all, if fewer), most likely first.
+        kept: for each stage, original patch positions, ascending; None: not requested.
+        error: the reason if there is no prediction, else None.
     """
 
     image: str
@@ -33,11 +33,11 @@ class Prediction:
     error: str | None = None
 
     def line(self, model: str, labels: Mapping[int, str] | None = None) -> str:
-        """One line of JSON, in ASCII: a name that is not UTF-8 survives as lone surrogates (`os.fsencode` undoes it).
+        """Return one line of JSON, in ASCII. A non-UTF-8 name becomes lone surrogates (`os.fsencode` undoes it).
 
         Args:
-            model: what gave the answer (`model_id`).
-            labels: names of classes; if given, every class has a label, null where it has no name.
+            model: the `model_id`.
+            labels: class names; if given, every class gets a label, null if it has no name.
         """
         start = {"image": self.image, "model": model}
         if self.error is not None:
@@ -50,11 +50,10 @@ class Prediction:
 
 
 def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
-    """`<arch>@<8 hexadecimal digits>`, a digest of all that answers depend on: weights, config, dtype, preprocessing,
-    and this project's `VERSION`.
+    """Return `<arch>@<8 hexadecimal digits>`, a digest of everything that affects predictions.
 
-
-    A checkpoint and the file that was saved from it have the same. The device is not in it: it changes only rounding.
+    That is weights, config, dtype, preprocessing and `VERSION`. A checkpoint and the file saved from it have the same
+    id. The device is excluded, as it changes only rounding.
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     said = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
@@ -73,23 +72,23 @@ def predict(
     preprocess: Preprocess | None = None,
     workers: int | None = None,
 ) -> Iterator[list[Prediction]]:
-    """Classify images: one list a batch, in their order. Nothing grows with their number.
+    """Classify images in order; yield one list per batch. Memory does not grow with their number.
 
     Args:
-        paths: of images (`find_images`); may be endless.
-        kept: return the kept patches too.
+        paths: paths of images (`find_images`); may be endless.
+        kept: also return the kept patches.
         batch: images at a time; None: 256 on CUDA, 16 on a CPU.
-        preprocess: None: as the model's family was evaluated (`preprocess_for`).
-        workers: processes that decode; 0: none; None: one a processor but one, at most 8.
+        preprocess: None: `preprocess_for`, as the model's family was evaluated.
+        workers: processes that decode; 0: none; None: one less than processors, at most 8.
 
     Raises:
-        InputError: batch or workers are out of range; a batch does not fit in memory.
+        InputError: `batch` or `workers` is out of range, or a batch does not fit in memory.
     """
     batch = batch_size(batch, engine.device)
     stream = decode(map(Entry, paths), preprocess or preprocess_for(engine.config), workers)
     groups = batches(stream, batch)
     while True:
-        with running(batch):  # not around the yield: what the caller does is none of its business
+        with running(batch):  # not around the yield: errors of the caller must pass unchanged
             group = next(groups, None)
             answers = None if group is None else _answers(engine, group, kept)
         if answers is None:
@@ -111,7 +110,7 @@ def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, 
     answers = zip(paths, finite, best.indices.tolist(), best.values.tolist(), strict=True)
     for row, (path, is_finite, classes, probabilities) in enumerate(answers):
         if not is_finite:
-            yield Prediction(path, error=f"the model's answer in {str(engine.dtype)[6:]} is NaN or Inf")
+            yield Prediction(path, error=f"the model's output in {str(engine.dtype)[6:]} is NaN or Inf")
             continue
         top = tuple((index, round(share, 6)) for index, share in zip(classes, probabilities, strict=True))
         yield Prediction(path, top, tuple(tuple(stage[row]) for stage in stages) if kept else None)

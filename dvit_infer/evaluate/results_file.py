@@ -1,4 +1,4 @@
-"""A file of predictions that grows: what is in it is not done again, and only whole lines are ever left in it."""
+"""A resumable file of predictions: images in it are not classified again, and it never keeps partial lines."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ except ImportError:  # no POSIX
 from dvit_infer.errors import InputError
 from dvit_infer.images.path_set import Names
 
-START = b'{"image": "'  # of every line: how a half-written one is told from what somebody else wrote
+START = b'{"image": "'  # start of every line; distinguishes a partial line from a foreign file
 LONGEST = 1 << 24  # bytes of a line; ours are far shorter
 
 
 class Results:
-    """Appends lines to a file, and knows the images that are in it.
+    """Appends lines to a file, and records the images in it.
 
     Attributes:
-        done: every image in the file when it was opened, flagged if it could not be read.
+        done: every image in the file at opening, flagged if it could not be read.
     """
 
     def __init__(self, path: Path, file: FileIO, end: int, done: Names) -> None:
@@ -36,10 +36,10 @@ class Results:
         return self._end == 0
 
     def append(self, lines: Sequence[str]) -> None:
-        """Write whole lines or, if anything goes wrong, none of them.
+        """Write all lines, or none if an error occurs.
 
         Raises:
-            InputError: the disk is full, say.
+            InputError: Writing failed, e.g. the disk is full.
         """
         content = "".join(f"{line}\n" for line in lines).encode("ascii")
         try:
@@ -56,15 +56,15 @@ class Results:
 
 @contextlib.contextmanager
 def results(path: Path, model: str, *, kept: bool, labelled: bool) -> Iterator[Results]:
-    """A results file, made if it is not there; a half-written last line is cut off.
+    """Open a results file, creating it if missing; a partial last line is removed.
 
     Args:
         path: checked by `files.check_output`.
-        model: what gives the answers; those in the file must be the same model's.
-        kept, labelled: whether the lines that will be written have kept patches and labels: those there must agree.
+        model: the `model_id`; all lines in the file must have the same.
+        kept, labelled: whether new lines have kept patches and labels; existing lines must agree.
 
     Raises:
-        InputError: naming the file and the line, before anything is changed: other model or settings, or no such line.
+        InputError: A line has another model or settings, or is no prediction. The file is left unchanged.
     """
     done, is_new = Names(), not path.exists()
     try:
@@ -82,19 +82,19 @@ def results(path: Path, model: str, *, kept: bool, labelled: bool) -> Iterator[R
 
 
 def _claim(file: FileIO, path: Path) -> None:
-    """Two runs that append to one file would cut each other's lines."""
+    """Lock the file: two runs that append to one file would corrupt each other's lines."""
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"out: {path}: another run writes to it; choose another file") from None
-    except OSError:  # a file system that has no locks
+    except OSError:  # a file system without locks
         return
 
 
 def _read(path: Path, model: str, kept: bool, labelled: bool, done: Names) -> int:
-    """Fill `done`; returns where the last whole line ends."""
+    """Fill `done`; return the end of the last complete line."""
     end, number = 0, 0
     with open(path, "rb") as file:
         while line := file.readline(LONGEST):
@@ -110,7 +110,7 @@ def _read(path: Path, model: str, kept: bool, labelled: bool, done: Names) -> in
 
 
 def _image(where: str, line: bytes, model: str, kept: bool, labelled: bool) -> tuple[str, bool]:
-    """The image that a line is about, and whether it could not be read."""
+    """Return the image of a line, and whether it could not be read."""
     try:
         content = json.loads(line)
         image, by = content["image"], content["model"]

@@ -1,4 +1,4 @@
-"""Images of what a model kept: stage by stage for some images, as a heat map for many."""
+"""Draw the patches that a model keeps: stage by stage for a few images, as a heat map for many."""
 
 import itertools
 import math
@@ -19,21 +19,21 @@ from dvit_infer.images.preprocess import Preprocess, preprocess_for
 ImageSource = Image.Image | str | Path
 
 BATCH = 16  # images at a time
-PANEL_WIDTH = 160  # pixels at least: smaller images are enlarged by a whole number
+PANEL_WIDTH = 160  # minimum in pixels; smaller images are enlarged by an integer factor
 GROUND, INK, NEUTRAL = (255, 255, 255), (32, 36, 42), (224, 224, 224)
-DIM = 0.8  # of a dropped patch is NEUTRAL
-# Viridis (van der Walt and Smith 2015): it grows lighter with the share, also in grey and to colour-blind eyes.
+DIM = 0.8  # share of NEUTRAL in a dropped patch
+# Viridis (van der Walt and Smith 2015): lightness grows with the share, also in greyscale and for the colour-blind.
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the engine made of one image.
+    """An image with the engine's prediction and kept patches.
 
     Attributes:
-        image: as the model sees it, (H, W) pixels of its `image_size`.
-        label, probability: the class that it found most likely.
-        kept: for each stage (rows, columns) bool over the patch grid.
+        source: the image as the model sees it, (H, W) pixels of its `image_size`.
+        label, probability: the most likely class.
+        kept: for each stage, (rows, columns) bool over the patch grid.
     """
 
     source: Image.Image
@@ -48,16 +48,16 @@ def draw_kept(
     labels: Mapping[int, str] | None = None,
     preprocess: Preprocess | None = None,
 ) -> Image.Image:
-    """A row for each image: as the model sees it, with its prediction, and at each stage, dropped patches dimmed.
+    """Draw a row for each image: the model's input with its prediction, then each stage with dropped patches dimmed.
 
     Args:
         engine: a model that drops tokens.
-        images: PIL images or paths, one at least.
-        labels: names of classes; one without is called "class 7".
-        preprocess: how an image is resized and cropped; None: as the model's family is evaluated.
+        sources: PIL images or paths, at least one.
+        labels: class names; a class without one is called e.g. "class 7".
+        preprocess: resizing and cropping; None: as the model's family is evaluated.
 
     Raises:
-        InputError: an image cannot be read, the model drops nothing, or there are no images.
+        InputError: An image cannot be read, the model drops no tokens, or there are no images.
     """
     return draw_seen(look(engine, _batches(engine, sources, preprocess), labels), engine.config)
 
@@ -65,7 +65,7 @@ def draw_kept(
 def draw_heat_map(
     engine: Classifier, sources: Iterable[ImageSource], preprocess: Preprocess | None = None
 ) -> Image.Image:
-    """For every patch the share of images that kept it, a panel a stage, with a legend.
+    """Draw the share of images that kept each patch, one panel per stage, with a legend.
 
     The images may be a stream: memory does not grow with their number. Arguments and errors as `draw_kept`.
     """
@@ -74,15 +74,15 @@ def draw_heat_map(
 
 
 def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[int, str] | None = None) -> list[Seen]:
-    """What the engine makes of each image.
+    """Run the engine on each image.
 
     Args:
         engine: a model that drops tokens.
-        batches: images as the engine takes them, (B, 3, H, W) uint8.
+        batches: images in the engine's size, (B, 3, H, W) uint8.
         labels: as `draw_kept`.
 
     Raises:
-        InputError: the model drops nothing, or there are no images.
+        InputError: The model drops no tokens, or there are no images.
     """
     config = engine.config
     check_drops(config)
@@ -94,7 +94,9 @@ def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[in
         for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
             label = (labels or {}).get(classes[place], f"class {classes[place]}")
             if math.isnan(probabilities[place]):
-                raise InputError(f"dtype: in {str(engine.dtype).removeprefix('torch.')} the model answers NaN or Inf")
+                raise InputError(
+                    f"dtype: in {str(engine.dtype).removeprefix('torch.')} the model's output has NaN or Inf"
+                )
             masks = tuple(stage[place] for stage in stages)
             seen.append(Seen(Image.fromarray(pixels), label, probabilities[place], masks))
     if not seen:
@@ -103,17 +105,17 @@ def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[in
 
 
 def keep_shares(engine: Classifier, batches: Iterable[torch.Tensor]) -> tuple[np.ndarray, int]:
-    """How often each patch is kept.
+    """Measure how often each patch is kept.
 
     Args:
         engine: a model that drops tokens.
-        batches: images as the engine takes them, (B, 3, H, W).
+        batches: images in the engine's size, (B, 3, H, W).
 
     Returns:
         (stages, rows, columns) float64, the share of images that kept the patch, and the number of images.
 
     Raises:
-        InputError: the model drops nothing, or there are no images.
+        InputError: The model drops no tokens, or there are no images.
     """
     config = engine.config
     check_drops(config)
@@ -137,7 +139,7 @@ def check_drops(config: Config) -> None:
 def _batches(
     engine: Classifier, sources: Iterable[ImageSource], preprocess: Preprocess | None
 ) -> Iterator[torch.Tensor]:
-    """(B, 3, H, W) uint8, `BATCH` at a time."""
+    """Yield (B, 3, H, W) uint8, `BATCH` images at a time."""
     preprocess = preprocess_for(engine.config) if preprocess is None else preprocess
     stream = iter(sources)
     while part := [preprocess(_opened(source)) for source in itertools.islice(stream, BATCH)]:
@@ -154,13 +156,13 @@ def _opened(source: ImageSource) -> Image.Image:
 
 
 def _mask(index: torch.Tensor, config: Config) -> np.ndarray:
-    """Positions (B, k) as (B, rows, columns) bool."""
+    """Convert positions (B, k) to a (B, rows, columns) bool mask."""
     mask = torch.zeros(len(index), config.num_patches, dtype=torch.bool).scatter_(1, index.cpu(), True)
     return mask.view(-1, *config.grid).numpy()
 
 
 def dim_dropped(source: Image.Image, kept: np.ndarray) -> Image.Image:
-    """The image with its kept patches, (rows, columns) bool, as they are and the rest blended to a light grey."""
+    """Return the image with dropped patches blended to light grey; `kept` is (rows, columns) bool."""
     pixels = np.asarray(source)
     rows, columns = kept.shape
     patches = kept.repeat(source.height // rows, axis=0).repeat(source.width // columns, axis=1)
@@ -169,7 +171,7 @@ def dim_dropped(source: Image.Image, kept: np.ndarray) -> Image.Image:
 
 
 def draw_seen(seen: Sequence[Seen], config: Config) -> Image.Image:
-    """The sheet of `draw_kept`."""
+    """Draw the sheet of `draw_kept`."""
     sheet = _Sheet(config, panels=1 + len(config.num_keep), rows=len(seen))
     captions = ["original", *_stages(config)]
     for row, one in enumerate(seen):
@@ -181,7 +183,7 @@ def draw_seen(seen: Sequence[Seen], config: Config) -> Image.Image:
 
 
 def draw_shares(shares: np.ndarray, count: int, config: Config) -> Image.Image:
-    """The sheet of `draw_heat_map`: `shares` as `keep_shares` gives them."""
+    """Draw the sheet of `draw_heat_map`, from the shares that `keep_shares` returns."""
     sheet = _Sheet(config, panels=len(shares), rows=1, legend=True)
     height, width = config.image_size
     for column, (caption, share) in enumerate(zip(_stages(config), shares, strict=True)):
@@ -193,7 +195,7 @@ def draw_shares(shares: np.ndarray, count: int, config: Config) -> Image.Image:
 
 
 def viridis(shares: np.ndarray) -> np.ndarray:
-    """Shares from 0 to 1 as colours, (..., 3) uint8."""
+    """Map shares from 0 to 1 to colours, (..., 3) uint8."""
     stops = np.linspace(0, 1, len(VIRIDIS))
     channels = [np.interp(shares, stops, channel) for channel in zip(*VIRIDIS, strict=True)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -204,7 +206,7 @@ def _stages(config: Config) -> list[str]:
 
 
 class _Sheet:
-    """Rows of panels of one size, a line of text above each panel and one under each row."""
+    """Rows of equal panels, with a line of text above each panel and under each row."""
 
     def __init__(self, config: Config, panels: int, rows: int, legend: bool = False) -> None:
         height, width = config.image_size
@@ -220,7 +222,7 @@ class _Sheet:
         self._draw = ImageDraw.Draw(self.image)
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
-        """(x, y) of a panel's first pixel."""
+        """Return (x, y) of a panel's top left pixel."""
         return self.gap + column * (self.width + self.gap), self.gap + row * self.row_height + self.line
 
     def place(self, row: int, column: int, panel: Image.Image, caption: str) -> None:
@@ -229,12 +231,12 @@ class _Sheet:
         self._write(x, y - self.line // 2, caption, "", self.width)
 
     def write_under(self, row: int, text: str, end: str = "") -> None:
-        """Text under a row, as wide as the row; what is too long is cut before `end`."""
+        """Write text under a row; text that is too long is cut before `end`."""
         x, y = self.corner(row, 0)
         self._write(x, y + self.height + self.line // 2, text, end, self.image.width - 2 * self.gap)
 
     def draw_legend(self) -> None:
-        """A bar from 0% to 100% at the bottom."""
+        """Draw a colour bar from 0% to 100% at the bottom."""
         left, width = self.gap, min(self.image.width - 2 * self.gap, 2 * PANEL_WIDTH)
         top = self.image.height - self.gap - 2 * self.line
         bar = np.broadcast_to(viridis(np.linspace(0, 1, width)), (self.line, width, 3))

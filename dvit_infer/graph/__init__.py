@@ -1,4 +1,4 @@
-"""The inference graph: a few coarse nodes that know their shapes, multiply-adds and bytes."""
+"""The inference graph: a few coarse nodes that know their shapes, MACs and bytes."""
 
 from dvit_infer.graph.folding import fold
 from dvit_infer.graph.graph import Graph

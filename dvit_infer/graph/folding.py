@@ -1,4 +1,4 @@
-"""Folding: constants move into weights, rows nobody reads are not computed; exact up to rounding.
+"""Folding: move constants into weights and skip rows that no node reads; exact up to rounding.
 
 Weights are folded in double precision and rounded once.
 """
@@ -14,7 +14,7 @@ from dvit_infer.ops.prune_tokens import pack_predictor
 
 
 def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
-    """All folds. `dtype` is the one the graph will run in: predictors are packed for it."""
+    """Apply all folds. `dtype` is the dtype the graph will run in: predictors are packed for it."""
     nodes = [_batch_norm(_residual_scale(_softmax_scale(_layer_norm(_predictor(node, dtype))))) for node in graph.nodes]
     return replace(graph, nodes=tuple(_class_only(nodes)))
 
@@ -23,14 +23,14 @@ _N = TypeVar("_N", bound=Node)
 
 
 def _noted(node: _N, what: str, weights: Weights, drop: str | None = None) -> _N:
-    """The node with some weights replaced (in float32), those of the module `drop` gone, and a note of it."""
+    """Return the node with some weights replaced (in float32), those of the module `drop` removed, and a note."""
     kept = {name: w for name, w in node.weights.items() if drop is None or not name.startswith(f"{drop}.")}
     new = {name: w.float() for name, w in weights.items()}
     return replace(node, weights={**kept, **new}, folded=(*node.folded, what))
 
 
 def _batch_norm(node: Node) -> Node:
-    """BatchNorm with running statistics is one factor and one shift a channel: into the convolution before it."""
+    """Fold BatchNorm with running statistics, one factor and one shift per channel, into the convolution before it."""
     if not isinstance(node, Convolution) or "bn.weight" not in node.weights:
         return node
     w = {name: value.double() for name, value in node.weights.items()}
@@ -40,7 +40,7 @@ def _batch_norm(node: Node) -> Node:
 
 
 def _layer_norm(node: Node) -> Node:
-    """gain and shift of LayerNorm into the linear after it: W (g * x + s) + b = (W g) x + (b + W s)."""
+    """Fold the gain and shift of LayerNorm into the linear after it: W (g * x + s) + b = (W g) x + (b + W s)."""
     linears = {Attention: ("qkv",), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}.get(type(node), ())
     if not linears or "norm.weight" not in node.weights:
         return node
@@ -55,7 +55,7 @@ def _layer_norm(node: Node) -> Node:
 
 
 def _softmax_scale(node: Node) -> Node:
-    """The scale of the scores into the query rows of qkv."""
+    """Fold the scale of the attention scores into the query rows of qkv."""
     if not isinstance(node, Attention) or node.scale == 1.0:
         return node
     rows = node.weights["qkv.weight"].new_ones(3 * node.dim, dtype=torch.float64)
@@ -67,7 +67,7 @@ def _softmax_scale(node: Node) -> Node:
 
 
 def _residual_scale(node: Node) -> Node:
-    """LV-ViT's 1 / skip_lam into the last linear of the branch."""
+    """Fold LV-ViT's 1 / skip_lam into the last linear of the branch."""
     if not isinstance(node, Attention | Mlp) or node.residual_scale == 1.0:
         return node
     last = "proj" if isinstance(node, Attention) else "fc2"
@@ -77,7 +77,7 @@ def _residual_scale(node: Node) -> Node:
 
 
 def _predictor(node: Node, dtype: torch.dtype) -> Node:
-    """The predictor's LayerNorm, the mean half as one vector an image, one logit difference for two logits."""
+    """Pack a predictor: fold LayerNorm, one vector per image as mean half, one logit difference for two logits."""
     if not isinstance(node, Prune) or "in_conv.0.weight" not in node.weights:
         return node
     packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(node.weights, dtype))}
@@ -85,7 +85,7 @@ def _predictor(node: Node, dtype: torch.dtype) -> Node:
 
 
 def _class_only(nodes: list[Node]) -> list[Node]:
-    """Where the head reads prefix tokens alone, the last block computes queries, projection and MLP for them alone."""
+    """If the head reads only prefix tokens, compute queries, projection and MLP of the last block only for them."""
     *front, attention, mlp, head = nodes
     if not isinstance(head, Head) or head.reads_patches:
         return nodes
@@ -101,7 +101,7 @@ def _class_only(nodes: list[Node]) -> list[Node]:
 
 
 def _queries_apart(node: Attention) -> dict[str, torch.Tensor]:
-    """The weights with qkv cut into q and kv: the rows that ask are fewer than those that answer."""
+    """Return the weights with qkv split into q and kv, as there are fewer query rows than key rows."""
     weights = {name: w for name, w in node.weights.items() if not name.startswith("qkv.")}
     for part in ("weight", "bias"):
         if (qkv := node.weights.get(f"qkv.{part}")) is not None:

@@ -1,4 +1,4 @@
-"""The graph: its nodes in the order they run, their sums, their table."""
+"""The graph: its nodes in execution order, their totals, their table."""
 
 from dataclasses import dataclass, replace
 
@@ -11,34 +11,34 @@ from dvit_infer.utils.tables import table
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in the order they run. `print()` shows them as a table."""
+    """Nodes in execution order. `print()` shows them as a table."""
 
     config: Config
     nodes: tuple[Node, ...]
-    how: str = ""  # what runs it, for the table
+    runtime: str = ""  # a description of what runs the graph, for the table
 
     @property
     def macs(self) -> int:
-        """Multiply-adds for one image."""
+        """The number of MACs for one image."""
         return sum(node.macs for node in self.nodes)
 
     @property
-    def gflops(self) -> float:
-        """The same in 10^9, which papers call GFLOPs."""
+    def gmacs(self) -> float:
+        """MACs for one image in 10^9, which papers call GFLOPs."""
         return self.macs / 1e9
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return next(iter(self.nodes[0].weights.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its weights; packed predictors keep some in float32."""
+        """The dtype of its weights; packed predictors keep some in float32."""
         return next(iter(self.nodes[0].weights.values())).dtype
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
-        """A copy of the graph with weights of its own on `device`, in `dtype`; packed predictors keep their dtypes."""
+        """Return a copy with its own weights on `device`, in `dtype`; packed predictors keep their dtypes."""
 
         def own(node: Node) -> Node:
             if isinstance(node, Prune):
@@ -59,6 +59,6 @@ class Graph:
             rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
         total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one image")
         title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
-        columns = ("node", "kind", "in", "out", ">10^6 multiply-adds", ">KiB moved", "folded")
+        columns = ("node", "kind", "in", "out", ">10^6 MACs", ">KiB moved", "folded")
         shown = table(columns, rows, title=title, total=total)
-        return f"{shown}\nrun by {self.how}" if self.how else shown
+        return f"{shown}\nrun by {self.runtime}" if self.runtime else shown

@@ -1,7 +1,7 @@
-"""Node kinds, each with its shapes, multiply-adds and bytes for one image.
+"""Node kinds, each with its shapes, MACs and bytes for one image.
 
-Multiply-adds are counted as fvcore counts them and the papers report them: convolutions, linears and matrix products,
-and a normalisation as 5 an element, 4 without gain and shift (a BatchNorm 2); activations, softmax and sums as none.
+MACs are counted as in fvcore and in the papers: convolutions, linears and matrix products; a normalisation counts 5 per
+element, 4 without gain and shift (a BatchNorm 2); activations, softmax and sums count none.
 """
 
 import math
@@ -20,10 +20,10 @@ class Node(ABC):
     """One step of the graph.
 
     Attributes:
-        name: where it stands, as `blocks.3.attn`.
+        name: its place in the model, such as `blocks.3.attn`.
         equals: the tensor of the reference model that its output equals, as `module:in` or `module:out`.
-        weights: its tensors by name.
-        folded: what has been folded into the weights, for readers of the table.
+        weights: its tensors, by name.
+        folded: what has been folded into the weights, for the table.
     """
 
     kind: ClassVar[str]
@@ -35,20 +35,20 @@ class Node(ABC):
     @property
     @abstractmethod
     def in_shape(self) -> tuple[int, ...]:
-        """Input for one image, without the batch dimension."""
+        """The shape of the input for one image, without the batch dimension."""
 
     @property
     @abstractmethod
     def out_shape(self) -> tuple[int, ...]:
-        """Output for one image, without the batch dimension."""
+        """The shape of the output for one image, without the batch dimension."""
 
     @property
     @abstractmethod
     def macs(self) -> int:
-        """Multiply-adds for one image."""
+        """The number of MACs for one image."""
 
     def bytes_moved(self, batch: int, itemsize: int) -> int:
-        """Least bytes read and written: input and output once an image in `itemsize`, weights once a batch."""
+        """Return the least bytes read and written: input and output once per image, weights once per batch."""
         activations = math.prod(self.in_shape) + math.prod(self.out_shape)
         return batch * activations * itemsize + sum(w.numel() * w.element_size() for w in self.weights.values())
 
@@ -62,10 +62,10 @@ def _norm_macs(weights: Weights, rows: int, dim: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution(Node):
-    """Convolution with the padding of its kernel, BatchNorm unless folded, ReLU (LV-ViT's stem)."""
+    """Convolution with padding, BatchNorm unless folded, ReLU (LV-ViT's stem)."""
 
     kind = "convolution"
-    image: tuple[int, int]  # height and width that come in
+    image: tuple[int, int]  # input height and width
     stride: int
     eps: float
 
@@ -88,7 +88,7 @@ class Embed(Node):
     """Patch projection, prefix tokens in front, position embedding added."""
 
     kind = "embed"
-    image: tuple[int, int]  # height and width that come in
+    image: tuple[int, int]  # input height and width
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -109,14 +109,14 @@ class Embed(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenNode(Node):
-    """A node that takes (tokens, dim), prefix tokens first."""
+    """A node whose input is (tokens, dim), prefix tokens first."""
 
     tokens: int
 
     @property
     @abstractmethod
     def dim(self) -> int:
-        """Channels of a token."""
+        """The number of channels of a token."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -125,10 +125,10 @@ class TokenNode(Node):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(TokenNode):
-    """x + proj(softmax(scale * q k^T) v) * residual_scale, of LayerNorm(x); only the first `rows` rows go on."""
+    """x + proj(softmax(scale * q k^T) v) * residual_scale of LayerNorm(x), for the first `rows` rows."""
 
     kind = "attention"
-    rows: int  # query rows: all tokens, or the prefix alone in a last block whose head reads nothing else
+    rows: int  # query rows: all tokens, or only the prefix tokens in a last block whose head reads no others
     num_heads: int
     eps: float
     scale: float
@@ -172,7 +172,7 @@ class Mlp(TokenNode):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(TokenNode):
-    """The op dvit::prune_tokens: score, choose, gather. `packed` weights are the op's, others the predictor's own."""
+    """The op dvit::prune_tokens: score, choose, gather. Weights are packed for the op, or the predictor's own."""
 
     kind = "prune"
     num_keep: int
@@ -181,7 +181,7 @@ class Prune(TokenNode):
 
     @property
     def dim(self) -> int:
-        return next(w for w in self.weights.values() if w.ndim == 2).shape[1]  # the first linear's
+        return next(w for w in self.weights.values() if w.ndim == 2).shape[1]  # of the first linear
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -202,8 +202,11 @@ class Prune(TokenNode):
 
 @dataclass(frozen=True, kw_only=True)
 class Head(TokenNode):
-    """LayerNorm, then logits: of the class token; the mean with the distillation token's; or plus half the best
-    auxiliary logits of the patches, class by class (LV-ViT)."""
+    """LayerNorm, then the logits of the class token.
+
+    With a distillation token, the mean of both tokens' logits. LV-ViT adds, per class, half of the largest auxiliary
+    logit of the patches.
+    """
 
     kind = "head"
     eps: float

@@ -1,1 +1,1 @@
-"""Image files: found, decoded, cut to a model's size, streamed; and what their classes are called."""
+"""Image files: finding, decoding, resizing and streaming; class names; input tensors."""

@@ -1,4 +1,4 @@
-"""What a model's classes are called, and which folders hold their images."""
+"""Class names, and class folders of images."""
 
 import json
 import os
@@ -17,8 +17,8 @@ class ClassMap:
 
     Attributes:
         path: the file.
-        labels: what to call a class, for those that have a name.
-        folders: which classes a folder's name may stand for; more than one if names are not unique.
+        labels: class names, for classes that have one.
+        folders: the classes that a folder name may stand for; several if names are not unique.
     """
 
     path: str
@@ -26,10 +26,10 @@ class ClassMap:
     folders: Mapping[str, tuple[int, ...]]
 
     def of_folder(self, name: str) -> int:
-        """The class of a folder.
+        """Return the class of a folder.
 
         Raises:
-            InputError: the map does not name it, or gives its name to several classes.
+            InputError: The map does not name it, or gives its name to several classes.
         """
         found = self.folders.get(name, ())
         if len(found) == 1:
@@ -45,10 +45,10 @@ def read_classes(path: str | Path, num_classes: int) -> ClassMap:
     Args:
         path: JSON: a list of names; {name: class}; {class: name}; or {class: [folder, name]}, which is ImageNet's
             `imagenet_class_index.json`.
-        num_classes: of the model.
+        num_classes: number of classes of the model.
 
     Raises:
-        InputError: naming file and entry: it cannot be read, is none of these, names a class twice or one that the
+        InputError: The file cannot be read, has another structure, or an entry repeats a class or names one that the
             model does not have.
     """
     entries = _entries(path, _json(path))
@@ -67,7 +67,7 @@ def read_classes(path: str | Path, num_classes: int) -> ClassMap:
 
 @dataclass(frozen=True)
 class LabelledFolder:
-    """A folder of class folders, as ImageNet's, and the class of each; `str()` says how they were taken."""
+    """A folder of class folders, like ImageNet's, and the class of each; `str()` describes the mapping."""
 
     path: str
     labels: Mapping[str, int]
@@ -75,7 +75,7 @@ class LabelledFolder:
     map_path: str | None
 
     def entries(self, *, ordered: bool = True) -> Iterator[tuple[str, int]]:
-        """Paths of images, anywhere below a class folder, and their classes; class folders in the names' order."""
+        """Yield paths of images at any depth below a class folder, and their classes, sorted by class folder."""
         for name, label in self.labels.items():
             for path in images_below(os.path.join(self.path, name), ordered=ordered):
                 yield path, label
@@ -88,11 +88,11 @@ class LabelledFolder:
 
 
 def labelled_folder(path: str | Path, num_classes: int, classes: ClassMap | None = None) -> LabelledFolder:
-    """Look what class folders there are. Without a map they are the classes in the order of their names.
+    """List the class folders. Without a map they are the classes in the order of their names.
 
     Raises:
-        InputError: naming it: there is no such folder, no class folder in it, no image in any, more folders than
-            classes, or one that the map does not name.
+        InputError: There is no such folder, no class folder in it, no image in any, more folders than classes, or a
+            folder that the map does not name.
     """
     where = str(path)
     if not os.path.isdir(where):
@@ -134,7 +134,7 @@ def _json(path: str | Path) -> Any:
 
 
 def _entries(path: str | Path, content: Any) -> list[tuple[object, int, list[str]]]:
-    """What each entry is called in messages, its class, and the names it gives that."""
+    """Return for each entry its name in messages, its class, and the class's names."""
     if isinstance(content, list):
         return [(index, index, _names(path, index, value)) for index, value in enumerate(content)]
     if not isinstance(content, dict) or not content:

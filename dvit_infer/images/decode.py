@@ -1,4 +1,4 @@
-"""One image: a file becomes 8-bit RGB the right way up, and that becomes what a model of its family was tested on."""
+"""Decode an image file to upright 8-bit RGB, safely."""
 
 import os
 import re
@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS, MAX_SIDE = 89_478_485, 20_000  # Pillow's own limit, beyond which it only warns; and one for slivers
-# Formats that are nothing but pixels. Pillow knows others, one of which starts a program (EPS runs Ghostscript).
+MAX_PIXELS, MAX_SIDE = (
+    89_478_485,
+    20_000,
+)  # Pillow's own limit, beyond which it only warns; and a limit for extremely elongated images
+# Pure pixel formats. Pillow supports others, one of which starts a program (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# What a damaged file makes Pillow's parsers raise; not what says that this process is in trouble.
+# Errors that Pillow's parsers raise for damaged files; MemoryError and the like are not among them.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError, EOFError),
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
@@ -33,7 +36,7 @@ _UPRIGHT = {
 
 
 class ImageFileError(Exception):
-    """An image that cannot be read: one line, the path and why."""
+    """An image file cannot be read; the message is one line with path and reason."""
 
     def __init__(self, path: str | Path, why: str) -> None:
         super().__init__(path, why)
@@ -44,24 +47,24 @@ class ImageFileError(Exception):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image in 8-bit RGB, turned as its EXIF says; of an animation the first frame.
+    """Read an image as 8-bit RGB, rotated by its EXIF orientation; of an animation, the first frame.
 
-    Transparency is dropped, not blended with a colour: that is what the models were trained and published with. 16-bit
-    samples are scaled to 8 bits, where Pillow's `convert` would clip them.
+    The alpha channel is dropped, not blended with a colour, as in the training of the published models. 16-bit samples
+    are scaled to 8 bits; Pillow's `convert` would clip them.
 
     Raises:
-        ImageFileError: there is no such file, it is no image, it is damaged or cut short, or it has more than
-            `MAX_PIXELS` pixels or `MAX_SIDE` a side, which its header says before anything is decoded.
+        ImageFileError: The file does not exist, is no image, is damaged or truncated, or has more than `MAX_PIXELS`
+            pixels or `MAX_SIDE` a side, which is read from its header before decoding.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ImageFileError(path, "is no regular file")
-        with warnings.catch_warnings():  # of bombs, which are refused below, and of harmless damage
+        with warnings.catch_warnings():  # about decompression bombs, which are refused below, and harmless damage
             warnings.simplefilter("ignore")
             return _read(path)
     except UnidentifiedImageError:
         raise ImageFileError(path, f"is no image that can be read ({', '.join(FORMATS)})") from None
-    except Image.DecompressionBombError as error:  # over twice its limit Pillow refuses by itself
+    except Image.DecompressionBombError as error:  # Pillow itself refuses images over twice its limit
         count = re.search(r"\d+ pixels", str(error))
         raise ImageFileError(path, _too_large(count[0] if count else "it")) from None
     except _DAMAGE as error:
@@ -95,9 +98,9 @@ def _rgb(path: str | Path, image: Image.Image) -> Image.Image:
 
 
 def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
-    """As `ImageOps.exif_transpose`, which fails where it cannot write the EXIF back that it read."""
+    """Rotate like `ImageOps.exif_transpose`, which fails if it cannot write the EXIF data back."""
     try:
         method = _UPRIGHT.get(source.getexif().get(_ORIENTATION, 1))
-    except _DAMAGE:  # broken EXIF says nothing against the pixels
+    except _DAMAGE:  # broken EXIF does not mean broken pixels
         method = None
     return image if method is None else image.transpose(method)

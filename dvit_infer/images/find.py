@@ -1,4 +1,4 @@
-"""Images found: files, folders with all that is below them, patterns; in order, in bounded memory."""
+"""Find images by file, folder (at any depth) or pattern, in order and in bounded memory."""
 
 import fnmatch
 import itertools
@@ -15,20 +15,20 @@ SUFFIXES = frozenset(
         *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"),
     )
 )
-IN_MEMORY = 10_000  # entries of a folder; more are sorted in a temporary database
+IN_MEMORY = 10_000  # folder entries sorted in memory; more are sorted in a temporary database
 
 _Part = Callable[[str], bool] | None  # does a name match? None: `**`, any number of folders
 
 
 def find_images(arguments: Sequence[str]) -> Iterator[str]:
-    """Paths of images: every argument's in turn, a folder's in the order of their names' bytes.
+    """Yield paths of images: argument by argument, within a folder sorted by the names' bytes.
 
-    A folder stands for every file below it that has an image's suffix (`SUFFIXES`, in any case), links followed, but
-    for hidden ones; a pattern with `*`, `?`, `[...]` or `**` for what it matches, folders included, unless a file has
-    just that name. Memory does not grow with the number of files.
+    A folder stands for every file below it with an image suffix (`SUFFIXES`, in any case), except hidden ones; links
+    are followed. A pattern with `*`, `?`, `[...]` or `**` stands for its matches, including folders, unless a file has
+    exactly that name. Memory does not grow with the number of files.
 
     Raises:
-        InputError: at once, naming it: an argument does not exist, or there is no image in it.
+        InputError: An argument does not exist or contains no image. Raised at the call, before any path is yielded.
     """
     searches = [_search(argument) for argument in arguments]
     for argument, search in zip(arguments, searches, strict=True):
@@ -39,7 +39,7 @@ def find_images(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def images_below(folder: str, *, ordered: bool = True) -> Iterator[str]:
-    """Paths of the images in a folder and all folders below it, as `find_images`; none is no error."""
+    """Yield paths of the images in a folder and below it, like `find_images`; an empty folder is no error."""
     return _below(folder, (None, _is_image), ordered=ordered)
 
 
@@ -52,7 +52,7 @@ def _found(arguments: Sequence[str], searches: Sequence[tuple[str, tuple[_Part, 
 
 
 def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
-    """In which folder to look, and for what; None: the argument is a file."""
+    """Return the folder to search and the parts of the pattern; None if the argument is a file."""
     if "\0" in argument or not argument:
         raise InputError(f"{argument!a}: is no file's name")
     if os.path.isdir(argument):
@@ -116,7 +116,7 @@ def _below(
             yield from _below(path, here[1:], above, ordered=ordered)
         if at_any_depth:
             yield from _below(path, parts, above, ordered=ordered)
-        elif len(here) == 1:  # a pattern that names folders means what is in them
+        elif len(here) == 1:  # a pattern that matches a folder stands for the images in it
             yield from _below(path, (None, _is_image), above, ordered=ordered)
 
 
@@ -128,7 +128,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _listing(folder: str, wanted: Callable[[str, bool], bool], ordered: bool) -> Iterator[tuple[str, bool]]:
-    """Names in a folder that are wanted, and whether each is a folder."""
+    """Yield the wanted names in a folder, and whether each is a folder."""
     with os.scandir(folder) as entries:
         found = ((e.name, is_folder) for e in entries if wanted(e.name, is_folder := _is_folder(e)))
         if not ordered:

@@ -1,4 +1,4 @@
-"""Sets of names that may not fit in memory: a private temporary database, which goes to disk when it grows."""
+"""Sets of names that may not fit in memory, in a private temporary database that spills to disk."""
 
 import errno
 import os
@@ -8,24 +8,24 @@ from collections.abc import Iterable, Iterator
 
 
 class Names:
-    """File names, each with a flag. Takes some megabytes of memory, however many there are; ordered by their bytes.
+    """A set of file names, each with a flag, ordered by bytes. It takes some megabytes of memory at any size.
 
     Raises:
-        OSError: from every method, when the temporary folder is full, say.
+        OSError: A method failed, e.g. the temporary folder is full.
     """
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("", isolation_level=None)  # on disk, deleted when it is closed
         self._run("CREATE TABLE names (name BLOB PRIMARY KEY, flag INTEGER) WITHOUT ROWID")
-        self._run("BEGIN")  # never ended: nobody else reads it, and nothing has to be safe on the disk
+        self._run("BEGIN")  # never committed: nobody else reads it, and it need not be durable
 
     def add(self, named: Iterable[tuple[str, bool]]) -> None:
-        """Add names; one that is there already gets the new flag."""
-        for name, flag in named:  # as bytes: SQLite's text is UTF-8, which a file's name need not be
+        """Add names; an existing name gets the new flag."""
+        for name, flag in named:  # as bytes: SQLite's text is UTF-8, but a file name need not be
             self._run("INSERT OR REPLACE INTO names VALUES (?, ?)", os.fsencode(name), flag)
 
     def get(self, name: str) -> bool | None:
-        """The name's flag; None if it is not there."""
+        """Return the flag of a name; None if it is not in the set."""
         row = self._run("SELECT flag FROM names WHERE name = ?", os.fsencode(name)).fetchone()
         return None if row is None else bool(row[0])
 

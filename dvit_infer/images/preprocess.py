@@ -1,4 +1,4 @@
-"""A decoded image cut to the size of a model's input, as its family was evaluated."""
+"""Resize and crop a decoded image to a model's input size, as its family was evaluated."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from PIL import Image
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 
-MAX_ASPECT = 8  # of the part of an image that is resized, over the part that is kept
+MAX_ASPECT = 8  # largest aspect ratio of the resized part, relative to that of the crop
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes a model's input.
+    """The resizing and cropping of images.
 
     Attributes:
-        image_size: (H, W) of the model's images.
-        crop_pct: what is kept of the resized image's shorter side, 0.1 to 1.
-        warp: resize straight to `image_size` instead, whatever the image's shape.
+        image_size: (H, W) of the model's input.
+        crop_pct: share of the resized image's shorter side that the crop keeps, 0.1 to 1.
+        warp: resize to `image_size` without cropping, ignoring the image's aspect ratio.
 
     Raises:
         InputError: `crop_pct` is out of range.
@@ -36,10 +36,10 @@ class Preprocess:
         return f"{self.image_size[0]}x{self.image_size[1]}, {'warped' if self.warp else f'crop {self.crop_pct:g}'}"
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The RGB image, resized (bicubic, antialiased) so that it covers `image_size` / `crop_pct`, and its middle.
+        """Resize an RGB image (bicubic, antialiased) to cover `image_size` / `crop_pct`, and crop the centre.
 
-        For square sizes torchvision's `Resize(int(S / crop_pct), BICUBIC)` and `CenterCrop(S)`, to the bit, but for
-        images so elongated that most of them would be resized only to be cut away: they are cut first.
+        For square sizes this equals torchvision's `Resize(int(S / crop_pct), BICUBIC)` and `CenterCrop(S)` bit for
+        bit, except for very elongated images, which are cropped before resizing.
         """
         height, width = self.image_size
         if self.warp:
@@ -55,12 +55,12 @@ class Preprocess:
         return resized.crop((left, top, left + width, top + height))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """`crop` as (3, H, W) uint8."""
+        """Return `crop` as (3, H, W) uint8."""
         return np.ascontiguousarray(np.asarray(self.crop(image)).transpose(2, 0, 1))
 
 
 def _shortened(image: Image.Image, rows: int, columns: int) -> Image.Image:
-    """The middle of an image, at most `MAX_ASPECT` times as elongated as `rows` x `columns`."""
+    """Crop the centre of an image to at most `MAX_ASPECT` times the aspect ratio of `rows` x `columns`."""
     width = min(image.width, max(1, MAX_ASPECT * columns * image.height // rows))
     height = min(image.height, max(1, MAX_ASPECT * rows * image.width // columns))
     if (width, height) == image.size:
@@ -70,9 +70,9 @@ def _shortened(image: Image.Image, rows: int, columns: int) -> Image.Image:
 
 
 def preprocess_for(config: Config) -> Preprocess:
-    """What the model says of itself, else what its family was evaluated with.
+    """Return the preprocessing in the config, else that with which the model's family was evaluated.
 
-    DynamicViT (Rao et al. 2021, `datasets.py`) takes crops of 0.875 for all its models, and at 384 pixels and more
+    DynamicViT (Rao et al. 2021, `datasets.py`) crops 0.875 for all its models, and from 384 pixels on
     warps without cropping; DeiT 0.875; LV-ViT (token labeling, `models/lvvit.py`) 0.9 for T and S, 1.0 for M and L.
     """
     if config.crop_pct is not None:

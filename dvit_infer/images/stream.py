@@ -1,4 +1,4 @@
-"""Images decoded in worker processes, in the order in which they were found, only so many ahead of their use."""
+"""Decode images in worker processes, in order, with bounded read-ahead."""
 
 import contextlib
 import ctypes
@@ -21,16 +21,17 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.utils.devices import free_memory
+from dvit_infer.utils.memory import is_allocation_failure
 
-AT_ONCE = 8  # images that go to a worker together: small, so that few images keep all workers busy
-MOST_WORKERS = 64  # each takes some of the 1,024 files that a process may usually have open
+AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
+MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usually open
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-AHEAD = 4  # times that for every worker: a batch can be assembled while the model runs
+AHEAD = 4  # groups of AT_ONCE per worker, so that a batch is assembled while the model runs
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image that was found; `label` is its class, where that is known."""
+    """The path of an image; `label` is its class, if known."""
 
     path: str
     label: int | None = None
@@ -38,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image as a model takes it, (3, H, W) uint8, or why it cannot be read; and the seconds that took."""
+    """A decoded image, (3, H, W) uint8, or the reason why it cannot be read; and the decoding time in seconds."""
 
     path: str
     label: int | None
@@ -48,7 +49,7 @@ class Decoded:
 
 
 class _Decoder(Dataset[Decoded]):
-    """What the workers run. What they send back are NumPy arrays: tensors would go through scarce shared memory."""
+    """The dataset that workers run. It returns NumPy arrays, because tensors would use scarce shared memory."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
@@ -64,10 +65,10 @@ class _Decoder(Dataset[Decoded]):
 
 
 def worker_count(workers: int | None) -> int:
-    """The one asked for; by default one for every processor but the one that runs the model, at most 8.
+    """Return the number of workers; by default one less than processors, at most 8.
 
     Raises:
-        InputError: it is negative, or absurd.
+        InputError: It is negative or too large.
     """
     if workers is None:
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -78,20 +79,20 @@ def worker_count(workers: int | None) -> int:
 
 
 def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None) -> Iterator[Decoded]:
-    """Read images, in worker processes; their results come in the order of the entries.
+    """Read images in worker processes; yield the results in the order of the entries.
 
-    At most `AT_ONCE` * `AHEAD` entries for every worker are taken ahead of the image that is handed out.
+    At most `AT_ONCE` * `AHEAD` entries per worker are read ahead.
 
     Args:
-        workers: how many (`worker_count`); 0: this process decodes.
+        workers: number of workers (`worker_count`); 0: this process decodes.
 
     Raises:
-        InputError: the number of workers is out of range.
-        RuntimeError: a worker was killed; `running` makes an InputError of it.
+        InputError: The number of workers is out of range.
+        RuntimeError: A worker was killed; `running` turns this into an InputError.
     """
     workers = worker_count(workers)
     chunks = _chunks(entries)
-    first = list(itertools.islice(chunks, 1))  # finding it may take a while, in which Ctrl-C is to work
+    first = list(itertools.islice(chunks, 1))  # finding it may take a while, and Ctrl-C must work meanwhile
     with interrupts_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
         loader = DataLoader(
@@ -101,7 +102,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
             collate_fn=list,
             worker_init_fn=first_in_worker(),
             prefetch_factor=AHEAD if workers else None,
-            generator=torch.Generator(),  # or it would draw from the process's
+            generator=torch.Generator(),  # otherwise it would draw from the process's generator
             # Forked workers start at once and need no main module that can be imported again.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
@@ -118,9 +119,9 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C reaches a terminal's every process, a launcher's or batch system's SIGTERM a job's.
+    """Block signals, so that workers started in this block never receive them; this process ends its workers.
 
-    Workers started in this block never see them: this process ends its workers.
+    Ctrl-C reaches every process of a terminal, and SIGTERM of a batch system every process of a job.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
     try:
@@ -130,10 +131,10 @@ def interrupts_held() -> Iterator[None]:
 
 
 def first_in_worker() -> Callable[[int], None] | None:
-    """What a worker does first: it asks to be killed when this process is, which cannot tell it any more.
+    """Return a worker initialiser: it asks the kernel to kill the worker when this process is killed.
 
-    A worker that waits to hand over its images would wait for ever. Linux knows by the thread that forked, so that
-    only workers of the main thread are safe to ask: it lives as long as the process.
+    Otherwise a worker that waits to hand over its images would wait forever. Linux binds this to the thread that
+    forked, so it is used only in the main thread, which lives as long as the process.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return None
@@ -141,23 +142,23 @@ def first_in_worker() -> Callable[[int], None] | None:
 
 
 def batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
-    """So many at a time; the last batch may be short. Those that cannot be read are among them."""
+    """Yield batches of `size`; the last may be shorter. Unreadable images are included."""
     source = iter(decoded)
     while batch := list(itertools.islice(source, size)):
         yield batch
 
 
 def pixels(batch: Sequence[Decoded]) -> torch.Tensor | None:
-    """(B, 3, H, W) uint8 of the images that could be read; None if there are none."""
+    """Return the readable images as (B, 3, H, W) uint8; None if there are none."""
     readable = [image.pixels for image in batch if image.pixels is not None]
     return torch.from_numpy(np.stack(readable)) if readable else None
 
 
 def batch_size(batch: int | None, device: torch.device) -> int:
-    """The one asked for; by default 256 on CUDA, 16 on a CPU.
+    """Return the batch size; by default 256 on CUDA, 16 on a CPU.
 
     Raises:
-        InputError: it is not positive, or absurd.
+        InputError: It is not positive or too large.
     """
     if batch is None:
         return 256 if device.type == "cuda" else 16
@@ -167,9 +168,9 @@ def batch_size(batch: int | None, device: torch.device) -> int:
 
 
 def check_fits(batch: int, image_size: tuple[int, int]) -> None:
-    """Raise InputError if so many images, as bytes and normalised, would not fit in main memory.
+    """Raise InputError if a batch, as bytes and normalised, would not fit in main memory.
 
-    Linux would grant it, and end some process once it is used.
+    Linux would grant the allocation, and kill a process when it is used.
     """
     free, needed = free_memory(torch.device("cpu")), batch * 3 * math.prod(image_size) * (2 + 2 * 4)
     if free is not None and needed > free:
@@ -181,16 +182,16 @@ def check_fits(batch: int, image_size: tuple[int, int]) -> None:
 
 @contextlib.contextmanager
 def running(batch: int) -> Iterator[None]:
-    """Turns what may befall a run over many images into errors that say what would do.
+    """Turn out-of-memory errors and killed workers in the block into InputErrors that name a remedy.
 
     Raises:
-        InputError: a batch does not fit in memory, or a worker process was killed.
+        InputError: A batch does not fit in memory, or a worker process was killed.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker (pid" in str(error):
-            raise InputError("workers: a worker process was killed, for want of memory perhaps; fewer may do") from None
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise InputError("workers: a worker process was killed, perhaps out of memory; try fewer") from None
+        if not is_allocation_failure(error):
             raise
         raise InputError(f"batch: {batch} images do not fit in memory; a smaller batch would") from None

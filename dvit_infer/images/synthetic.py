@@ -1,4 +1,4 @@
-"""Made-up images: the same for the same seed."""
+"""Synthetic images, deterministic by seed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def image(batch: int, size: int | tuple[int, int] = 224, seed: int = 0) -> np.nd
 
 
 def sample_images(batch: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """(B, 3, H, W) float32 made-up normalised images, smooth blobs and noise: the same for the same seed."""
+    """Return synthetic normalised images, (B, 3, H, W) float32: smooth blobs and noise, deterministic by seed."""
     return torch.from_numpy(image(batch, size, seed))
 
 
 def sample_uint8_images(batch: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """(B, 3, H, W) uint8 made-up images, those of `sample_images` with ImageNet's mean and deviation."""
+    """Return the images of `sample_images` as (B, 3, H, W) uint8, by ImageNet's mean and deviation."""
     means, stds = (torch.tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((sample_images(batch, size, seed) * stds + means) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Images on their way in: checked, moved, normalised."""
+"""Input tensors: check, move and normalise images."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from dvit_infer.config import Config
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is dense, in one piece, and has data."""
+    """Return whether a tensor is dense, strided, not quantised, and has data."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta and not tensor.is_quantized
 
 
@@ -25,7 +25,7 @@ def check_images(images: torch.Tensor, config: Config) -> None:
 
 
 def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Checked images as the graph wants them: on its device, normalised if they were uint8, in its dtype."""
+    """Return checked images for the graph: on its device, normalised if they are uint8, in its dtype."""
     images = images.to(device)
     if images.dtype == torch.uint8:
         images = normalise(images, config.mean, config.std)
@@ -33,6 +33,6 @@ def prepare(images: torch.Tensor, config: Config, device: torch.device, dtype: t
 
 
 def normalise(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 with the channels' mean 0 and deviation 1."""
+    """Convert uint8 (B, 3, H, W) to float32, normalised by the channels' mean and deviation."""
     means, stds = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return (images.float() / 255 - means) / stds

@@ -1,1 +1,1 @@
-"""What a model is: a file becomes facts, facts a reference model, and that a graph."""
+"""Models: a file becomes facts, the facts become a reference model, and the model becomes a graph."""

@@ -1,11 +1,11 @@
-"""The sizes that have names. What is not in this table is recognised all the same and named by width and depth."""
+"""Named sizes. A model of another size is recognised too and is named by width and depth."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Arch:
-    """A named size: what cannot be read from shapes (heads, skip_lam) and what is checked against them."""
+    """A named size: facts that shapes do not show (heads, skip_lam), and facts that shapes are checked against."""
 
     family: str
     embed_dim: int

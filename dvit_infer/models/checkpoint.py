@@ -1,4 +1,4 @@
-"""A file becomes a state dict and whatever else it said; nothing in the file is trusted and nothing in it runs."""
+"""Read a checkpoint file into a state dict and metadata; nothing in the file is trusted and nothing in it runs."""
 
 import argparse
 import re
@@ -19,43 +19,44 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
 from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS, read_header
 from dvit_infer.utils.files import check_name
+from dvit_infer.utils.memory import is_allocation_failure
 
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which nothing here reads
-_LOADING = threading.Lock()  # what torch.load may name is a setting of the whole process
+_COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which is not used
+_LOADING = threading.Lock()  # the classes that torch.load accepts are a setting of the whole process
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 @dataclass
 class Checkpoint:
-    """Weights under their official names, and what the file said beside them."""
+    """Weights under their official names, and the metadata of the file."""
 
     name: str  # for messages: the path, or 'state dict'
     state: dict[str, torch.Tensor]
-    weights: str | None = None  # which set was taken; None: the file holds just one, bare
+    weights: str | None = None  # the set that was taken; None: the file holds a bare state dict
     other_sets: tuple[str, ...] = ()
-    said: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
+    metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
     is_saved_engine: bool = False
 
     def params(self, dense: bool) -> int:
-        """How many weights run; the predictors are none of a dense model's, BatchNorm's statistics are nobody's."""
+        """Return the number of weights: without the predictors if `dense`, and without BatchNorm's statistics."""
         buffers = ("running_mean", "running_var", "num_batches_tracked")
         weights = {key: w.numel() for key, w in self.state.items() if not key.endswith(buffers)}
         return sum(n for key, n in weights.items() if not (dense and key.startswith("score_predictor.")))
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None = None) -> Checkpoint:
-    """Read a `.pth`, `.pth.tar`, `.pt` or `.safetensors` file (told apart by content), or take a loaded state dict.
+    """Read a `.pth`, `.pth.tar`, `.pt` or `.safetensors` file (distinguished by content), or take a loaded state dict.
 
     Args:
         source: path, or a state dict, bare or inside a training checkpoint.
-        weights: which of several sets of weights to take; by default the first of `WEIGHT_SETS` that is there.
+        weights: which of several sets of weights to take; by default the first of `WEIGHT_SETS` in the file.
 
     Raises:
         InputError: the file cannot be read, holds no weights, would run code, or holds a tensor that is not plain,
-            dense, floating and finite.
+            dense, floating-point and finite.
     """
     if isinstance(source, Mapping):
         return _take_weights("state dict", dict(source), weights)
@@ -74,11 +75,11 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
         raise InputError(f"{name}: {error.strerror or error}") from None
     if not head:
         raise InputError(f"{name}: the file is empty")
-    # A safetensors header may by chance begin with a pickle's first byte, so what stands at byte 8 decides first.
+    # A safetensors header may by chance begin with a pickle's first byte, so byte 8 decides first.
     if head[8:9] == b"{" or path.suffix == ".safetensors":
-        tensors, said = _load_safetensors(path)
+        tensors, found = _load_safetensors(path)
         checkpoint = _take_weights(name, tensors, weights)
-        checkpoint.said, checkpoint.is_saved_engine = said or {}, said is not None
+        checkpoint.metadata, checkpoint.is_saved_engine = found or {}, found is not None
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
         return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
@@ -88,8 +89,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
 
 
 def _harmless() -> list[Any]:
-    """The closed list of classes a pickle may name beside torch's own: argparse's Namespace and numpy scalars."""
-    scalar = np.float64(0).__reduce__()[0]  # numpy's own constructor of scalars, under both names it has had
+    """Return the only classes that a pickle may name beside torch's own: argparse's Namespace and numpy scalars."""
+    scalar = np.float64(0).__reduce__()[0]  # numpy's constructor of scalars, under its old and new names
     numeric = "?bhilqBHILQefd"
     return [
         argparse.Namespace,
@@ -101,32 +102,30 @@ def _harmless() -> list[Any]:
 
 
 def load_torch(path: Path, is_zip: bool) -> Any:
-    """What a file of torch.save holds, on the CPU, read without running anything in it.
+    """Read a file of torch.save onto the CPU without running anything in it.
 
     Raises:
-        InputError: it is damaged, or names what is not harmless.
+        InputError: it is damaged, or names a class that is not harmless.
     """
     harmless = _harmless()
     mmap = is_zip and _check_zip(path)
     try:
         with _LOADING, torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an unusual pickle protocol: what comes of it is told below
+            warnings.simplefilter("ignore")  # about an unusual pickle protocol; errors are reported below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (
-        Exception
-    ) as error:  # a damaged or hostile pickle can raise any kind; each becomes a line that names the file
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+    except Exception as error:  # a damaged or hostile pickle can raise anything; the message names the file
+        if is_allocation_failure(error):
             raise  # not the file's fault
         raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
 
 
 def _check_zip(path: Path) -> bool:
-    """Compare every record with its checksum, which torch does not, and tell whether the file may be memory-mapped."""
+    """Compare every record with its checksum, as torch does not; return whether the file may be memory-mapped."""
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 with archive.open(info) as record:
-                    while info.CRC and record.read(1 << 22):  # torch can be told to write no checksums: all are 0 then
+                    while info.CRC and record.read(1 << 22):  # all checksums are 0 if torch was set to write none
                         pass
             return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
     # RuntimeError is an encrypted record, NotImplementedError a compression that zipfile does not know.
@@ -135,7 +134,7 @@ def _check_zip(path: Path) -> bool:
 
 
 def _why_not(message: str, is_zip: bool) -> str:
-    """One line for what torch.load said in many."""
+    """Return one line for a message of torch.load, which may have many."""
     if found := re.search(r"GLOBAL (\S+)", message):
         return f"refused: loading it would run {found.group(1)}; only plain weights are read, nothing was run"
     if "Unsupported operand" in message:
@@ -165,7 +164,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None
 
 
 def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
-    """Find the state dict in what was loaded, strip the wrappers' prefixes and check every tensor."""
+    """Find the state dict in a loaded object, strip the wrappers' prefixes and check every tensor."""
     if not isinstance(content, Mapping):
         raise InputError(f"{name}: holds a {type(content).__name__}, no state dict")
     sets = [key for key in WEIGHT_SETS if _has_tensors(content.get(key))]
@@ -179,7 +178,7 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
             f"{name}: holds no state dict (looked for tensors at the top and under {', '.join(WEIGHT_SETS)})"
         )
     args = content.get("args") if chosen else None
-    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    found = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     clean: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         short = _without_prefixes(name, key)
@@ -187,7 +186,7 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
             raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(PREFIXES)} are stripped")
         clean[short] = _checked(name, key, value)
     others = tuple(key for key in sets if key != chosen)
-    return Checkpoint(name, clean, chosen, others, dict(said))
+    return Checkpoint(name, clean, chosen, others, dict(found))
 
 
 def _has_tensors(value: Any) -> bool:
@@ -204,16 +203,16 @@ def _without_prefixes(name: str, key: Any) -> str:
 
 
 def _checked(name: str, key: str, value: Any) -> torch.Tensor:
-    """Return a copy of the tensor if it is plain, dense, floating (or a counter) and finite.
+    """Return a copy of the tensor if it is plain, dense, floating-point (or a counter) and finite.
 
-    A copy, for the file may be overwritten in place, or the caller may go on training.
+    It is a copy because the file may be overwritten in place, and the caller may resume training.
     """
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name}: {key} is a {type(value).__name__}, no tensor")
     if not is_plain(value):
         raise InputError(f"{name}: {key} is no plain dense tensor with data")
     tensor: torch.Tensor = value.detach()
-    # A few stored bytes may claim, by strides of zero, to be terabytes.
+    # With strides of zero, a few stored bytes can claim to be terabytes.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(f"{name}: {key} claims shape {tuple(tensor.shape)}, more than the file holds for it")
     is_counter = key.endswith("num_batches_tracked")

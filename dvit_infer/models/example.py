@@ -1,4 +1,4 @@
-"""Checkpoints in the official format with random weights, for demonstrations and for measuring."""
+"""Checkpoints in the official format with random weights, for demonstrations and measurements."""
 
 import argparse
 from typing import Any
@@ -14,10 +14,10 @@ from dvit_infer.models.vit.read import DEIT, LVVIT
 
 
 def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict[str, Any]:
-    """What the official trainer saves for `arch`, at 224 pixels and 1,000 classes, with random weights.
+    """Return a checkpoint of `arch` as the official trainer saves it, at 224 pixels and 1,000 classes.
 
-    The weights keep the variance of their input and the predictors tell tokens well apart, so that answers differ
-    from image to image; they were not trained and know nothing.
+    The weights are random and not trained. They keep the variance of their input, and the predictors separate the
+    tokens well, so that outputs differ from image to image.
 
     Raises:
         InputError: the architecture does not exist.
@@ -31,7 +31,7 @@ def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict
 
 
 def example_shapes(arch: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of `arch`, at 224 pixels and 1,000 classes.
+    """Return names and shapes of the tensors of `arch`, at 224 pixels and 1,000 classes.
 
     Raises:
         InputError: the architecture does not exist.

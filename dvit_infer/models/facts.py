@@ -1,4 +1,4 @@
-"""Facts of a model, each checked to be possible where a file or a user states it; the message names where."""
+"""Check each fact about a model that a file or a user states; the message names its origin."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -25,27 +25,27 @@ def is_number(value: Any) -> bool:
 def positive_int(what: str, value: Any) -> int:
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not 1 <= value < 1 << 40:
-        raise InputError(f"{what}: {value!r} is no positive whole number")
+        raise InputError(f"{what}: {value!r} is not a positive integer")
     return int(value)
 
 
 def positive_float(what: str, value: Any) -> float:
     if not is_number(value) or not 1e-30 < value < 1e30:
-        raise InputError(f"{what}: {value!r} is no positive number")
+        raise InputError(f"{what}: {value!r} is not a positive number")
     return float(value)
 
 
 def keep_rate(what: str, value: Any) -> float:
     if not is_number(value) or not 0 < value <= 1:
-        raise InputError(f"{what}: {value!r} is no share of tokens to keep; a number above 0, at most 1, is expected")
+        raise InputError(f"{what}: {value!r} is not a keep rate; a number above 0, at most 1, is expected")
     return float(value)
 
 
 def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, ...]:
-    """Strictly increasing block indices, one for every predictor."""
+    """Return strictly increasing block indices, one per predictor."""
     indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
-        raise InputError(f"{what}: {value!r} are no block indices")
+        raise InputError(f"{what}: {value!r} is not a list of block indices")
     indices = tuple(map(int, indices))
     for index in indices:
         if not 0 <= index < depth:
@@ -58,13 +58,13 @@ def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, .
 
 
 def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
-    """(height, width), both multiples of the patch."""
+    """Return (height, width), both multiples of the patch size."""
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2:
-        raise InputError(f"{what}: {value!r} is no size; one number or height and width are expected")
+        raise InputError(f"{what}: {value!r} is not a size; one number or height and width are expected")
     height, width = (positive_int(what, side) for side in sides)
     if height % patch or width % patch:
-        raise InputError(f"{what}: {height}x{width} is no multiple of the patch size {patch}")
+        raise InputError(f"{what}: {height}x{width} is not a multiple of the patch size {patch}")
     if (height // patch) * (width // patch) > MAX_PATCHES:
         raise InputError(f"{what}: {height}x{width} is too large: over {MAX_PATCHES} patches, each attending to all")
     return height, width

@@ -1,4 +1,4 @@
-"""The header of a saved file, which holds its config; and that config alone, every fact checked to be possible."""
+"""The header of a saved file: write its config as JSON, read it, and check every value."""
 
 import json
 from dataclasses import asdict, fields
@@ -20,21 +20,21 @@ from dvit_infer.models.facts import (
 WEIGHT_SETS = ("model", "state_dict", "state_dict_ema", "model_ema", "model_state", "teacher", "student")
 HEADER_KEY = "dvit_infer"  # the safetensors metadata entry of a file this project saved
 FORMAT = 1
-_OPTIONAL = ("crop_pct", "weights")  # facts that a saved config may leave out, or say are None
+_OPTIONAL = ("crop_pct", "weights")  # keys that a saved config may omit or set to None
 _FAMILIES = ("deit", "lvvit")
 _MOST_BLOCKS = 1000
 
 
 def header_text(config: Config) -> str:
-    """What a file of this project says of itself under `HEADER_KEY`."""
+    """Return the text that a file of this project holds under `HEADER_KEY`."""
     return json.dumps({"format": FORMAT, "config": asdict(config)})
 
 
 def read_header(name: str, text: str) -> dict[str, Any]:
-    """The facts of a config, their types unchecked, from what `header_text` wrote into the file `name`.
+    """Return the config values, types unchecked, that `header_text` wrote into the file `name`.
 
     Raises:
-        InputError: it is not that, or not of this version.
+        InputError: the text is no such header, or has another version.
     """
     try:
         header = json.loads(text)
@@ -55,47 +55,47 @@ def read_header(name: str, text: str) -> dict[str, Any]:
 
 
 def saved_config(name: str, text: str) -> Config:
-    """The config that a file says it has, from what `header_text` wrote.
+    """Return the config in a file's header, as `header_text` wrote it.
 
     Args:
-        name: the file's, for messages.
-        text: of its header.
+        name: the file name, for messages.
+        text: the text of the header.
 
     Raises:
-        InputError: it is no header of this version, or no such model can be.
+        InputError: the header has another version, or its values are impossible.
     """
-    said = read_header(name, text)
+    header = read_header(name, text)
     try:
-        return _checked(said)
+        return _checked(header)
     except InputError as error:
         raise InputError(f"{name}: its {HEADER_KEY} header cannot be true: {error}") from None
 
 
-def _checked(said: dict[str, Any]) -> Config:
+def _checked(header: dict[str, Any]) -> Config:
     for key, allowed in (("family", _FAMILIES), ("weights", (None, *WEIGHT_SETS))):
-        if said[key] not in allowed:
-            raise InputError(f"{key}: {said[key]!r} is not known")
-    if not isinstance(said["arch"], str) or not said["arch"].isprintable() or not said["arch"]:
-        raise InputError(f"arch: {said['arch']!r} is no name")
+        if header[key] not in allowed:
+            raise InputError(f"{key}: {header[key]!r} is not known")
+    if not isinstance(header["arch"], str) or not header["arch"].isprintable() or not header["arch"]:
+        raise InputError(f"arch: {header['arch']!r} is no name")
     counts = ("patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_dim", "num_prefix")
-    numbers = {key: positive_int(key, said[key]) for key in counts}
+    numbers = {key: positive_int(key, header[key]) for key in counts}
     if numbers["depth"] > _MOST_BLOCKS or numbers["embed_dim"] % numbers["num_heads"]:
         raise InputError(f"depth: {numbers['depth']} blocks of {numbers['num_heads']} heads cannot be")
-    sizes = {key: image_size(key, said[key], numbers["patch_size"]) for key in ("image_size", "trained_size")}
-    at = block_indices("prune_at", said["prune_at"], numbers["depth"], len(said["prune_at"] or ()))
+    sizes = {key: image_size(key, header[key], numbers["patch_size"]) for key in ("image_size", "trained_size")}
+    at = block_indices("prune_at", header["prune_at"], numbers["depth"], len(header["prune_at"] or ()))
     facts: dict[str, Any] = dict(
-        arch=said["arch"],
-        family=said["family"],
+        arch=header["arch"],
+        family=header["family"],
         **sizes,
         **numbers,
-        method=method("method", said["method"], bool(at), "the file"),
+        method=method("method", header["method"], bool(at), "the file"),
         prune_at=at,
-        keep_rate=keep_rate("keep_rate", said["keep_rate"]),
-        **{key: positive_float(key, said[key]) for key in ("eps", "predictor_eps", "skip_lam")},
-        stem_dim=0 if said["stem_dim"] == 0 else positive_int("stem_dim", said["stem_dim"]),
-        mean=three_floats("mean", said["mean"], positive=False),
-        std=three_floats("std", said["std"], positive=True),
-        crop_pct=crop_pct("crop_pct", said["crop_pct"]),
-        weights=said["weights"],
+        keep_rate=keep_rate("keep_rate", header["keep_rate"]),
+        **{key: positive_float(key, header[key]) for key in ("eps", "predictor_eps", "skip_lam")},
+        stem_dim=0 if header["stem_dim"] == 0 else positive_int("stem_dim", header["stem_dim"]),
+        mean=three_floats("mean", header["mean"], positive=False),
+        std=three_floats("std", header["std"], positive=True),
+        crop_pct=crop_pct("crop_pct", header["crop_pct"]),
+        weights=header["weights"],
     )
     return Config(**facts)

@@ -27,7 +27,7 @@ ASSUMABLE = (
 
 @dataclass(frozen=True)
 class Note:
-    """Where one fact about the model comes from."""
+    """The origin of one fact about the model."""
 
     how: Literal["read", "assumed", "given"]
     what: str
@@ -36,7 +36,7 @@ class Note:
 
 
 class Reading:
-    """Settles one fact after another: what the caller gave, else what the file said, else an assumption; notes each."""
+    """Resolves facts one by one, from the caller, else from the metadata, else by assumption; notes each."""
 
     def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
         if unknown := [name for name in given if name not in ASSUMABLE]:
@@ -46,10 +46,10 @@ class Reading:
         self.name = checkpoint.name
         self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
         self.given = dict(given)
-        self.said = checkpoint.said if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.said)
-        self.said_where = "the saved config" if checkpoint.is_saved_engine else "the file's args"
+        self.metadata = checkpoint.metadata if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.metadata)
+        self.metadata_source = "the saved config" if checkpoint.is_saved_engine else "the file's args"
         self.notes: list[Note] = []
-        self._used = {"weights"}  # of what was given; the reader of the file has seen to this one
+        self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         text = (
@@ -58,7 +58,7 @@ class Reading:
         self.notes.append(Note(how, what, text, why))
 
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:
-        """Shape of a tensor that must be there."""
+        """Return the shape of a required tensor."""
         if key not in self.shapes:
             raise InputError(f"{self.name}: missing key {key}")
         found = self.shapes[key]
@@ -67,7 +67,7 @@ class Reading:
         return found
 
     def vote(self, what: str, places: Sequence[tuple[str, int]]) -> int:
-        """A size that several tensors show: the most frequent, so that one bad tensor is found out, not followed."""
+        """Return the most frequent of the sizes that several tensors show, so that one bad tensor is reported."""
         seen = [self.shapes[key][axis] for key, axis in places if len(self.shapes.get(key, ())) > axis]
         sizes = Counter(size for size in seen if size > 0)
         if not sizes:
@@ -77,61 +77,61 @@ class Reading:
         return sizes.most_common(1)[0][0]
 
     def count(self, prefix: str) -> int:
-        """How many numbered modules `prefix`0, `prefix`1, ... there are, by the highest number."""
+        """Return the number of modules `prefix`0, `prefix`1, ..., by the highest number."""
         numbers = [key.removeprefix(prefix).split(".")[0] for key in self.shapes if key.startswith(prefix)]
         highest = max((int(n) for n in numbers if n.isascii() and n.isdigit() and len(n) < 5), default=-1)
         if highest >= len(self.shapes):  # a made-up 'blocks.9999.x' must not build ten thousand blocks
             raise InputError(f"{self.name}: {prefix}{highest} is there, but not the {highest} before it")
         return highest + 1
 
-    def settle(self, what: str, assumed: Any, why: str, said_as: str | None = None) -> Any:
-        """Given, else said by the file (under `said_as`, if its name for it is another), else assumed."""
+    def resolve(self, what: str, assumed: Any, why: str, stored_as: str | None = None) -> Any:
+        """Return the given value, else that in the metadata (under `what` or `stored_as`), else the assumed one."""
         self._used.add(what)
         if self.given.get(what) is not None:
             value = self.given[what]
             self.note("given", what, value, "by you")
-        elif (said := self._said(what, said_as)) is not None:
-            value = said[1]
-            self.note("read", what, value, f"{self.said_where}: {said[0]}")
+        elif (found := self._stated(what, stored_as)) is not None:
+            value = found[1]
+            self.note("read", what, value, f"{self.metadata_source}: {found[0]}")
         else:
             value = assumed
             self.note("assumed", what, value, why)
         return value
 
-    def settle_if_known(self, what: str) -> Any:
-        """Given, else said by the file, else None, of which there is no note."""
-        if self.given.get(what) is None and self._said(what, None) is None:
+    def resolve_if_known(self, what: str) -> Any:
+        """Return the given value, else that in the metadata, else None without a note."""
+        if self.given.get(what) is None and self._stated(what, None) is None:
             self._used.add(what)
             return None
-        return self.settle(what, None, "")
+        return self.resolve(what, None, "")
 
     def finish(self, arch: str) -> None:
-        """Raise InputError for what was given and means nothing for this model."""
+        """Raise InputError for a given fact that means nothing for this model."""
         if unused := [name for name in self.given if name not in self._used]:
             raise InputError(f"assume: {unused[0]} means nothing for {arch}")
 
     def origin(self, what: str) -> str:
-        """How a message should call a value: by the option that gave it or the place that said it."""
+        """Return a name for a value in messages: the option that gave it, or the file that holds it."""
         return what if self.given.get(what) is not None else f"{self.name}: {what}"
 
-    def _said(self, what: str, said_as: str | None) -> tuple[str, Any] | None:
-        for key in (what, said_as):
-            if key is not None and self.said.get(key) is not None:
-                return key, self.said[key]
+    def _stated(self, what: str, stored_as: str | None) -> tuple[str, Any] | None:
+        for key in (what, stored_as):
+            if key is not None and self.metadata.get(key) is not None:
+                return key, self.metadata[key]
         return None
 
 
 def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training script's arguments say of the model: only names that mean the same everywhere.
+    """Return the facts about the model in a training script's arguments: only names with a single meaning.
 
-    Others mean something else there: `eps` is the optimiser's, `image_size` may be the crop's.
+    Others have a different meaning there: `eps` is the optimiser's, `image_size` may be the crop's.
     """
-    said = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
+    found = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
     three = {name: args.get(name) for name in ("mean", "std")}
     crop = args.get("crop_pct")
     if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
-        said["crop_pct"] = crop
-    ours = args.get("dvit_infer")  # what dvit-train says beside the official names
+        found["crop_pct"] = crop
+    ours = args.get("dvit_infer")  # written by dvit-train beside the official names
     if isinstance(ours, dict):
-        said |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
-    return said | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}
+        found |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
+    return found | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}

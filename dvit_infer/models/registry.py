@@ -1,4 +1,4 @@
-"""Checkpoint families: one file each to recognise it, name its config and give its reference model."""
+"""The registry of checkpoint families: recognise a checkpoint, read its config, build its reference model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -16,30 +16,30 @@ from dvit_infer.models.vit.pos_embed import resample_pos_embed
 from dvit_infer.models.vit.read import DEIT, LVVIT
 from dvit_infer.models.vit.reference import VisionTransformer
 
-_FAMILIES = (LVVIT, DEIT)  # LV-ViT first: its trunk's keys are a DeiT's too
+_FAMILIES = (LVVIT, DEIT)  # LV-ViT first: it has all keys of a DeiT
 
 
 def list_archs() -> list[str]:
-    """Names that `arch` may take."""
+    """Return the names that `arch` accepts."""
     return list(ARCHS)
 
 
 def recognise(
     checkpoint: Checkpoint, arch: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[Config, list[Note]]:
-    """Tell what model a checkpoint holds.
+    """Recognise the model in a checkpoint.
 
     Args:
-        checkpoint: weights and what the file said.
-        arch: one of `list_archs()` to hold the file against, or None to recognise it.
-        given: facts that override the file and every assumption (`families.reading.ASSUMABLE`).
+        checkpoint: weights and metadata.
+        arch: one of `list_archs()` to check the file against, or None to recognise it.
+        given: facts that override the file and every assumption (`models.reading.ASSUMABLE`).
         options: `image_size` and `method`, or None for each.
 
     Returns:
-        The config, and a note for everything read, assumed or given.
+        The config, and a note for each fact read, assumed or given.
 
     Raises:
-        InputError: the keys are of no known family, or a fact is impossible; the message names key or option.
+        InputError: the keys belong to no known family, or a fact is impossible; the message names the key or option.
     """
     if arch is not None and (not isinstance(arch, str) or arch not in ARCHS):
         raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
@@ -55,7 +55,7 @@ def recognise(
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
     if arch is not None and ARCHS[arch].family != family.name:
         raise InputError(f"arch: {arch} was asked for, but the keys of {checkpoint.name} are those of {family.name}")
-    saved_as = checkpoint.said.get("weights") if checkpoint.is_saved_engine else None
+    saved_as = checkpoint.metadata.get("weights") if checkpoint.is_saved_engine else None
     weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
     config = replace(family.read(reading, arch, options), weights=weights)
     if checkpoint.is_saved_engine:
@@ -64,21 +64,23 @@ def recognise(
 
 
 def _check_header(checkpoint: Checkpoint, config: Config, overridden: set[str]) -> None:
-    """A saved file's header says of every fact what its weights do, but for what was overridden.
+    """Check that header and weights of a saved file agree in every fact that was not overridden.
 
-    The name is free: a size that has none today may get one.
+    The name may differ: an unnamed size may get a name later.
     """
     for name, value in asdict(config).items():
-        said = checkpoint.said[name]
-        if name not in {"arch", *overridden} and value != (tuple(said) if isinstance(said, list) else said):
-            raise InputError(f"{checkpoint.name}: its header says {name} is {str(said)[:40]}, its weights say {value}")
+        stated = checkpoint.metadata[name]
+        if name not in {"arch", *overridden} and value != (tuple(stated) if isinstance(stated, list) else stated):
+            raise InputError(
+                f"{checkpoint.name}: its header says {name} is {str(stated)[:40]}, its weights say {value}"
+            )
 
 
 def build_reference(config: Config, checkpoint: Checkpoint) -> VisionTransformer:
-    """The reference model in float32 on the CPU with the checkpoint's weights, in evaluation mode.
+    """Return the reference model with the checkpoint's weights, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        InputError: a key is missing, unexpected or of another shape than the config asks for.
+        InputError: a key is missing or unexpected, or its shape does not match the config.
     """
     family = next(f for f in _FAMILIES if config.family == f.name)
     with torch.device("meta"):
@@ -103,6 +105,6 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], conf
     for key, shape in expected.items():
         if found[key] != shape:
             others = sorted(k for k in found if "head" in k and k != key and found[k][:1] == shape[:1])
-            # Of two tensors that disagree either may be the wrong one: both are named.
+            # Either of two tensors that disagree may be the wrong one: name both.
             because = f", as {others[0]} has {shape[0]} rows" if "head" in key and others else ""
             raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")

@@ -1,1 +1,1 @@
-"""Leave Python: graphs written as ONNX files, and run by ONNX Runtime."""
+"""Write graphs as ONNX files, and run them in ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""An ONNX file that dvit-convert wrote becomes a classifier, run by ONNX Runtime."""
+"""Load an ONNX file written by dvit-convert as a classifier, run by ONNX Runtime."""
 
 import hashlib
 import importlib.util
@@ -22,17 +22,17 @@ from dvit_infer.utils.files import check_name
 
 
 def is_onnx(source: object) -> bool:
-    """Whether it is the name of an ONNX file; protobuf has no mark to be known by."""
+    """Return whether a source is the name of an ONNX file, by its suffix; protobuf files have no magic number."""
     return isinstance(source, str | Path) and Path(source).suffix.lower() == ".onnx"
 
 
 class OnnxEngine(Classifier):
-    """A model in an ONNX file; called as `Engine` is. `load_onnx` makes one.
+    """A model in an ONNX file, with the interface of `Engine`. `load_onnx` makes one.
 
     Attributes:
-        path: of the file.
-        only_uint8: whether it takes uint8 images alone, which it normalises itself.
-        config, labels, runner, device, dtype, chunk: as of every `Classifier`.
+        path: the file.
+        only_uint8: whether it takes only uint8 images, which it normalises itself.
+        config, labels, runner, device, dtype, micro_batch: as of every `Classifier`.
     """
 
     runner: OnnxRunner
@@ -42,7 +42,7 @@ class OnnxEngine(Classifier):
         session = open_session(path, device, str(path))
         facts = session.get_modelmeta().custom_metadata_map
         if HEADER_KEY not in facts:
-            raise InputError(f"{path}: was not written by dvit-convert: how its images are prepared is not known")
+            raise InputError(f"{path}: was not written by dvit-convert, so its preprocessing is unknown")
         config = saved_config(str(path), facts[HEADER_KEY])
         self.only_uint8 = input_dtype(session) == torch.uint8
         _check_shapes(str(path), session, config, self.only_uint8)
@@ -60,7 +60,7 @@ class OnnxEngine(Classifier):
 
         from dvit_infer.onnx.probe import weights_of
 
-        return weights_of(onnx.load(os.fspath(self.path)))  # int8 ones as what they stand for
+        return weights_of(onnx.load(os.fspath(self.path)))  # int8 weights are dequantised
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         from dvit_infer.onnx.probe import weights_of
@@ -76,7 +76,7 @@ class OnnxEngine(Classifier):
         return [(node, values[names[node.name]]) for node in nodes]
 
     def digest(self, source: Source) -> Iterator[bytes]:
-        with self.path.open("rb") as content:  # weights beside it are in there too, as their digest
+        with self.path.open("rb") as content:  # the file contains a digest of weights stored beside it
             yield hashlib.file_digest(content, "sha256").digest()
 
 
@@ -84,22 +84,21 @@ def load_onnx(path: str | Path, *, device: str | torch.device | None = None) -> 
     """Make a classifier from an ONNX file that `export_onnx` or dvit-convert wrote.
 
     Args:
-        path: of the file; weights in a file of their own lie beside it.
-        device: 'cuda' if there is one and onnxruntime has its CUDA provider, else 'cpu'.
+        path: the file; external weights are beside it.
+        device: None: 'cuda' if a GPU and onnxruntime's CUDA provider are available, else 'cpu'.
 
     Raises:
-        InputError: naming the file: it cannot be read, is damaged, or is of another origin; or the package that is
-            not installed.
+        InputError: The file cannot be read, is damaged or of another origin, or a package is not installed.
     """
     path = check_file(path)
     return OnnxEngine(path, onnx_device(device))
 
 
 def check_file(path: str | Path) -> Path:
-    """The path, links followed; raises InputError unless there is a file with something in it."""
+    """Return the path with links resolved; raise InputError unless it is a non-empty file."""
     path = check_name(path)
     if path.is_symlink():
-        path = Path(os.path.realpath(path))  # weights lie beside the file, not beside a link to it
+        path = Path(os.path.realpath(path))  # external weights are beside the file, not beside a link to it
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; an ONNX file is expected")
@@ -112,7 +111,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def onnx_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; by default CUDA where both it and ONNX Runtime's provider are."""
+    """Return the device; by default CUDA if a GPU and ONNX Runtime's CUDA provider are available."""
     if device is None and importlib.util.find_spec("onnxruntime"):
         import onnxruntime
 
@@ -121,7 +120,7 @@ def onnx_device(device: str | torch.device | None) -> torch.device:
 
 
 def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> None:
-    """What the header says must be what the graph takes and gives."""
+    """Raise InputError unless the header agrees with the graph's inputs and outputs."""
     height, width = config.image_size
     expected = {"images": [height, width, 3] if only_uint8 else [3, height, width], "logits": [config.num_classes]}
     found = {value.name: list(value.shape[1:]) for value in [*session.get_inputs(), *session.get_outputs()]}

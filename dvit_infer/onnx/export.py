@@ -1,4 +1,4 @@
-"""ONNX files: written whole from an engine, checked, with what they say of themselves; read to look inside."""
+"""Export an engine as an ONNX file: written atomically, checked, with metadata."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.utils.devices import resolve_dtype
-from dvit_infer.utils.files import check_output, whole_files
+from dvit_infer.utils.files import atomic_write_files, check_output
 from dvit_infer.utils.packages import need
 
 if TYPE_CHECKING:
@@ -38,23 +38,23 @@ def export_onnx(
     """Write an engine's model as an ONNX file, for any number of images.
 
     Input `images`: (B, 3, H, W) normalised, in the dtype, or with `uint8` (B, H, W, 3) uint8. Outputs: `logits`
-    (B, K) float32; with `kept` also `kept_0` and so on, (B, k) int64 original patch positions, ascending. Over 2 GiB
-    the weights go into `<path>.data` beside it.
+    (B, K) float32; with `kept` also `kept_0` and so on, (B, k) int64 original patch positions, ascending. Weights
+    over 2 GiB go into `<path>.data` beside it.
 
     Args:
         engine: on any device, in any dtype.
-        path: of the file; replaced whole, or not at all.
+        path: the output file, replaced atomically.
         dtype: float32 or float16; in float16 LayerNorm, softmax and scores stay float32.
         opset: 20 or 21.
-        inline: write the function `dvit.prune_tokens` out where it is called, for runtimes without functions.
-        quantize: 'int8' for 8-bit weights and products on CPUs (`quantize_int8`); scores stay float32.
-        calibration: batches of `images` that a static quantisation sees; None: dynamic.
-        labels: names of classes.
+        inline: inline the function `dvit.prune_tokens`, for runtimes without functions.
+        quantize: 'int8' for int8 weights and matrix products on CPUs (`quantize_int8`); scores stay float32.
+        calibration: batches of `images` for static quantisation; None: dynamic.
+        labels: class names.
 
     Raises:
-        InputError: naming the argument; a package that is not installed; nothing can be written there.
+        InputError: An argument is invalid, a package is not installed, or the file cannot be written.
     """
-    with whole_files(check_output(path, "path"), "path") as part:
+    with atomic_write_files(check_output(path, "path"), "path") as part:
         write_onnx(
             engine,
             part,
@@ -82,7 +82,7 @@ def write_onnx(
     calibration: "Iterable[np.ndarray] | None",
     labels: Mapping[int, str] | None,
 ) -> None:
-    """What `export_onnx` does, but right to `path`: for callers with a temporary folder of their own."""
+    """Write the file like `export_onnx`, but directly to `path`, for callers with their own temporary folder."""
     need("format: onnx", "onnx", *(["onnxruntime"] if quantize else []), extra="dvit-infer[onnx]")
     import onnx
 
@@ -109,11 +109,11 @@ def write_onnx(
     try:
         onnx.checker.check_model(os.fspath(path), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ValueError(f"the ONNX model is not valid: {error}") from error  # ours to mend
+        raise ValueError(f"the ONNX model is not valid: {error}") from error  # a bug in this project
 
 
 def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict[str, str]:
-    """What a file says of itself, as text: JSON where it is no single word."""
+    """Return the metadata of a file, as text; values of more than one word are JSON."""
     from dvit_infer import __version__
     from dvit_infer.images.preprocess import preprocess_for
 
@@ -131,14 +131,14 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
         "num_keep": json.dumps(config.num_keep),
         "preprocessing": json.dumps(preprocessing),
         "dtype": dtype,
-        "gflops": str(engine.graph.gflops),
+        "gflops": str(engine.graph.gmacs),
         "params": str(engine.params),
     }
     return facts | ({} if labels is None else {"labels": json.dumps({str(k): v for k, v in sorted(labels.items())})})
 
 
 def _digest(model: "onnx.ModelProto") -> str:
-    """Of all weights: a file whose weights lie beside it changes with them, and so do the answers' marks."""
+    """Return a digest of all weights, so that a file with external weights, and its `model_id`, change with them."""
     digest = hashlib.sha256()
     for tensor in model.graph.initializer:
         digest.update(tensor.name.encode())

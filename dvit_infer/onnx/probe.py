@@ -1,4 +1,4 @@
-"""ONNX models as files: saved, with weights beside where they are large, and read again for what is in them."""
+"""Save ONNX models, with external weights if large, and read values and weights from inside them."""
 
 import contextlib
 import os
@@ -15,13 +15,13 @@ from dvit_infer.utils.packages import need
 if TYPE_CHECKING:
     import onnx
 
-# A protobuf message holds 2 GiB at most; weights of larger models go into a file beside it.
+# A protobuf message is limited to 2 GiB; weights of larger models go into a second file.
 LARGEST = 2**31 - 2**20
-_EXTERNAL_FROM = 1024  # bytes: smaller tensors stay, among them shapes that readers have to see
+_EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the model, among them shapes that readers must see
 
 
 def save(model: "onnx.ModelProto", path: Path, inline: bool = False) -> None:
-    """Write a model, the weights of a large one beside it as `<name>.data`."""
+    """Write a model; weights of a large one go beside it into `<name>.data`."""
     import onnx
 
     if model.ByteSize() > LARGEST:
@@ -34,7 +34,7 @@ def save(model: "onnx.ModelProto", path: Path, inline: bool = False) -> None:
 
 
 def _inlined(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The model without its local functions; `onnx.inliner` leaves their domain behind."""
+    """Return the model with local functions inlined and their domain removed, which `onnx.inliner` leaves behind."""
     import onnx.inliner
 
     inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model)
@@ -47,17 +47,17 @@ def _inlined(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 @contextlib.contextmanager
 def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | bytes"]:
-    """The model of a file that also gives the values `outputs` and, if `given`, takes every stage's choice as an input.
+    """Yield the file's model with `outputs` as additional outputs and, if `given`, each stage's choice as an input.
 
     Raises:
-        InputError: it cannot be read, or has no such values.
+        InputError: The file cannot be read, or has no such values.
     """
     need(f"{path}", "onnx", extra="dvit-infer[onnx]")
     import onnx
 
     try:
         model = _inlined(onnx.load(os.fspath(path)))
-    except Exception as error:  # protobuf's and onnx's own have no common base
+    except Exception as error:  # protobuf's and onnx's exceptions have no common base
         raise InputError(f"{path}: cannot be read as ONNX: {error}") from None
     graph = model.graph
     known = {value.name: value for value in [*graph.value_info, *graph.output]}
@@ -81,7 +81,7 @@ def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | 
 
 
 def weights_of(model: "onnx.ModelProto") -> dict[str, torch.Tensor]:
-    """A model's floating point weights by name; for quantised ones, what they stand for: scale * (q - zero point)."""
+    """Return a model's floating-point weights by name; quantised ones are dequantised: scale * (q - zero point)."""
     import numpy as np
     from onnx import numpy_helper
 

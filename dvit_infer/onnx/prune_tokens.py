@@ -1,4 +1,4 @@
-"""prune_tokens as a model-local ONNX function: one box for readers, standard operators for runtimes."""
+"""prune_tokens as a model-local ONNX function: one box in viewers, standard operators for runtimes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ INPUTS = ("x", "w1", "b1", "w2_own", "w2_mean", "b2", "w3", "b3", "w4", "b4")
 
 
 def prune_tokens_function(opset: int, element: int, dim: int) -> onnx.FunctionProto:
-    """`dvit.prune_tokens`: score the patch tokens, keep the best, gather their rows (Rao et al. 2021, section 3.2).
+    """Return `dvit.prune_tokens`: score patch tokens, keep the best, gather their rows (Rao et al. 2021, section 3.2).
 
     Inputs: x (B, P+N, C), and the weights of `ops.prune_tokens.pack_predictor` without the row sums, matrices
     transposed to (in, out). Attributes: num_keep, num_prefix, eps. Outputs: kept_x (B, P+num_keep, C), prefix rows and
@@ -20,7 +20,7 @@ def prune_tokens_function(opset: int, element: int, dim: int) -> onnx.FunctionPr
     scores the lower position wins, -0.0 equals 0.0, NaN ranks last.
 
     Args:
-        opset: of the default domain.
+        opset: opset version of the default domain.
         element: ONNX element type of x and the matrices; float32 is used for LayerNorm, the mean and the scores.
         dim: channels C.
     """
@@ -49,7 +49,7 @@ class _Body:
         self.nodes.append(helper.make_node(op, inputs, outputs, name=f"{op}_{outputs[-1]}", **attributes))
 
     def _given(self, attribute: str, out: str) -> None:
-        """A whole number among the function's attributes as a tensor of one element."""
+        """Convert an integer attribute of the function to a tensor with one element."""
         node = helper.make_node("Constant", [], [f"{out}_scalar"], name=f"Constant_{out}")
         reference = onnx.AttributeProto(name="value_int", ref_attr_name=attribute, type=onnx.AttributeProto.INT)
         node.attribute.append(reference)
@@ -75,7 +75,7 @@ class _Body:
         return out
 
     def scores(self, dim: int) -> None:
-        """score (B, N) float32, the difference of the keep and drop logits."""
+        """Emit score (B, N) float32, the difference of the keep and drop logits."""
         self._constant("zero", 0)
         self._constant("one", 1)
         self._constant("end", np.iinfo(np.int64).max)
@@ -92,7 +92,7 @@ class _Body:
         self._emit("MatMul", [self._in_dtype("normed"), "w1"], "project")
         self._emit("Add", ["project", self._in_dtype("b1")], "project_b")
         self._emit("Gelu", ["project_b"], "hidden")
-        # The mean half is the same for every token of an image: one vector, taken through its part of the layer once.
+        # The mean half is equal for all tokens of an image, so its part of the layer is computed once.
         self._emit("Split", ["hidden"], "own", "averaged", axis=-1, num_outputs=2)
         self._emit("ReduceMean", [self._float32("averaged"), "one"], "mean", keepdims=1)
         self._emit("MatMul", ["mean", self._float32("w2_mean")], "mean_part")
@@ -107,7 +107,7 @@ class _Body:
         self._emit("Add", ["last", "b4"], "score")
 
     def select(self) -> None:
-        """index (B, num_keep): the smallest of 0 - score, in which -0.0 is 0.0; NaN comes behind even -inf."""
+        """Emit index (B, num_keep): the smallest of 0 - score, so -0.0 equals 0.0; NaN ranks behind even -inf."""
         self._given("num_keep", "k")
         self._tensor("no_score", np.zeros(1, np.float32))
         self._tensor("lowest", np.array([np.finfo(np.float32).max]))
@@ -116,11 +116,13 @@ class _Body:
         self._emit("Min", ["descending", "lowest"], "finite")
         self._emit("IsNaN", ["score"], "is_nan")
         self._emit("Where", ["is_nan", "nan_key", "finite"], "key")
-        self._emit("TopK", ["key", "k"], "best_key", "best", axis=1, largest=0, sorted=1)  # equals: lower index first
+        self._emit(
+            "TopK", ["key", "k"], "best_key", "best", axis=1, largest=0, sorted=1
+        )  # equal values: lower index first
         self._emit("TopK", ["best", "k"], "index", "order", axis=1, largest=0, sorted=1)  # into ascending order
 
     def gather(self) -> None:
-        """kept_x (B, P+num_keep, C), whole rows copied."""
+        """Emit kept_x (B, P+num_keep, C), a copy of the kept rows."""
         self._constant("last_axis", -1)
         self._emit("Unsqueeze", ["index", "last_axis"], "row")
         self._emit("GatherND", ["patches", "row"], "kept", batch_dims=1)

@@ -1,4 +1,4 @@
-"""Int8 for CPUs: an ONNX model's linears by ONNX Runtime's own quantiser, and images to calibrate it with."""
+"""Quantise the linears of an ONNX model to int8 for CPUs by ONNX Runtime's quantiser, with calibration images."""
 
 import contextlib
 import heapq
@@ -23,26 +23,26 @@ CALIBRATE_WITH, AT_ONCE = 128, 16  # images in all, and in a batch
 
 
 def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | None = None) -> onnx.ModelProto:
-    """A float32 model of `onnx_model` with int8 linears; `prune_tokens`, and so every score, stays float32.
+    """Return a float32 model of `onnx_model` with int8 linears; `prune_tokens`, and so every score, stays float32.
 
-    Weights are int8 by output channel, symmetric, and what they multiply is uint8. Attention's two products, softmax,
-    LayerNorm, GELU, residuals and the patch embedding stay float32; all operators are standard ones. Names, metadata,
-    opset and functions are the model's.
+    Weights are int8, symmetric, per output channel; activations are uint8. Attention's two products, softmax,
+    LayerNorm, GELU, residuals and the patch embedding stay float32. All operators are standard. Names, metadata,
+    opset and functions are unchanged.
 
-    Dynamic is the default because it is faster at equal flips. On two threads of an EPYC with AVX-512 VNNI, ONNX
-    Runtime runs DynamicViT-DeiT-S/0.7 2.17 and 2.12 times as fast as float32 (batches of 1 and 8; medians of seven runs
-    or more), static 2.11 and 2.07 times. Either way 99.67% of 10,000 images of cluttered digits keep their first
-    class, and the three stages 99.4, 99.2 and 98.9% of their patches. OpenVINO gains from static alone.
+    Dynamic quantisation is the default because it is faster and changes no more classes. On two threads of an EPYC with
+    AVX-512 VNNI, ONNX Runtime runs DynamicViT-DeiT-S/0.7 2.17 and 2.12 times as fast as float32 (batches of 1 and 8;
+    medians of seven runs or more), static 2.11 and 2.07 times. With both, 99.67% of 10,000 images of cluttered digits
+    keep their top-1 class, and the three stages 99.4, 99.2 and 98.9% of their patches. Only static quantisation speeds
+    up OpenVINO.
 
     Args:
-        model: is left as it is.
-        calibration: batches of `images`, which fix the ranges (static, smallest to largest value seen); None: each
-            call takes them from its own batch (dynamic), so that the rest of the batch may flip an answer too, about as
-            often as int8 itself does.
+        model: not modified.
+        calibration: batches of `images` that fix the ranges (static, minimum to maximum); None: each call takes ranges
+            from its own batch (dynamic), so the rest of the batch may change a result, about as often as int8 itself.
 
     Raises:
-        InputError: `calibration` has no batch, or one that the model does not take.
-        ValueError: the model has no linears.
+        InputError: `calibration` has no batch, or one of the wrong shape or dtype.
+        ValueError: The model has no linears.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     linears = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
@@ -51,7 +51,7 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
     with _silent(), tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         copy = onnx.ModelProto()
-        copy.CopyFrom(model)  # saving takes the weights out of it
+        copy.CopyFrom(model)  # saving removes the weights from it
         onnx.save(copy, source, save_as_external_data=True, location="float32.data")  # of any size
         if calibration is None:
             quantize_dynamic(
@@ -74,7 +74,7 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                # Products leave in float32: to be rounded for the residual or GELU behind them only costs.
+                # Outputs stay float32: quantising them for the following residual or GELU costs time.
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
             )
         quantised = onnx.load(out)
@@ -91,16 +91,15 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
 def calibration_batches(
     folder: str | Path, config: Config, *, count: int = CALIBRATE_WITH, uint8: bool = False
 ) -> Iterator[np.ndarray]:
-    """Images as the model takes them, drawn evenly (with a fixed seed) from all in a folder, in batches.
+    """Yield batches of images drawn uniformly (with a fixed seed) from a folder, in the model's input format.
 
     Args:
-        folder: of images at any depth; what cannot be read is skipped.
-        count: images at most.
+        folder: a folder with images at any depth; unreadable ones are skipped.
+        count: largest number of images.
         uint8: (B, H, W, 3) uint8, else (B, 3, H, W) float32, normalised.
 
     Raises:
-        InputError: naming the folder: it does not exist, has no image, or, once batches are taken, none that can be
-            read.
+        InputError: The folder does not exist or has no image; or, during iteration, none that can be read.
     """
     try:
         found = find_images([str(folder)])
@@ -111,7 +110,9 @@ def calibration_batches(
 
 def _batches(folder: str | Path, found: Iterator[str], config: Config, count: int, uint8: bool) -> Iterator[np.ndarray]:
     chance = random.Random(0)
-    paths = heapq.nsmallest(count, found, key=lambda path: chance.random())  # classes are folders: not the first ones
+    paths = heapq.nsmallest(
+        count, found, key=lambda path: chance.random()
+    )  # not the first paths: they would be of one class folder
     decoded = decode(map(Entry, paths), preprocess_for(config), workers=0)
     readable = False
     for batch in batches(decoded, AT_ONCE):
@@ -125,7 +126,7 @@ def _batches(folder: str | Path, found: Iterator[str], config: Config, count: in
 
 
 class _Reader:
-    """Batches as the quantiser asks for them, each checked to be what the model takes."""
+    """The calibration reader that the quantiser expects; it checks every batch."""
 
     def __init__(self, calibration: Iterable[np.ndarray], value: onnx.ValueInfoProto) -> None:
         kind = value.type.tensor_type
@@ -149,7 +150,7 @@ class _Reader:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """The quantiser logs by the root logger's functions, which give it a handler where it has none."""
+    """Silence the quantiser, which logs by root logger functions that would add a handler to it."""
     root, handler = logging.getLogger(), logging.NullHandler()
     before = root.manager.disable
     root.addHandler(handler)

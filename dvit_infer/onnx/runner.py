@@ -1,4 +1,4 @@
-"""Runs a model that the exporter wrote, in ONNX Runtime."""
+"""Run an exported ONNX model in ONNX Runtime."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,46 +12,46 @@ from dvit_infer.onnx.session import input_dtype, open_session, run_session
 
 
 class OnnxRunner:
-    """Runs a file that the ONNX backend wrote; its values are named after the graph's nodes.
+    """Runs an exported file, whose values are named after the graph's nodes.
 
-    Kept sets that are given, or asked for where the file has no output for them, and values of nodes come from a probe:
-    the same model with other inputs and outputs, made the first time it is needed (for which `onnx` is needed).
+    A probe, the same model with other inputs and outputs, serves calls with given kept sets, kept sets that are no
+    output of the file, and values of nodes. It is made when first needed, and requires the package `onnx`.
 
     Attributes:
-        how: what runs it, in words.
-        session: that of the file.
+        runtime: a description of what runs the model.
+        session: the session of the file.
     """
 
     def __init__(self, session: Any, path: Path, config: Config, device: torch.device) -> None:
         self.session, self._path, self._config, self._device = session, path, config, device
-        self.how = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
+        self.runtime = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
         self._dtype = input_dtype(self.session)
         self._kept = [f"kept_{stage}" for stage in range(len(config.num_keep))]
         self._has_kept = {value.name for value in self.session.get_outputs()} >= set(self._kept)
         self._probes: dict[tuple[bool, tuple[str, ...]], Any] = {}
 
     @property
-    def own_bytes(self) -> int:
-        """Unknown: ONNX Runtime does not tell."""
+    def buffer_bytes(self) -> int:
+        """0: ONNX Runtime does not report it."""
         return 0
 
     def release(self) -> None:
-        """Give back memory that calls have left to the next; it is ONNX Runtime's."""
+        """Do nothing: ONNX Runtime manages its own memory."""
 
     def __call__(
         self,
         images: torch.Tensor,
         kept: Sequence[torch.Tensor] | None = None,
-        watch: Any = None,
+        hook: Any = None,
         return_kept: bool = True,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits (B, K) float32 and kept original positions, a stage each; arguments as every runner's.
+        """Return logits (B, K) float32 and the kept original positions of each stage; arguments as for every runner.
 
         Raises:
-            ValueError: `watch` is given (`node_values` shows what is inside), or float images to a file of uint8.
+            ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
-        if watch is not None:
-            raise ValueError("watch: ONNX Runtime calls nobody on its way; node_values does it")
+        if hook is not None:
+            raise ValueError("hook: ONNX Runtime has no hooks; node_values returns the values of nodes")
         given = {"images": self.prepare(images)}
         if kept is not None:
             return self.node_values(images, kept, ())["logits"], list(kept)
@@ -59,7 +59,7 @@ class OnnxRunner:
         logits, *chosen = run_session(self.session, given, ["logits", *wanted], str(self._path))
         if wanted or not return_kept:
             return logits, chosen
-        # The answer is the file's own, whatever the probe is asked.
+        # Logits come from the file itself; only the choices come from the probe.
         names = [f"prune.{stage}/index" for stage in range(len(self._kept))]
         chosen = run_session(self._probe(False, tuple(names)), given, names, str(self._path)) if names else []
         for stage in range(1, len(chosen)):
@@ -69,7 +69,7 @@ class OnnxRunner:
     def node_values(
         self, images: torch.Tensor, kept: Sequence[torch.Tensor], names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """The logits and the named values, with the kept sets given: original positions, a stage each."""
+        """Return the logits and the named values, with the kept set of each stage given as original positions."""
         given = {"images": self.prepare(images)}
         before: torch.Tensor | None = None
         for stage, positions in enumerate(kept):
@@ -80,7 +80,7 @@ class OnnxRunner:
         return dict(zip(wanted, found, strict=True))
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Images as the file wants them: normalised in its dtype, or uint8 with the channels last."""
+        """Return images in the file's input format: normalised in its dtype, or uint8 with channels last."""
         if self._dtype != torch.uint8:
             assert self._dtype is not None
             images = images.to(self._device)

@@ -1,4 +1,4 @@
-"""ONNX Runtime runs a model: sessions, and a runner for the files that the ONNX backend writes."""
+"""ONNX Runtime sessions: open and run them, with errors in one line."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dvit_infer.errors import InputError
+from dvit_infer.utils.memory import is_allocation_failure
 from dvit_infer.utils.packages import need
 
 EXTRA = "dvit-infer[onnx]"
@@ -17,23 +18,23 @@ _DTYPES = {"float": torch.float32, "float16": torch.float16, "uint8": torch.uint
 
 
 def open_session(model: Path | bytes, device: torch.device, name: str, level: str = LEVELS[-1]) -> Any:
-    """An `onnxruntime.InferenceSession` with as many threads as PyTorch has.
+    """Open an `onnxruntime.InferenceSession` with PyTorch's number of threads.
 
     Args:
-        model: the file, or what would be in it.
-        device: a CPU, or a CUDA device, for which the CUDA provider is asked for.
-        name: for messages.
-        level: of graph optimisation, one of `LEVELS`.
+        model: the file, or its content.
+        device: a CPU, or a CUDA device, which requires the CUDA provider.
+        name: name for messages.
+        level: graph optimisation level, one of `LEVELS`.
 
     Raises:
-        InputError: naming it: ONNX Runtime is not installed, has no CUDA provider, or cannot run this.
+        InputError: ONNX Runtime is not installed, has no CUDA provider, or cannot load the model.
     """
     need(name, "onnxruntime", extra=EXTRA)
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # fatal: all else becomes an error here
+    options.log_severity_level = 4  # fatal; other errors are raised here
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     providers: list[Any] = ["CPUExecutionProvider"]
@@ -42,11 +43,11 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
             raise InputError(
                 f"device: this onnxruntime has no CUDA provider; '{EXTRA[:-1]}-gpu]' would, or --device cpu"
             )
-        # TF32 is not float32: it would keep other tokens.
+        # No TF32: it could keep other tokens than float32.
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}))
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
-    except Exception as error:  # of many kinds, which have no common base
+    except Exception as error:  # exceptions without a common base
         if found := re.search(r'External data path does not exist: "?([^"]+)', str(error)):
             raise InputError(f"{name}: its weights are in {Path(found[1]).name}, which is not beside it") from None
         reason = _reason(error).removeprefix(f"Load model from {name} failed:")
@@ -57,20 +58,20 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
 
 
 def input_dtype(session: Any) -> torch.dtype | None:
-    """Of the first input; None for one that no images come in."""
+    """Return the dtype of the first input; None if images cannot have it."""
     return _dtype(session.get_inputs()[0])
 
 
 def run_session(
     session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str], name: str = "images"
 ) -> list[torch.Tensor]:
-    """Run a session: inputs by name, outputs in the order asked for, all on the inputs' device.
+    """Run a session with inputs by name; return the wanted outputs in order, on the inputs' device.
 
-    On CUDA inputs are bound where they are, and outputs stay there (IO binding).
+    On CUDA, inputs and outputs stay on the device (IO binding).
 
     Raises:
-        InputError: naming `name`: an input is of a wrong shape or dtype, an output no tensor of numbers.
-        MemoryError: there is too little of it; on a GPU torch.OutOfMemoryError.
+        InputError: An input has the wrong shape or dtype, or an output is no numeric tensor.
+        MemoryError: Out of memory; on a GPU torch.OutOfMemoryError.
     """
     given = {key: tensor.resolve_neg() for key, tensor in given.items()}
     device = next(iter(given.values())).device
@@ -78,20 +79,20 @@ def run_session(
         if device.type == "cpu":
             found = session.run(list(wanted), {key: tensor.numpy() for key, tensor in given.items()})
             return [torch.from_numpy(np.asarray(array)) for array in found]
-        torch.cuda.synchronize(device)  # ONNX Runtime has a stream of its own
+        torch.cuda.synchronize(device)  # ONNX Runtime uses its own stream
         return run_bound(session, given, wanted)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of many kinds, which have no common base
-        if "allocate" in str(error):
+    except Exception as error:  # exceptions without a common base
+        if is_allocation_failure(error):
             raise (MemoryError if device.type == "cpu" else torch.OutOfMemoryError)(_reason(error)) from None
         raise InputError(f"{name}: ONNX Runtime: {_reason(error)}") from None
 
 
 def run_bound(session: Any, given: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> list[torch.Tensor]:
-    """`run_session` by IO binding: tensors are read and written where they are, on whatever device.
+    """Run a session by IO binding: tensors are read and written on their own device.
 
-    An output whose shape or dtype only running tells is copied by way of the CPU.
+    An output whose shape or dtype is known only at run time is copied through the CPU.
     """
     first = next(iter(given.values()))
     binding = session.io_binding()
@@ -124,7 +125,7 @@ def _dtype(value: Any) -> torch.dtype | None:
 
 
 def _reason(error: Exception) -> str:
-    """What ONNX Runtime says, in one short line without prefixes (`[ONNXRuntimeError] : 1 : FAIL : `) and sources."""
+    """Shorten an ONNX Runtime error to one line, without prefix (`[ONNXRuntimeError] : 1 : FAIL : `) and sources."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.removeprefix("[ONNXRuntimeError] : ").split(" : ", 2)[-1]
     text = re.split(r" ?/onnxruntime_src/| Please fix", text)[0] or text

@@ -1,7 +1,7 @@
-"""The ONNX backend: every node kind written as standard operators, from the graph's nodes; nothing is traced.
+"""Write the nodes of a graph as standard ONNX operators; nothing is traced.
 
-The value of the ONNX graph that is a node's output has the node's name (`blocks.3.attn`), and the choice of a pruning
-stage is `prune.0/index`, so that both can be looked at and given.
+A node's output has the node's name in the ONNX graph (`blocks.3.attn`), and the choice of a pruning stage is named
+`prune.0/index`, so that both can be read or given by name.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Pru
 from dvit_infer.onnx.prune_tokens import DOMAIN, NAME, prune_tokens_function
 
 IR_VERSION = 10
-OPSETS = (20, 21)  # from 20 on there is Gelu
+OPSETS = (20, 21)  # Gelu exists from 20 on
 _ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 _FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight")
 
@@ -29,21 +29,21 @@ def onnx_model(
     uint8: bool = False,
     kept: bool = False,
 ) -> onnx.ModelProto:
-    """A folded graph as an ONNX model for any number of images.
+    """Return a folded graph as an ONNX model for any number of images.
 
-    Input `images` (B, 3, H, W), normalised, in the graph's dtype; outputs `logits` (B, K) float32 and, if asked for,
+    Input `images` (B, 3, H, W), normalised, in the graph's dtype; outputs `logits` (B, K) float32 and, with `kept`,
     `kept_0` and so on, (B, k) int64 original patch positions, ascending. In a float16 model LayerNorm, softmax, the
     mean over patches and the scores are float32.
 
     Args:
         graph: folded, in float32 or float16.
-        opset: of the default domain, one of `OPSETS`.
+        opset: opset version of the default domain, one of `OPSETS`.
         uint8: take uint8 (B, H, W, 3) images instead and normalise them by the config's mean and std.
-        kept: give the kept positions too.
+        kept: also output the kept positions.
 
     Raises:
-        InputError: no ONNX is known for a node, the dtype or the opset.
-        ValueError: the graph is not folded.
+        InputError: A node kind, the dtype or the opset is not supported.
+        ValueError: The graph is not folded.
     """
     if type(opset) is not int or opset not in OPSETS:
         raise InputError(f"opset: {opset!r}; {' or '.join(map(str, OPSETS))} can be written")
@@ -64,7 +64,7 @@ def onnx_model(
 
 
 class _Writer:
-    """Writes the nodes one after the other: a method a kind, as a runner has."""
+    """Writes the nodes in order, with a method for each kind, like a runner."""
 
     def __init__(self, graph: Graph, uint8: bool, kept: bool) -> None:
         self._config, self._dtype, self._kept = graph.config, graph.dtype, kept
@@ -73,8 +73,8 @@ class _Writer:
         self._weights: dict[str, onnx.TensorProto] = {}
         self._values: list[onnx.ValueInfoProto] = []
         self._outputs = [_value("logits", TensorProto.FLOAT, graph.config.num_classes)]
-        self._positions = ""  # original positions of the surviving patches; "": all are there
-        self._stem = "images"  # what the values written now are named after
+        self._positions = ""  # original positions of the remaining patches; "": all
+        self._stem = "images"  # prefix of the names of the values being written
         height, width = graph.config.image_size
         if uint8:
             self._input = _value("images", TensorProto.UINT8, height, width, 3)
@@ -84,7 +84,7 @@ class _Writer:
         for node in graph.nodes:
             write = getattr(self, f"_{node.kind}", None)
             if write is None:
-                raise InputError(f"format: no ONNX is known for {node.name}, a node of kind {node.kind!r}")
+                raise InputError(f"format: {node.name}, a node of kind {node.kind!r}, cannot be written as ONNX")
             if any(name in node.weights for name in _FOLDED_AWAY) or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded; fold the graph first")
             self._stem = node.name
@@ -96,7 +96,7 @@ class _Writer:
             self._nodes, "dvit_infer", [self._input], self._outputs, weights, value_info=self._values
         )
 
-    # What nodes are made of.
+    # Building blocks.
 
     def _emit(self, op: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         return self._emit_all(op, *inputs, outs=(out or f"{self._stem}/{op}_{len(self._nodes)}",), **attributes)[0]
@@ -117,7 +117,7 @@ class _Writer:
         return self._weight("ints/" + "_".join(map(str, values)), torch.tensor(values, dtype=torch.int64))
 
     def _said(self, name: str, *shape: int) -> str:
-        """The value, its shape written down."""
+        """Record the shape of a value, and return its name."""
         self._values.append(_value(name, self._element, *shape))
         return name
 
@@ -128,7 +128,7 @@ class _Writer:
         return x if self._dtype == torch.float32 else self._emit("Cast", x, to=self._element)
 
     def _normalised(self, images: str) -> str:
-        """uint8 (B, H, W, 3) -> (B, 3, H, W) in the dtype, as `images.normalise`."""
+        """Convert uint8 (B, H, W, 3) to normalised (B, 3, H, W) in the dtype, like `images.tensors.normalise`."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self._config.mean, self._config.std))
         x = self._emit("Cast", self._emit("Transpose", images, perm=(0, 3, 1, 2)), to=TensorProto.FLOAT)
         x = self._emit(
@@ -137,12 +137,12 @@ class _Writer:
         return self._in_dtype(self._emit("Mul", x, self._own("inverse_std", 1 / std)))
 
     def _linear(self, x: str, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
-        """x weight^T + bias; the weight is stored as MatMul takes it, (in, out)."""
+        """Emit x weight^T + bias; the weight is stored transposed for MatMul, (in, out)."""
         y = self._emit("MatMul", x, self._own(f"{name}.weight", weight.t()))
         return y if bias is None else self._emit("Add", y, self._own(f"{name}.bias", bias))
 
     def _norm(self, x: str, eps: float, dim: int) -> str:
-        """LayerNorm whose gain and shift are in the linear after it."""
+        """Emit a LayerNorm whose gain and shift are folded into the following linear."""
         gain = self._weight(f"ones/{dim}", torch.ones(dim))
         return self._in_dtype(self._emit("LayerNormalization", self._float32(x), gain, axis=-1, epsilon=eps))
 
@@ -167,7 +167,7 @@ class _Writer:
         w, (tokens, dim), prefix = node.weights, node.out_shape, node.num_prefix
         x = self._conv(node, x, stride=w["weight"].shape[-1], padding=0)
         x = self._emit("Transpose", self._emit("Reshape", x, self._ints(0, dim, tokens - prefix)), perm=(0, 2, 1))
-        # Prefix tokens are constants: rows of zeros take their place, and they come with the position embedding.
+        # Prefix tokens are constants: pad with rows of zeros, and add them as part of the position embedding.
         x = self._emit("Pad", x, self._ints(0, prefix, 0, 0, 0, 0))
         table = w["pos_embed"].to(torch.float32, copy=True)
         table[:, :prefix] += w["prefix"].float()
@@ -181,7 +181,7 @@ class _Writer:
         weights, biases = (_thirds(node.weights, part, dim) for part in ("weight", "bias"))
         asking = y if node.rows == node.tokens else self._tokens(y, 0, node.rows)
         x = x if node.rows == node.tokens else self._tokens(x, 0, node.rows)
-        # Three products: in ONNX Runtime that is faster than one whose result has to be split.
+        # Three products: in ONNX Runtime they are faster than one followed by a split.
         q, k, v = (
             self._linear(rows, part, weights[part], biases.get(part))
             for part, rows in (("q", asking), ("k", y), ("v", y))
@@ -240,7 +240,7 @@ class _Writer:
         return self._emit("Cast", logits, to=TensorProto.FLOAT, out="logits")
 
     def _of_token(self, node: Head, y: str, token: int, head: str) -> str:
-        """Logits of one prefix token, (B, K)."""
+        """Emit the logits of one prefix token, (B, K)."""
         w = node.weights
         row = self._emit("Gather", y, self._weight(f"int/{token}", torch.tensor(token)), axis=1)
         return self._linear(row, head, w[f"{head}.weight"], w[f"{head}.bias"])
@@ -254,6 +254,6 @@ def _value(name: str, element: int, *shape: int) -> onnx.ValueInfoProto:
 
 
 def _thirds(weights: Mapping[str, torch.Tensor], part: str, dim: int) -> dict[str, torch.Tensor]:
-    """Weight or bias of q, k and v apart; empty where there is no bias."""
+    """Return the weights or biases of q, k and v separately; empty if there is no bias."""
     rows = [weights[f"{name}.{part}"] for name in ("qkv", "q", "kv") if f"{name}.{part}" in weights]
     return dict(zip("qkv", torch.split(torch.cat(rows), dim), strict=True)) if rows else {}

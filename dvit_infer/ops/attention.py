@@ -1,7 +1,7 @@
-"""attention: softmax(scale * q k^T + bias) v of every head, for dense batches of images or ragged ones.
+"""attention: softmax(scale * q k^T + bias) v per head, for dense or ragged batches of images.
 
-On CUDA it is one Triton launch (dvit_kernels/attention.py) or PyTorch's own attention, whichever is the faster on that
-GPU for that shape (choices.py); anywhere else PyTorch's.
+On CUDA it runs as one Triton launch (dvit_kernels/attention.py) or PyTorch's own attention, whichever is faster on that
+GPU for that shape (choices.py); elsewhere as PyTorch's.
 """
 
 import itertools
@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
+from dvit_infer.ops.registration import register
 
 OP = "dvit::attention"
 
@@ -26,24 +27,24 @@ def attention(
     cu_seqlens: torch.Tensor | None = None,
     max_tokens: int = 0,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T + bias) v, head by head; nothing of it waits for the device.
+    """Return softmax(scale * q k^T + bias) v for each head, without synchronising with the device.
 
     Args:
-        q: (B, M, H, D) in float32, float16 or bfloat16, any strides: a view of a packed (B, N, 3, H, D) will do.
-        k, v: (B, N, H, D), of q's dtype.
-        scale: of the scores, more than 0; None: D^-0.5.
-        bias: (B, N) float32, added to the scores of each key; minus infinity hides a key. Queries without any key left
-            get 0.
-        cu_seqlens: for a ragged batch, (B+1,) int32 on q's device: where each image's tokens begin, from 0 up to T.
+        q: (B, M, H, D) in float32, float16 or bfloat16, any strides, such as a view of a packed (B, N, 3, H, D).
+        k, v: (B, N, H, D), in q's dtype.
+        scale: the factor of the scores, more than 0; None: D^-0.5.
+        bias: (B, N) float32, added to the scores of each key; minus infinity masks a key. Queries whose keys are all
+            masked get 0.
+        cu_seqlens: for a ragged batch, (B+1,) int32 on q's device: the offsets of each image's tokens, from 0 to T.
             q, k, v are then (T, H, D) and `bias` is (T,); images may be empty.
-        max_tokens: of a ragged batch, at least the tokens of its largest image. That the last two arguments are so is
-            the caller's promise, which nothing checks.
+        max_tokens: for a ragged batch, at least the number of tokens of its largest image. The values of the last two
+            arguments are not checked.
 
     Returns:
-        q's shape and dtype, contiguous.
+        A contiguous tensor of q's shape and dtype.
 
     Raises:
-        ValueError: a shape, a dtype or a number does not fit.
+        ValueError: a shape, a dtype or a number is invalid.
         RuntimeError: on backward.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -60,7 +61,7 @@ def attention_ref(
     cu_seqlens: torch.Tensor | None = None,
     max_tokens: int = 0,
 ) -> torch.Tensor:
-    """The op in plain PyTorch; arguments as `attention`. Of a ragged batch it reads the lengths, image by image."""
+    """Run the op in plain PyTorch; arguments as `attention`. A ragged batch synchronises to read the lengths."""
     if cu_seqlens is not None:
         out = q.new_empty(q.shape)
         ends = cu_seqlens.tolist()
@@ -72,14 +73,14 @@ def attention_ref(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-    # Not by the same function: it would round the bias to q's dtype.
+    # Not by scaled_dot_product_attention, which would round the bias to q's dtype.
     scores = q.float() @ k.float().transpose(-2, -1) * scale + bias[:, None, None]
     weights = scores.softmax(dim=-1).masked_fill((bias == -math.inf).all(dim=1)[:, None, None, None], 0.0)
     return (weights.to(v.dtype) @ v).transpose(1, 2).contiguous()
 
 
 class _Call(NamedTuple):
-    """A call's arguments, as the schema has them: the dispatcher leaves out those that are the default."""
+    """A call's arguments, as in the schema; the dispatcher omits those that equal the default."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -123,7 +124,7 @@ def _found(x: torch.Tensor) -> str:
 
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, queries: int, tokens: int, head_dim: int) -> Choice:
-    """How attention of a dense batch goes on that device; `heads` are those of all its images together."""
+    """Return the choice for a dense batch on a device; `heads` counts those of all its images."""
     if not _supported(device, head_dim):
         return Choice("pytorch")
     return choices_for(device).of("attention", dtype, heads, queries=queries, tokens=tokens, head_dim=head_dim)
@@ -137,21 +138,12 @@ def _supported(device: torch.device, head_dim: int) -> bool:
     return supports(head_dim)
 
 
-# Defined by schema for the reason given in prune_tokens.py.
-torch.library.define(
-    OP,
-    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, int max_tokens=0)"
-    " -> Tensor",
-)
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _anywhere(*arguments: Any, **named: Any) -> torch.Tensor:
     call = _checked(*arguments, **named)
     q, (heads, head_dim) = call.q, call.q.shape[-2:]
     if call.cu_seqlens is None:
         choice = choose(q.device, q.dtype, len(q) * heads, q.shape[1], call.k.shape[1], head_dim)
-    else:  # PyTorch's way would wait for the lengths
+    else:  # PyTorch would synchronise to read the lengths
         choice = Choice("triton" if _supported(q.device, head_dim) else "pytorch")
     if choice.by == "pytorch":
         return attention_ref(*call)
@@ -172,26 +164,25 @@ def _by_kernel(call: _Call, choice: Choice) -> torch.Tensor:
 
 
 def _fault(call: _Call, out: torch.Tensor) -> str | None:
-    """What is wrong with the kernel's result, looked at in some images; in all tokens of a ragged batch."""
+    """Check the kernel's result in a few images, or in all tokens of a ragged batch."""
     few = call
     if call.cu_seqlens is None:
         some = some_of(call.q)
         bias = None if call.bias is None else call.bias[some]
         few, out = call._replace(q=call.q[some], k=call.k[some], v=call.v[some], bias=bias), out[some]
-    return strays(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
+    return check_close(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
     q = _checked(*arguments, **named).q
     return q.new_empty(q.shape)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError(
-        "dvit::attention has no gradient: it is for inference. Train with "
-        "torch.nn.functional.scaled_dot_product_attention."
-    )
-
-
-torch.library.register_autograd(OP, _no_gradient)
+register(
+    OP,
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, int max_tokens=0)"
+    " -> Tensor",
+    _anywhere,
+    _fake,
+    "Train with torch.nn.functional.scaled_dot_product_attention.",
+)

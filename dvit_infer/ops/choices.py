@@ -1,15 +1,15 @@
-"""Which way an op goes on a GPU: what was measured there, in measured/<gpu>.json, or else a safe default.
+"""The implementation of each op on a GPU: the fastest as measured in measured/<gpu>.json, else a safe default.
 
-A file holds, beside where it was measured, rows such as
+A file holds a description of the machine, rows such as
 
     {"op": "linear", "dtype": "bfloat16", "size": 50432, "in": 384, "out": 1152, "does": "norm", "by": "triton",
      "tile": [128, 128, 64, 8, 3]}
     {"op": "attention", "dtype": "bfloat16", "size": 1536, "queries": 197, "tokens": 197, "head_dim": 64,
      "by": "pytorch"}
 
-and how whole forwards are captured. `bench/tune.py` writes it. A shape that was not measured takes the row of the same
-kind nearest to it in size (rows, or heads of all images), if that is within a factor of `REACH`: what is best for
-50,000 rows starts too few programs for 197. Beyond it defaults decide; nothing is tried out while a model runs.
+and settings for capturing forwards. `bench/tune.py` writes it. A shape that was not measured uses the row of the same
+kind that is nearest in size (rows, or heads of all images) if it is within a factor of `REACH`: the best tile for
+50,000 rows starts too few programs for 197. Otherwise defaults decide; nothing is tuned while a model runs.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ import torch
 from dvit_infer.ops.fallback import EVERY, SETTING, may_run, setting
 from dvit_infer.utils.devices import slug
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not published for every system
-REACH = 4.0  # how many times larger or smaller than a measured launch another may be and still go its way
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # accepted by the ops
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # not available for every system
+REACH = 4.0  # a launch may be this many times larger or smaller than the measured one whose row it uses
 FOLDER = Path(__file__).with_name("measured")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one launch goes: by 'triton', with block sizes or the kernel's own, or by 'pytorch' (cuBLAS, SDPA)."""
+    """The backend of a launch: 'triton', with a tile or the kernel's default one, or 'pytorch' (cuBLAS, SDPA)."""
 
     by: str
     tile: tuple[int, ...] | None = None
@@ -43,14 +43,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Choices:
-    """What is known of one GPU.
+    """The measurements and settings for one GPU.
 
     Attributes:
         rows: measured launches, each the winner for its shape.
         programmatic: whether kernels of a captured forward start while the one before drains.
-        two_branches_from: batches from here on are captured as two halves side by side; None: none are.
-        otherwise: what a launch goes by where nothing was measured; None: Triton in float16 and bfloat16, PyTorch in
-            float32, where its libraries do without tensor cores too.
+        two_branches_from: batches of at least this size are captured as two halves side by side; None: none.
+        otherwise: the backend of a launch that was not measured; None: Triton in float16 and bfloat16, PyTorch in
+            float32, where its libraries use no tensor cores either.
     """
 
     rows: tuple[Mapping[str, Any], ...] = ()
@@ -60,7 +60,7 @@ class Choices:
     _found: dict[tuple[Any, ...], Choice] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, op: str, dtype: torch.dtype, size: int, **kind: int | str) -> Choice:
-        """The choice for a launch of `size` rows, or heads of all images; `kind` must be the row's own."""
+        """Return the choice for a launch of `size` rows, or heads of all images; `kind` must match the row's."""
         key = (op, dtype, size, *kind.items())
         if key not in self._found:
             wanted = {"op": op, "dtype": str(dtype).removeprefix("torch."), **kind}
@@ -74,7 +74,7 @@ class Choices:
 
 
 def _times(one: int, other: int) -> float:
-    """How many times the larger is the smaller."""
+    """Return the ratio of the larger to the smaller."""
     return max(one, other) / max(1, min(one, other))
 
 
@@ -83,7 +83,7 @@ _given: ContextVar[Choices | None] = ContextVar("given", default=None)
 
 @contextlib.contextmanager
 def using(choices: Choices) -> Iterator[None]:
-    """Inside, these are the choices on every device: on a CPU too, where kernels run in Triton's interpreter."""
+    """Use these choices on every device inside the block; on a CPU, kernels run in Triton's interpreter."""
     before = _given.set(choices)
     try:
         yield
@@ -92,7 +92,7 @@ def using(choices: Choices) -> Iterator[None]:
 
 
 def choices_for(device: torch.device) -> Choices:
-    """What is known of a GPU; the defaults for one that has no file."""
+    """Return the choices for a GPU; the defaults if it has no file."""
     return _given.get() or _of_gpu(torch.cuda.get_device_name(device))
 
 
@@ -104,12 +104,12 @@ def _of_gpu(name: str) -> Choices:
 
 @functools.cache
 def _is_recent(device: torch.device) -> bool:
-    """Whether the GPU is one that Triton compiles for, compute capability 8.0 or later."""
+    """Return whether the GPU has compute capability 8.0 or later, as the kernels need."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why no kernel runs there, in words; None: kernels do, unless one is given up on."""
+    """Return why no kernel runs on the device; None: kernels run, unless disabled after a failure."""
     if setting() == "off":
         return f"{SETTING}=off"
     if device.type != "cuda":
@@ -123,11 +123,11 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def runs_triton(device: torch.device, op: str = EVERY) -> bool:
-    """Whether kernels run there; that of one op, where it is named."""
+    """Return whether kernels run on the device; with `op`, whether that op's kernel does."""
     return why_not_triton(device) is None and may_run(op, device)
 
 
 def read_choices(path: Path) -> Choices:
-    """The choices of a file that `bench/tune.py` wrote."""
+    """Read a file that `bench/tune.py` wrote."""
     content = json.loads(path.read_text())
     return Choices(tuple(content["rows"]), content["programmatic"], content["two_branches_from"])

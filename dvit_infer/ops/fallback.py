@@ -1,12 +1,12 @@
-"""Which kernels run: those that compile, launch and answer right on this device. PyTorch's operators do the rest.
+"""Fallback: kernels that do not compile, launch or give correct results are replaced by PyTorch's operators.
 
-A kernel that fails is given up on for the life of the process, with one warning. Whether one answers right is found out
-where an engine asks for it (`checking`): every op then holds its kernel's result against plain PyTorch's, on the same
-inputs, by the rule of the parity report. DVIT_KERNELS in the environment says what may happen:
+A kernel that fails is disabled for the life of the process, with one warning. An engine checks results (`checking`):
+every op then compares its kernel's result with plain PyTorch's on the same inputs, by the rule of the parity report.
+The environment variable DVIT_KERNELS selects the behaviour:
 
-    (unset)   kernels run where they can, PyTorch's operators elsewhere
-    require   a kernel that cannot run or answers wrongly is an error
-    off       PyTorch's operators alone
+    (unset)   run kernels where possible, PyTorch's operators elsewhere
+    require   a kernel that cannot run or gives wrong results is an error
+    off       run only PyTorch's operators
 """
 
 import contextlib
@@ -26,19 +26,19 @@ from dvit_infer.utils.devices import is_out_of_memory
 
 SETTING = "DVIT_KERNELS"
 REPORT = "please report this line and the output of `python -m torch.utils.collect_env` to the project"
-EVERY = "every kernel"  # given up on together: what ails one ails all
+EVERY = "every kernel"  # disabled together, by a failure that affects all
 
 Result = TypeVar("Result")
 _given_up: dict[tuple[str, str], str] = {}  # device and op -> reason
 _lock = threading.Lock()
-_checked: ContextVar[set[object] | None] = ContextVar("checked", default=None)  # calls compared so far; None: none are
+_checked: ContextVar[set[object] | None] = ContextVar("checked", default=None)  # calls compared; None: do not
 
 
 def setting() -> str:
-    """DVIT_KERNELS: '' where it is not set, 'require' or 'off'.
+    """Return DVIT_KERNELS: '' if not set, 'require' or 'off'.
 
     Raises:
-        InputError: it is something else.
+        InputError: it has another value.
     """
     asked = os.environ.get(SETTING, "")
     if asked not in ("", "require", "off"):
@@ -47,12 +47,12 @@ def setting() -> str:
 
 
 def may_run(op: str, device: torch.device) -> bool:
-    """Whether the op's kernel may be tried there."""
+    """Return whether the op's kernel may be tried on the device."""
     return setting() != "off" and not {(str(device), op), (str(device), EVERY)} & _given_up.keys()
 
 
 def replaced(device: torch.device) -> list[str]:
-    """The ops whose kernels were given up on there, in alphabetical order."""
+    """Return the ops whose kernels were disabled on the device, in alphabetical order."""
     return sorted(op for where, op in _given_up if where == str(device))
 
 
@@ -64,14 +64,14 @@ def by_kernel(
     fault: Callable[[Result], str | None],
     call: Sequence[object],
 ) -> Result:
-    """The result of an op's kernel; of PyTorch's operators where the kernel fails, now and from now on.
+    """Return the result of an op's kernel; if it fails, that of PyTorch's operators, now and in later calls.
 
     Args:
-        op: its name, for `may_run` and the warning.
-        device: where it runs.
-        kernel, plain: the two.
-        fault: what is wrong with a result of the kernel, in words; None: nothing. Called while `checking`.
-        call: the op's arguments; of several calls with the same sizes and settings the first is checked.
+        op: the name of the op, for `may_run` and the warning.
+        device: the device it runs on.
+        kernel, plain: run the kernel and PyTorch's operators.
+        fault: returns a description of an error in the kernel's result, or None. Called while `checking`.
+        call: the op's arguments; only the first of several calls with the same sizes and settings is checked.
 
     Raises:
         KernelError: the kernel failed and DVIT_KERNELS is 'require', or it left the device unusable.
@@ -88,7 +88,7 @@ def by_kernel(
             return result
     except KernelError:
         raise
-    except Exception as error:  # of whatever kind a compiler, a linker or a driver raises
+    except Exception as error:  # compilers, linkers and drivers raise any kind
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -101,7 +101,7 @@ def by_kernel(
 
 @contextlib.contextmanager
 def checking() -> Iterator[None]:
-    """Inside, every op's kernel is checked once for each combination of sizes and settings that it is called with."""
+    """Check every op's kernel inside the block, once for each combination of sizes and settings."""
     before = _checked.set(set())
     try:
         yield
@@ -110,9 +110,9 @@ def checking() -> Iterator[None]:
 
 
 def some_of(x: torch.Tensor) -> torch.Tensor | EllipsisType:
-    """The first two and the last two indices along the first dimension: enough to find a kernel wrong.
+    """Return the first two and last two indices of the first dimension, enough to detect a wrong kernel.
 
-    All, where that dimension is the channels'.
+    If the first dimension is the channels, return all.
     """
     if x.ndim < 2:
         return ...
@@ -121,16 +121,16 @@ def some_of(x: torch.Tensor) -> torch.Tensor | EllipsisType:
 
 
 def widened(x: Any) -> Any:
-    """A floating-point tensor in float64, which results are held against; anything else as it is."""
+    """Return a floating-point tensor in float64, for exact results to compare with; anything else unchanged."""
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def strays(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> str | None:
-    """What is wrong with `got`: its rms error is over twice that of plain PyTorch in the same dtype, or no number."""
+def check_close(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> str | None:
+    """Return a fault if the rms error of `got` is NaN or over twice that of plain PyTorch in the same dtype."""
     error, allowed, size = (_rms(t) for t in (got.double() - exact, plain.double() - exact, exact))
-    if error <= 2 * allowed + 1e-6 * max(1.0, size):  # NaN is never
+    if error <= 2 * allowed + 1e-6 * max(1.0, size):  # False for NaN
         return None
-    return f"answers wrongly: rms error {error:.1e}, that of PyTorch's operators is {allowed:.1e}"
+    return f"gives wrong results: rms error {error:.1e}, that of PyTorch's operators is {allowed:.1e}"
 
 
 def _rms(x: torch.Tensor) -> float:
@@ -138,14 +138,14 @@ def _rms(x: torch.Tensor) -> float:
 
 
 def _kind(argument: object) -> object:
-    """An argument as far as it tells which code runs: of a tensor its dtype, sizes and strides."""
+    """Return the part of an argument that selects the code to run: dtype, sizes and strides of a tensor."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.shape, argument.stride()
     return tuple(map(_kind, argument)) if isinstance(argument, list | tuple) else argument
 
 
 def _is_everyones(error: Exception) -> bool:
-    """Whether it is the system that lacks something: a C compiler, a folder for what is compiled."""
+    """Return whether the system lacks something that all kernels need: a C compiler, a writable cache folder."""
     lacks = isinstance(error, OSError | subprocess.CalledProcessError | ImportError)
     return lacks or "C compiler" in str(error)
 
@@ -161,12 +161,12 @@ def _for_everyone(error: Exception) -> str:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":  # its stream alone: another thread may be capturing
+    if device.type == "cuda":  # only its stream: another thread may be capturing
         torch.cuda.current_stream(device).synchronize()
 
 
 def _require_usable(op: str, device: torch.device, reason: str, error: Exception) -> None:
-    """Raise where nothing can take the kernel's place: the device has failed for this process, or a capture has."""
+    """Raise if nothing can replace the kernel: the device is unusable for this process, or a capture failed."""
     if device.type != "cuda":
         return
     if torch.cuda.is_current_stream_capturing():
@@ -181,7 +181,7 @@ def _require_usable(op: str, device: torch.device, reason: str, error: Exception
 
 def _give_up(op: str, device: torch.device, reason: str) -> None:
     what = op if op == EVERY else f"the kernel of {op}"
-    why = f"{what} on {_name(device)} {reason if reason.startswith('answers') else f'fails: {reason}'}"
+    why = f"{what} on {_name(device)} {reason if reason.startswith('gives wrong') else f'fails: {reason}'}"
     if setting() == "require":
         raise KernelError(f"{why}; {SETTING}=require forbids PyTorch's operators in its place")
     with _lock:
@@ -189,7 +189,7 @@ def _give_up(op: str, device: torch.device, reason: str) -> None:
         _given_up[str(device), op] = reason
     if new:
         ending = "" if op == EVERY else f"; {REPORT}"
-        instead = "PyTorch's operators take its place for the life of this process"
+        instead = "PyTorch's operators replace it for the life of this process"
         warnings.warn(f"{why}. {instead}{ending}", RuntimeWarning, stacklevel=2)
 
 

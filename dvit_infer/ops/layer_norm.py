@@ -1,6 +1,6 @@
 """layer_norm and row_stats: LayerNorm over the last dimension (Ba et al. 2016), and its statistics alone.
 
-The statistics are for a product that has the normalisation folded into its weights. On CUDA both are one Triton launch
+The statistics are for a product with the normalisation folded into its weights. On CUDA each is one Triton launch
 (dvit_kernels/layer_norm.py). `torch.ops.dvit.layer_norm` and `torch.ops.dvit.row_stats` exist once this module is
 imported.
 """
@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
+from dvit_infer.ops.registration import register
 
 OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 
@@ -17,7 +18,7 @@ OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 def layer_norm_ref(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """The op in plain PyTorch; arguments as `layer_norm`."""
+    """Run the op in plain PyTorch; arguments as `layer_norm`."""
     if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
     gain, shift = (None if t is None else t.float() for t in (weight, bias))
@@ -25,8 +26,8 @@ def layer_norm_ref(
 
 
 def row_stats_ref(x: torch.Tensor) -> torch.Tensor:
-    """The op in plain PyTorch; arguments as `row_stats`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()  # summed in one order, whatever the strides
+    """Run the op in plain PyTorch; arguments as `row_stats`."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # so that the order of the sum does not depend on strides
     rows = rows if x.dtype == torch.float64 else rows.float()
     mean = rows.mean(dim=1, keepdim=True)
     squares = (rows - mean).square().sum(dim=1, keepdim=True)
@@ -53,8 +54,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
         raise ValueError(f"layer_norm: eps is {eps}, 0 or more is expected")
 
 
-def how(device: torch.device, c: int, op: str = "layer_norm") -> str:
-    """What runs one of the ops there on rows of C channels: 'Triton' or 'PyTorch'."""
+def backend_of(device: torch.device, c: int, op: str = "layer_norm") -> str:
+    """Return the backend of an op for rows of C channels on a device: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, op):
         return "PyTorch"
     from dvit_kernels.layer_norm import supports
@@ -62,17 +63,11 @@ def how(device: torch.device, c: int, op: str = "layer_norm") -> str:
     return "Triton" if supports(c) else "PyTorch"
 
 
-# Defined by schema for the reason given in prune_tokens.py.
-torch.library.define(OP, "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor")
-torch.library.define(STATS_OP, "(Tensor x) -> Tensor")
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
     _check(x, weight, bias, eps)
-    if how(x.device, x.shape[-1]) == "PyTorch":
+    if backend_of(x.device, x.shape[-1]) == "PyTorch":
         return layer_norm_ref(x, weight, bias, eps)
 
     def kernel() -> torch.Tensor:
@@ -83,14 +78,13 @@ def _run(
     def fault(y: torch.Tensor) -> str | None:
         rows = some_of(x)
         few = x[rows], weight, bias, eps
-        return strays(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
+        return check_close(y[rows], layer_norm_ref(*few), layer_norm_ref(*map(widened, few)))
 
     return by_kernel(
         "layer_norm", x.device, kernel, lambda: layer_norm_ref(x, weight, bias, eps), fault, (x, weight, bias)
     )
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -98,10 +92,9 @@ def _fake(
     return x.new_empty(x.shape)
 
 
-@torch.library.impl(STATS_OP, "CompositeExplicitAutograd")
 def _run_stats(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
-    if how(x.device, x.shape[-1], "row_stats") == "PyTorch":
+    if backend_of(x.device, x.shape[-1], "row_stats") == "PyTorch":
         return row_stats_ref(x)
 
     def kernel() -> torch.Tensor:
@@ -112,25 +105,19 @@ def _run_stats(x: torch.Tensor) -> torch.Tensor:
     def fault(stats: torch.Tensor) -> str | None:
         some = some_of(x)
         found = stats.view(*x.shape[:-1], 1, 2)[some].reshape(-1, 1, 2)
-        return strays(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
+        return check_close(found, row_stats_ref(x[some]), row_stats_ref(x[some].double()))
 
     return by_kernel("row_stats", x.device, kernel, lambda: row_stats_ref(x), fault, (x,))
 
 
-@torch.library.register_fake(STATS_OP)  # type: ignore[untyped-decorator]
 def _stats_fake(x: torch.Tensor) -> torch.Tensor:
     _check_x("row_stats", x)
     return x.new_empty(x.numel() // x.shape[-1], 1, 2, dtype=torch.float32)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError(
-        "layer_norm and row_stats have no gradient: they are for inference. Train with torch.nn.LayerNorm."
-    )
-
-
-torch.library.register_autograd(OP, _no_gradient)
-torch.library.register_autograd(STATS_OP, _no_gradient)
+_ADVICE = "Train with torch.nn.LayerNorm."
+register(OP, "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor", _run, _fake, _ADVICE)
+register(STATS_OP, "(Tensor x) -> Tensor", _run_stats, _stats_fake, _ADVICE)
 
 
 def layer_norm(
@@ -147,7 +134,7 @@ def layer_norm(
         (..., C) in x's dtype, contiguous.
 
     Raises:
-        ValueError: a shape, a dtype, a device or eps does not fit.
+        ValueError: a shape, a dtype, a device or eps is invalid.
         RuntimeError: on backward.
     """
     y: torch.Tensor = torch.ops.dvit.layer_norm.default(x, weight, bias, eps)
@@ -155,17 +142,16 @@ def layer_norm(
 
 
 def row_stats(x: torch.Tensor) -> torch.Tensor:
-    """Mean and sum of squared deviations of every row.
+    """Return mean and sum of squared deviations of every row.
 
     Args:
-        x: (..., C) in float32, float16 or bfloat16, any strides; its rows in order.
+        x: (..., C) in float32, float16 or bfloat16, any strides.
 
     Returns:
-        (rows, 1, 2) float32: [mean, sum of squared deviations] of the one part that a row has. The variance is the sum
-        over C.
+        (rows, 1, 2) float32: [mean, sum of squared deviations], one part per row. The variance is that sum / C.
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape or a dtype is invalid.
         RuntimeError: on backward.
     """
     stats: torch.Tensor = torch.ops.dvit.row_stats.default(x)

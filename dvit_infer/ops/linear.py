@@ -1,7 +1,7 @@
-"""linear: a linear layer with the LayerNorm before it and the GELU or the residual behind it.
+"""linear: a linear layer with the LayerNorm before it and the GELU or residual after it.
 
-On CUDA it is one Triton launch (dvit_kernels/linear.py) or cuBLAS with what cuBLAS lacks around it, whichever is the
-faster on that GPU for that shape (choices.py); anywhere else plain PyTorch.
+On CUDA it runs as one Triton launch (dvit_kernels/linear.py) or as cuBLAS and separate launches for the rest, whichever
+is faster on that GPU for that shape (choices.py); elsewhere as plain PyTorch.
 """
 
 import math
@@ -11,12 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
+from dvit_infer.ops.registration import register
 
 OP = "dvit::linear"
-# Rows from which on statistics that no launch has left are found by a launch of their own. Below, a launch costs more
-# than finding them beside the product, once for every block of columns, in tiles of few rows. Derived, not measured.
+# From this many rows, missing row statistics are computed by a separate launch. Below, that launch costs more than
+# computing them beside the product, once per block of columns, in tiles of few rows. Derived, not measured.
 ROW_STATS_FROM = 1024
 ACTIVATIONS = ("none", "gelu", "gelu_poly", "gelu_tanh")
 
@@ -33,27 +34,27 @@ def linear(
     stats_block: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """residual + activation(LayerNorm(x) weight^T + bias); LayerNorm, activation and residual only where asked for.
+    """Return residual + activation(LayerNorm(x) weight^T + bias); LayerNorm, activation and residual are optional.
 
     Args:
         x: (..., C) in float32, float16 or bfloat16, any strides.
-        weight: (K, C) in x's dtype. Where x is normalised, the gain is folded into it and the shift into `bias`.
+        weight: (K, C) in x's dtype. If x is normalised, the gain is folded into it and the shift into `bias`.
         bias: (K,) in any floating-point dtype.
         residual: (..., K), of x's leading sizes, any strides.
         weight_sum: (K,) float32, row sums of `weight` as stored (`row_sums`). Given: x is normalised first.
         stats: (rows, parts, 2) float32, mean and sum of squared deviations of x's rows by blocks of C/parts columns, as
-            an earlier call or `row_stats` left them; None: found here where needed.
-        eps: LayerNorm's.
-        activation: one of `ACTIVATIONS`: gelu by erf, gelu_poly the same to 2.1e-7 in fewer instructions, gelu_tanh its
-            tanh form, 4.8e-4 off at most.
-        stats_block: columns a part of the statistics to return of the result, as stored; it divides K; 0: none.
-        out_dtype: of the result; None: x's.
+            returned by an earlier call or by `row_stats`; None: computed here if needed.
+        eps: of LayerNorm.
+        activation: one of `ACTIVATIONS`: gelu uses erf; gelu_poly is within 2.1e-7 of it in fewer instructions;
+            gelu_tanh is the tanh form, within 4.8e-4.
+        stats_block: columns per part of the statistics of the stored result; it divides K; 0: no statistics.
+        out_dtype: the dtype of the result; None: x's.
 
     Returns:
-        (..., K), and its statistics (rows, K/stats_block, 2) float32 (without `stats_block` of no elements).
+        (..., K), and its statistics (rows, K/stats_block, 2) float32 (an empty tensor without `stats_block`).
 
     Raises:
-        ValueError: a shape, a dtype or a name does not fit.
+        ValueError: a shape, a dtype or a name is invalid.
         RuntimeError: on backward.
     """
     y, y_stats = torch.ops.dvit.linear(
@@ -63,7 +64,7 @@ def linear(
 
 
 def row_sums(weight: torch.Tensor) -> torch.Tensor:
-    """(K, C) -> (K,) float32 row sums of the weight as stored, as `linear` takes them."""
+    """(K, C) -> (K,) float32 row sums of the weight as stored, the `weight_sum` of `linear`."""
     return weight.double().sum(dim=1).float()
 
 
@@ -79,11 +80,11 @@ def linear_ref(
     stats_block: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op in plain PyTorch; arguments as `linear`. It finds statistics itself: `stats` is not read."""
+    """Run the op in plain PyTorch; arguments as `linear`. It computes statistics itself: `stats` is not read."""
     if weight_sum is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=eps)
     bias = None if bias is None else bias.to(x.dtype)
-    if activation == "gelu_tanh" and bias is not None and x.is_cuda:  # cuBLAS has this form behind its product
+    if activation == "gelu_tanh" and bias is not None and x.is_cuda:  # cuBLAS fuses this form with its product
         flat = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
         y = flat.view(*x.shape[:-1], -1)
     else:
@@ -104,7 +105,7 @@ def _block_stats(y: torch.Tensor, stats_block: int) -> torch.Tensor:
 
 
 class _Call(NamedTuple):
-    """A call's arguments, as the schema has them: the dispatcher leaves out those that are the default."""
+    """A call's arguments, as in the schema; the dispatcher omits those that equal the default."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -152,15 +153,15 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int, does: str) -> Choice:
-    """How a linear of that size goes on that device; `does` is what surrounds it, as `does_what` says."""
+    """Return the choice for a linear of that size on a device; `does` names its fused operations (`does_what`)."""
     if not runs_triton(device, "linear"):
         return Choice("pytorch")
-    kind: dict[str, int | str] = {"in": dim_in, "out": dim_out, "does": does}  # "in" is no name Python takes
+    kind: dict[str, int | str] = {"in": dim_in, "out": dim_out, "does": does}  # "in" is a Python keyword
     return choices_for(device).of("linear", dtype, rows, **kind)
 
 
 def free_stats_block(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int) -> int:
-    """The `stats_block` that costs a linear with a residual nothing: its tile's columns; 0 where there is none."""
+    """Return the `stats_block` that is free for a linear with a residual: its tile's columns, or 0 if there is none."""
     choice = choose(device, dtype, rows, dim_in, dim_out, does_what(norm=False, residual=True, activation="none"))
     if choice.by == "pytorch":
         return 0
@@ -172,7 +173,7 @@ def free_stats_block(device: torch.device, dtype: torch.dtype, rows: int, dim_in
 
 
 def does_what(norm: bool, residual: bool, activation: str) -> str:
-    """What surrounds a linear, as one word of choices.py."""
+    """Return the name in choices.py for the operations fused with a linear."""
     words = ["norm"] * norm + ["residual"] * residual + [activation] * (activation != "none")
     return "+".join(words) or "plain"
 
@@ -181,10 +182,8 @@ _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_sum=None, Tensor? stats=None, "
     "float eps=1e-5, str activation='none', int stats_block=0, ScalarType? out_dtype=None) -> (Tensor, Tensor)"
 )
-torch.library.define(OP, _SCHEMA)
 
 
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = _checked(*arguments, **named)
     (dim_out, dim_in), norm = call.weight.shape, call.weight_sum is not None
@@ -224,21 +223,20 @@ def _by_kernel(call: _Call, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
-    """What is wrong with the kernel's result, looked at in some rows."""
+    """Check the kernel's result in a few rows."""
     some = some_of(call.x)
     residual = None if call.residual is None else call.residual[some]
     few = call._replace(x=call.x[some], residual=residual, stats=None, stats_block=0)
     exact, _ = linear_ref(*_Call(*map(widened, few._replace(out_dtype=None))))
-    if fault := strays(y[some], linear_ref(*few)[0], exact):
+    if fault := check_close(y[some], linear_ref(*few)[0], exact):
         return fault
     if not call.stats_block:
         return None
     rows = y[some]
     left = y_stats.view(*y.shape[:-1], *y_stats.shape[1:])[some].reshape(-1, *y_stats.shape[1:])
-    return strays(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
+    return check_close(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, *_, stats_block, out_dtype = _checked(*arguments, **named)
     rows, dim_out = x.shape[:-1], weight.shape[0]
@@ -247,8 +245,4 @@ def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return y, x.new_empty(parts, dtype=torch.float32)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError("dvit::linear has no gradient: it is for inference. Train with torch.nn.functional.linear.")
-
-
-torch.library.register_autograd(OP, _no_gradient)
+register(OP, _SCHEMA, _run, _fake, "Train with torch.nn.functional.linear.")

@@ -1,7 +1,7 @@
-"""prune_tokens by the native library, libdvit_kernels (kernels/csrc): found, checked and called through ctypes.
+"""prune_tokens in the native library, libdvit_kernels (kernels/csrc): find, check and call it through ctypes.
 
-The library is in the package dvit_kernels where that was installed with DVIT_NATIVE=1; DVIT_NATIVE_LIBRARY names one
-that CMake built elsewhere, and goes first.
+The library is in the package dvit_kernels if that was installed with DVIT_NATIVE=1. DVIT_NATIVE_LIBRARY names one
+that CMake built elsewhere, and takes precedence.
 """
 
 import ctypes
@@ -40,26 +40,26 @@ class _Predictor(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL:
-    """The library, loaded once.
+    """Return the library, loaded once.
 
     Raises:
-        InputError: it is not there, cannot be loaded, or is of another version.
+        InputError: it does not exist, cannot be loaded, or has another version.
     """
     return _load(str(Path(os.environ.get("DVIT_NATIVE_LIBRARY") or _packaged()).resolve()))
 
 
 def supports(device: torch.device, n: int, c: int) -> bool:
-    """Whether the library takes N patch tokens with C channels on that device.
+    """Return whether the library supports N patch tokens with C channels on the device.
 
     Raises:
-        InputError: it is not there, or was built without CUDA and the device is a GPU.
+        InputError: it does not exist, or was built without CUDA and the device is a GPU.
     """
     lib = library()
     if device.type == "cpu":
         return c >= 4 and c % 2 == 0
     if device.type == "cuda" and not lib.dvit_has_cuda():
         raise InputError(
-            f"DVIT_PRUNE: native is asked for on {device}, but the library was built without CUDA; build it with nvcc"
+            f"DVIT_PRUNE: native was requested on {device}, but the library was built without CUDA; build it with nvcc"
         )
     return device.type == "cuda" and n <= 4096 and 64 <= c <= 1024 and c % 32 == 0
 
@@ -67,21 +67,21 @@ def supports(device: torch.device, n: int, c: int) -> bool:
 def prune_tokens(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dvit::prune_tokens` on x's device: a CPU, by as many threads as PyTorch has, or a GPU, on its current stream.
+    """Run `dvit::prune_tokens` on x's device: a CPU, with PyTorch's number of threads, or a GPU, on its current stream.
 
     Args:
-        x: (B, P+N, C) tokens of a size that `supports`; a stride other than 1 in the last dimension costs a copy.
+        x: (B, P+N, C) tokens of a supported size (`supports`); a last stride other than 1 costs a copy.
         packed: what `pack_predictor` returned for x.dtype, on x's device.
-        num_keep: how many of the N patch tokens stay, 1 to N.
-        num_prefix: how many leading tokens P are kept unseen.
+        num_keep: the number of the N patch tokens to keep, 1 to N.
+        num_prefix: the number P of leading tokens, always kept.
         eps: of the predictor's LayerNorm.
 
     Returns:
         kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
 
     Raises:
-        InputError: the library is not there.
-        ValueError: the library does not take the arguments.
+        InputError: the library does not exist.
+        ValueError: the library rejects the arguments.
         RuntimeError: CUDA failed.
     """
     lib = library()
@@ -118,18 +118,18 @@ def _packaged() -> str:
 def _load(path: str) -> ctypes.CDLL:
     if not Path(path).is_file():
         raise InputError(
-            f"DVIT_PRUNE: native is asked for, but {path} is not there; install with DVIT_NATIVE=1 pip install ., or "
-            "build the library with cmake and name it in DVIT_NATIVE_LIBRARY"
+            f"DVIT_PRUNE: native was requested, but {path} does not exist; install with DVIT_NATIVE=1 pip install ., "
+            "or build the library with cmake and name it in DVIT_NATIVE_LIBRARY"
         )
     try:
         lib = ctypes.CDLL(path)
         lib.dvit_version.restype = ctypes.c_char_p
         version = lib.dvit_version().decode()
     except (OSError, AttributeError) as error:
-        raise InputError(f"DVIT_PRUNE: native is asked for, but {path} cannot be used: {error}") from None
+        raise InputError(f"DVIT_PRUNE: native was requested, but {path} cannot be used: {error}") from None
     if version != __version__:
         raise InputError(
-            f"DVIT_PRUNE: native is asked for, but {path} is of version {version}, this is {__version__}; build it anew"
+            f"DVIT_PRUNE: native was requested, but {path} has version {version}, not {__version__}; rebuild it"
         )
     pointer, threads, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
     lib.dvit_last_error.restype = ctypes.c_char_p

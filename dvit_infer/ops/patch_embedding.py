@@ -1,7 +1,7 @@
-"""patch_embedding: images to tokens (Dosovitskiy et al. 2021), the normalisation of byte images in the weight.
+"""patch_embedding: images to tokens (Dosovitskiy et al. 2021), with the normalisation of uint8 images in the weight.
 
-Patches times a matrix, plus a table that holds all else: prefix tokens, bias, position embedding, and what the mean of
-the images comes to. On CUDA it is one Triton launch (dvit_kernels/patch_embedding.py).
+It multiplies patches by a matrix and adds a table that holds the rest: prefix tokens, bias, position embedding, and the
+contribution of the images' mean. On CUDA it is one Triton launch (dvit_kernels/patch_embedding.py).
 `torch.ops.dvit.patch_embedding` exists once this module is imported.
 """
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
-from dvit_infer.ops.fallback import by_kernel, some_of, strays, widened
+from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
+from dvit_infer.ops.registration import register
 
 OP = "dvit::patch_embedding"
-_CENTRE = 128  # a byte less this is exact in float16 and bfloat16
+_CENTRE = 128  # a byte minus this is exact in float16 and bfloat16
 
 
 def pack_patch_embedding(
@@ -26,25 +27,25 @@ def pack_patch_embedding(
     std: Sequence[float] | None = None,
     channels_last: bool = False,
 ) -> list[torch.Tensor]:
-    """Bring a patch embedding's weights into the form the op takes.
+    """Pack a patch embedding's weights for the op.
 
     Args:
-        weight: (C, channels, p, p), of the convolution with stride p.
+        weight: (C, channels, p, p), the kernel of a convolution with stride p.
         bias: (C,) or None.
         prefix: (1, P, C), the tokens before the patches; None: P is 0.
         pos_embed: (1, P+N, C), added to prefix and patch tokens.
-        dtype: of the product and of the tokens: float32, float16 or bfloat16.
-        mean, std: (channels,) of images scaled to 0..1. Given: for uint8 images, normalised by the op itself; None:
-            for images in floating point, normalised already.
+        dtype: the dtype of product and tokens: float32, float16 or bfloat16.
+        mean, std: (channels,) of images scaled to 0..1. If given: for uint8 images, which the op normalises; None: for
+            normalised images in floating point.
         channels_last: element order (y, x, channel) within a patch instead of (channel, y, x): for images whose
             channel stride is 1.
 
     Returns:
-        w (C, channels * p * p) in `dtype`, divided by 255 std where given, rounded once;
+        w (C, channels * p * p) in `dtype`, divided by 255 std if given, rounded once;
         table (P+N, C) float32: prefix + pos_embed, then bias + pos_embed + w (128 - 255 mean).
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape or a dtype is invalid.
     """
     if dtype not in DTYPES:
         raise ValueError(f"pack_patch_embedding: dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
@@ -68,7 +69,7 @@ def pack_patch_embedding(
     if std is not None and not all(value > 0 for value in std):
         raise ValueError(f"pack_patch_embedding: std is {tuple(std)}, all above 0 are expected")
 
-    # In double precision: what is folded is then rounded once.
+    # In double precision, so that folded weights are rounded once.
     table = pos_embed.detach()[0].double().clone()
     if prefix is not None:
         table[:p] += prefix.detach()[0].double()
@@ -78,7 +79,7 @@ def pack_patch_embedding(
     if std is not None:
         w = w / (255 * w.new_tensor(std)[:, None, None])
     w = w.to(dtype)
-    if mean is not None:  # over w as rounded: its rounding then counts by an image's distance from the mean
+    if mean is not None:  # with w as rounded, so that its rounding error scales with an image's distance from the mean
         table[p:] += (w.double().sum(dim=(2, 3)) * (_CENTRE - 255 * table.new_tensor(mean))).sum(dim=1)
     w = w.permute(0, 2, 3, 1) if channels_last else w
     return [w.reshape(c, -1).contiguous(), table.float()]
@@ -87,10 +88,10 @@ def pack_patch_embedding(
 def patch_embedding_ref(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
-    """The op in plain PyTorch, its product in float32 (of a float64 weight in float64); arguments as the op's."""
+    """Run the op in plain PyTorch, the product in float32 (float64 if the weight is); arguments as the op's."""
     b, channels, height, width = images.shape
     p = patch_size
-    # Rounded to the weight's dtype, as the product takes them, which holds the bytes exactly.
+    # Rounded to the weight's dtype, as for the product; it represents bytes exactly.
     wide = torch.promote_types(weight.dtype, torch.float32)
     pixels = images.to(wide) - _CENTRE if images.dtype == torch.uint8 else images.to(weight.dtype).to(wide)
     patches = pixels.reshape(b, channels, height // p, p, width // p, p)
@@ -121,8 +122,8 @@ def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patc
             raise ValueError(f"patch_embedding: {name} is on {tensor.device}, images on {images.device}")
 
 
-def how(device: torch.device, channels: int, height: int, width: int) -> str:
-    """What runs the op there on images of that size: 'Triton' or 'PyTorch'."""
+def backend_of(device: torch.device, channels: int, height: int, width: int) -> str:
+    """Return the backend of the op for images of that size on a device: 'Triton' or 'PyTorch'."""
     if not runs_triton(device, "patch_embedding"):
         return "PyTorch"
     from dvit_kernels.patch_embedding import supports
@@ -130,12 +131,6 @@ def how(device: torch.device, channels: int, height: int, width: int) -> str:
     return "Triton" if supports(channels, height, width) else "PyTorch"
 
 
-torch.library.define(
-    OP, "(Tensor images, Tensor weight, Tensor table, int patch_size, bool channels_last=False) -> Tensor"
-)
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
@@ -151,14 +146,14 @@ def _embedded(
     channels_last: bool,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The op, by the kernel or by PyTorch; into `out`, where it is given."""
+    """Run the op, by the kernel or by PyTorch; write into `out` if given."""
 
     def plain() -> torch.Tensor:
         tokens = patch_embedding_ref(images, weight, table, patch_size, channels_last)
         return tokens if out is None else out.copy_(tokens)
 
     _, channels, height, width = images.shape
-    if how(images.device, channels, height, width) == "PyTorch":
+    if backend_of(images.device, channels, height, width) == "PyTorch":
         return plain()
 
     def kernel() -> torch.Tensor:
@@ -170,12 +165,11 @@ def _embedded(
         some = some_of(images)
         few = images[some], weight, table, patch_size, channels_last
         exact = patch_embedding_ref(images[some], widened(weight), widened(table), patch_size, channels_last)
-        return strays(tokens[some], patch_embedding_ref(*few), exact)
+        return check_close(tokens[some], patch_embedding_ref(*few), exact)
 
     return by_kernel("patch_embedding", images.device, kernel, plain, fault, (images, weight, patch_size))
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
@@ -183,11 +177,8 @@ def _fake(
     return weight.new_empty(images.shape[0], table.shape[0], weight.shape[0])
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError("patch_embedding has no gradient: it is for inference. Train with the reference model.")
-
-
-torch.library.register_autograd(OP, _no_gradient)
+_SCHEMA = "(Tensor images, Tensor weight, Tensor table, int patch_size, bool channels_last=False) -> Tensor"
+register(OP, _SCHEMA, _run, _fake, "Train with the reference model.")
 
 
 def patch_embedding(
@@ -209,7 +200,7 @@ def patch_embedding(
         plus the other rows.
 
     Raises:
-        ValueError: a shape, a dtype or a device does not fit.
+        ValueError: a shape, a dtype or a device is invalid.
         RuntimeError: on backward.
     """
     op = torch.ops.dvit.patch_embedding.default
@@ -225,9 +216,9 @@ def patch_embedding_into(
     patch_size: int,
     channels_last: bool = False,
 ) -> None:
-    """Write the op's result into `out`, (B, P+N, C) in the weight's dtype, contiguous; the rest as `patch_embedding`.
+    """Write the op's result into `out`, (B, P+N, C) in the weight's dtype, contiguous; else as `patch_embedding`.
 
-    For callers who replay what follows from where `out` is; neither traced nor exported.
+    For captured forwards, which read `out` at a fixed address; it can be neither traced nor exported.
     """
     _check(images, weight, table, patch_size)
     shape = images.shape[0], table.shape[0], weight.shape[0]

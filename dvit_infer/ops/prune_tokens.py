@@ -1,8 +1,8 @@
 """prune_tokens: score the patch tokens, choose the best, gather their rows (Rao et al. 2021, sections 3.2 and 3.3).
 
-The op runs one pruning stage. Its arithmetic here is plain PyTorch for any device; on CUDA three Triton launches take
-its place (dvit_kernels/prune_tokens.py), and with DVIT_PRUNE=native in the environment the native library does, on CPUs
-too (native.py). `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use of a public name, or by
+The op runs one pruning stage. This file holds plain PyTorch for any device; on CUDA three Triton launches replace it
+(dvit_kernels/prune_tokens.py), and with DVIT_PRUNE=native in the environment the native library does, also on CPUs
+(native.py). `torch.ops.dvit.prune_tokens` exists once this module is imported: by any use of a public name, or by
 `import dvit_infer` after `import torch`.
 """
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dvit_infer.errors import InputError
 from dvit_infer.ops.choices import DTYPES, runs_triton
 from dvit_infer.ops.fallback import by_kernel, some_of, widened
+from dvit_infer.ops.registration import register
 
 OP = "dvit::prune_tokens"
 _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
@@ -25,11 +26,11 @@ _LAYERS = ("in_conv.0", "in_conv.1", "out_conv.0", "out_conv.2", "out_conv.4")
 def pack_predictor(
     predictor: nn.Module | Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    """Bring a predictor's weights into the form the op takes, its LayerNorm folded into the first linear.
+    """Pack a predictor's weights for the op, with its LayerNorm folded into the first linear.
 
     Args:
         predictor: a module or a state dict with the official names (`in_conv.*`, `out_conv.*`), width C.
-        dtype: that of the tokens to be scored; matrices are stored in it, everything else in float32.
+        dtype: the dtype of the tokens; matrices are stored in it, everything else in float32.
 
     Returns:
         w1 (C, C) = W1 * gain, its row sums (C,) as stored in `dtype`, b1 (C,) = b1 + W1 @ shift;
@@ -37,7 +38,7 @@ def pack_predictor(
         w4 (C/4,) and b4 (1,): row 'keep' minus row 'drop' of the last layer.
 
     Raises:
-        ValueError: a weight is missing or of a shape that fits no predictor, or `dtype` is not one of `DTYPES`.
+        ValueError: a weight is missing or has a wrong shape, or `dtype` is not one of `DTYPES`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"pack_predictor: dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
@@ -80,17 +81,16 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ge
 def score_tokens_ref(
     patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float, linear: Callable[..., torch.Tensor] = _linear
 ) -> torch.Tensor:
-    """(B, N, C) patch tokens -> (B, N) difference of the keep and drop logits, float32 (of float64 tokens float64).
+    """(B, N, C) patch tokens -> (B, N) difference of the keep and drop logits, float32 (float64 for float64 tokens).
 
-    `linear(x, weight, bias, gelu)` is what multiplies by w1, the own half of w2, and w3.
+    `linear(x, weight, bias, gelu)` multiplies by w1, the own half of w2, and w3.
     """
     w1, _, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = packed
     dtype, half = patches.dtype, patches.shape[-1] // 2
     wide = torch.promote_types(dtype, torch.float32)
-    wide = torch.promote_types(dtype, torch.float32)
     normed = F.layer_norm(patches, patches.shape[-1:], eps=eps)
     hidden = linear(normed, w1, b1.to(dtype), gelu=True)
-    # The mean half is the same for every token of an image: one vector, taken through its part of the layer once.
+    # The mean half is the same for every token of an image: one vector goes through its part of the layer once.
     mean = hidden[..., half:].to(wide).mean(dim=1, keepdim=True)
     shared = F.linear(mean, w2_mean.to(wide), b2)
     hidden = F.gelu(linear(hidden[..., :half], w2_own, None) + shared.to(dtype))
@@ -110,7 +110,7 @@ def select_tokens_ref(score: torch.Tensor, num_keep: int) -> torch.Tensor:
 def gather_tokens_ref(x: torch.Tensor, index: torch.Tensor, num_prefix: int) -> torch.Tensor:
     """(B, P+N, C) and (B, k) positions among the N -> (B, P+k, C): prefix rows, then the rows at `index`.
 
-    By whole rows, as an embedding's; `Tensor.gather` copies one value at a time (10 x as long on a CPU).
+    It copies whole rows, as an embedding does; `Tensor.gather` copies single values and takes 10 x as long on a CPU.
     """
     b, n, c = x.shape
     prefix = torch.arange(num_prefix, device=x.device).expand(b, -1)
@@ -121,7 +121,7 @@ def gather_tokens_ref(x: torch.Tensor, index: torch.Tensor, num_prefix: int) -> 
 def prune_tokens_ref(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op in plain PyTorch; arguments as `prune_tokens`."""
+    """Run the op in plain PyTorch; arguments as `prune_tokens`."""
     score = score_tokens_ref(x[:, num_prefix:], packed, eps)
     index = select_tokens_ref(score, num_keep)
     return gather_tokens_ref(x, index, num_prefix), index
@@ -137,24 +137,24 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
         raise ValueError(
             f"prune_tokens: num_keep is {num_keep}, from 1 to {x.shape[1] - num_prefix} patch tokens can be kept"
         )
-    # Matrices are in the dtype of the tokens. Kernels are given addresses alone: what does not fit must not get there.
+    # Matrices have the dtype of the tokens. Kernels get bare addresses: invalid tensors must be rejected here.
     fit = [(shape, x.dtype if len(shape) == 2 else torch.float32, x.device) for shape in _packed_shapes(x.shape[2])]
     if [(tuple(t.shape), t.dtype, t.device) for t in packed] != fit:
         fits = f"x has {x.shape[2]} channels in {x.dtype} on {x.device}"
         raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 
 
-def how(device: torch.device, n: int, c: int) -> str:
-    """What runs the op there for N patch tokens with C channels: 'Triton' or 'PyTorch'.
+def backend_of(device: torch.device, n: int, c: int) -> str:
+    """Return the backend of the op for N patch tokens with C channels on a device: 'Triton' or 'PyTorch'.
 
-    Or 'native (CPU)' or 'native (CUDA)', where DVIT_PRUNE=native asks for it and the library takes the size.
+    With DVIT_PRUNE=native it is 'native (CPU)' or 'native (CUDA)' if the library supports the size.
 
     Raises:
-        InputError: DVIT_PRUNE is something else, or the native library is not there.
+        InputError: DVIT_PRUNE has another value, or the native library does not exist.
     """
     asked = os.environ.get("DVIT_PRUNE", "")
     if asked == "native":
-        from dvit_infer.ops import native  # here: nobody else needs it
+        from dvit_infer.ops import native  # here: not needed otherwise
 
         if native.supports(device, n, c):
             return f"native ({device.type.upper()})"
@@ -167,19 +167,11 @@ def how(device: torch.device, n: int, c: int) -> str:
     return "Triton" if supports(n, c) else "PyTorch"
 
 
-# Defined by schema, not by torch.library.custom_op: that wraps every call in torch.compile's machinery, whose import
-# costs two seconds and 300 MiB where nobody compiles.
-torch.library.define(
-    OP, "(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1e-5) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.impl(OP, "CompositeExplicitAutograd")
 def _run(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, packed, num_keep, num_prefix)
-    by = how(x.device, x.shape[1] - num_prefix, x.shape[2])
+    by = backend_of(x.device, x.shape[1] - num_prefix, x.shape[2])
     if by == "PyTorch":
         return prune_tokens_ref(x, packed, num_keep, num_prefix, eps)
     if by.startswith("native"):
@@ -210,18 +202,18 @@ def _fault(
     kept_x: torch.Tensor,
     index: torch.Tensor,
 ) -> str | None:
-    """What is wrong with the kernels' result, looked at in some images.
+    """Check the kernels' result in a few images.
 
-    Scores are rounded, so that tokens near the cut may change places: a token that stays may score less than the best
-    one that goes by what twice PyTorch's own rounding can do to both.
+    Scores are rounded, so tokens near the cut may change places: a kept token may score less than the best dropped one
+    by as much as twice PyTorch's own rounding error in both.
     """
     some = some_of(x)
     kept_x, index, x = kept_x[some], index[some], x[some]
     n, num_keep = x.shape[1] - num_prefix, index.shape[1]
     if index.min() < 0 or index.max() >= n or (index.diff(dim=1) <= 0).any():
-        return f"answers wrongly: the kept tokens are not ascending positions from 0 to {n - 1}"
+        return f"gives wrong results: the kept tokens are not ascending positions from 0 to {n - 1}"
     if not torch.equal(kept_x, gather_tokens_ref(x, index, num_prefix)):
-        return "answers wrongly: rows that stay are no copies"
+        return "gives wrong results: kept rows are not exact copies"
     patches = x[:, num_prefix:]
     exact = score_tokens_ref(widened(patches), [widened(t) for t in packed], eps)
     rounding = (score_tokens_ref(patches, packed, eps).double() - exact).abs().max() + 1e-6 * exact.abs().max()
@@ -231,10 +223,9 @@ def _fault(
     lost = (highest - lowest).max().item() if num_keep < n else 0.0
     if lost <= 4 * rounding.item():
         return None
-    return f"answers wrongly: a token that goes scores {lost:.1e} more than one that stays"
+    return f"gives wrong results: a dropped token scores {lost:.1e} more than a kept one"
 
 
-@torch.library.register_fake(OP)  # type: ignore[untyped-decorator]
 def _fake(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int = 1, eps: float = 1e-5
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,14 +234,12 @@ def _fake(
     return kept, x.new_empty(x.shape[0], num_keep, dtype=torch.int64)
 
 
-def _no_gradient(ctx: object, *grads: torch.Tensor) -> None:
-    raise RuntimeError(
-        "prune_tokens has no gradient: which tokens stay is a hard choice. Train with the reference model, whose "
-        "training forward masks tokens instead of dropping them."
-    )
-
-
-torch.library.register_autograd(OP, _no_gradient)
+_SCHEMA = "(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1e-5) -> (Tensor, Tensor)"
+_ADVICE = (
+    "Which tokens stay is a hard choice: train with the reference model, whose training forward masks tokens instead "
+    "of dropping them."
+)
+register(OP, _SCHEMA, _run, _fake, _ADVICE)
 
 
 def prune_tokens(
@@ -262,23 +251,23 @@ def prune_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keep each image's `num_keep` best patch tokens.
 
-    Tokens are ranked by the difference of the predictor's two logits, keep minus drop, in float32; of equal ones the
-    lower position wins, -0.0 equals 0.0, NaN ranks last (Rao et al. 2021, section 3.2; no softmax is needed, as
-    log P(keep) grows with the difference).
+    Tokens are ranked by the difference of the predictor's two logits, keep minus drop, in float32; for equal
+    scores the lower position wins, -0.0 equals 0.0, NaN ranks last (Rao et al. 2021, section 3.2; no softmax is
+    needed, as log P(keep) grows with the difference).
 
     Args:
         x: (B, P+N, C) tokens in float32, float16 or bfloat16, any strides.
-        packed: what `pack_predictor` returned for x.dtype, or a predictor module or state dict, packed on the fly.
-        num_keep: how many of the N patch tokens stay, 1 to N.
-        num_prefix: how many leading tokens P (class, distillation, registers) are kept unseen.
-        eps: of the predictor's LayerNorm; None: the module's own, else 1e-5.
+        packed: the result of `pack_predictor` for x.dtype, or a predictor module or state dict, packed on the fly.
+        num_keep: the number of the N patch tokens to keep, 1 to N.
+        num_prefix: the number P of leading tokens (class, distillation, registers), always kept.
+        eps: of the predictor's LayerNorm; None: the module's, else 1e-5.
 
     Returns:
         kept_x (B, P+num_keep, C), prefix rows first, then bit-equal copies of the kept rows in ascending position;
         index (B, num_keep) int64, their positions among the N, ascending.
 
     Raises:
-        ValueError: a shape, a dtype or a count does not fit.
+        ValueError: a shape, a dtype or a count is invalid.
         RuntimeError: on backward; the choice has no gradient.
     """
     if isinstance(packed, nn.Module):

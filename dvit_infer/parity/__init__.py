@@ -1,1 +1,1 @@
-"""Is it the same function? Engines held against the reference model."""
+"""Parity: compare engines with the reference model."""

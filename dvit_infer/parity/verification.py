@@ -1,4 +1,4 @@
-"""Parity: does an engine give the reference model's answers? Logits, top-1, kept sets, weights, node by node."""
+"""Compare an engine with the reference model: logits, top-1, kept sets, weights, node outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import EvalOutput, VisionTransformer
-from dvit_infer.utils.devices import CHUNK
+from dvit_infer.utils.devices import MICRO_BATCH
 from dvit_infer.utils.tables import table
 
 LOGIT_TOLERANCE = 1e-4  # float32
-MARGIN = 1e-5  # float32: a kept set is compared only where the gap at its cut, and at every earlier one, is larger
-RMS_FACTOR = 2.0  # bfloat16 and float16: most that the engine's rms error may be over plain PyTorch's
-MOST_RMS = 0.5  # of the logits' rms: beyond this error nothing is alike
+MARGIN = 1e-5  # float32: a kept set is compared only if the gap at its cut, and at every earlier one, is larger
+RMS_FACTOR = 2.0  # bfloat16 and float16: the engine's rms error may be at most this times plain PyTorch's
+MOST_RMS = 0.5  # relative to the logits' rms: beyond this error the outputs have nothing in common
 NODE_TOLERANCE = 1e-5  # rms error of a node's output over its rms, beyond RMS_FACTOR times plain PyTorch's
 
 
@@ -33,11 +33,11 @@ class Report:
             or everywhere (bfloat16 and float16); int8 always by its own choice, whose flips are part of its error.
         plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
         top1_agreement, plain_top1_agreement: share of images with the reference's first class.
-        kept_compared, kept_equal: a stage each, images whose cut is clear, and those of them with the same kept set.
-        kept_overlap: a stage each, mean share of the reference's tokens that the engine keeps by its own choice.
+        kept_compared, kept_equal: per stage, images whose cut is clear, and those of them with the same kept set.
+        kept_overlap: per stage, mean share of the reference's tokens that the engine keeps by its own choice.
         wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
-        first_difference: the first node whose output strays, or None.
-        failures: why it did not pass; empty when it did.
+        first_difference: the first node whose output differs, or None.
+        failures: the reasons why it did not pass; empty if it passed.
     """
 
     dtype: str
@@ -86,19 +86,19 @@ class Report:
 def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
     """Compare an engine, or an ONNX file, with the reference model built from `source` and the engine's config.
 
-    Passes when every engine weight follows from the file's and, over `num_images` made-up images: in float32,
+    It passes if every engine weight follows from the file's and, over `num_images` random images: in float32,
     logits are within 1e-4 and kept sets are equal where their cut is clear (gap over 1e-5); in bfloat16 and float16,
     with the reference's kept sets given, the rms error is at most twice that of plain PyTorch in that dtype and top-1
-    agreement no lower than its own by more than two standard errors. What is quantised to int8 passes unless nothing is
-    alike any more (`MOST_RMS`): the report says how much it changed.
+    agreement no lower than its own by more than two standard errors. An int8 model passes if its error is within
+    `MOST_RMS`: the report says how much it changed.
 
     Args:
-        engine: any engine, or what `load_onnx` gives.
+        engine: any engine, or the result of `load_onnx`.
         source: the checkpoint it was made from, as for `convert`.
-        num_images: how many images; fewer than 64 say less.
+        num_images: the number of images; with fewer than 64 the check is weaker.
 
     Raises:
-        InputError: the file cannot be read, or is of another model than the engine's.
+        InputError: the file cannot be read, or holds another model than the engine's.
     """
     if num_images < 1:
         raise InputError(f"num_images: {num_images}; at least one image is needed")
@@ -123,7 +123,7 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
     quantised = engine.precision == "int8"
     consistent = True
     if engine.dtype != torch.float32 and own_kept:
-        # Its own choice is judged nowhere else: by it the answer must be what it is with the same choice given.
+        # Its own choice is checked only here: the logits must equal those with the same choice given.
         again = engine(given, kept=own_kept)
         consistent = _errors(logits, again)[1] <= max(_errors(again, plain_logits)[1], 1e-5)
     if expected.kept and differs.any() and not quantised:
@@ -183,9 +183,9 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
 
 @torch.no_grad()
 def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
-    """The model's answers, in batches that fit, logits in float32."""
+    """Run the model in micro-batches; logits are returned in float32."""
     like = model.pos_embed
-    size = CHUNK[like.device.type]
+    size = MICRO_BATCH[like.device.type]
     parts = []
     for start in range(0, len(images), size):
         part = slice(start, start + size)
@@ -199,13 +199,13 @@ def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torc
 
 
 def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
-    """(B,) whether any stage of an image kept other tokens."""
+    """Return (B,) whether any stage of an image kept other tokens."""
     different = [(a != b).any(dim=1) for a, b in zip(ours, theirs, strict=True)]
     return torch.stack(different).any(dim=0) if different else torch.zeros(batch, dtype=torch.bool)
 
 
 def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Mean share of positions that two (B, k) sets have in common: those that stand twice in both together."""
+    """Return the mean share of positions common to two (B, k) sets: those that occur twice in both together."""
     twice = torch.cat([ours, theirs], dim=1).sort(dim=1).values.diff(dim=1) == 0
     return twice.sum().item() / theirs.numel()
 
@@ -220,63 +220,63 @@ def _agreement(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _standard_error(first: float, second: float, count: int) -> float:
-    """Of the difference of two shares; each moved towards a half (Agresti and Caffo 2000), for shares of 1 vary too."""
+    """Return the standard error of the difference of two shares, each moved towards 1/2 (Agresti and Caffo 2000)."""
     shares = [(share * count + 1) / (count + 2) for share in (first, second)]
     return float(sum(p * (1 - p) / (count + 2) for p in shares) ** 0.5)
 
 
 def _wrong_weight(engine: Classifier, anew: Graph) -> str | None:
-    """The first tensor of the engine that is not what folding the checkpoint anew gives."""
+    """Return the first tensor of the engine that differs from folding the checkpoint again, or None."""
     found, expected = engine.own_tensors(), engine.tensors(anew)
     if odd := sorted(found.keys() ^ expected.keys()):
         return f"{odd[0]} is {'unexpected' if odd[0] in found else 'missing'}"
-    for name, right in expected.items():
-        right, own = right.double(), found[name].cpu().double()
+    for name, want in expected.items():
+        want, own = want.double(), found[name].cpu().double()
         # Sums may be rounded in another order elsewhere; a weight that is 1% off is far outside this.
-        allowed = 1e-5 * right.abs() + 1e-7 * right.abs().max()
-        if engine.precision == "int8" and right.ndim == 2 and not name.startswith("prune."):
-            allowed = allowed + 0.51 * right.abs().amax(dim=0) / 127  # half a step of its column
-        if own.shape != right.shape or not ((own - right).abs() <= allowed).all():  # NaN is wrong too
+        allowed = 1e-5 * want.abs() + 1e-7 * want.abs().max()
+        if engine.precision == "int8" and want.ndim == 2 and not name.startswith("prune."):
+            allowed = allowed + 0.51 * want.abs().amax(dim=0) / 127  # half a quantisation step of its column
+        if own.shape != want.shape or not ((own - want).abs() <= allowed).all():  # also False for NaN
             return f"{name} does not follow from the file"
     return None
 
 
 def _first_difference(
-    ours: Sequence[tuple[Node, torch.Tensor]], right: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]
+    ours: Sequence[tuple[Node, torch.Tensor]], reference: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]
 ) -> str | None:
-    """Name of the first node whose output strays from the reference by more than plain PyTorch's rounding explains."""
+    """Return the first node whose output differs from the reference by more than plain PyTorch's rounding, or None."""
     for node, out in ours:
-        if node.equals not in right:
+        if node.equals not in reference:
             continue
-        want, rounded = (_rows_of(out, there[node.equals]) for there in (right, plain))
+        want, rounded = (_rows_of(out, there[node.equals]) for there in (reference, plain))
         scale = max(want.double().square().mean().sqrt().item(), torch.finfo(torch.float32).tiny)
-        strays, rounds = (_errors(x.float(), want)[1] / scale for x in (out, rounded))
-        if not strays <= RMS_FACTOR * rounds + NODE_TOLERANCE:
-            return f"{node.name} (relative rms {strays:.1e})"
+        error, rounding = (_errors(x.float(), want)[1] / scale for x in (out, rounded))
+        if not error <= RMS_FACTOR * rounding + NODE_TOLERANCE:
+            return f"{node.name} (relative rms {error:.1e})"
     return None
 
 
 def _rows_of(out: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Where only the first rows go on in the engine, only they are compared."""
+    """Return only the rows that the engine computes, which may be the first few."""
     return there if out.ndim < 3 else there[:, : out.shape[1]]
 
 
 def node_outputs(
     engine: Engine, model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]
 ) -> list[tuple[Node, torch.Tensor, torch.Tensor]]:
-    """Every node of the engine that has a counterpart in the model: its output, and what the model has there.
+    """Return every node with a counterpart in the model, its output, and the model's value there.
 
     Args:
-        images: (B, 3, H, W), as many as fit at once.
-        kept: the kept sets of both, a stage each; empty for a dense engine.
+        images: (B, 3, H, W), one micro-batch.
+        kept: the kept sets for both, one per stage; empty for a dense engine.
     """
-    right = _record(model, images, kept)
+    reference = _record(model, images, kept)
     found = engine.node_values(engine.graph.nodes, images, kept)
-    return [(node, out, _rows_of(out, right[node.equals])) for node, out in found if node.equals in right]
+    return [(node, out, _rows_of(out, reference[node.equals])) for node, out in found if node.equals in reference]
 
 
 def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Inputs and outputs of the model's modules, by `module:in` and `module:out`."""
+    """Return inputs and outputs of the model's modules, by `module:in` and `module:out`."""
     seen: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What is done to an image before a model learns from it; every draw follows from the image's own generator."""
+"""Augmentation of training images; all random numbers come from the image's own generator."""
 
 import functools
 import importlib
@@ -14,7 +14,7 @@ from dvit_infer.errors import InputError
 
 
 def has_torchvision() -> bool:
-    """Whether torchvision can be imported; one that was built for another torch cannot."""
+    """Return whether torchvision can be imported; one built for another torch cannot."""
     try:
         importlib.import_module("torchvision.transforms.v2")
     except (ImportError, RuntimeError, OSError):
@@ -28,15 +28,15 @@ class Augmentation:
 
     Attributes:
         image_size: (H, W) of the result.
-        scale: least share of the image's area that a crop keeps (Szegedy et al. 2015, section 6); 1: no crop, the
+        scale: smallest share of the image's area that a crop keeps (Szegedy et al. 2015, section 6); 1: no crop, the
             whole image is resized.
-        flip: probability of mirroring left and right.
+        flip: probability of a horizontal flip.
         randaugment: magnitude, 0 to 30, of two operations (Cubuk et al. 2020); 0: none.
-        erase: probability of painting a rectangle over (Zhong et al. 2020), in the colour `fill`.
+        erase: probability of erasing a rectangle (Zhong et al. 2020) with the colour `fill`.
         torchvision: whether to use it (`has_torchvision`).
 
     Raises:
-        InputError: naming it, a number is out of its range.
+        InputError: A number is out of range.
     """
 
     image_size: tuple[int, int]
@@ -68,7 +68,7 @@ class Augmentation:
         return ", ".join(done) + missed
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """An RGB image as (3, H, W) uint8."""
+        """Return an augmented RGB image as (3, H, W) uint8."""
         if self.torchvision and (self.randaugment or self.erase):
             return self._by_torchvision(image, rng)
         height, width = self.image_size
@@ -79,8 +79,8 @@ class Augmentation:
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
     def _by_torchvision(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        # Its transforms draw from torch's global generator, which is lent the image's seed and then put back; that
-        # of the CPU only: `torch.manual_seed` would seed those of the GPUs too, and nothing would put them back.
+        # torchvision draws from torch's global CPU generator: seed it from the image's generator, then restore it.
+        # `torch.manual_seed` would also seed the GPUs' generators, which are not restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
             out: np.ndarray = _transforms(self)(image).numpy()
@@ -88,7 +88,7 @@ class Augmentation:
 
 
 def _crop(width: int, height: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a crop with `scale` to all of the area and an aspect of 3:4 to 4:3."""
+    """Return (left, top, right, bottom) of a crop with at least `scale` of the area and an aspect of 3:4 to 4:3."""
     for _ in range(10):
         area = width * height * rng.uniform(scale, 1)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -96,7 +96,7 @@ def _crop(width: int, height: int, scale: float, rng: np.random.Generator) -> tu
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # None fitted, as in an elongated image: the largest in its middle.
+    # No crop fitted, as in an elongated image: take the largest central one.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -1,7 +1,7 @@
-"""Training images: which, in what order, and with what random numbers.
+"""Training batches: the order of images and their random numbers.
 
-All of it follows from the run's seed, the epoch and an image's index in the set, never from the process, the worker or
-the place in a batch: several processes see together what one would have seen.
+Both depend only on the run's seed, the epoch and an image's index in the set, not on the process, the worker or the
+place in a batch, so several processes together see what one process would see.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.stream import first_in_worker, interrupts_held
 from dvit_infer.training.augment import Augmentation
 
-# What an image's generator is for. Not 0: [seed, epoch, 0, 0] seeds as [seed, epoch] does, which is the order's.
+# Purposes of an image's generators. Not 0: [seed, epoch, 0, 0] seeds like [seed, epoch], which is used for the order.
 _AUGMENT, _NOISE, _MIX = 1, 2, 3
 
 
 class ImageFiles:
-    """Paths and classes of a training set, as bytes in one piece: a worker process would copy a list of strings.
+    """Paths and classes of a training set, stored in one block of bytes: workers would copy a list of strings.
 
-    `folder` is where all of them are; it does not count in the `digest`, so that it may be called or put elsewhere.
+    All paths are below `folder`. It is not part of the `digest`, so the folder may be renamed or moved.
     """
 
     def __init__(self, entries: Iterable[tuple[str, int]], folder: str = "") -> None:
         names, labels = [], []
-        self._folder = os.path.join(folder, "") if folder else ""  # with a slash at its end, be there one or not
+        self._folder = os.path.join(folder, "") if folder else ""  # with exactly one trailing slash
         for path, label in entries:
             names.append(os.fsencode(path.removeprefix(self._folder)))
             labels.append(label)
@@ -51,29 +51,29 @@ class ImageFiles:
         return self._folder + os.fsdecode(self._names[start : int(self._ends[index])]), int(self._labels[index])
 
     def classes(self) -> set[int]:
-        """Those that have images."""
+        """Return the classes that have images."""
         return set(np.unique(self._labels).tolist())
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits of the names and classes."""
+        """A digest of the names and classes, 16 hexadecimal digits."""
         return hashlib.sha256(self._names + self._ends.tobytes() + self._labels.tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a run shares out its images.
+    """The distribution of a run's images over processes and steps.
 
     Attributes:
         batch: images in a step of the optimiser, over all processes and accumulation steps.
-        accumulate: parts in which a process takes its share of a step.
-        workers: processes that decode; 0: this one does.
-        rank, world: which of how many training processes this is.
+        accumulate: number of parts into which a process splits its share of a step.
+        workers: processes that decode; 0: this process decodes.
+        rank, world: the index of this training process, and their number.
         mixup, cutmix: parameters of their beta distributions (Zhang et al. 2018; Yun et al. 2019); 0: off.
-        noise: (stages, patches) of the Gumbel noise that is drawn for every image.
+        noise: (stages, patches), the shape of the Gumbel noise drawn for every image.
 
     Raises:
-        InputError: naming it, a number is out of its range, or the batch cannot be shared out.
+        InputError: A number is out of range, or the batch cannot be divided.
     """
 
     batch: int
@@ -105,22 +105,22 @@ class Loading:
 
     @property
     def part(self) -> int:
-        """Images that a process takes at a time."""
+        """The number of images that a process takes at a time."""
         return self.batch // (self.world * self.accumulate)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a process takes at a time, b images.
+    """The images that a process takes at a time, b of them.
 
     Attributes:
         images: (b, 3, H, W) uint8, not mixed yet.
         labels: (b,) int64.
-        weights: (b,) float32, 1, or 0 for an image that could not be read.
+        weights: (b,) float32: 1, or 0 for an unreadable image.
         noise: (stages, b, N, 2) float32, Gumbel noise.
-        share: (b,) float32, how much of a mixture is the image itself; 1: it is not mixed.
-        boxes: (b, 4) int64, top, left, bottom, right of what is pasted from the partner; all 0: nothing is.
-        unreadable: path and reason of each image that could not be read.
+        share: (b,) float32, the share of the image itself in its mixture; 1: not mixed.
+        boxes: (b, 4) int64, top, left, bottom, right of the box pasted from the partner; all 0: none.
+        unreadable: path and reason of each unreadable image file.
     """
 
     images: torch.Tensor
@@ -133,10 +133,10 @@ class Batch:
 
 
 def steps_an_epoch(image_files: ImageFiles, loading: Loading) -> int:
-    """Whole batches only.
+    """Return the number of complete batches in an epoch.
 
     Raises:
-        InputError: there is not even one.
+        InputError: There is no complete batch.
     """
     if len(image_files) < loading.batch:
         raise InputError(f"batch: {len(image_files)} images are fewer than a batch of {loading.batch}")
@@ -146,11 +146,11 @@ def steps_an_epoch(image_files: ImageFiles, loading: Loading) -> int:
 def batches(
     image_files: ImageFiles, augmentation: Augmentation, loading: Loading, epoch: int, first_step: int = 0
 ) -> Iterator[Batch]:
-    """This process's part of an epoch, `loading.accumulate` batches a step, from `first_step` on.
+    """Yield this process's part of an epoch from `first_step` on, `loading.accumulate` batches per step.
 
     Raises:
-        InputError: there are fewer images than a batch.
-        RuntimeError: a worker process was killed.
+        InputError: There are fewer images than a batch.
+        RuntimeError: A worker process was killed.
     """
     with interrupts_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
@@ -171,7 +171,7 @@ def batches(
 
 
 def _places(count: int, loading: Loading, epoch: int, steps: range) -> Iterator[list[int]]:
-    """Which images each batch of this process has."""
+    """Yield the image indices of each batch of this process."""
     order = np.random.Generator(np.random.PCG64([loading.seed, epoch])).permutation(count)
     for step in steps:
         for turn in range(loading.accumulate):
@@ -183,12 +183,12 @@ _Made = tuple[tuple[np.ndarray, ...], list[tuple[str, str]]]
 
 
 def _as_it_is(made: Any) -> Any:
-    """NumPy arrays stay such: tensors of a worker would go through scarce shared memory."""
+    """Keep NumPy arrays: tensors from a worker would use scarce shared memory."""
     return made
 
 
 class _Maker(Dataset[_Made]):
-    """What the workers run: indices of images become the arrays of a `Batch`."""
+    """The dataset that workers run: it turns image indices into the arrays of a `Batch`."""
 
     def __init__(self, image_files: ImageFiles, augmentation: Augmentation, loading: Loading, epoch: int) -> None:
         self.image_files, self.augmentation, self.loading, self.epoch = image_files, augmentation, loading, epoch
@@ -216,18 +216,18 @@ class _Maker(Dataset[_Made]):
                     share[i : i + 2], boxes[i : i + 2] = self._mixture(self._generator(indices[i], _MIX), height, width)
         return (images, labels, weights, noise, share, boxes), unreadable
 
-    def _generator(self, index: int, what_for: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64([self.loading.seed, self.epoch, index, what_for]))
+    def _generator(self, index: int, purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.loading.seed, self.epoch, index, purpose]))
 
     def _mixture(self, rng: np.random.Generator, height: int, width: int) -> tuple[float, tuple[int, int, int, int]]:
-        """The share of the image itself, and the box of its partner that is pasted, if the mixture is by cutmix."""
+        """Return the share of the image itself, and the box pasted from its partner (all 0 for mixup)."""
         mixup, cutmix = self.loading.mixup, self.loading.cutmix
         by_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
         share = float(rng.beta(cutmix, cutmix) if by_cutmix else rng.beta(mixup, mixup))
         if not by_cutmix:
             return share, (0, 0, 0, 0)
         rows, columns = (round(side * math.sqrt(1 - share)) for side in (height, width))
-        y, x = int(rng.integers(height)), int(rng.integers(width))  # the middle; what sticks out is cut off
+        y, x = int(rng.integers(height)), int(rng.integers(width))  # the centre; the box is clipped to the image
         top, bottom = max(0, y - rows // 2), min(height, y - rows // 2 + rows)
         left, right = max(0, x - columns // 2), min(width, x - columns // 2 + columns)
         area = max(0, bottom - top) * max(0, right - left)
@@ -235,14 +235,14 @@ class _Maker(Dataset[_Made]):
 
 
 def mixed(images: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(b, 3, H, W) floating-point images, each mixed with its partner, the one at place i ^ 1; of the same type."""
+    """Mix each of the images (b, 3, H, W), floating point, with its partner at index i ^ 1; keep their dtype."""
     if bool((batch.share == 1).all()):
         return images
     partner = torch.arange(len(images), device=images.device) ^ 1
     others = images[partner]
     boxes = batch.boxes.to(images.device)
     has_box = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    share = batch.share.to(images)  # in float32 it would make float32 of half-precision images
+    share = batch.share.to(images)  # a float32 share would promote half-precision images
     share = torch.where(has_box, 1, share)
     out = images * share.view(-1, 1, 1, 1) + others * (1 - share.view(-1, 1, 1, 1))
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
@@ -252,7 +252,7 @@ def mixed(images: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def targets(batch: Batch, num_classes: int, smoothing: float) -> torch.Tensor:
-    """(b, K) float32, how much of each class is in the mixture, smoothed (Szegedy et al. 2015b, section 7)."""
+    """Return the share of each class in the mixture, (b, K) float32, smoothed (Szegedy et al. 2015b, section 7)."""
     own = F.one_hot(batch.labels, num_classes).float()
     if bool((batch.share < 1).any()):
         partner = own[torch.arange(len(own)) ^ 1]

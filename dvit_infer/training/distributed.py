@@ -1,4 +1,4 @@
-"""Several processes that train one model together, as torchrun starts them; alone, all of this does nothing."""
+"""Training by several processes, started by torchrun; with one process all of this does nothing."""
 
 import contextlib
 import datetime
@@ -11,12 +11,12 @@ from torch import distributed
 
 from dvit_infer.errors import InputError
 
-PATIENCE = datetime.timedelta(hours=2)  # a process may write a file, or wait for a slow disk, while others wait for it
+PATIENCE = datetime.timedelta(hours=2)  # other processes wait while one writes a file or reads a slow disk
 
 
 @dataclass(frozen=True)
 class World:
-    """Attributes: rank, 0 to size - 1, over all machines; local_rank, of local_size on this one, which is its GPU."""
+    """This process: `rank` of `size` over all machines; `local_rank` of `local_size` on this one, also its GPU."""
 
     rank: int = 0
     size: int = 1
@@ -25,11 +25,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
+        """Return the sum of a tensor over all processes."""
         if self.size == 1:
             return values
         values = values.clone()
@@ -38,10 +38,10 @@ class World:
 
 
 def world_of_environment() -> World:
-    """Which process this is, by the variables that torchrun sets.
+    """Return this process, by the environment variables that torchrun sets.
 
     Raises:
-        InputError: they make no sense.
+        InputError: They are inconsistent.
     """
     try:
         rank, size, local_rank, local_size = (int(os.environ.get(*variable)) for variable in _VARIABLES.items())
@@ -57,7 +57,7 @@ _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SI
 
 @contextlib.contextmanager
 def joined(world: World, device: torch.device) -> Iterator[None]:
-    """The processes find each other for the length of the block."""
+    """Connect the processes for the duration of the block."""
     if world.size == 1:
         yield
         return
@@ -69,9 +69,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         raise InputError(f"WORLD_SIZE: {world.size} processes cannot find each other: {error}") from None
     try:
         yield
-    except RuntimeError as error:  # gloo has no kind of its own
+    except RuntimeError as error:  # gloo has no exception type of its own
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
-            raise InputError("WORLD_SIZE: another process has ended; what it said tells why") from None
+            raise InputError("WORLD_SIZE: another process has ended; see its output for the reason") from None
         raise
     finally:
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How often the pruned model is right about images that it does not learn from."""
+"""Measure the top-1 accuracy of the pruned model on held-out images."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,27 +28,27 @@ def top1(
     on_counted: Callable[[int, int], None],
     stop: Callable[[], bool],
 ) -> float | None:
-    """Percent of the images that the student with these weights is right about; patches are really dropped.
+    """Return the top-1 accuracy in percent of the student with these weights, with patches really dropped.
 
-    Every process takes its share of them. Those that cannot be read do not count. The student is in training mode
-    afterwards, with the weights that it had.
+    Every process takes its share of the images. Unreadable ones do not count. Afterwards the student is in training
+    mode with its previous weights.
 
     Args:
-        on_counted: called with how many of this process's images were counted, and how many it has.
-        stop: true in any process: None is what comes out.
+        on_counted: called with the number of this process's images done, and their total.
+        stop: if it returns True in any process, the result is None.
     """
     own = {name: value.clone() for name, value in student.state_dict().items()}
     student.load_state_dict(weights)
     student.eval()
     mine = [Entry(path, label) for path, label in image_files[world.rank :: world.size]]
-    right = total = done = 0
+    correct = total = done = 0
     stopped = False
     for group in batches(decode(mine, preprocess_for(config), workers), AT_ONCE):
         images = pixels(group)
         if images is not None:
             logits = student.evaluate(normalise(images.to(device), config.mean, config.std)).logits
             labels = torch.tensor([image.label for image in group if image.error is None])
-            right += int((logits.argmax(dim=1).cpu() == labels).sum())
+            correct += int((logits.argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
         done += len(group)
         on_counted(done, len(mine))
@@ -56,5 +56,5 @@ def top1(
             break
     student.load_state_dict(own)
     set_training(student)
-    counts = world.all_reduce(torch.tensor([float(right), float(total), float(stopped)], device=device)).tolist()
+    counts = world.all_reduce(torch.tensor([float(correct), float(total), float(stopped)], device=device)).tolist()
     return None if counts[2] else 100 * counts[0] / max(1.0, counts[1])

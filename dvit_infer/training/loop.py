@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs, averaged weights, and a file that a run can go on from at every moment."""
+"""The training loop: steps, epochs, averaged weights, and a file from which a run can resume at any time."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ from dvit_infer.training.student import Pair, official_content, set_training
 
 
 class Run:
-    """A model being trained.
+    """A training run.
 
     Args:
         pair: student and teacher.
-        out: where the file goes.
-        held_out: images and classes to count on after every epoch.
-        world: the processes that train together, which have joined.
+        out: the output path.
+        held_out: images and classes for measuring top-1 after every epoch.
+        world: the processes that train together, already connected.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class Run:
             set_training(model)
         self.optimizer = make_optimizer(self.student, settings)
         self.averaged = {k: v.clone() for k, v in self.student.state_dict().items()} if settings.ema else None
-        self.epoch = self.step = 0  # the next to be done; the step within the epoch
-        self.has_saved = False  # whether the file is of this run
+        self.epoch = self.step = 0  # the next epoch, and the next step within it
+        self.has_saved = False  # whether the file was written by this run
 
     # -- the file ---------------------------------------------------------------------------------
 
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """What the file holds under `model`: the averaged weights, if there are any."""
+        """Return the weights that the file holds under `model`: the averaged ones, if present."""
         return self.student.state_dict() if self.averaged is None else self.averaged
 
     def save(self) -> None:
-        """Write the file, the first process for all. InputError, in all: it cannot be; the old one is still there."""
+        """Write the file in the first process. If that fails, raise InputError in all; the old file remains."""
         failed: InputError | None = None
         if self.world.is_first:
             try:
@@ -109,10 +109,10 @@ class Run:
         return content
 
     def resume(self, path: str | Path) -> bool:
-        """Go on where the file's run stopped; False: it is finished.
+        """Resume the file's run; return False if it is finished.
 
         Raises:
-            InputError: the file is of another run, naming in what, or is damaged.
+            InputError: The file is of another run (the message names the difference), or damaged.
         """
         content = saving.unfinished(path)
         if content is None:
@@ -126,7 +126,7 @@ class Run:
                 self.averaged = {k: content["model"][k].to(self.device) for k in self.averaged}
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             if not (0 <= self.epoch < self.settings.epochs and 0 <= self.step < self.steps):
-                raise ValueError(f"step {self.step} of epoch {self.epoch} is none of it")
+                raise ValueError(f"step {self.step} of epoch {self.epoch} is out of range")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"resume: {path}: does not fit this run: {first}") from None
@@ -142,14 +142,14 @@ class Run:
         on_counted: Callable[[int, int], None],
         stop: Callable[[], bool],
     ) -> bool:
-        """Train to the end, writing the file after every epoch; False: `stop` said to stop, and the file is written.
+        """Train to the end, writing the file after every epoch. Return False, with the file written, if stopped.
 
         Args:
-            on_counted: called with how many held-out images were counted, and how many there are.
+            on_counted: called with the number of held-out images done, and their total.
 
         Raises:
-            NotFiniteError: the loss or its gradient is NaN or infinite; the last file is still there.
-            InputError: the file cannot be written, or no image can be read.
+            NotFiniteError: The loss or its gradient is NaN or infinite; the last file remains.
+            InputError: The file cannot be written, or no image can be read.
         """
         frozen: bool | None = None
         model: nn.Module = self.student
@@ -161,7 +161,7 @@ class Run:
         return True
 
     def _wrapped(self, frozen: bool) -> nn.Module:
-        """The student, ready to be trained by all processes; wrapped anew whenever other parameters learn."""
+        """Return the student wrapped for all processes; called again when the set of trained parameters changes."""
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(is_predictor(name) or not frozen)
             parameter.grad = None
@@ -200,8 +200,8 @@ class Run:
             raise InputError(f"{unreadable[0][0] if unreadable else 'image_files'}: like all others, cannot be read")
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
-        right = self._top1(on_counted, stop) if self.held_out else None
-        on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, right))
+        accuracy = self._top1(on_counted, stop) if self.held_out else None
+        on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, accuracy))
         return self.epoch == self.settings.epochs or not self._any(stop())
 
     def _top1(self, on_counted: Callable[[int, int], None], stop: Callable[[], bool]) -> float | None:
@@ -218,7 +218,7 @@ class Run:
         )
 
     def _any(self, here: bool) -> bool:
-        """Whether it is so in any process."""
+        """Return whether `here` is True in any process."""
         if self.world.size == 1:
             return here
         return bool(self.world.all_reduce(torch.tensor(float(here), device=self.device)))
@@ -239,18 +239,18 @@ class Run:
         )
 
     def _step(self, model: nn.Module, parts: Sequence[Batch]) -> torch.Tensor:
-        """One step of the optimiser; returns the mean of `Losses.parts` over its accumulation."""
+        """Run one optimiser step; return the mean of `Losses.parts` over its accumulation."""
         self._set_rates()
         found = []
         for i, part in enumerate(parts):
             is_last = i + 1 == len(parts)
-            # Gradients are exchanged once a step, with the last part's.
+            # Gradients are exchanged once per step, with the last part.
             apart: AbstractContextManager[None] = nullcontext()
             if isinstance(model, DistributedDataParallel) and not is_last:
                 apart = model.no_sync()
             with apart:
                 out = self._losses(model, part)
-                # DistributedDataParallel takes the mean over processes; what is wanted is the sum of their parts.
+                # DistributedDataParallel averages over processes, but the sum of their parts is needed.
                 torch.autograd.backward(out.total * (self.world.size / len(parts)))
             found.append(out.parts())
         values = torch.stack(found).mean(dim=0).cpu()
@@ -276,12 +276,12 @@ class Run:
 
     def _set_rates(self) -> None:
         rate = self.settings.peak_lr * self.settings.lr_factor(self.epoch * self.steps + self.step, self.steps)
-        for group in self.optimizer.param_groups:  # what is frozen has no gradient, which the optimiser leaves alone
+        for group in self.optimizer.param_groups:  # the optimiser skips frozen parameters, which have no gradient
             group["lr"] = rate * group["scale"]
 
     @torch.no_grad()
     def _average(self) -> None:
-        """The averaged weights follow; faster in the beginning, when there is little to average."""
+        """Update the averaged weights; with a lower decay in the beginning, when there is little to average."""
         if self.averaged is None:
             return
         done = self.epoch * self.steps + self.step
@@ -292,7 +292,7 @@ class Run:
 
 
 def _steps(parts: Iterator[Batch], loading: Loading) -> Iterator[list[Batch]]:
-    """The parts of a process's share, a step each."""
+    """Group the parts of a process's share by step."""
     group = []
     for part in parts:
         group.append(part)

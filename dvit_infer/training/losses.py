@@ -1,4 +1,4 @@
-"""What training minimises (Rao et al. 2021, section 3.4, and the official `losses.py`)."""
+"""The training losses (Rao et al. 2021, section 3.4, and the official `losses.py`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class Objective:
     """The weighted sum of four losses.
 
     Attributes:
-        ratios: share of the patches that every stage is to keep, r, r**2, r**3; empty: there are no predictors.
+        ratios: target share of patches kept at each stage, r, r**2, r**3; empty: there are no predictors.
         token_loss: 'mse' of features (DeiT) or 'kl' of auxiliary logits (LV-ViT), on the patches the last stage kept.
-        per_image: every image is to keep that share; else only the batch is, on average, and images may differ (the
-            official `dynamic` loss).
+        per_image: whether each image has to keep that share; if False, only the batch has to on average (the official
+            `dynamic` loss).
     """
 
     ratios: tuple[float, ...]
@@ -64,14 +64,14 @@ def losses(
     weights: torch.Tensor | None = None,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> Losses:
-    """Cross-entropy, the keep ratios, and the dense twin's logits and patch outputs.
+    """Compute the losses: cross-entropy, keep ratios, and distances from the teacher's logits and patch tokens.
 
     Args:
-        out, teacher: of the student in training and of its dense twin.
+        out, teacher: outputs of the student in training and of its dense counterpart.
         targets: (B,) classes or (B, K) soft targets.
-        weights: (B,) 1, or 0 for an image that is not to count; None: all count.
-        all_reduce: sums a vector over all processes. Means are taken of sums and counts of all of them, so that the
-            losses do not depend on how the images are shared out.
+        weights: (B,) 1, or 0 for an image to be ignored; None: all count.
+        all_reduce: sums a vector over all processes. Means are taken over all of them, so the losses do not depend on
+            the distribution of images.
     """
     pred, wanted = out.pred.float(), teacher.pred.float()
     counts = pred.new_ones(len(pred)) if weights is None else weights
@@ -83,9 +83,9 @@ def losses(
     kept = [decision.float().mean(dim=1) for decision in out.decisions]
     off = [(share - ratio) ** 2 for share, ratio in zip(kept, objective.ratios, strict=True)]
     rows = torch.stack([torch.ones_like(counts), entropy, logits, *kept, *off])
-    rows = torch.where(counts > 0, rows, 0.0)  # not a product: a NaN of what does not count is not to count either
+    rows = torch.where(counts > 0, rows, 0.0)  # not a product: an ignored NaN must stay ignored
     local = torch.cat([rows.sum(dim=1), torch.stack([mask.sum(), torch.where(mask > 0, tokens, 0.0).sum()])])
-    # The value is that of all processes, the gradient goes to this one's part.
+    # The value covers all processes, the gradient only this one's part.
     sums = local + (all_reduce(local.detach()) - local.detach())
     images = sums[0].detach().clamp(min=1)
     stages = len(kept)
@@ -101,7 +101,7 @@ def losses(
 
 
 def _token_distances(kind: TokenLoss, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """(B, N, C) twice -> (B, N)."""
+    """Return the distance of each token, (B, N), for two tensors (B, N, C)."""
     if kind == "mse":
         return (ours - theirs).square().mean(dim=-1)
     return F.kl_div(ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)

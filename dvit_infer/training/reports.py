@@ -1,23 +1,23 @@
-"""What a run says of itself: after a step, after an epoch, and when it cannot go on."""
+"""Reports of a run: after a step, after an epoch, and when it fails."""
 
 from dataclasses import dataclass
 
 
 class NotFiniteError(Exception):
-    """The loss, or its gradient, is NaN or infinite: one line that names the step."""
+    """The loss or its gradient is NaN or infinite; the message is one line that names the step."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is known after a step.
+    """The state after a step.
 
     Attributes:
-        epoch, step: from 0; the step is counted within the epoch, of `steps`.
+        epoch, step: from 0; the step within the epoch, which has `steps`.
         losses: total, cross-entropy, ratio, logits, tokens (`Losses.parts`).
-        kept: share of the patches that every stage kept.
+        kept: share of patches kept at each stage.
         lr: the predictors' learning rate.
         images_per_s: over the epoch so far, all processes together.
-        seconds_left: to the end of the run, at that rate.
+        seconds_left: time to the end of the run, at that rate.
     """
 
     epoch: int
@@ -32,12 +32,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Means over the steps of an epoch, or of what was done of it since the run went on.
+    """Means over the steps of an epoch, or over its steps since the run was resumed.
 
     Attributes:
-        unreadable: images that could not be read, and how many more were left out for that reason.
-        top1: percent of the held-out images that the pruned model is right about; None: there are none, or the run
-            is to stop, and they were not counted.
+        unreadable: some of the unreadable image files with reasons; `unreadable_count` is their number.
+        top1: top-1 accuracy of the pruned model on the held-out images, in percent; None: there are none, or the run
+            was stopped before.
     """
 
     last: Step

@@ -1,4 +1,4 @@
-"""The file of a run: what it will leave in the end, and, while it is not finished, what it needs to go on."""
+"""The file of a run: the trained model and, until the run is finished, the state needed to resume."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from torch import nn
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import load_torch
 from dvit_infer.training.settings import Settings
-from dvit_infer.utils.files import whole_file
+from dvit_infer.utils.files import atomic_write
 
-KEY = "training"  # what a finished file does not have
+KEY = "training"  # a finished file has no such key
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:
-    """16 hexadecimal digits of weights."""
+    """Return a digest of weights, 16 hexadecimal digits."""
     found = hashlib.sha256()
     for name, tensor in state.items():
         found.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -29,30 +29,30 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
 def identity(
     settings: Settings, args: Mapping[str, Any], teacher: nn.Module, images: str, torchvision: bool
 ) -> dict[str, Any]:
-    """What has to be the same for a run to go on as if it had not stopped."""
+    """Return everything that must be equal for a run to be resumed as if it had not stopped."""
     model: dict[str, Any] = {name: value for name, value in args.items() if name != "dvit_infer"} | args["dvit_infer"]
     data = {"torchvision": torchvision, "data": images}
     return asdict(settings) | model | {"dense": digest(teacher.state_dict())} | data
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the file whole, or leave the one that is there.
+    """Write the file atomically; on failure the old file remains.
 
     Raises:
-        InputError: the disk is full, say.
+        InputError: Writing failed, e.g. the disk is full.
     """
-    with whole_file(path, "out") as part:
+    with atomic_write(path, "out") as part:
         try:
             torch.save(dict(content), part)
-        except RuntimeError as error:  # what torch's writer makes of a full disk
+        except RuntimeError as error:  # torch's writer raises this for a full disk
             raise OSError(f"cannot be written ({str(error).splitlines()[0]})") from None
 
 
 def unfinished(path: str | Path) -> dict[str, Any] | None:
-    """The content of a file that a run is to go on with; None: the run is finished, or the file is another's.
+    """Return the content of a file to resume from; None if its run is finished, or it is of another origin.
 
     Raises:
-        InputError: it cannot be read, or is no torch file.
+        InputError: It cannot be read, or is no torch file.
     """
     file = Path(path)
     try:
@@ -70,7 +70,7 @@ def unfinished(path: str | Path) -> dict[str, Any] | None:
 
 
 def check_same(path: str | Path, state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise InputError, naming the first that differs, unless the file's run is this run."""
+    """Raise InputError, naming the first difference, unless the file belongs to this run."""
     said = state.get("identity")
     if not isinstance(said, dict):
         raise InputError(f"resume: {path}: is no file of dvit-train")

@@ -1,4 +1,4 @@
-"""How a model is trained: the numbers, the optimiser they make, and the learning rate at every step."""
+"""Training settings, the optimiser, and the learning rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -13,25 +13,25 @@ from dvit_infer.training.losses import TokenLoss
 
 @dataclass(frozen=True)
 class Settings:
-    """What the outcome of a run depends on, beside model and images. Defaults: Rao et al. 2021, section 4.1.
+    """The settings that determine a run's outcome, beside model and images. Defaults: Rao et al. 2021, section 4.1.
 
     Attributes:
         keep_rate: share of the patches that the first stage keeps.
-        batch: images a step of the optimiser, over all processes and accumulation steps.
-        accumulate: parts in which a process takes its share of a step, to save memory; the losses are the means of
-            theirs, so that a mean over the batch (the ratio's without `per_image`, the tokens') is one over a part.
-        lr: of the predictors; None: 0.001 for a batch of 1024, in proportion for others.
-        backbone_lr_scale: what everything else learns with, as a share of that.
-        freeze_epochs: for so long only the predictors learn.
-        clip: largest norm of the gradient.
-        ema: decay of the averaged weights, which are then what is written; 0: none are kept.
+        batch: images per optimiser step, over all processes and accumulation steps.
+        accumulate: parts into which a process splits its share of a step, to save memory. Losses are averaged over the
+            parts, so a mean over the batch (ratio loss without `per_image`, token loss) becomes one over a part.
+        lr: learning rate of the predictors; None: 0.001 for a batch of 1024, scaled linearly for others.
+        backbone_lr_scale: learning rate of all other weights, relative to `lr`.
+        freeze_epochs: epochs in which only the predictors are trained.
+        clip: gradient norm at which gradients are clipped.
+        ema: decay of the averaged weights, which are then written to the file; 0: none.
         per_image, token_loss: `Objective`.
         mixup, cutmix: parameters of their beta distributions; 0: off.
         scale, flip, randaugment, erase: `Augmentation`.
         dtype: 'float32', or 'bfloat16' by autocast.
 
     Raises:
-        InputError: naming it, a number is out of its range.
+        InputError: A number is out of range.
     """
 
     keep_rate: float
@@ -90,7 +90,7 @@ class Settings:
         return 1e-3 * self.batch / 1024 if self.lr is None else self.lr
 
     def lr_factor(self, step: int, steps_an_epoch: int) -> float:
-        """Share of the peak that a step learns with: up in a line, down in half a cosine (Loshchilov & Hutter 2017)."""
+        """Return a step's share of the peak learning rate: linear warm-up, cosine (Loshchilov & Hutter 2017)."""
         total, warm_up = self.epochs * steps_an_epoch, self.warmup_epochs * steps_an_epoch
         if step < warm_up:
             return (step + 1) / (warm_up + 1)
@@ -104,7 +104,7 @@ def is_predictor(name: str) -> bool:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> list[dict[str, object]]:
-    """Predictors and the rest, of each the matrices, which decay, and the others, which do not.
+    """Group parameters by predictor or other, and by matrix (with weight decay) or other (without).
 
     Every group has a `scale`, its share of the learning rate.
     """

@@ -1,4 +1,4 @@
-"""A dense model and its dynamic student: recognised, built, and written as the official trainer writes it."""
+"""Build the dynamic student of a dense model, and its content in the official file format."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ STAGES = 3
 
 @dataclass(frozen=True)
 class Pair:
-    """The student, in training mode, and its dense twin, the teacher; and what each is.
+    """The student, in training mode, and its dense counterpart, the teacher.
 
     Attributes:
-        args: what the student's file says of it beside the weights.
-        notes: what was read, assumed or given when the dense model was recognised.
+        args: the metadata of the student's file.
+        notes: facts that were read, assumed or given when the dense model was recognised.
     """
 
     student: VisionTransformer
@@ -47,15 +47,15 @@ def make_pair(
     assume: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Pair:
-    """Read a dense checkpoint and give its twin score predictors with random weights.
+    """Read a dense checkpoint, and build a student with additional, randomly initialised score predictors.
 
     Args:
-        keep_rate: share r of the patches that the first stage keeps, above 0, below 1; r**2 and r**3 the next two.
-        prune_at: 0-based indices of the blocks before which patches are dropped; None: the depth in equal parts.
-        seed: of the predictors' weights: normal, cut at two deviations of 0.02, as the official trainer's.
+        keep_rate: share r of patches kept by the first stage, above 0, below 1; the next two keep r**2 and r**3.
+        prune_at: 0-based indices of the blocks before which patches are dropped; None: evenly spaced.
+        seed: seed of the predictors' weights, which are truncated normal (0.02), as in the official trainer.
 
     Raises:
-        InputError: naming the file, the key or the argument; the file holds predictors already.
+        InputError: The file, a key or an argument is invalid, or the file already holds predictors.
     """
     rate = check.keep_rate("keep_rate", keep_rate)
     if rate == 1:
@@ -82,9 +82,9 @@ def make_pair(
     }
     state = {key: value.clone() for key, value in teacher.state_dict().items()}
     state |= _predictors(len(stages), config, seed)
-    # The way a reader of the student's file takes: what it recognises is what is trained. (The two that are given are
-    # in the file as well; messages call them by their options so.)
-    content = Checkpoint(str(dense), state, "model", said=args)
+    # Recognise the student as a reader of its file will, so that exactly that model is trained. (The file contains the
+    # two given facts too; giving them makes error messages name the options.)
+    content = Checkpoint(str(dense), state, "model", metadata=args)
     student_config, _ = recognise(content, None, {"keep_rate": rate, "prune_at": stages}, {})
     if student_config.num_keep[-1] == student_config.num_patches:
         raise InputError(f"keep_rate: {rate:g} drops none of the {student_config.num_patches} patches")
@@ -107,10 +107,10 @@ def _predictors(count: int, config: Config, seed: int) -> dict[str, torch.Tensor
 
 
 def set_training(model: nn.Module) -> None:
-    """Training mode, but BatchNorm (LV-ViT's stem) goes on with its running statistics.
+    """Set training mode, except for BatchNorm (LV-ViT's stem), which keeps using its running statistics.
 
-    Fine-tuning hardly moves the stem, and an image's answer does not depend on the images beside it then, so the
-    losses do not depend on how a batch is shared out.
+    Fine-tuning hardly changes the stem, and the output for an image then does not depend on the rest of the batch, so
+    the losses do not depend on how a batch is distributed.
     """
     model.train()
     for module in model.modules():
@@ -119,6 +119,6 @@ def set_training(model: nn.Module) -> None:
 
 
 def official_content(weights: Mapping[str, torch.Tensor], args: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-    """What the official trainer saves of a model: `model`, `args` (a Namespace), `epoch`."""
+    """Return the content of the official trainer's files: `model`, `args` (a Namespace), `epoch`."""
     state = {key: value.detach().cpu() for key, value in weights.items()}
     return {"model": state, "args": argparse.Namespace(**args), "epoch": epoch}

@@ -1,1 +1,1 @@
-"""What every room uses: files, devices, tables, packages; imports nothing of ours but errors."""
+"""Helpers for all packages: files, devices, tables, optional packages. Imports only `errors` from this project."""

@@ -1,4 +1,4 @@
-"""Names of files, and writing one so that it is there whole or not at all."""
+"""File names and atomic writes: a file is written completely or not at all."""
 
 import contextlib
 import json
@@ -11,20 +11,20 @@ from typing import Any
 
 from dvit_infer.errors import InputError
 
-_UMASK = os.umask(0o022)  # it can only be read by setting it, which is the process's: once, while importing
+_UMASK = os.umask(0o022)  # reading it means setting it for the whole process: done once, on import
 os.umask(_UMASK)
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can do without: XDG_CACHE_HOME, else ~/.cache; it need not be there."""
+    """Return the user's cache folder: in XDG_CACHE_HOME, else in ~/.cache. It need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvit_infer"
 
 
 def check_name(path: str | Path, what: str = "") -> Path:
-    """Return the path if it can be a file's name for the libraries that read and write here, which want UTF-8.
+    """Return the path if it is a valid file name for the libraries used here, which require UTF-8.
 
     Raises:
-        InputError: it is empty, a folder's (a slash at its end), not UTF-8, or has a NUL in it.
+        InputError: it is empty, ends in a slash, is not UTF-8, or contains a NUL.
     """
     text = str(path)
     where = f"{what}: " if what else ""
@@ -36,12 +36,13 @@ def check_name(path: str | Path, what: str = "") -> Path:
 
 
 def check_output(path: str | Path, what: str, not_this: str | Path | None = None) -> Path:
-    """Return where to write, or say why nothing can be written there, before any work is done.
+    """Return the path to write to, after checking, before any work is done, that it can be written.
 
     Raises:
-        InputError: naming `what`: a folder, no regular file, in no folder, not writable, or the input itself.
+        InputError: the path is a folder or no regular file, its folder does not exist, it is not writable, or it is the
+            input itself. The message names `what`.
     """
-    # Through a link to the file it names, which is then the one replaced.
+    # Follow links: the file that a link names is the one replaced.
     target = Path(os.path.realpath(check_name(path, what)))
     try:
         if target.is_dir():
@@ -62,11 +63,11 @@ def check_output(path: str | Path, what: str, not_this: str | Path | None = None
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, what: str) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it at the end, removed on any error.
+def atomic_write(path: str | Path, what: str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` at the end, remove it on any error.
 
     Raises:
-        InputError: naming `what` and the path: the disk is full, say.
+        InputError: for example, the disk is full. The message names `what` and the path.
     """
     target = Path(os.path.realpath(path))
     part: Path | None = None
@@ -75,7 +76,7 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
         part = Path(name)
         os.close(handle)
         yield part
-        part.chmod(0o666 & ~_UMASK)  # mkstemp's files are their owner's alone; a result gets the mode of any new file
+        part.chmod(0o666 & ~_UMASK)  # mkstemp makes private files; a result gets the mode of any new file
         os.replace(part, target)
     except OSError as error:
         raise InputError(f"{what}: {path}: {error.strerror or error}") from None
@@ -85,14 +86,14 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_files(path: str | Path, what: str) -> Iterator[Path]:
-    """As `whole_file`, with others beside it: a path of that name in a folder of its own, all of which moves.
+def atomic_write_files(path: str | Path, what: str) -> Iterator[Path]:
+    """Yield a path of the same name in a temporary folder; at the end all files in the folder move beside `path`.
 
-    The file itself moves last: when it is there, so are the others. A `<name>.data` of the file it replaces goes, where
-    the new one has none. Only a crash between the moves leaves new data beside an old file.
+    The file itself moves last, so that it never exists without the others. If it replaces a file whose `<name>.data` it
+    does not replace, that is deleted. Only a crash between the moves leaves new data beside an old file.
 
     Raises:
-        InputError: naming `what` and the path: the disk is full, say.
+        InputError: for example, the disk is full. The message names `what` and the path.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -108,9 +109,9 @@ def whole_files(path: str | Path, what: str) -> Iterator[Path]:
         raise InputError(f"{what}: {path}: {error.strerror or error}") from None
 
 
-def whole_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all; what is not finite becomes null, which JSON has a word for."""
-    with whole_file(path, "json") as part:
+def atomic_write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically; NaN and Inf become null, as JSON cannot express them."""
+    with atomic_write(path, "json") as part:
         part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 

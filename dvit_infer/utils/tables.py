@@ -7,7 +7,7 @@ from io import StringIO
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, total: Sequence[str] | None = None
 ) -> str:
-    """A table of plain text, up to 160 characters wide. A column whose name begins with '>' is aligned right."""
+    """Return a plain-text table, at most 160 characters wide. A column whose name begins with '>' is right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -20,6 +20,6 @@ def table(
         drawn.add_section()
         drawn.add_row(*total)
     text = StringIO()
-    # What stands in the cells may come from a file: nothing in it is markup.
+    # Cells may contain text from a file, which must not be read as markup.
     Console(file=text, width=160, force_terminal=False, markup=False, emoji=False, highlight=False).print(drawn)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

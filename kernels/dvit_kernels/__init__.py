@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file an op; knows nothing of nn.Module."""
+"""Triton kernels and their launchers, one file per op. Nothing here depends on nn.Module."""

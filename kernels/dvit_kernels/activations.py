@@ -4,21 +4,21 @@ import torch
 import triton
 import triton.language as tl
 
-# The cheapest whose error vanishes in the rounding of what it is stored in.
+# The cheapest form whose error is below the rounding error of the dtype it is stored in.
 CHEAPEST_GELU = {torch.float32: "gelu", torch.float16: "gelu_poly", torch.bfloat16: "gelu_tanh"}
 
 
 @triton.jit
 def gelu_erf(x):
-    """0.5 x (1 + erf(x / sqrt(2))), by the device library: 32 instructions an element on sm_90."""
+    """0.5 x (1 + erf(x / sqrt(2))), with the device library's erf: 32 instructions per element on sm_90."""
     return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
 @triton.jit
 def gelu_poly(x):
-    """The same with erf by Abramowitz and Stegun 7.1.26: 2.1e-7 from GELU at most, 21 instructions.
+    """GELU with erf by Abramowitz and Stegun 7.1.26: an error of at most 2.1e-7, 21 instructions.
 
-    Of finite numbers: infinity gives NaN.
+    It is for finite numbers: infinity gives NaN.
     """
     t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(x))
     poly = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
@@ -28,7 +28,7 @@ def gelu_poly(x):
 
 @triton.jit
 def gelu_exact(x, dtype: tl.constexpr):
-    """GELU to what float32 holds; stored in a narrower `dtype` the polynomial is a last place off at most."""
+    """GELU to float32 precision; for a narrower `dtype` the polynomial, whose error is at most one last place."""
     if dtype == tl.float32:
         y = gelu_erf(x)
     else:
@@ -38,14 +38,15 @@ def gelu_exact(x, dtype: tl.constexpr):
 
 @triton.jit
 def gelu_tanh(x):
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), which is x times a sigmoid: 4.8e-4 from GELU at most."""
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), which is x times a sigmoid: an error of at most 4.8e-4."""
     return x / (1.0 + tl.math.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
 
 
 @triton.jit
 def gelu_tanh_approx(x):
-    """The tanh form by the GPU's own instruction: 6 instructions where `gelu_tanh` has 10, and one of the
-    special-function unit's for its two. That instruction is 2^-11 from tanh, relatively, at most. GPUs alone have it.
+    """The tanh form with the GPU's tanh instruction, whose relative error is at most 2^-11.
+
+    It takes 6 instructions, one of them in the special-function unit; `gelu_tanh` takes 10, two of them there.
     """
     inner = x * (0.7978845608 + 0.0356774081 * x * x)
     tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1)
@@ -55,7 +56,7 @@ def gelu_tanh_approx(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """`ACTIVATION`: none, gelu (erf), gelu_poly, gelu_tanh or gelu_tanh_approx."""
+    """Apply `ACTIVATION`: none, gelu (erf), gelu_poly, gelu_tanh or gelu_tanh_approx."""
     if ACTIVATION == "gelu":
         x = gelu_erf(x)
     elif ACTIVATION == "gelu_poly":

@@ -1,8 +1,8 @@
-"""Attention in one launch, for the short sequences of vision transformers: dense batches, or ragged ones.
+"""Attention in one launch, for the short sequences of vision transformers, in dense or ragged batches.
 
-Up to 256 keys in half precision, all keys and values of a head stay on chip and all scores of a tile of queries in
-registers: one maximum, nothing rescaled. Beyond, and in float32, blocks of keys follow each other under a running
-maximum (Milakov and Gimelshein 2018; Dao et al. 2022). Exponents are to base 2: one instruction takes them.
+For up to 256 keys in half precision, all keys and values of a head stay on chip and all scores of a tile of queries in
+registers: one maximum, no rescaling. For more keys, and in float32, blocks of keys are processed with a running maximum
+(Milakov and Gimelshein 2018; Dao et al. 2022). Exponentials are to base 2, which takes one instruction.
 """
 
 import functools
@@ -17,21 +17,21 @@ from dvit_kernels.attention_online import _attention_online_kernel
 from dvit_kernels.attention_parts import STRIDES, find_program, load_rows, mask_scores, shift_of, store_rows, weigh
 from dvit_kernels.launch import Launch, run, wait_for_inputs
 
-SINGLE_PASS_TOKENS, SINGLE_PASS_HEAD = 256, 64  # beyond, registers do not hold it all on every GPU
+SINGLE_PASS_TOKENS, SINGLE_PASS_HEAD = 256, 64  # beyond, registers are too few on some GPUs
 MIN_HEAD, MAX_HEAD, HEAD_STEP = 16, 128, 4
-ENOUGH_PROGRAMS = 384  # about three a multiprocessor of a large GPU
+ENOUGH_PROGRAMS = 384  # about three per multiprocessor of a large GPU
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block sizes of a launch, which change nothing but time.
+    """Block sizes of a launch, which affect only its speed.
 
     Attributes:
-        block_m: queries taken at once.
-        chunk_a, chunk_b, chunk_c: keys taken at once, powers of two from 16 up, largest first; 0: there is none. Where
-            they hold all keys there is a single pass, otherwise (and in float32) blocks of `chunk_a` follow each other.
-        num_warps, num_stages: as Triton takes them.
-        programs: of a single pass, how many share the queries of a head; 0: as many as fill a large GPU.
+        block_m: queries per block.
+        chunk_a, chunk_b, chunk_c: keys per block, powers of two from 16 up, largest first; 0: none. If together they
+            hold all keys, there is a single pass; otherwise (and in float32) a loop over blocks of `chunk_a`.
+        num_warps, num_stages: Triton's.
+        programs: in a single pass, the number that share the queries of a head; 0: as many as fill a large GPU.
     """
 
     block_m: int
@@ -48,15 +48,15 @@ class AttentionTile:
 
 @functools.cache
 def key_chunks(n: int) -> tuple[int, int, int]:
-    """Up to three powers of two from 16 up that hold n keys: the least padding, then the fewest; 0 for none."""
+    """Return up to three powers of two, at least 16, that hold n keys with the least padding; 0 for unused ones."""
     sizes = [16 << i for i in range(max(1, (max(n, 1) - 1).bit_length() - 3))]
     found = ((a, b, c) for a in sizes for b in (0, *sizes) for c in (0, *sizes) if a >= b >= c and a + b + c >= n)
     return min(found, key=lambda chunks: (sum(chunks), sum(map(bool, chunks))))
 
 
 def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype) -> AttentionTile:
-    """Unspilled registers (AOT.md); which is best where, only a measurement can say."""
-    if dtype == torch.float32:  # products on plain cores, from registers
+    """Return a tile that does not spill registers (AOT.md); the fastest tile must be measured."""
+    if dtype == torch.float32:  # without tensor cores, operands in registers
         return AttentionTile(16, 32, num_stages=2)
     few, short, narrow = queries <= 16, keys <= SINGLE_PASS_TOKENS, head_dim <= SINGLE_PASS_HEAD
     if short and narrow and head_dim % 8 == 0:
@@ -71,9 +71,9 @@ def _attention_kernel(
     k_ptr,  # (B, N, H, HEAD), or (T, H, HEAD)
     v_ptr,  # as k
     bias_ptr,  # (B, N) float32, or (T,), or None
-    cu_seqlens_ptr,  # (B+1,) int32, or None where dense
+    cu_seqlens_ptr,  # (B+1,) int32, or None if dense
     out_ptr,  # out, as q
-    stride_qb,  # strides in units of UNIT elements, so that loads are known to be aligned; where ragged, b is n
+    stride_qb,  # strides in units of UNIT elements, so that loads are known to be aligned; if ragged, b is n
     stride_qn,
     stride_qh,
     stride_kb,
@@ -85,12 +85,12 @@ def _attention_kernel(
     stride_ob,
     stride_on,
     stride_oh,
-    stride_bias,  # this in elements
+    stride_bias,  # this one in elements
     n_queries,
     n_heads,
-    programs,  # that share the queries of a head
+    programs,  # number that share the queries of a head
     factor,  # scale * log2(e)
-    N_KEYS: tl.constexpr,  # 0 where ragged
+    N_KEYS: tl.constexpr,  # 0 if ragged
     HEAD: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,7 +100,7 @@ def _attention_kernel(
     CHUNK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All keys of a head in up to three chunks, one tile of its queries after another."""
+    """Hold all keys of a head in up to three chunks, and loop over tiles of its queries."""
     wait_for_inputs(PDL)
     tile, head, at, n_queries = find_program(cu_seqlens_ptr, n_queries, n_heads, programs)
     n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
@@ -111,7 +111,7 @@ def _attention_kernel(
     if bias_ptr is not None:
         bias_ptr += at * stride_bias
 
-    # Everything is asked for before the first product waits for any of it.
+    # All loads are issued before the first product waits for any of them.
     dim = tl.arange(0, BLOCK_D)
     key_a = tl.arange(0, CHUNK_A)
     k_a = load_rows(k_ptr, key_a, n_keys, stride_kn * UNIT, dim, HEAD)
@@ -155,7 +155,7 @@ def _attention_kernel(
 
 
 def supports(head_dim: int) -> bool:
-    """Whether the kernels take heads of that size: 16 to 128, in steps of 4."""
+    """Return whether the kernels support a head size: 16 to 128, in steps of 4."""
     return MIN_HEAD <= head_dim <= MAX_HEAD and head_dim % HEAD_STEP == 0
 
 
@@ -169,7 +169,7 @@ def attention_launch(
     max_tokens: int = 0,
     tile: AttentionTile | None = None,
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch and the tensor it fills. Arguments as `launch_attention`."""
+    """Return the launch and its output tensor. Arguments as for `launch_attention`."""
     ragged, full_rate = cu_seqlens is not None, q.dtype != torch.float32
     images = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
@@ -219,12 +219,12 @@ def attention_launch(
 
 
 def _addressable(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """x, or a copy where strides are beyond the kernels: channels apart, or an image's rows past 32 bits."""
+    """Return x, or a copy if its channels are not contiguous or offsets within an image exceed 32 bits."""
     return x if x.stride(-1) == 1 and tokens * _strides(x)[1] < 2**31 else x.contiguous()
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Of image, token and head in (B, N, H, D), of token, token and head in (T, H, D); 0 where there is only one."""
+    """Return strides of image, token, head in (B, N, H, D), of token, token, head in (T, H, D); 0 for a size of 1."""
     n, h = (0 if x.shape[d] == 1 else x.stride(d) for d in (-3, -2))
     b = n if x.ndim == 3 else 0 if x.shape[0] == 1 else x.stride(0)
     return b, n, h
@@ -240,13 +240,13 @@ def launch_attention(
     max_tokens: int = 0,
     tile: AttentionTile | None = None,
 ) -> torch.Tensor:
-    """Run `dvit::attention` as one Triton launch on q's device and its current stream; no gradient, no waiting.
+    """Run `dvit::attention` as one Triton launch on q's device and current stream, without synchronising.
 
-    Arguments and result as `dvit_infer.ops.attention.attention`; heads of 16 to 128 channels, in steps of 4; `tile`
-    fixes the block sizes.
+    Arguments and result are as for `dvit_infer.ops.attention.attention`; heads have 16 to 128 channels, in steps of 4;
+    `tile` fixes the block sizes.
 
     Raises:
-        ValueError: a head size that the kernels do not take.
+        ValueError: the head size is not supported.
     """
     if not supports(q.shape[-1]):
         raise ValueError(f"launch_attention: heads of {q.shape[-1]} channels; 16 to 128 in steps of 4 are supported")

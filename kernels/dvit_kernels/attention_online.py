@@ -1,4 +1,4 @@
-"""Attention, block of keys after block, under a running maximum (Milakov and Gimelshein 2018; Dao et al. 2022)."""
+"""Attention in a loop over blocks of keys, with a running maximum (Milakov and Gimelshein 2018; Dao et al. 2022)."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from dvit_kernels.launch import wait_for_inputs
 
 @triton.jit
 def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD: tl.constexpr, SLICE):
-    if SLICE:  # operands in registers: few channels at a time, those of q anew for every block of keys
+    if SLICE:  # operands in registers: few channels at a time, with q reloaded for every block of keys
         s = tl.zeros((row.shape[0], key.shape[0]), tl.float32)
         for d in range(0, HEAD, SLICE):
             some = d + tl.arange(0, SLICE)
@@ -23,7 +23,7 @@ def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, 
 
 @triton.jit
 def _add(s, v, acc, total, top, bias_ptr, factor):
-    """A block of keys to the sum, the total weight and the maximum so far."""
+    """Add a block of keys to the running sum, total weight and maximum."""
     higher = tl.maximum(top, tl.max(s, axis=1))
     shift = shift_of(higher, bias_ptr, factor)
     rescale = weigh(top, shift, bias_ptr, factor)
@@ -34,7 +34,7 @@ def _add(s, v, acc, total, top, bias_ptr, factor):
 
 @triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *STRIDES])
 def _attention_online_kernel(
-    q_ptr,  # all as in _attention_kernel
+    q_ptr,  # all arguments as in _attention_kernel
     k_ptr,
     v_ptr,
     bias_ptr,
@@ -63,11 +63,11 @@ def _attention_online_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    REST: tl.constexpr,  # a power of two from 16 up that holds the keys behind the last whole block
-    SLICE: tl.constexpr,  # in float32, channels of a head at a time; 0: all
+    REST: tl.constexpr,  # a power of two, at least 16, that holds the keys after the last full block
+    SLICE: tl.constexpr,  # in float32, channels of a head per step; 0: all
     PDL: tl.constexpr,
 ):
-    """A tile of queries, one block of keys after another."""
+    """Process one tile of queries in a loop over blocks of keys."""
     wait_for_inputs(PDL)
     tile, head, at, n_queries = find_program(cu_seqlens_ptr, n_queries, n_heads, programs)
     if tile * BLOCK_M >= n_queries:

@@ -1,4 +1,4 @@
-"""A kernel launch as data: run at once on a device, or compiled ahead of time without one from the same arguments."""
+"""A kernel launch as data, to be run on a device or compiled ahead of time without one."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _programmatic = ContextVar("programmatic", default=False)
 
 @contextlib.contextmanager
 def programmatic_launches(on: bool) -> Iterator[None]:
-    """Launches built inside are programmatic dependent ones, where their kernels can be."""
+    """Make launches built inside the block programmatic dependent ones."""
     before = _programmatic.set(on)
     try:
         yield
@@ -28,20 +28,20 @@ def programmatic_launches(on: bool) -> Iterator[None]:
 
 
 def is_programmatic() -> bool:
-    """Whether launches built here are."""
+    """Return whether launches built now are programmatic dependent ones."""
     return _programmatic.get()
 
 
-SMALL_TILE = tl.constexpr(2048)  # elements of a tile of results, up to which what its epilogue reads fits beside it
+SMALL_TILE = tl.constexpr(2048)  # a tile of up to so many elements has registers left for the inputs of its epilogue
 
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """In every kernel before it reads what a launch has made or writes anything, and never in a loop.
+    """With PDL, wait until all earlier kernels have finished, and let the next one start.
 
-    With PDL: wait until all kernels before have finished, and let the next one start. Weights are no launch's work, so
-    that they can be read, or asked for, before it. Every program waits, whether it reads or not: one that did not could
-    let a later kernel past an earlier one. In a loop Triton would move pipelined loads before it.
+    Every kernel calls this before it reads the output of a launch or writes anything, and never in a loop: Triton would
+    move pipelined loads before it. Weights are not outputs of a launch and may be read or prefetched earlier. Every
+    program must wait, even if it reads nothing: otherwise a later kernel could overtake an earlier one.
     """
     if PDL:
         cuda.gdc_wait()
@@ -50,7 +50,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch_rows(ptr, block, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Ask the L2 cache for a block of ROWS rows of a contiguous (HEIGHT, WIDTH) matrix: one run of memory, in lines."""
+    """Prefetch a block of ROWS rows of a contiguous (HEIGHT, WIDTH) matrix into the L2 cache, line by line."""
     line: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
     lines: tl.constexpr = (ROWS * WIDTH + line - 1) // line
     at = tl.minimum(tl.arange(0, triton.next_power_of_2(lines)) * line, ROWS * WIDTH - 1)
@@ -60,23 +60,23 @@ def prefetch_rows(ptr, block, ROWS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: t
 
 
 def _capability() -> int:
-    """Of the current device; without one, as in the interpreter, the one that kernels are written for."""
+    """Return the compute capability of the current device; without a GPU, as in the interpreter, 90."""
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     return 10 * major + minor
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What `kernel[grid](**arguments)` would run.
+    """The arguments of `kernel[grid](**arguments)`.
 
     Attributes:
         kernel: a `triton.jit` function that calls `wait_for_inputs(PDL)`.
-        grid: programs, along up to three axes.
-        arguments: tensors, descriptors of tensors and numbers by the kernel's own argument names (None where it takes
-            none); its constexpr ones are compiled in.
-        num_warps, num_stages: as Triton takes them.
-        maxnreg: registers a thread at most on Hopper, so that more programs share a multiprocessor; 0: the compiler's
-            choice, as on other GPUs, whose compiler would spill others.
+        grid: the number of programs along up to three axes.
+        arguments: tensors, tensor descriptors and numbers by the kernel's argument names (None for absent ones);
+            constexpr arguments are compiled in.
+        num_warps, num_stages: Triton's.
+        maxnreg: the most registers per thread on Hopper, so that more programs share a multiprocessor; 0: the
+            compiler's choice. Ignored on other GPUs, where it would cause spills.
     """
 
     kernel: Any  # Triton's decorator has no types
@@ -101,13 +101,13 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """Of the compiler. Triton 3.10 will not fuse multiply and add unless told to."""
+        """Options of the compiler. Triton 3.10 fuses multiply and add only with `enable_fp_fusion`."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         options |= {"maxnreg": self.maxnreg} if self.maxnreg else {}
         return options | ({"launch_pdl": True} if self.arguments["PDL"] else {})
 
     def options_for(self, capability: int) -> dict[str, int | bool]:
-        """The same for one GPU: 90 is compute capability 9.0."""
+        """Return the options for a compute capability: 90 is 9.0."""
         return {name: value for name, value in self.options.items() if name != "maxnreg" or capability // 10 == 9}
 
     def run(self) -> None:
@@ -115,7 +115,7 @@ class Launch:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run them in order on the device's current stream; those without programs are nothing to run."""
+    """Run launches in order on the device's current stream; skip those without programs."""
     with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton launches on the current device
         for launch in launches:
             if all(launch.grid):

@@ -1,7 +1,7 @@
-"""LayerNorm of rows, and the statistics of rows alone, for a product that has the normalisation folded into it.
+"""LayerNorm of rows, and row statistics alone, for a product with the normalisation folded into it.
 
-Both find the mean first and the squared deviations from it second, in float32 on a row that stays in registers: exact
-to rounding, however far from zero the rows are.
+Both compute the mean first and then the squared deviations from it, in float32 with the row in registers: exact up to
+rounding, however far the rows are from zero.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ import triton.language as tl
 
 from dvit_kernels.launch import Launch, run, wait_for_inputs
 
-MAX_DIM = 2048  # a row in registers
-_BLOCK = 2048  # elements a program: one row, or as many short ones as fit
+MAX_DIM = 2048  # a row must fit in registers
+_BLOCK = 2048  # elements per program: one row, or as many short rows as fit
 
 
 @triton.jit
 def _centred_rows(
     x_ptr, row, rows, n_tokens, stride_xb, stride_xn, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """ROWS rows from `row` on less their means, zero beyond column DIM; the means; sums of squared deviations."""
+    """Return ROWS rows from `row` minus their means, zero past column DIM; their means; sums of squared deviations."""
     row = row + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < DIM)[None, :]
@@ -84,19 +84,19 @@ def _row_stats_kernel(
 
 
 def supports(c: int) -> bool:
-    """Whether the kernels take rows of C channels: 1 to 2048."""
+    """Return whether the kernels support rows of C channels: 1 to 2048."""
     return 1 <= c <= MAX_DIM
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
-    """As (B, n, C) with C contiguous; a copy only where strides leave no other way."""
+    """Return x as (B, n, C) with C contiguous; copy only if its strides require it."""
     if x.ndim != 3:
         x = x.reshape(1, -1, x.shape[-1])
     return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _common(x: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments that both kernels have, for x of shape (B, n, C)."""
+    """Return grid and arguments common to both kernels, for x of shape (B, n, C)."""
     b, n, c = x.shape
     block_c = triton.next_power_of_2(c)
     rows_each = max(1, min(32, _BLOCK // block_c))
@@ -107,7 +107,7 @@ def _common(x: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
 def layer_norm_launch(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch and the tensor it fills. Arguments as `launch_layer_norm`."""
+    """Return the launch and its output tensor. Arguments as for `launch_layer_norm`."""
     y = x.new_empty(x.shape)
     grid, common = _common(_in_rows(x))
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
@@ -116,7 +116,7 @@ def layer_norm_launch(
 
 
 def row_stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor]:
-    """The launch and the tensor it fills. Arguments as `launch_row_stats`."""
+    """Return the launch and its output tensor. Arguments as for `launch_row_stats`."""
     x = _in_rows(x)
     stats = x.new_empty(x.shape[0] * x.shape[1], 1, 2, dtype=torch.float32)
     grid, common = _common(x)
@@ -138,7 +138,7 @@ def launch_layer_norm(
         (..., C) in x's dtype, contiguous.
 
     Raises:
-        ValueError: a width that the kernel does not take.
+        ValueError: the width is not supported.
     """
     _check_width("launch_layer_norm", x)
     launch, y = layer_norm_launch(x, weight, bias, eps)
@@ -156,7 +156,7 @@ def launch_row_stats(x: torch.Tensor) -> torch.Tensor:
         (rows, 1, 2) float32: mean and sum of squared deviations of every row.
 
     Raises:
-        ValueError: a width that the kernel does not take.
+        ValueError: the width is not supported.
     """
     _check_width("launch_row_stats", x)
     launch, stats = row_stats_launch(x)

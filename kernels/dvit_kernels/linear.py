@@ -1,8 +1,8 @@
-"""A linear layer in one launch: x w^T, behind it what a transformer block wants next to it (linear_epilogue.py).
+"""A linear layer in one launch: x w^T, with the operations around it in a transformer block (linear_epilogue.py).
 
-Mean and variance of a LayerNorm before the layer come with x from the launch that made it, or out of the tiles that the
-product reads anyway. Two kernels: one program a tile for any shapes and strides, and for large products in half
-precision on Hopper and later that of linear_tma.py.
+Mean and variance for a LayerNorm before the layer come with x from an earlier launch, or are computed from the tiles
+that the product reads anyway. There are two kernels: one program per tile, for any shapes and strides; and that of
+linear_tma.py, for large products in half precision on Hopper and later.
 """
 
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ from dvit_kernels.linear_epilogue import (
 )
 from dvit_kernels.linear_tma import _linear_tma_kernel, can_describe, operands, programs
 
-WGMMA_ROWS = 64  # of a tile, from which on Hopper multiplies asynchronously (wgmma)
-ENOUGH_PROGRAMS = 128  # about one a multiprocessor of a large GPU
+WGMMA_ROWS = 64  # tiles with at least so many rows multiply asynchronously on Hopper (wgmma)
+ENOUGH_PROGRAMS = 128  # about one per multiprocessor of a large GPU
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """How a launch goes, which changes nothing but time and the order of rounding.
+    """Block sizes and kernel of a launch, which affect only its speed and the order of rounding.
 
     Attributes:
         block_m, block_n, block_k: rows, columns and inner size of a block.
-        num_warps, num_stages: of a program, and of its pipeline.
-        tma: 0: one program a tile; else operands by TMA where they can be, in one of the ways of linear_tma.py.
-        maxnreg: as of a `Launch`.
+        num_warps, num_stages: warps of a program, stages of its pipeline.
+        tma: 0: one program per tile; else a variant of linear_tma.py, with operands by TMA if possible.
+        maxnreg: as in `Launch`.
     """
 
     block_m: int
@@ -48,17 +48,17 @@ class LinearTile:
     maxnreg: int = 0
 
 
-# Largest first, each with unspilled registers (AOT.md); which is best where, only a measurement can say.
+# Largest first; none spills registers (AOT.md). The fastest tile must be measured.
 TILES = (
     LinearTile(128, 128, 64, 8, 3),
     LinearTile(64, 128, 64, 4, 3),
     LinearTile(64, 64, 64, 8, 4),
-    # For few rows: 384 channels are all on their way before the first product, 1536 in 12 steps.
+    # For few rows: all loads of 384 channels are in flight before the first product; 1536 take 12 steps.
     LinearTile(32, 64, 128, 4, 4),
     LinearTile(32, 32, 128, 4, 4),
     LinearTile(16, 32, 128, 2, 4),
 )
-FLOAT32_TILE = LinearTile(32, 64, 16, 4, 2)  # products on plain cores, from registers
+FLOAT32_TILE = LinearTile(32, 64, 16, 4, 2)  # without tensor cores, operands in registers
 
 
 @triton.jit(do_not_specialize=["rows", "x_tokens", "residual_tokens"])
@@ -67,7 +67,7 @@ def _linear_kernel(
     w_ptr,  # (N, K)
     bias_ptr,  # (N,) or None
     w_sum_ptr,  # (N,) float32, row sums of w; None: no LayerNorm before
-    stats_ptr,  # (rows, PARTS, 2) float32; None: found here
+    stats_ptr,  # (rows, PARTS, 2) float32; None: computed here
     residual_ptr,  # (B, n, N) or None
     y_ptr,  # out (rows, N)
     y_stats_ptr,  # out (rows, N / BLOCK_N, 2) float32, or None
@@ -76,7 +76,7 @@ def _linear_kernel(
     stride_rb,
     stride_rn,
     rows,
-    x_tokens,  # rows an image; it and strides may be None: row_offset
+    x_tokens,  # rows per image; it and strides may be None: row_offset
     residual_tokens,
     eps,
     DIM_IN: tl.constexpr,
@@ -89,10 +89,10 @@ def _linear_kernel(
     PDL: tl.constexpr,
 ):
     find_stats: tl.constexpr = w_sum_ptr is not None and stats_ptr is None
-    # A small tile has registers left: what its epilogue reads is then asked for before the product, not behind it.
+    # A small tile has registers left: it loads the inputs of its epilogue before the product instead of after it.
     early: tl.constexpr = BLOCK_M * BLOCK_N <= SMALL_TILE and w_ptr.dtype.element_ty != tl.float32
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
-    # Blocks of one tile of rows follow each other: x is read from memory once, and all of w stays in the L2 cache.
+    # Blocks of one tile of rows are adjacent: x is read from memory once, and all of w stays in the L2 cache.
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     block_n = tl.program_id(0) % blocks_n
     col, there = columns(block_n, DIM_OUT, BLOCK_N)
@@ -114,7 +114,7 @@ def _linear_kernel(
         residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)  # of deviations from the mean so far
+    squares = tl.zeros((BLOCK_M,), tl.float32)  # squared deviations from the running mean
     if early and stats_ptr is not None:
         mean, squares = load_many_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS, triton.next_power_of_2(PARTS))
     for k in range(0, DIM_IN, BLOCK_K):
@@ -168,12 +168,12 @@ def _tiles(dtype: torch.dtype) -> tuple[LinearTile, ...]:
 
 
 def stats_blocks(dtype: torch.dtype) -> list[int]:
-    """The `stats_block`s that default tiles have, largest first."""
+    """Return the `stats_block`s of the default tiles, largest first."""
     return sorted({t.block_n for t in _tiles(dtype)}, reverse=True)
 
 
 def default_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int = 0) -> LinearTile:
-    """The largest tile with enough programs to go round; `stats_block` fixes its columns."""
+    """Return the largest tile with enough programs for the GPU; `stats_block` fixes its columns."""
     tiles = [t for t in _tiles(dtype) if stats_block in (0, t.block_n)]
     if not tiles:
         raise ValueError(f"linear: stats_block {stats_block} is no tile's width")
@@ -182,13 +182,13 @@ def default_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int =
 
 
 def default_stats_block(rows: int, dim_out: int, dtype: torch.dtype) -> int:
-    """The `stats_block` of the tile that would be taken anyway, or the next smaller that divides the columns."""
+    """Return the `stats_block` of the default tile, or the next smaller one that divides the columns."""
     most = default_tile(rows, dim_out, dtype).block_n
     return next((width for width in stats_blocks(dtype) if width <= most and dim_out % width == 0), 0)
 
 
 def _plain(tile: LinearTile, dtype: torch.dtype) -> LinearTile:
-    """What stands in for a tile of TMA: as many columns, which statistics may count on, rows as registers hold."""
+    """Return a replacement for a TMA tile, with the same columns for the statistics and as many rows as fit."""
     most = FLOAT32_TILE if dtype == torch.float32 else TILES[0]
     rows = min(tile.block_m, most.block_m * most.block_n // tile.block_n)
     return LinearTile(rows, tile.block_n, most.block_k, most.num_warps, most.num_stages)
@@ -207,7 +207,7 @@ def linear_launch(
     out_dtype: torch.dtype | None = None,
     tile: LinearTile | None = None,
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """The launch, and the tensors it fills: y and its statistics. Arguments as `launch_linear`."""
+    """Return the launch and its output tensors, y and its statistics. Arguments as for `launch_linear`."""
     dim_out, dim_in = weight.shape
     rows = x.numel() // dim_in
     tile = tile or default_tile(rows, dim_out, x.dtype, stats_block)
@@ -246,8 +246,8 @@ def linear_launch(
     ):
         tile = _plain(tile, x.dtype)
     if weight_sum is not None and stats is None and tile.block_m >= WGMMA_ROWS and x.dtype != torch.float32:
-        # Where x is summed beside a product of Hopper's, Triton gives it a buffer too few: copies for later steps land
-        # in what the product still reads. Products of fewer rows are not asynchronous.
+        # If x is also summed beside an asynchronous product, Triton allocates one buffer too few: later copies land
+        # in a buffer that the product still reads. Products of fewer rows are not asynchronous.
         tile = LinearTile(32, tile.block_n, 64, 4, 4)
     blocks = tile.block_m, tile.block_n, tile.block_k
     common |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
@@ -263,9 +263,9 @@ def linear_launch(
 
 
 def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int | None]:
-    """x (..., C), itself or a copy, as `row_offset` addresses its rows: rows an image and the two strides.
+    """Return x (..., C), or a copy, with rows per image and the two strides that `row_offset` needs.
 
-    Without the first two where one stride leads from every row to the next, without any where that is C.
+    The first two are None if all rows are one stride apart, and all three if that stride is C.
     """
     if x.stride(-1) != 1 or x.ndim not in (2, 3):
         x = x.contiguous()
@@ -273,7 +273,7 @@ def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int
         return x, None, None, None
     if x.ndim == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1):
         return x, None, None, x.stride(-2)
-    if x.shape[1] == 1:  # a class token's row of every image
+    if x.shape[1] == 1:  # the row of the class token of every image
         return x, None, None, x.stride(0)
     return x, x.shape[1], x.stride(0), x.stride(1)
 
@@ -293,8 +293,8 @@ def launch_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `dvit::linear` as one Triton launch on x's device and its current stream.
 
-    Arguments and results as `dvit_infer.ops.linear.linear`; `tile` fixes the block sizes, and with `stats_block` its
-    columns must be as wide.
+    Arguments and results are as for `dvit_infer.ops.linear.linear`; `tile` fixes the block sizes, and its columns must
+    equal `stats_block` if that is given.
     """
     launch, y, y_stats = linear_launch(
         x, weight, bias, residual, weight_sum, stats, eps, activation, stats_block, out_dtype, tile

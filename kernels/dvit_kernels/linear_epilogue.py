@@ -1,8 +1,8 @@
-"""What a linear layer does to its product in registers: folded LayerNorm, bias, activation, residual, statistics.
+"""The epilogue of a linear layer, in registers: folded LayerNorm, bias, activation, residual, statistics.
 
 * LayerNorm before the layer, its gain and shift folded into weight and bias, is a rank-1 correction of the product:
-  LN(x) w^T = rstd * (x w^T - mean * rowsum(w)). Exact up to rounding, provided the row sums are of w as stored.
-* What the next LayerNorm needs of the result is left with it, as mean and sum of squared deviations of every block of
+  LN(x) w^T = rstd * (x w^T - mean * rowsum(w)). This is exact up to rounding if the row sums are those of w as stored.
+* Statistics for the next LayerNorm are stored beside the result: mean and sum of squared deviations of every block of
   columns, which combine without cancellation (Chan et al. 1983).
 """
 
@@ -14,9 +14,9 @@ from dvit_kernels.activations import activate
 
 @triton.jit
 def row_offset(row, tokens, stride_b, stride_n, WIDTH: tl.constexpr):
-    """Where rows begin, in elements; without strides they are WIDTH apart, without `tokens` stride_n.
+    """Return offsets of rows in elements; without strides rows are WIDTH apart, without `tokens` stride_n.
 
-    What is not given is not computed: with `tokens` that would be two divisions by a number which is not compiled in.
+    Omitting `tokens` saves two divisions by a number that is not a compile-time constant.
     """
     if stride_n is None:
         offset = row.to(tl.int64) * WIDTH
@@ -29,7 +29,7 @@ def row_offset(row, tokens, stride_b, stride_n, WIDTH: tl.constexpr):
 
 @triton.jit
 def columns(block_n, DIM_OUT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Those of a block, and which of them there are: all, known to the compiler, where blocks divide them."""
+    """Return the columns of a block and their mask, which is constant if BLOCK_N divides DIM_OUT."""
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     there = col < DIM_OUT if DIM_OUT % BLOCK_N else tl.full((BLOCK_N,), True, tl.int1)
     return col, there
@@ -37,7 +37,7 @@ def columns(block_n, DIM_OUT: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
-    """Mean and sum of squared deviations of whole rows, out of those of their PARTS blocks of PART columns."""
+    """Return mean and sum of squared deviations of rows from those of their PARTS blocks of PART columns."""
     at = stats_ptr + row.to(tl.int64) * (2 * PARTS)
     mean = tl.load(at, mask=live, other=0.0)
     squares = tl.load(at + 1, mask=live, other=0.0)
@@ -50,9 +50,9 @@ def load_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def load_many_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr):
-    """The same with a row's parts side by side in PADDED columns: two loads, where `load_stats` has a chain of them.
+    """Return the same as `load_stats`, with the parts of a row in PADDED columns: two loads instead of a chain.
 
-    Parts are of one size, so that the mean is that of their means, and the deviations of these add to the squares.
+    All parts have one size: the mean is the mean of their means, and the means' deviations add to the squares.
     """
     part = tl.arange(0, PADDED)
     at = stats_ptr + (row.to(tl.int64) * (2 * PARTS))[:, None] + 2 * part[None, :]
@@ -66,13 +66,13 @@ def load_many_stats(stats_ptr, row, live, PARTS: tl.constexpr, PART: tl.constexp
 
 @triton.jit
 def load_columns(ptr, col, there):
-    """A vector's values for the columns of a block, in float32."""
+    """Load a vector's values for the columns of a block, in float32."""
     return tl.load(ptr + col, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_residual(residual_ptr, row, col, mask, tokens, stride_b, stride_n, DIM_OUT: tl.constexpr):
-    """A block of what is added to the result, in float32."""
+    """Load a block of the residual, in float32."""
     at = row_offset(row, tokens, stride_b, stride_n, DIM_OUT)[:, None] + col[None, :]
     return tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
@@ -80,13 +80,13 @@ def load_residual(residual_ptr, row, col, mask, tokens, stride_b, stride_n, DIM_
 @triton.jit
 def finish(
     acc,  # (rows of the block, BLOCK_N) float32, x w^T
-    mean,  # of the rows of x, and the sums of their squared deviations; read only with w_sum_ptr
+    mean,  # means and sums of squared deviations of the rows of x; read only with w_sum_ptr
     squares,
-    bias,  # of the block's columns; this and the next two None where they are loaded here
+    bias,  # for the block's columns; this and the next two are None if they are loaded here
     w_sum,
-    residual,  # of the block
-    row,  # numbers of the rows
-    block_n,  # number of the block of columns
+    residual,  # for the block
+    row,  # indices of the rows
+    block_n,  # index of the block of columns
     bias_ptr,
     w_sum_ptr,
     residual_ptr,
@@ -102,7 +102,7 @@ def finish(
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Everything behind the product, and the stores; arguments as those of `_linear_kernel`."""
+    """Apply the epilogue and store the results; arguments as for `_linear_kernel`."""
     col, there = columns(block_n, DIM_OUT, BLOCK_N)
     live = row < rows
     if w_sum_ptr is not None:
@@ -122,7 +122,7 @@ def finish(
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :], y, mask=mask)
     if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
-        y = y.to(tl.float32)  # of what the next launch will read, rounded
+        y = y.to(tl.float32)  # statistics of the rounded values that the next launch reads
         part_mean = tl.sum(y, axis=1) / BLOCK_N
         deviation = y - part_mean[:, None]
         at = y_stats_ptr + (row.to(tl.int64) * (DIM_OUT // BLOCK_N) + block_n) * 2

@@ -1,9 +1,9 @@
-"""A linear layer on Hopper and later: programs that stay, each working through tiles of the result, operands by TMA.
+"""A linear layer on Hopper and later: persistent programs that loop over tiles of the result, operands by TMA.
 
-Rows and columns past the end are read as zeros and not stored. Descriptors are made on the host, and a captured launch
-keeps them among its arguments. Triton's automatic warp specialisation does not go with them on Hopper: it halves the
-blocks of rows between two groups of warps, of which the descriptor is not told (3.6.0 compiles that to a kernel which
-waits for bytes that do not come as expected, later versions refuse).
+Rows and columns past the end are read as zeros and not stored. Descriptors are created on the host, and a captured
+launch keeps them among its arguments. Triton's automatic warp specialisation does not work with them on Hopper: it
+splits the blocks of rows between two groups of warps, but not the descriptor (3.6.0 compiles a kernel that waits for a
+wrong number of bytes, later versions refuse).
 """
 
 from typing import Any
@@ -16,19 +16,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dvit_kernels.launch import wait_for_inputs
 from dvit_kernels.linear_epilogue import columns, finish, load_residual, load_stats
 
-MULTIPROCESSORS = 132  # of an H100 SXM or an H200; what is compiled ahead of time and interpreted
-# Values of `LinearTile.tma`. One program a multiprocessor that fetches for its next tile while it finishes one; two
-# programs a multiprocessor that fill each other's gaps.
+MULTIPROCESSORS = 132  # of an H100 SXM or an H200; used ahead of time and in the interpreter
+# Values of `LinearTile.tma`. One program per multiprocessor, which prefetches its next tile while it finishes one; two
+# programs per multiprocessor, which fill each other's gaps.
 PREFETCHING, PAIRED = 1, 2
 
 
 @triton.jit(do_not_specialize=["rows", "residual_tokens"])
 def _linear_tma_kernel(
     x,  # (rows, K): descriptor of blocks of (BLOCK_M, BLOCK_K)
-    w,  # (N, K): of (BLOCK_N, BLOCK_K)
-    bias_ptr,  # from here on as in _linear_kernel
+    w,  # (N, K): descriptor of blocks of (BLOCK_N, BLOCK_K)
+    bias_ptr,  # from here as in _linear_kernel
     w_sum_ptr,
-    stats_ptr,  # with w_sum_ptr never None
+    stats_ptr,  # never None with w_sum_ptr
     residual_ptr,
     y_ptr,
     y_stats_ptr,
@@ -44,17 +44,17 @@ def _linear_tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FLATTEN: tl.constexpr,  # one loop of tiles and their inner blocks
+    FLATTEN: tl.constexpr,  # one loop over tiles and their inner blocks
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    # Adding the residual before the product spares registers; a flattened loop would have to keep two accumulators.
+    # Starting from the residual saves registers; in a flattened loop it would need a second accumulator.
     residual_first: tl.constexpr = (
         residual_ptr is not None and w_sum_ptr is None and ACTIVATION == "none" and not FLATTEN
     )
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
     tiles = tl.cdiv(rows, BLOCK_M) * blocks_n
-    # Programs side by side share a tile of rows: x is read from memory once, and all of w stays in the L2 cache.
+    # Adjacent programs share a tile of rows: x is read from memory once, and all of w stays in the L2 cache.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         first, block_n = tile // blocks_n * BLOCK_M, tile % blocks_n
         row = first + tl.arange(0, BLOCK_M)
@@ -96,7 +96,7 @@ def _linear_tma_kernel(
 
 
 def can_describe(x: torch.Tensor, weight: torch.Tensor, row_stride: int, block_k: int) -> bool:
-    """Whether TMA can read blocks of (., block_k) out of x, rows `row_stride` elements apart, and the weight."""
+    """Return whether TMA can read blocks of (., block_k) of x, with rows `row_stride` apart, and of the weight."""
     if x.dtype == torch.float32 or x.numel() == 0 or weight.shape[1] % block_k or row_stride < weight.shape[1]:
         return False
     sizes = row_stride, weight.shape[1]
@@ -106,7 +106,7 @@ def can_describe(x: torch.Tensor, weight: torch.Tensor, row_stride: int, block_k
 def operands(
     x: torch.Tensor, weight: torch.Tensor, rows: int, row_stride: int, blocks: tuple[int, int, int], tma: int
 ) -> dict[str, Any]:
-    """The kernel's first two arguments and what says how it runs; `weight` is contiguous."""
+    """Return the kernel's first two arguments and its settings; `weight` must be contiguous."""
     (dim_out, dim_in), (block_m, block_n, block_k) = weight.shape, blocks
     return {
         "x": TensorDescriptor(x, [rows, dim_in], [row_stride, 1], [block_m, block_k]),
@@ -116,7 +116,7 @@ def operands(
 
 
 def programs(device: torch.device, tma: int) -> int:
-    """How many the device runs at a time."""
+    """Return how many programs the device runs at a time."""
     here = device.type == "cuda"
     count = torch.cuda.get_device_properties(device).multi_processor_count if here else MULTIPROCESSORS
     return count * (2 if tma == PAIRED else 1)

@@ -1,6 +1,6 @@
-"""Images to tokens in one launch: cut into patches, multiply, add the position embedding, put prefix tokens before.
+"""Images to tokens in one launch: cut into patches, multiply, add the position embedding, prepend prefix tokens.
 
-The patches are never laid out in memory: the product reads them where they are in the images, whatever the strides.
+Patches are never copied: the product reads them directly from the images, with any strides.
 """
 
 import torch
@@ -13,17 +13,17 @@ from dvit_kernels.linear import ENOUGH_PROGRAMS, LinearTile
 
 @triton.jit
 def _as_operand(x, dtype: tl.constexpr):
-    """Pixels as the product takes them: floats cast, bytes less 128, which float16 and bfloat16 hold exactly."""
+    """Convert pixels for the product: cast floats; bytes minus 128, which float16 and bfloat16 represent exactly."""
     if x.dtype == tl.uint8:
-        # As the low bits of the float 2^23: a conversion of bytes takes an eighth of the adders' rate.
+        # As the low bits of the float 2^23: byte conversions run at an eighth of the rate of additions.
         x = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
     return x.to(dtype)
 
 
-# Largest first, each with unspilled registers (AOT.md); none has been timed yet. Images that are converted go to
-# Hopper's product as registers, which Triton's pipeline writes over while a product still reads them (issue 9433 of
-# triton-lang/triton): such tiles have one stage, and two or more programs a multiprocessor fill each other's waits. The
-# smallest tile's product is none of Hopper's.
+# Largest first; none spills registers (AOT.md); none has been timed. Converted images enter Hopper's product from
+# registers, which Triton's pipeline overwrites while a product still reads them (triton-lang/triton issue 9433): such
+# tiles have one stage, and two or more programs per multiprocessor fill each other's waits. The smallest tile is too
+# small for Hopper's asynchronous product.
 _SMALL = LinearTile(32, 32, 128, 4, 3)
 TILES = (LinearTile(128, 128, 64, 8, 3), LinearTile(128, 64, 64, 8, 3), LinearTile(64, 64, 64, 8, 3), _SMALL)
 BYTE_TILES = (LinearTile(128, 128, 64, 8, 1), LinearTile(128, 64, 64, 8, 1), LinearTile(64, 64, 64, 8, 1), _SMALL)
@@ -33,12 +33,12 @@ FLOAT32_IMAGE_TILES = (
     LinearTile(64, 64, 64, 8, 1),
     _SMALL,
 )
-FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # products on plain cores, from registers
+FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # without tensor cores, operands in registers
 
 
 @triton.jit
 def _add_table(acc, table, out, col, live, DIM_OUT: tl.constexpr):
-    """Write `acc`, with the rows at `table` added, to those at `out`."""
+    """Add the rows at `table` to `acc` and store the sum at `out`."""
     inside = live[:, None] & (col < DIM_OUT)[None, :]
     acc += tl.load(table[:, None] + col[None, :], mask=inside, other=0.0)
     tl.store(out[:, None] + col[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -70,17 +70,17 @@ def _patch_embedding_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Element k of a patch has three digits, the right ones below SIZE_1 and SIZE_2; each has a stride of its own."""
+    """Embed a tile of patches. An index in a patch has three digits, the last two below SIZE_1, SIZE_2."""
     wait_for_inputs(PDL)
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
-    # Rows are the patches of all images, one after the other: tiles pad at the end of the batch alone. Blocks of one
-    # tile of rows follow each other: the images are read from memory once, and all of w stays in the L2 cache.
+    # Rows are the patches of all images in order: only the last tile of the batch has padding. Blocks of one
+    # tile of rows are adjacent: the images are read from memory once, and all of w stays in the L2 cache.
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     live = row < rows
     image, patch = (row // n_patches).to(tl.int64), row % n_patches
     y, x = (patch // patches_x).to(tl.int64), (patch % patches_x).to(tl.int64)
-    # Offsets within a patch, below, fit 32 bits: the launcher sees to it.
+    # Offsets within a patch, below, fit in 32 bits: the launcher ensures it.
     corner = image * stride_ib + y * PATCH * stride_iy + x * PATCH * stride_ix
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -97,7 +97,7 @@ def _patch_embedding_kernel(
 
     out = out_ptr + (image * (num_prefix + n_patches)) * DIM_OUT + (num_prefix + patch) * DIM_OUT
     table = table_ptr + (num_prefix + patch) * DIM_OUT
-    # In two halves: the table's values, all at once beside the sums, would leave registers for one program, not two.
+    # In two halves: all table values at once, beside the sums, would leave registers for only one program.
     half: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, half)), (0, 2, 1)))
     left_col = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, half)
@@ -119,17 +119,17 @@ def _patch_embedding_kernel(
 
 
 def supports(channels: int, height: int, width: int) -> bool:
-    """Whether the kernel takes images of that size: below 2^31 elements each."""
+    """Return whether the kernel supports images of that size: below 2^31 elements each."""
     return channels * height * width < 2**31
 
 
 def _tile(rows: int, c: int, given: torch.dtype, dtype: torch.dtype) -> LinearTile:
-    """The largest tile with enough programs to go round."""
+    """Return the largest tile with enough programs for the GPU."""
     if dtype == torch.float32:
         return FLOAT32_TILE
     converted = FLOAT32_IMAGE_TILES if given == torch.float32 else BYTE_TILES
     tiles: tuple[LinearTile, ...] = TILES if given == dtype else converted
-    tiles = tiles if c >= 256 else tiles[1:]  # of narrow models half of the widest would be padding
+    tiles = tiles if c >= 256 else tiles[1:]  # for narrow models half of the widest tile would be padding
     enough = (t for t in tiles if triton.cdiv(rows, t.block_m) * triton.cdiv(c, t.block_n) >= ENOUGH_PROGRAMS)
     return next(enough, tiles[-1])
 
@@ -142,7 +142,7 @@ def patch_embedding_launch(
     channels_last: bool,
     out: torch.Tensor | None = None,
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch and the tensor it fills. Arguments as `launch_patch_embedding`."""
+    """Return the launch and its output tensor. Arguments as for `launch_patch_embedding`."""
     b, channels, height, width = images.shape
     (c, k), p = weight.shape, patch_size
     patches_x = width // p
@@ -155,7 +155,7 @@ def patch_embedding_launch(
     stride_b, stride_c, stride_y, stride_x = images.stride()
     if not channels_last:
         sizes, strides = (p, p), (stride_c, stride_y, stride_x)
-    elif stride_x == channels * stride_c:  # a row of a patch is one run of memory
+    elif stride_x == channels * stride_c:  # a row of a patch is contiguous
         sizes, strides = (p, p * channels), (0, stride_y, stride_c)
     else:
         sizes, strides = (p, channels), (stride_y, stride_x, stride_c)
@@ -205,16 +205,16 @@ def launch_patch_embedding(
 
     Args:
         images: (B, channels, H, W) in uint8, float32, float16 or bfloat16, any strides.
-        weight, table: what `pack_patch_embedding` returned, on the images' device.
+        weight, table: the result of `pack_patch_embedding`, on the images' device.
         patch_size: p, which divides H and W.
-        channels_last: as the weight was packed; made for images whose channel stride is 1.
-        out: where the result goes, contiguous; None: into new memory.
+        channels_last: as for packing the weight; meant for images whose channel stride is 1.
+        out: a contiguous tensor for the result; None: a new one.
 
     Returns:
         (B, P+N, C) in the weight's dtype, as `dvit::patch_embedding`.
 
     Raises:
-        ValueError: a size does not fit.
+        ValueError: a size is not supported.
     """
     _, channels, height, width = images.shape
     p = patch_size

@@ -1,6 +1,6 @@
-"""prune_tokens in three launches: project, score, select and copy; in large batches statistics of rows come first.
+"""prune_tokens in three launches: project, score, select and copy; large batches compute row statistics first.
 
-Deterministic. What the launches compute is said where they are: score_tokens.py, select_tokens.py, layer_norm.py.
+The result is deterministic. The kernels are in score_tokens.py, select_tokens.py and layer_norm.py.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from dvit_kernels.score_tokens import _project_kernel, _score_kernel
 from dvit_kernels.select_tokens import RANK_TOKENS, _select_kernel
 
 MAX_TOKENS, MIN_DIM, MAX_DIM = 1024, 64, 1024
-# For the first product, largest first, each with unspilled registers (AOT.md). The first tile has three programs a
-# multiprocessor: while one is at its epilogue, which is as long as its product, the others multiply.
+# For the first product, largest first; none spills registers (AOT.md). The first tile runs three programs per
+# multiprocessor: while one is in its epilogue, which takes as long as its product, the others multiply.
 TILES = (LinearTile(64, 128, 64, 4, 3), LinearTile(64, 64, 64, 4, 3), LinearTile(32, 32, 128, 4, 3))
-FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # products on plain cores, from registers
+FLOAT32_TILE = LinearTile(64, 64, 16, 8, 3)  # without tensor cores, operands in registers
 
 
 def supports(n: int, c: int) -> bool:
-    """Whether the kernels take N patch tokens with C channels: N up to 1024, C from 64 to 1024 in multiples of 32."""
+    """Return whether N patch tokens with C channels are supported: N <= 1024, C from 64 to 1024 in steps of 32."""
     return n <= MAX_TOKENS and MIN_DIM <= c <= MAX_DIM and c % 32 == 0
 
 
 def prune_tokens_launches(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
-    """The launches, in order, and the tensors they fill: kept_x and index. Arguments as `launch_prune_tokens`."""
+    """Return the launches in order and their outputs, kept_x and index. Arguments as for `launch_prune_tokens`."""
     b, n, c = x.shape[0], x.shape[1] - num_prefix, x.shape[2]
     half = c // 2
     w1, w1_sum, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = (t.contiguous() for t in packed)
@@ -38,14 +38,14 @@ def prune_tokens_launches(
     tile = _project_tile(b * n, c, x.dtype)
     tile_m = min(tile.block_m, max(16, triton.next_power_of_2(n)))
     tiles = triton.cdiv(b * n, tile_m)
-    segments = min(tile_m, (tile_m - 2) // n + 2)  # images that a tile can touch
+    segments = min(tile_m, (tile_m - 2) // n + 2)  # images that a tile can overlap
     hidden = x.new_empty(b * n, half)
     sums = x.new_empty(tiles, segments, half, dtype=torch.float32)
     score = x.new_empty(b, n, dtype=torch.float32)
     kept_x = x.new_empty(b, num_prefix + num_keep, c)
     index = x.new_empty(b, num_keep, dtype=torch.int64)
 
-    # Not found beside a product of Hopper's, for the reason that linear.py gives.
+    # Not computed beside an asynchronous product, for the reason given in linear.py.
     before, stats = [], None
     if tile_m >= WGMMA_ROWS and x.dtype != torch.float32:
         launch, stats = row_stats_launch(x[:, num_prefix:])
@@ -82,7 +82,7 @@ def prune_tokens_launches(
     else:
         block_m, block_h, block_k = 16, *((64, 32) if c <= 384 else (32, 64))
     touched = triton.next_power_of_2((n + tile_m - 2) // tile_m + 1)
-    # A few registers fewer than the compiler takes, and a multiprocessor holds two programs; where none would spill.
+    # With a few registers fewer than the compiler chooses, a multiprocessor holds two programs; only where none spill.
     can_pair = block_m == 64 and (c <= 384 or (c <= 512 and touched <= 4))
     score_tokens = Launch.of(
         _score_kernel,
@@ -111,7 +111,7 @@ def prune_tokens_launches(
         maxnreg=128 if can_pair else 0,
     )
     block_tokens, block_rows = max(32, triton.next_power_of_2(n)), 16
-    # Few images: a program for every block of rows. Many: two an image, so that choosing is not repeated so often.
+    # Few images: one program per block of rows. Many: two per image, so that the choice is repeated less often.
     num_groups = min(triton.cdiv(num_prefix + num_keep, block_rows), max(2, 512 // max(b, 1)))
     select = Launch.of(
         _select_kernel,
@@ -145,16 +145,16 @@ def launch_prune_tokens(
     Args:
         x: (B, P+N, C) tokens in float32, float16 or bfloat16; N up to 1024, C from 64 to 1024 in multiples of 32; any
             strides (one other than 1 in the last dimension costs a copy).
-        packed: what `pack_predictor` returned for x.dtype, on x's device.
-        num_keep: how many of the N patch tokens stay, 1 to N.
-        num_prefix: how many leading tokens P are kept unseen.
+        packed: the result of `pack_predictor` for x.dtype, on x's device.
+        num_keep: the number of the N patch tokens to keep, 1 to N.
+        num_prefix: the number P of leading tokens, always kept.
         eps: of the predictor's LayerNorm.
 
     Returns:
         kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
 
     Raises:
-        ValueError: a size that the kernels do not take, or packed weights of another width or dtype.
+        ValueError: a size is not supported, or packed weights have another width or dtype.
     """
     n, c = x.shape[1] - num_prefix, x.shape[2]
     if len(packed) != 10 or packed[0].shape != (c, c) or packed[0].dtype != x.dtype:
@@ -170,14 +170,14 @@ def launch_prune_tokens(
 
 
 def _project_tile(rows: int, c: int, dtype: torch.dtype) -> LinearTile:
-    """The largest tile of the first product with enough programs to go round."""
+    """Return the largest tile of the first product with enough programs for the GPU."""
     if dtype == torch.float32:
         return FLOAT32_TILE
-    tiles = TILES if c >= 256 else TILES[1:]  # of narrow models half of the widest would be padding
+    tiles = TILES if c >= 256 else TILES[1:]  # for narrow models half of the widest tile would be padding
     enough = (t for t in tiles if triton.cdiv(rows, t.block_m) * triton.cdiv(c, t.block_n) >= ENOUGH_PROGRAMS)
     return next(enough, tiles[-1])
 
 
 def _divisor(size: int, most: int) -> int:
-    """The largest power of two that divides `size`, at most `most`: blocks of it leave no tail."""
+    """Return the largest power of two, at most `most`, that divides `size`, so that blocks have no tail."""
     return min(most, size & -size)

@@ -1,14 +1,13 @@
 """The scores of patch tokens in two launches: project, score.
 
-The formulas are DynamicViT's predictor (Rao et al. 2021, section 3.2) after algebra that is exact up to rounding:
+The formulas are those of DynamicViT's predictor (Rao et al. 2021, section 3.2), rearranged exactly up to rounding:
 
-* LayerNorm is a rank-1 correction behind the first product: LN(x) W^T = rstd * (x W^T - mean * rowsum(W)), gain and
-  shift being folded into W and the bias. Mean and variance come out of the tiles the product reads anyway; in large
-  batches a launch before has found them (layer_norm.py). The rounding of the product, in float32, counts mean / std
-  times.
-* The half of the hidden channels that is averaged over an image never leaves the chip: its column sums do. Its part of
-  the second layer is one vector an image.
-* The last layer gives one number a token, keep minus drop; ranking needs no softmax.
+* LayerNorm is a rank-1 correction after the first product: LN(x) W^T = rstd * (x W^T - mean * rowsum(W)), with gain
+  and shift folded into W and the bias. Mean and variance are computed from the tiles that the product reads anyway; in
+  large batches by an earlier launch (layer_norm.py). The product's float32 rounding error is amplified by mean / std.
+* The half of the hidden channels that is averaged over an image never leaves the chip; only its column sums do. Its
+  part of the second layer is one vector per image.
+* The last layer gives one number per token, keep minus drop; ranking needs no softmax.
 """
 
 import triton
@@ -25,7 +24,7 @@ def _project_kernel(
     w1_ptr,  # (C, C)
     w1_sum_ptr,  # (C,) row sums of w1
     b1_ptr,  # (C,)
-    stats_ptr,  # (B*N, 1, 2) float32, mean and sum of squared deviations of the patch tokens; None: found here
+    stats_ptr,  # (B*N, 1, 2) float32, mean and sum of squared deviations of the patch tokens; None: computed here
     hidden_ptr,  # out (B*N, C/2)
     sums_ptr,  # out (tiles, SEGMENTS, C/2) float32
     stride_xb,
@@ -41,13 +40,13 @@ def _project_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """gelu(LN(x) w1^T + b1): the own half of every token, and the mean half's sums by (tile of rows, image in it)."""
+    """gelu(LN(x) w1^T + b1): store the own half of every token, and sums of the mean half per tile and image in it."""
     half: tl.constexpr = DIM // 2
     blocks_n: tl.constexpr = (DIM + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // blocks_n
     block_n = tl.program_id(0) % blocks_n
 
-    # Rows are the patch tokens of all images, one after the other: tiles pad at the end of the batch alone.
+    # Rows are the patch tokens of all images in order: only the last tile of the batch has padding.
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     image = row // n_tokens
     live = image < batch
@@ -55,7 +54,7 @@ def _project_kernel(
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
 
-    # As in linear.py: small tiles ask for what their epilogue reads before the product.
+    # As in linear.py: small tiles load the inputs of their epilogue before the product.
     early: tl.constexpr = BLOCK_M * BLOCK_N <= SMALL_TILE and w1_ptr.dtype.element_ty != tl.float32
     if early:
         w1_sum, b1 = load_columns(w1_sum_ptr, col, col < DIM), load_columns(b1_ptr, col, col < DIM)
@@ -64,7 +63,7 @@ def _project_kernel(
     wait_for_inputs(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     mean = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)  # of deviations from the mean so far
+    squares = tl.zeros((BLOCK_M,), tl.float32)  # squared deviations from the running mean
     for k in range(0, DIM, BLOCK_K):
         x = tl.load(x_ptr + offset[:, None] + (k + inner)[None, :], mask=live[:, None], other=0.0)
         w = tl.load(w1_ptr + col[None, :] * DIM + (k + inner)[:, None], mask=col[None, :] < DIM, other=0.0)
@@ -98,7 +97,7 @@ def _project_kernel(
 
 @triton.jit
 def _last_layer(b3_ptr, w4_ptr, b4_ptr, col, width):
-    """The vectors behind the third product."""
+    """Load the vectors used after the third product."""
     b3, w4 = load_columns(b3_ptr, col, col < width), load_columns(w4_ptr, col, col < width)
     return b3, w4, tl.load(b4_ptr)
 
@@ -119,14 +118,14 @@ def _score_kernel(
     DIM: tl.constexpr,
     SEGMENTS: tl.constexpr,
     TILE_M: tl.constexpr,  # rows of a tile of the first launch
-    TILES: tl.constexpr,  # a power of two, at least as many as an image can touch
+    TILES: tl.constexpr,  # a power of two, at least the number of tiles that an image can overlap
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,  # at least C/4
     PDL: tl.constexpr,
 ):
-    """The difference of the two logits, for BLOCK_M tokens of one image."""
+    """Compute the difference of the two logits for BLOCK_M tokens of one image."""
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     half: tl.constexpr = DIM // 2
     quarter: tl.constexpr = DIM // 4
@@ -144,14 +143,14 @@ def _score_kernel(
     if early:
         b3, w4, b4 = _last_layer(b3_ptr, w4_ptr, b4_ptr, quarters, quarter)
     wait_for_inputs(PDL)
-    # Where the image's sums are: in the tiles of the first launch that it touches.
+    # The image's sums are in the tiles of the first launch that it overlaps.
     tile = first_tile + tl.arange(0, TILES)
     touched = (tile <= last_tile)[:, None]
     segment = tile * SEGMENTS + image - tile * TILE_M // n_tokens
     sums_ptr += segment.to(tl.int64)[:, None] * half
 
-    # A block of hidden channels at a time goes on into the third layer, so that none has to be stored and widths need
-    # not be powers of two.
+    # Hidden channels enter the third layer block by block, so that none are stored and widths need not be powers of
+    # two.
     acc3 = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
     for h in range(0, half, BLOCK_H):
         col = h + tl.arange(0, BLOCK_H)

@@ -1,16 +1,16 @@
-"""The tokens with the best scores, and their rows, in one launch: of equal scores the lower position, NaN last."""
+"""Select the tokens with the best scores and copy their rows, in one launch: ties to the lower position, NaN last."""
 
 import triton
 import triton.language as tl
 
 from dvit_kernels.launch import wait_for_inputs
 
-RANK_TOKENS = 256  # up to here counting the better ones is cheaper than 32 rounds of reduction
+RANK_TOKENS = 256  # up to here, counting better tokens is cheaper than 32 rounds of reduction
 
 
 @triton.jit
 def _order_key(score):
-    """uint32 in the order of the scores: -0.0 as 0.0, NaN below all."""
+    """Return uint32 keys in the order of the scores: -0.0 as 0.0, NaN below all."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
     key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000)
     return tl.where(score == score, key, 0)
@@ -18,7 +18,7 @@ def _order_key(score):
 
 @triton.jit
 def _keep_by_rank(key, position, score_ptr, n_tokens, num_keep, BLOCK: tl.constexpr):
-    """Whether fewer than num_keep tokens are better, or as good and before."""
+    """Return whether fewer than num_keep tokens are better, or equal and at a lower position."""
     rank = tl.zeros(key.shape, tl.int32)
     for start in range(0, key.shape[0], BLOCK):
         other = start + tl.arange(0, BLOCK)
@@ -31,7 +31,7 @@ def _keep_by_rank(key, position, score_ptr, n_tokens, num_keep, BLOCK: tl.conste
 
 @triton.jit
 def _keep_by_radix(key, num_keep):
-    """Whether a key is above the num_keep-th largest, or equals it and is among the first that fill up."""
+    """Return whether a key is above the num_keep-th largest, or equals it and is among the first that fill up."""
     cut = tl.zeros((1,), tl.uint32)
     for bit in range(32):
         higher = cut | (tl.full((1,), 1, tl.uint32) << (31 - bit))
@@ -59,13 +59,13 @@ def _select_kernel(
     BY_RANK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Choose an image's tokens and copy every num_groups-th block of the rows that stay; each program chooses anew."""
+    """Choose an image's tokens and copy every num_groups-th block of kept rows; each program repeats the choice."""
     wait_for_inputs(PDL)
     image = (tl.program_id(0) // num_groups).to(tl.int64)
     group = tl.program_id(0) % num_groups
     position = tl.arange(0, BLOCK_TOKENS)
     score_ptr += image * n_tokens
-    # Padding ranks with NaN and behind every real token, which comes before it.
+    # Padding ranks like NaN and after every real token, as its position is higher.
     key = _order_key(tl.load(score_ptr + position, mask=position < n_tokens, other=float("nan")))
     if BY_RANK:
         keep = _keep_by_rank(key, position, score_ptr, n_tokens, num_keep, 32)

@@ -16,7 +16,7 @@ MAX_GRAPHS = 4
 class Recorded:
     """Stands for a CUDA graph where there is none: a forward over buffers of its own that are never cleared."""
 
-    own_bytes = 7
+    buffer_bytes = 7
 
     def __init__(self, runner, batch, dtype):
         self.runner, self.images, self.calls = runner, torch.full((batch, 3, 224, 224), float("nan")), 0
@@ -46,7 +46,7 @@ def captured(engine):
 
     other = copy.copy(engine)
     other.runner = CapturedRunner(plain, capture)
-    other.chunk = BUCKETS[-1]
+    other.micro_batch = BUCKETS[-1]
     return other, made
 
 
@@ -64,7 +64,7 @@ def test_a_batch_between_buckets_is_padded(engine, captured, batch):
 
 def test_a_larger_batch_is_split(engine, captured):
     other, made = captured
-    other.chunk = 4
+    other.micro_batch = 4
     images = sample_images(9, (224, 224))
     torch.testing.assert_close(other(images), engine(images), atol=5e-5, rtol=0)
     assert made == [(4, torch.float32), (1, torch.float32)]
@@ -95,15 +95,15 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(captured, monkeypatch
         runner(torch.zeros(size, 3, 224, 224))
     assert made == [*sizes, sizes[1]]  # the first was used again in time, the second had to make room
     assert len(runner._forwards) == MAX_GRAPHS
-    assert runner.own_bytes == 7 * MAX_GRAPHS
+    assert runner.buffer_bytes == 7 * MAX_GRAPHS
     runner.release()
-    assert runner.own_bytes == 0
+    assert runner.buffer_bytes == 0
 
 
 class _Zeros:
     """A runner that costs nothing."""
 
-    takes_uint8, dtype, device, own_bytes = False, torch.float32, torch.device("cpu"), 0
+    takes_uint8, dtype, device, buffer_bytes = False, torch.float32, torch.device("cpu"), 0
 
     def __init__(self, config):
         self.config = config
@@ -121,7 +121,7 @@ def test_a_callers_inference_mode_ends_with_its_call(captured):
     assert made == [(1, torch.float32)]
 
 
-def test_given_sets_and_a_watch_run_uncaptured(engine, captured):
+def test_given_sets_and_a_hook_run_uncaptured(engine, captured):
     other, made = captured
     images = sample_images(2, (224, 224))
     right, kept = engine(images, return_kept=True)
@@ -158,11 +158,11 @@ class Small:
     def __init__(self, runner, room):
         self.runner, self.room, self.sizes, self.released = runner, room, [], 0
 
-    def __call__(self, images, kept=None, watch=None, return_kept=True):
+    def __call__(self, images, kept=None, hook=None, return_kept=True):
         self.sizes.append(len(images))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.runner(images, kept, watch)
+        return self.runner(images, kept, hook)
 
     def release(self):
         self.released += 1

@@ -1,4 +1,4 @@
-"""The CPU backend: every way to compute linears gives the golden answers; the choice falls back; memory is its own."""
+"""The CPU backend: all linears give the golden outputs; a wrong one is not chosen; buffers belong to a runner."""
 
 import copy
 import pickle
@@ -18,9 +18,9 @@ FLOAT32 = [Linear(torch.float32, prepacked=False), Linear(torch.float32, prepack
 CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1", "timm-deit_tiny_patch16_224-at-192x256"]
 
 
-def converted(case_id: str, way: Linear, dtype: str = "float32") -> dvit.Engine:
+def converted(case_id: str, linear: Linear, dtype: str = "float32") -> dvit.Engine:
     engine = dvit.convert(official_checkpoint(case_id), device="cpu", dtype=dtype, **options(case_id))
-    engine.runner = CpuRunner(engine.graph, way)
+    engine.runner = CpuRunner(engine.graph, linear)
     return engine
 
 
@@ -31,10 +31,10 @@ def _probe_anew():
     cpu.fastest_linear.cache_clear()
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
+@pytest.mark.parametrize("linear", FLOAT32, ids=str)
 @pytest.mark.parametrize("case_id", CASES)
-def test_every_way_gives_the_golden_answers(case_id, way):
-    engine = converted(case_id, way)
+def test_all_linears_give_the_golden_outputs(case_id, linear):
+    engine = converted(case_id, linear)
     right, right_kept, _ = answers(case_id)
     images = case_images(case_id)
     logits, kept = engine(images, return_kept=True)
@@ -47,7 +47,7 @@ def test_every_way_gives_the_golden_answers(case_id, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "way"),
+    ("dtype", "linear"),
     [
         ("bfloat16", Linear(torch.float32, prepacked=False)),
         ("bfloat16", Linear(torch.float32, prepacked=True)),
@@ -59,12 +59,12 @@ def test_every_way_gives_the_golden_answers(case_id, way):
     ids=str,
 )
 @pytest.mark.parametrize("case_id", CASES)
-def test_reduced_precision_passes_verify(case_id, dtype, way):
-    if way == Linear(torch.bfloat16, True) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def test_reduced_precision_passes_verify(case_id, dtype, linear):
+    if linear == Linear(torch.bfloat16, True) and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bfloat16 on this processor")
-    report = dvit.verify(converted(case_id, way, dtype), official_checkpoint(case_id), num_images=16)
+    report = dvit.verify(converted(case_id, linear, dtype), official_checkpoint(case_id), num_images=16)
     assert report.passed, str(report)
-    if way.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and images are rounded
+    if linear.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and images are rounded
         assert report.rms_error < report.plain_rms_error
 
 
@@ -79,7 +79,7 @@ def test_without_the_private_operators_it_falls_back(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wrong", ["zeros", "nan", "no bias"])
-def test_a_way_with_wrong_answers_is_not_taken(wrong, dtype, monkeypatch):
+def test_a_candidate_with_wrong_outputs_is_not_chosen(wrong, dtype, monkeypatch):
     right = cpu._prepacked
 
     def sloppy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool) -> torch.Tensor:
@@ -88,12 +88,12 @@ def test_a_way_with_wrong_answers_is_not_taken(wrong, dtype, monkeypatch):
         return x.new_full((len(x), len(weight)), 0.0 if wrong == "zeros" else float("nan"))
 
     monkeypatch.setattr(cpu, "_prepacked", sloppy)
-    monkeypatch.setattr(cpu, "CLEARLY", 1e9)  # the last way that counts is taken
+    monkeypatch.setattr(cpu, "MIN_SPEEDUP", 0.0)  # the last valid candidate is taken
     assert not cpu.fastest_linear(dtype, 2).prepacked
 
 
 def test_the_choice_does_not_depend_on_the_callers_modes(monkeypatch):
-    monkeypatch.setattr(cpu, "CLEARLY", 1e9)
+    monkeypatch.setattr(cpu, "MIN_SPEEDUP", 0.0)
     for dtype in (torch.float32, torch.bfloat16):
         outside = cpu.fastest_linear(dtype, 2)
         cpu.fastest_linear.cache_clear()
@@ -102,9 +102,9 @@ def test_the_choice_does_not_depend_on_the_callers_modes(monkeypatch):
         assert outside.dtype == torch.float32  # the last that is tried
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
-def test_inference_mode_once_does_not_break_the_next_call(way):
-    engine, images = converted("tiny-deit-r0.7-s1", way), case_images("tiny-deit-r0.7-s1")
+@pytest.mark.parametrize("linear", FLOAT32, ids=str)
+def test_inference_mode_once_does_not_break_the_next_call(linear):
+    engine, images = converted("tiny-deit-r0.7-s1", linear), case_images("tiny-deit-r0.7-s1")
     with torch.inference_mode():
         first = engine(images[:1])
     engine(images)
@@ -121,9 +121,9 @@ def test_the_clearly_faster_way_is_taken_and_shown(monkeypatch):
     assert str(engine.graph).endswith("run by PyTorch, linears by oneDNN, prepacked, in float32")
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
-def test_threads_do_not_share_buffers(way):
-    engine = converted("tiny-deit-r0.7-s1", way)
+@pytest.mark.parametrize("linear", FLOAT32, ids=str)
+def test_threads_do_not_share_buffers(linear):
+    engine = converted("tiny-deit-r0.7-s1", linear)
     batches = [torch.randn(b, 3, 224, 224, generator=torch.Generator().manual_seed(b)) for b in (1, 2, 3, 5)]
     right = [engine(images) for images in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -145,17 +145,17 @@ def test_answers_outlive_the_next_call_and_images_stay_as_they_were():
 
 def test_what_it_holds_is_counted():
     engine = converted("tiny-deit-r0.7-s1", FLOAT32[0])
-    assert engine.runner.own_bytes == 0  # float32 by matmul takes the graph's weights as they are
+    assert engine.runner.buffer_bytes == 0  # float32 by matmul takes the graph's weights as they are
     engine(torch.randn(1, 3, 224, 224))
-    assert engine.runner.own_bytes == (197 * 4 * 64 + 196 * 32) * 4  # an MLP's and a predictor's hidden channels
+    assert engine.runner.buffer_bytes == (197 * 4 * 64 + 196 * 32) * 4  # an MLP's and a predictor's hidden channels
     upcast = converted("tiny-deit-r0.7-s1", FLOAT32[0], "bfloat16")
     matrices = sum(w.numel() for node in upcast.graph.nodes for w in node.weights.values() if w.dtype == torch.bfloat16)
-    assert upcast.runner.own_bytes == 4 * matrices
+    assert upcast.runner.buffer_bytes == 4 * matrices
 
 
-@pytest.mark.parametrize("way", FLOAT32, ids=str)
-def test_an_engine_can_be_copied_and_pickled(way):
-    engine, images = converted("tiny-deit-r0.7-s1", way), case_images("tiny-deit-r0.7-s1")
+@pytest.mark.parametrize("linear", FLOAT32, ids=str)
+def test_an_engine_can_be_copied_and_pickled(linear):
+    engine, images = converted("tiny-deit-r0.7-s1", linear), case_images("tiny-deit-r0.7-s1")
     logits = engine(images)
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert torch.equal(other(images), logits)
@@ -166,6 +166,6 @@ def test_an_unfolded_graph_runs_too():
     plain = dvit.load_reference(official_checkpoint("timm-deit_tiny_patch16_224"))
     graph = build_graph(plain, engine.config)
     images = case_images("timm-deit_tiny_patch16_224")
-    for way in FLOAT32:
-        logits, _ = CpuRunner(replace(graph, how=""), way)(images)
+    for linear in FLOAT32:
+        logits, _ = CpuRunner(replace(graph, runtime=""), linear)(images)
         assert (logits - engine(images)).abs().max() < 2e-5

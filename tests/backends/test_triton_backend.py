@@ -70,7 +70,7 @@ def test_uint8_is_normalised_inside(case_id):
 
 
 @pytest.mark.slow
-def test_every_nodes_output_can_be_watched():
+def test_every_nodes_output_can_be_hooked():
     """And equals that of the PyTorch backend: statistics that travel with the rows belong to these rows."""
     engine = converted(TINY)
     plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
@@ -108,4 +108,4 @@ def test_a_runner_can_be_copied_and_pickled():
         right = runner(images)[0]
         for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
             assert torch.equal(other(images)[0], right)
-    assert runner.own_bytes > 0
+    assert runner.buffer_bytes > 0

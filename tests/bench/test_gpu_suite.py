@@ -234,7 +234,7 @@ def test_a_job_that_fails_fails_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rows.usable", lambda device: False)  # as after an illegal access
     assert Part(Rows(path), CPU, 60).run(jobs) == 1
     assert rows() == ["first"]
-    assert "it ends here, with what it has" in capsys.readouterr().out
+    assert "it ends here and keeps its rows" in capsys.readouterr().out
     assert Part(Rows(path), CPU, 0.0).run(jobs) == 0
     assert capsys.readouterr().out == "one: NOT MEASURED, no time left\ntwo: NOT MEASURED, no time left\n"
 

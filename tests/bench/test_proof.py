@@ -14,7 +14,7 @@ from dvit_infer.training.student import make_pair, official_content
 
 sys.path.append(str(ROOT / "bench" / "proof"))
 import cluttered_digits
-from images import write
+from pictures import write
 
 FOLDER = ROOT / "bench" / "proof"
 TRAINED, DENSE = FOLDER / "digits-0.7.pth", FOLDER / "dense.pth"

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-from report_content import BATCHES, RATES, WAYS, content, full, limit_rows, model_row, node_rows
+from report_content import BATCHES, CANDIDATES, RATES, content, full, limit_rows, model_row, node_rows
 
 from dvit_infer.benchmark.report.page import page, write_report
 from dvit_infer.errors import InputError
@@ -80,9 +80,9 @@ def test_plotly_knows_every_word_of_the_figures():
 
 
 def test_only_what_the_rows_allow_is_drawn():
-    found = parts(*(model_row(runtime, 8) for runtime in WAYS))
+    found = parts(*(model_row(runtime, 8) for runtime in CANDIDATES))
     assert found.texts["h2"] == ["Speed and accuracy", "Images/s", "Latency"]
-    assert len(traces(found.figures[0], "bar")) == len(WAYS)
+    assert len(traces(found.figures[0], "bar")) == len(CANDIDATES)
     assert parts(*node_rows()).texts["h2"][0].startswith("Time per node")
     assert parts(*limit_rows()).texts["h2"] == ["Measured limits of this machine"]
     assert parts().texts["p"] == ["There are no rows."]
@@ -182,7 +182,7 @@ def test_nothing_of_a_file_is_markup(tmp_path):
 @pytest.mark.parametrize("unknown", [None, float("nan"), float("inf"), "many", True])
 def test_unknown_values_are_dashes_and_gaps(unknown):
     keys = ("images_per_s", "p20_images_per_s", "p99_ms", "gmacs", "peak_mib", "top1_agreement", "speedup", "params")
-    rows: list[dict[str, Any]] = [model_row(runtime, batch) for runtime in WAYS for batch in BATCHES]
+    rows: list[dict[str, Any]] = [model_row(runtime, batch) for runtime in CANDIDATES for batch in BATCHES]
     rows[0] = rows[0] | dict.fromkeys(keys, unknown)
     rows += [model_row("engine", 1, 0.5), *node_rows()]
     rows[-1] = rows[-1] | {"us": unknown, "floor_us": unknown, "bound": None, "gmacs": unknown, "shape": None}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from report_content import BATCHES, RATES, WAYS, content, full, model_row
+from report_content import BATCHES, CANDIDATES, RATES, content, full, model_row
 
 from dvit_infer.benchmark.report.page import write_report
 
@@ -54,12 +54,12 @@ def test_every_chart_is_there(opened):
         ".chart", count.format("n.querySelectorAll('.scatterlayer .trace').length, n.clientHeight > 100")
     )
     drawn = [(bars, lines) for bars, lines, *_ in drawn]
-    ways = len(WAYS)
+    candidates = len(CANDIDATES)
     sweep = len(RATES) - 1
-    latency = [(ways, 1), (ways + sweep, 1), (ways, 1)]
-    assert drawn == [(0, ways + sweep), *latency, (0, 3), (28, 2)]
+    latency = [(candidates, 1), (candidates + sweep, 1), (candidates, 1)]
+    assert drawn == [(0, candidates + sweep), *latency, (0, 3), (28, 2)]
     marks = opened.eval_on_selector_all(".chart", "ns => ns.map(n => n.querySelectorAll('.points path.point').length)")
-    assert marks == [ways * len(BATCHES) + sweep, ways, ways + sweep, ways, len(RATES) + 1, 28]
+    assert marks == [candidates * len(BATCHES) + sweep, candidates, candidates + sweep, candidates, len(RATES) + 1, 28]
 
 
 @pytest.mark.parametrize(("table", "heading"), [(0, "images/s"), (0, "batch"), (1, "µs"), (2, "GB/s")])
@@ -86,8 +86,8 @@ def test_a_heading_sorts_numbers_up_and_then_down(opened, table, heading):
 def test_text_sorts_too_and_what_is_unknown_stays_last(opened):
     place = opened.locator("table").nth(0)
     place.get_by_role("button", name="runtime", exact=True).click()
-    ways = place.locator("tbody tr td:first-child").all_text_contents()
-    assert ways == sorted(ways)
+    candidates = place.locator("tbody tr td:first-child").all_text_contents()
+    assert candidates == sorted(candidates)
     for _ in range(2):
         place.get_by_role("button", name="peak MiB", exact=True).click()
         peaks = place.locator("tbody tr td:last-child").all_text_contents()

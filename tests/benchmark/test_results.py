@@ -8,7 +8,7 @@ from commands import ROOT
 
 from dvit_infer.benchmark.results import environment, machine_name, read_results, write_json
 from dvit_infer.errors import InputError
-from dvit_infer.utils.files import whole_file, whole_json
+from dvit_infer.utils.files import atomic_write, atomic_write_json
 
 MODEL = {"model": "dynamicvit-deit-s", "keep_rate": 0.7, "batch": 8, "images_per_s": 32.0, "baseline": "reference"}
 OP = {"op": "blocks.0.mlp", "dtype": "float32", "batch": 8, "shape": [[8, 197, 384], [8, 197, 384]], "us": 9.5}
@@ -48,10 +48,10 @@ def test_a_copy_without_git_is_told_its_commit(monkeypatch):
 
 
 def test_files_are_whole_or_not_there(tmp_path):
-    whole_json(tmp_path / "a.json", {"a": 1})
-    whole_json(tmp_path / "a.json", {"a": [1, float("nan")]})
+    atomic_write_json(tmp_path / "a.json", {"a": 1})
+    atomic_write_json(tmp_path / "a.json", {"a": [1, float("nan")]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "b", "out") as part:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "b", "out") as part:
         part.write_text(f"{1 / 0}")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

@@ -13,7 +13,7 @@ from golden_cases import official_checkpoint, state_dict
 
 import dvit_infer as dvit
 from dvit_infer.benchmark import compare, peers
-from dvit_infer.benchmark.candidates import Way
+from dvit_infer.benchmark.candidates import Candidate
 from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.cli import bench
 
@@ -53,7 +53,7 @@ def test_peers_compute_the_same_function(tiny_lvvit, capsys):
         assert row["baseline"] == "sdpa"
         assert (row["peak_mib"] is None) == (row["runtime"] in ("onnxruntime", "openvino"))
     out = capsys.readouterr()
-    assert out.out.count("all ways compute the same function") == 2
+    assert out.out.count("all candidates compute the same function") == 2
     assert "by fvcore's count" in out.out
     assert out.err == ""
 
@@ -68,11 +68,11 @@ def test_openvino_in_bfloat16(tiny, capsys):
     assert all(row["max_logit_error"] > 0 for row in rows)
 
 
-def test_the_dense_twin_of_timm(tiny, capsys, monkeypatch):
+def test_timms_dense_counterpart(tiny, capsys, monkeypatch):
     """timm itself wants torchvision, which cannot be presumed: here a stand-in with timm's names takes its place."""
     given: dict = {}
 
-    def twin(**arguments):
+    def timm_model(**arguments):
         given.update(arguments)
         dense = {k: v for k, v in official_checkpoint("tiny-deit-r0.7-s1")["model"].items() if "predictor" not in k}
         model = dvit.load_reference({"model": dense}, assume={"num_heads": 2})
@@ -83,7 +83,7 @@ def test_the_dense_twin_of_timm(tiny, capsys, monkeypatch):
     names = "timm", "timm.models", "timm.models.deit", "timm.models.vision_transformer"
     modules = {name: types.ModuleType(name) for name in names}
     modules["timm.models.deit"].VisionTransformerDistilled = None
-    modules["timm.models.vision_transformer"].VisionTransformer = twin
+    modules["timm.models.vision_transformer"].VisionTransformer = timm_model
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(peers, "_need", lambda *packages: None)
@@ -105,35 +105,35 @@ def test_timm_itself(tiny):
 
 
 def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
-    """1% more in one weight of the engine: exit 1, which way is named."""
-    usual = compare.ways.engine_way
+    """1% more in one weight of the engine: exit 1, which candidate is named."""
+    usual = compare.candidates.engine_candidate
 
-    def spoiled(subject, config, runtime="engine") -> Way:
-        way = usual(subject, config, runtime)
+    def spoiled(subject, config, runtime="engine") -> Candidate:
+        candidate = usual(subject, config, runtime)
         if runtime == "engine":
-            way.engine.graph.nodes[-1].weights["head.weight"].mul_(1.01)
-        return way
+            candidate.engine.graph.nodes[-1].weights["head.weight"].mul_(1.01)
+        return candidate
 
-    monkeypatch.setattr(compare.ways, "engine_way", spoiled)
+    monkeypatch.setattr(compare.candidates, "engine_candidate", spoiled)
     assert bench.main([tiny, "--device", "cpu", "--batch", "2", "--seconds", "0.1"]) == 1
     out = capsys.readouterr()
     assert "NOT the same function" in out.out
-    assert out.err.startswith("error: not all ways compute the same function: batch 2: engine: error ")
+    assert out.err.startswith("error: not all candidates compute the same function: batch 2: engine: error ")
 
 
 @pytest.mark.slow
 def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch):
     """A near tie that falls the other way costs plain PyTorch as much as a head that is 20% off."""
-    usual = compare.ways.engine_way
+    usual = compare.candidates.engine_candidate
 
-    def spoiled(subject, config, runtime="engine") -> Way:
-        way = usual(subject, config, runtime)
-        way.engine.graph.nodes[-1].weights["head.weight"].mul_(1.2)
-        return way
+    def spoiled(subject, config, runtime="engine") -> Candidate:
+        candidate = usual(subject, config, runtime)
+        candidate.engine.graph.nodes[-1].weights["head.weight"].mul_(1.2)
+        return candidate
 
     argv = [tiny_lvvit, "--device", "cpu", "--batch", "2", "--seconds", "0.1", "--dtype", "bfloat16"]
     assert bench.main([*argv, "--compare", "reference"]) == 0
-    monkeypatch.setattr(compare.ways, "engine_way", spoiled)
+    monkeypatch.setattr(compare.candidates, "engine_candidate", spoiled)
     assert bench.main([*argv, "--compare", "reference"]) == 1
     assert "engine: rms error" in capsys.readouterr().err
 
@@ -151,12 +151,12 @@ def test_every_size_of_batch_is_compiled(monkeypatch):
     subject = types.SimpleNamespace(plain=model, plain_gmacs=0.0, config=None, device=torch.device("cpu"))
     usual = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: usual(model, backend=backend, dynamic=dynamic))
-    way = compare.ways.compiled_way(subject)
+    candidate = compare.candidates.compiled_candidate(subject)
     counts = []
     with torch.no_grad():
         for batch in range(1, 11):
             images = torch.zeros(batch, 3, 224, 224)
-            assert way.call(images).shape == way.call(images).shape == (batch, 10)
+            assert candidate.call(images).shape == candidate.call(images).shape == (batch, 10)
             counts.append(len(compiled))
     assert counts == sorted(set(counts))
 
@@ -189,7 +189,7 @@ def test_a_peer_that_fails_is_named_in_one_line(tiny, capsys, monkeypatch):
     def broken(subject):
         raise ValueError("[ONNXRuntimeError] : 9\nmore of it")
 
-    monkeypatch.setitem(compare.WAYS, "onnxruntime", broken)
+    monkeypatch.setitem(compare.CANDIDATES, "onnxruntime", broken)
     line = fails(bench, [tiny, "--device", "cpu", "--compare", "onnxruntime"], capsys)
     assert "onnxruntime cannot run the reference here: [ONNXRuntimeError] : 9" in line
 
@@ -292,8 +292,8 @@ def test_a_dense_model_has_no_keep_rates(capsys):
 def test_a_package_that_is_not_there_is_named(package, tiny, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    way = {"onnxscript": "onnxruntime"}.get(package, package)
-    line = fails(bench, [tiny, "--device", "cpu", "--compare", way], capsys)
+    candidate = {"onnxscript": "onnxruntime"}.get(package, package)
+    line = fails(bench, [tiny, "--device", "cpu", "--compare", candidate], capsys)
     assert package in line
     assert "pip install" in line
 

@@ -18,7 +18,7 @@ def test_bench_runs_a_file(model, capsys):
     given = ["--batch", "1,3", "--seconds", "0", "--compare", "onnxruntime,openvino", "--device", "cpu"]
     assert bench.main([str(model), *given, "--json", "b.json", "--report", "b.html"]) == 0
     out = capsys.readouterr().out
-    assert "not known: whether its answers are right" in out
+    assert "not known: whether its outputs are correct" in out
     assert "all runtimes agree" in out
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert [(row["runtime"], row["batch"]) for row in rows] == [
@@ -41,7 +41,7 @@ def test_bench_runs_a_foreign_file_and_says_what_it_cannot_know(shape, element, 
     assert bench.main([path, "--seconds", "0", "--device", "cpu", "--json", "b.json", "--report", "b.html"]) == 0
     out = capsys.readouterr().out
     assert says in out
-    assert "not known: its MACs, its weights, what it prunes, whether its answers are right" in out
+    assert "not known: its MACs, its weights, what it prunes, whether its outputs are correct" in out
     (row,) = json.loads(Path("b.json").read_text())["rows"]
     assert (row["runtime"], row["gmacs"], row["keep_rate"]) == ("onnxruntime", None, None)
 
@@ -60,7 +60,7 @@ def test_bench_takes_no_number_on_trust(capsys):
     [
         ([helper.make_node("ArgMax", ["y"], ["z"], axis=1)], (TensorProto.INT64, None), "no logits"),
         ([helper.make_node("ReduceSum", ["y"], ["z"], keepdims=0)], (TensorProto.FLOAT, ()), "no logits"),
-        ([helper.make_node("Log", ["n"], ["z"])], (TensorProto.FLOAT, None), "it answers NaN or Inf"),
+        ([helper.make_node("Log", ["n"], ["z"])], (TensorProto.FLOAT, None), "its output has NaN or Inf"),
     ],
 )
 def test_bench_says_what_no_logits_are(nodes, shape, says, capsys):

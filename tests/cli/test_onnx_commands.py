@@ -52,7 +52,7 @@ def test_a_saved_file_becomes_onnx_too(checkpoint, capsys):
 def test_a_file_that_does_not_pass_is_not_written(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dvit_infer.parity.verification.LOGIT_TOLERANCE", 0.0)
     assert convert.main([str(checkpoint), *TINY_FACTS, "--format", "onnx"]) == 1
-    assert "the engine's answers are not the reference's" in capsys.readouterr().err
+    assert "the engine does not agree with the reference" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +78,7 @@ def test_convert_names_a_node_that_onnx_does_not_know(checkpoint, capsys, monkey
     monkeypatch.setattr("dvit_infer.graph.nodes.Mlp.kind", "mixer")
     monkeypatch.setattr("dvit_infer.backends.torch.TorchRunner.mixer", lambda *given: None, raising=False)
     line = fails(convert, [checkpoint, *TINY_FACTS, "--format", "onnx"], capsys)
-    assert "--format: no ONNX is known for blocks.0.mlp, a node of kind 'mixer'" in line
+    assert "--format: blocks.0.mlp, a node of kind 'mixer', cannot be written as ONNX" in line
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
@@ -128,7 +128,7 @@ def test_what_a_file_is_cannot_be_changed(command, model, capsys, tmp_path):
     draw_all(tmp_path / "images" / "a", 1)
     line = fails(command, [model, "images", "--keep-rate", "0.5"], capsys)
     assert "--keep-rate: " in line
-    assert "convert the checkpoint anew" in line
+    assert "convert the checkpoint again" in line
     assert "was not written by dvit-convert" in fails(command, [foreign("f.onnx"), "images"], capsys)
     if command is eval:
         line = fails(command, [model, "images", "--against-reference"], capsys)
@@ -146,10 +146,10 @@ def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
         (
             '"patch_size": 16',
             '"patch_size": "16"',
-            "cannot be true: patch_size: '16' is no positive whole number",
+            "cannot be true: patch_size: '16' is not a positive integer",
         ),
         ('"format": 1', '"format": 2', "its format is 2"),
-        ('"patch_size": 16', '"patch_size": 1000000000', "is no multiple of the patch size"),
+        ('"patch_size": 16', '"patch_size": 1000000000', "is not a multiple of the patch size"),
         ('"depth": 4', '"depth": -1', "depth: -1"),
         ('"num_heads": 2', '"num_heads": 0', "num_heads: 0"),
         ('"keep_rate": 0.7', '"keep_rate": 1e308', "keep_rate: 1e+308"),

@@ -1,4 +1,4 @@
-"""dvit-train from end to end: what it writes, how it stops and goes on, alone and with others."""
+"""dvit-train from end to end: what it writes, how it stops and resumes, with one process and with several."""
 
 import re
 import signal
@@ -137,12 +137,12 @@ def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, lo
     if how != signal.SIGKILL:
         assert process.returncode == 130
         assert errors == "error: interrupted\n"
-        assert "stopped after step 3 of epoch 2; --resume goes on" in said
+        assert "stopped after step 3 of epoch 2; --resume continues" in said
     state = torch.load(out, weights_only=False)["training"]
     assert (state["epoch"], state["step"]) == ((1, 0) if how == signal.SIGKILL else (1, 3))
     again = run("-m", "dvit_infer.cli.train", *arguments(dense, folder, out, *long, "--resume"))
     assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stdout
+    assert "resuming from" in again.stdout
     assert same(out, long_run)
 
 
@@ -190,7 +190,7 @@ def test_two_processes_stop_after_the_same_step(dense, folder, tmp_path):
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     said, errors = process.communicate()
     # The file is there at the end of an epoch: the signal may come before the next one's first step.
-    assert re.search(r"stopped after (step \d+ of )?epoch \d+; --resume goes on", said), errors
+    assert re.search(r"stopped after (step \d+ of )?epoch \d+; --resume continues", said), errors
     assert errors.count("error: interrupted") == 2
     other = arguments(dense, folder, out, "--resume", "--epochs", "400", "--batch", "8")
     again = run("-m", "dvit_infer.cli.train", *other)

@@ -52,7 +52,7 @@ def whole(dense, folder, tmp_path_factory):
         (["--dtype", "float16"], "--dtype: float16 is not"),
         (["--flip", "2"], "--flip"),
         (["--seed", "18446744073709551616"], "--seed: 18446744073709551616 is not"),
-        (["-o", "out.safetensors"], "--out: out.safetensors: what is written is no safetensors file"),
+        (["-o", "out.safetensors"], "--out: out.safetensors: the output is no safetensors file"),
         (["--logdir", "/dev/null/logs"], "--logdir: /dev/null/logs: Not a directory"),
         (["--image-size", "30"], "--image-size: 30x30 is no multiple"),
         (["--resume", "nothing.pth"], "--resume: nothing.pth: No such file"),
@@ -73,7 +73,7 @@ def test_bad_files_and_folders_are_named(dense, folder, whole, tmp_path, capsys)
     (tmp_path / "empty").mkdir()
     assert "has no class folders" in fails(train, arguments(dense, tmp_path / "empty", "out.pth"), capsys)
     draw_all(tmp_path / "one" / "a", 8)
-    assert "has one class folder" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
+    assert "has only one class folder" in fails(train, arguments(dense, tmp_path / "one", "out.pth"), capsys)
     assert "there is no such folder" in fails(train, arguments(dense, tmp_path / "none", "out.pth"), capsys)
     for name in "bc":
         (tmp_path / "one" / name).mkdir()

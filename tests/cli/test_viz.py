@@ -177,7 +177,7 @@ def test_saved_files_are_read_too(checkpoint, folder, capsys):
 def test_without_a_model_it_takes_the_one_that_comes_along(name, folder, capsys):
     assert command.main([str(folder / name), "-o", "kept.png", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("no MODEL was given: this is a small model that was trained on digits among clutter\n")
+    assert out.startswith("no MODEL was given: using a small model trained on cluttered digits\n")
     assert "kept 44, 31, 21 of 64" in out
     assert "--device" not in fails(command, ["model.pth", "--device", "cpu"], capsys)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-WAYS = ("engine", "dense", "reference", "compile")
+CANDIDATES = ("engine", "dense", "reference", "compile")
 BATCHES = (1, 8, 32)
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 DENSE_GMACS = 4.287
@@ -64,7 +64,7 @@ def content(*rows: dict[str, Any], **environment: Any) -> dict[str, Any]:
 
 
 def full() -> dict[str, Any]:
-    """3 batches x 4 ways, a sweep of 5 rates at one batch, 28 nodes, two limits."""
-    ways = [model_row(runtime, batch) for batch in BATCHES for runtime in WAYS]
+    """3 batches x 4 candidates, a sweep of 5 rates at one batch, 28 nodes, two limits."""
+    candidates = [model_row(runtime, batch) for batch in BATCHES for runtime in CANDIDATES]
     sweep = [model_row("engine", 8, rate) for rate in RATES if rate != 0.7]
-    return content(*ways, *sweep, *node_rows(), *limit_rows())
+    return content(*candidates, *sweep, *node_rows(), *limit_rows())

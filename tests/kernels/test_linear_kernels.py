@@ -37,10 +37,10 @@ def test_every_epilogue(device, dtype, leading, dim_in, dim_out):
     x = make_rows(*leading, dim_in).to(device, dtype)
     weight, bias = (t.to(device) for t in make_linear(dim_in, dim_out, dtype))
     residual = make_rows(*leading, dim_out, seed=2).to(device, dtype)
-    ways = itertools.cycle(ACTIVATIONS)
+    activations = itertools.cycle(ACTIVATIONS)
     for norm, with_bias, with_residual in itertools.product([False, True], repeat=3):
         given = weight, bias if with_bias else None, residual if with_residual else None
-        sums, activation = row_sums(weight) if norm else None, next(ways)
+        sums, activation = row_sums(weight) if norm else None, next(activations)
         launch, *_ = linear_launch(x, *given, sums, None, 1e-6, activation)
         y = run_guarded([launch], ["y_ptr"])["y_ptr"]
         plain, _ = linear_ref(x, *given, sums, None, 1e-6, activation)

@@ -20,7 +20,7 @@ ROWS = [where for where in WHERE if pytest.mark.emulated(80) not in where.marks]
 HALF = [where for where in ROWS if where.values[1] != torch.float32]
 # By TMA: as tuned on a GPU; small ones for the interpreter; both compiled for a GPU that is not here.
 TUNED = [LinearTile(128, 128, 64, 8, 4, PREFETCHING), LinearTile(128, 128, 64, 8, 3, PAIRED)]
-SMALL = [LinearTile(32, 16, 32, 4, 2, way) for way in (PREFETCHING, PAIRED)]
+SMALL = [LinearTile(32, 16, 32, 4, 2, variant) for variant in (PREFETCHING, PAIRED)]
 TMA_TILES = {"cuda": TUNED, "cpu": TUNED + SMALL if WHERE == EMULATED else SMALL}
 
 
@@ -36,19 +36,19 @@ def of_tma(launch):
 @pytest.mark.slow
 @needs_loops
 @skip_before_hopper
-@pytest.mark.parametrize("way", [PREFETCHING, PAIRED])
+@pytest.mark.parametrize("variant", [PREFETCHING, PAIRED])
 @pytest.mark.parametrize(("device", "dtype"), HALF)
-def test_tma_does_as_the_plain_kernel(device, dtype, way):
+def test_tma_does_as_the_plain_kernel(device, dtype, variant):
     """Every epilogue, tails of rows and of columns, more tiles than programs, several parts of statistics."""
-    for tile in (tile for tile in TMA_TILES[device] if tile.tma == way):
+    for tile in (tile for tile in TMA_TILES[device] if tile.tma == variant):
         rows, dim_in = 3 * tile.block_m + 5, 3 * tile.block_k
         x = make_rows(rows, dim_in).to(device, dtype)
-        for dim_out, ways in ((2 * tile.block_n, ACTIVATIONS), (tile.block_n + 9, ("none", "gelu_tanh"))):
+        for dim_out, activations in ((2 * tile.block_n, ACTIVATIONS), (tile.block_n + 9, ("none", "gelu_tanh"))):
             weight, bias = (t.to(device) for t in make_linear(dim_in, dim_out, dtype))
             residual = make_rows(rows, dim_out, seed=2).to(device, dtype)
             stats = torch.stack(torch_stats(x, 3), dim=2)
             sums = row_sums(weight)
-            epilogues = [(weight, bias, None, sums, stats, 1e-6, activation) for activation in ways]
+            epilogues = [(weight, bias, None, sums, stats, 1e-6, activation) for activation in activations]
             epilogues += [(weight, None, residual, None, None, 1e-6, "none")]
             epilogues += [(weight, bias, residual, sums, stats, 1e-6, "gelu")]
             for given in epilogues:

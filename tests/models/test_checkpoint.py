@@ -51,7 +51,7 @@ def test_every_wrapper(key, state, tmp_path):
     found = read_checkpoint(tmp_path / "a.pth")
     assert same(found.state, state)
     assert found.weights == key
-    assert found.said["base_rate"] == 0.7
+    assert found.metadata["base_rate"] == 0.7
     assert read_checkpoint({key: state}).weights == key
 
 
@@ -90,7 +90,7 @@ def test_a_file_overwritten_later_changes_nothing(state, tmp_path):
 def test_threads_may_read_together(tmp_path):
     torch.save({"model": {"w": torch.ones(3)}, "args": argparse.Namespace(rate=np.float64(0.7))}, tmp_path / "a.pth")
     with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(lambda _: read_checkpoint(tmp_path / "a.pth").said["rate"] == 0.7, range(80)))
+        assert all(pool.map(lambda _: read_checkpoint(tmp_path / "a.pth").metadata["rate"] == 0.7, range(80)))
 
 
 class Evil:

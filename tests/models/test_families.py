@@ -151,7 +151,7 @@ def test_lvvit_keys_that_do_not_belong_are_named():
         ({"prune_at": (1, 2, 4)}, "prune_at: there is no block 4"),
         ({"prune_at": (-1, 1, 2)}, "prune_at: there is no block -1"),
         ({"prune_at": (1, 2)}, "prune_at: 2 given"),
-        ({"image_size": 230}, "image_size: 230x230 is no multiple of the patch size 16"),
+        ({"image_size": 230}, "image_size: 230x230 is not a multiple of the patch size 16"),
         ({"image_size": (224, 100)}, "image_size"),
         ({"image_size": 0}, "image_size"),
         ({"image_size": 16}, "image_size: .* leaves no patch token of the 1 of a 16x16 image"),

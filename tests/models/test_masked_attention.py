@@ -1,4 +1,4 @@
-"""Masked attention and its gradients are those of the plain way."""
+"""Masked attention and its gradients equal those of the plain implementation."""
 
 import pytest
 import torch

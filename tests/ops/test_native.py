@@ -22,7 +22,13 @@ from dvit_infer.backends.cpu import CpuRunner, Linear
 from dvit_infer.cli import bench
 from dvit_infer.errors import InputError
 from dvit_infer.ops import native
-from dvit_infer.ops.prune_tokens import gather_tokens_ref, how, prune_tokens_ref, score_tokens_ref, select_tokens_ref
+from dvit_infer.ops.prune_tokens import (
+    backend_of,
+    gather_tokens_ref,
+    prune_tokens_ref,
+    score_tokens_ref,
+    select_tokens_ref,
+)
 
 pytestmark = pytest.mark.slow  # it builds the library
 HEADER = ROOT / "kernels/csrc/include/dvit_kernels.h"
@@ -221,12 +227,12 @@ def test_the_op_runs_it_when_asked(dtype, monkeypatch):
     assert torch.equal(index, right)
     assert torch.equal(kept_x, right_x)
     torch.library.opcheck(torch.ops.dvit.prune_tokens.default, (x, packed, 5, 1, 1e-5))
-    assert how(CPU, 30, 64) == "native (CPU)"
+    assert backend_of(CPU, 30, 64) == "native (CPU)"
 
 
 @pytest.mark.usefixtures("_native")
 def test_sizes_beyond_it_run_in_pytorch_and_are_told():
-    assert how(CPU, 9, 3) == "PyTorch"
+    assert backend_of(CPU, 9, 3) == "PyTorch"
 
 
 @pytest.mark.usefixtures("_native")
@@ -271,18 +277,18 @@ def test_a_library_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch
 def test_a_library_of_another_version_is_refused(monkeypatch):
     native._load.cache_clear()
     monkeypatch.setattr(native, "__version__", "9.9")
-    with pytest.raises(InputError, match=rf"is of version {re.escape(dvit.__version__)}, this is 9\.9"):
+    with pytest.raises(InputError, match=rf"has version {re.escape(dvit.__version__)}, not 9\.9"):
         native.library()
 
 
 @pytest.mark.usefixtures("_native")
-@pytest.mark.parametrize("way", [Linear(torch.float32, False), Linear(torch.float32, True)], ids=str)
+@pytest.mark.parametrize("linear", [Linear(torch.float32, False), Linear(torch.float32, True)], ids=str)
 @pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
-def test_engines_give_the_golden_answers(case_id, way):
+def test_engines_give_the_golden_answers(case_id, linear):
     engine = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id))
-    assert engine.graph.how.endswith(", prune_tokens by native (CPU)")
-    engine.runner = CpuRunner(engine.runner._graph, way)
-    assert engine.runner.how == f"PyTorch, {way}, prune_tokens by native (CPU)"
+    assert engine.graph.runtime.endswith(", prune_tokens by native (CPU)")
+    engine.runner = CpuRunner(engine.runner._graph, linear)
+    assert engine.runner.runtime == f"PyTorch, {linear}, prune_tokens by native (CPU)"
     right, right_kept, _ = answers(case_id)
     logits, kept = engine(case_images(case_id), return_kept=True)
     assert (logits - right).abs().max() < 2e-5
@@ -354,7 +360,7 @@ def test_on_cuda_it_chooses_as_triton_does(b, n, p, c, k, dtype):
 
     x, predictor = make_x(b, n, p, c, dtype).cuda(), make_predictor(c)
     packed = [t.cuda() for t in dvit.pack_predictor(predictor, dtype)]
-    assert how(x.device, n, c) == "native (CUDA)"
+    assert backend_of(x.device, n, c) == "native (CUDA)"
     kept_x, index = dvit.prune_tokens(x, packed, k, p)
     check_against_float64(x.cpu(), k, p, kept_x.cpu(), index.cpu(), predictor)
     launches, their_x, theirs = prune_tokens_launches(x, packed, k, p, 1e-5)
@@ -401,5 +407,5 @@ def test_on_cuda_a_captured_graph_gives_the_eager_answer():
 def test_on_cuda_engines_say_who_prunes():
     source = official_checkpoint("tiny-deit-r0.7-s1")
     engine = dvit.convert(source, device="cuda", dtype="bfloat16", **options("tiny-deit-r0.7-s1"))
-    assert "prune_tokens by native (CUDA)" in engine.graph.how
+    assert "prune_tokens by native (CUDA)" in engine.graph.runtime
     assert dvit.verify(engine, source, num_images=16).passed

@@ -1,10 +1,10 @@
-"""Whether a way computes the reference's function: what must be found out, and what is only rounding."""
+"""Whether a candidate computes the reference's function: errors that must be found, and mere rounding."""
 
 import pytest
 import torch
 
 from dvit_infer.models.vit.reference import EvalOutput
-from dvit_infer.parity.agreement import Expected, stray, unchecked
+from dvit_infer.parity.agreement import Expected, check_exact, unchecked
 
 CLEAR, TIED = 0.1, 0.0
 
@@ -20,21 +20,21 @@ def expected(margins: list[float], rounding: float = 0.0, flips: float = 0.0) ->
 
 def test_float32_is_compared_where_the_choice_is_clear():
     right = expected([CLEAR, TIED])
-    logits = right.right.logits.clone()
-    assert stray(logits, None, right, torch.float32) is None
+    logits = right.reference.logits.clone()
+    assert check_exact(logits, None, right, torch.float32) is None
     logits[1] += 1.0  # another choice at a tie
-    assert stray(logits, None, right, torch.float32) is None
+    assert check_exact(logits, None, right, torch.float32) is None
     logits[0] += 0.01
-    assert "error" in stray(logits, None, right, torch.float32)
+    assert "error" in check_exact(logits, None, right, torch.float32)
 
 
 def test_where_nothing_is_clear_given_sets_are_compared_or_it_is_not_known():
     right = expected([TIED, TIED])
-    off = right.right.logits + 1.0
-    assert stray(off, None, right, torch.float32) is None
+    off = right.reference.logits + 1.0
+    assert check_exact(off, None, right, torch.float32) is None
     assert unchecked(right, torch.float32)
-    assert stray(off, right.right.logits, right, torch.float32) is None
-    assert "error" in stray(off, off, right, torch.float32)
+    assert check_exact(off, right.reference.logits, right, torch.float32) is None
+    assert "error" in check_exact(off, off, right, torch.float32)
     assert not unchecked(expected([TIED, CLEAR]), torch.float32)
     assert not unchecked(right, torch.bfloat16)
 
@@ -43,20 +43,24 @@ def test_where_nothing_is_clear_given_sets_are_compared_or_it_is_not_known():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_never_passes(dtype, bad):
     right = expected([TIED, CLEAR])
-    logits = right.right.logits.clone()
+    logits = right.reference.logits.clone()
     logits[0, 3] = bad
-    assert stray(logits, None, right, dtype) == "NaN or Inf"
-    assert stray(right.right.logits, logits, right, dtype) == "NaN or Inf"
+    assert check_exact(logits, None, right, dtype) == "NaN or Inf"
+    assert check_exact(right.reference.logits, logits, right, dtype) == "NaN or Inf"
 
 
 def test_reduced_dtypes_may_be_as_far_off_as_plain_pytorch():
     right = expected([CLEAR] * 4, rounding=0.01, flips=0.2)
-    flipped = right.right.logits + 0.3 * torch.ones(4, 10)
-    assert stray(flipped, right.plain_given, right, torch.bfloat16) is None
-    assert "rms error" in stray(flipped, right.right.logits * 1.2, right, torch.bfloat16)  # 20% off in arithmetic
-    assert "rms error" in stray(-right.right.logits, None, right, torch.bfloat16)  # no choice of tokens explains that
+    flipped = right.reference.logits + 0.3 * torch.ones(4, 10)
+    assert check_exact(flipped, right.plain_given, right, torch.bfloat16) is None
+    assert "rms error" in check_exact(
+        flipped, right.reference.logits * 1.2, right, torch.bfloat16
+    )  # 20% off in arithmetic
+    assert "rms error" in check_exact(
+        -right.reference.logits, None, right, torch.bfloat16
+    )  # no choice of tokens explains that
 
 
 def test_however_far_off_plain_pytorch_is_nonsense_is_found_out():
     right = expected([CLEAR] * 4, rounding=1.0, flips=1.0)
-    assert "rms error" in stray(right.right.logits.flip(0), None, right, torch.float16)
+    assert "rms error" in check_exact(right.reference.logits.flip(0), None, right, torch.float16)

@@ -34,7 +34,7 @@ def test_passes(case_id, dtype, device):
         assert sum(report.kept_compared) > 30 or not report.kept_equal
 
 
-def test_passes_for_the_dense_twin_and_other_rates():
+def test_passes_for_the_dense_counterpart_and_other_rates():
     for given in ({"method": "none"}, {"keep_rate": 0.5}, {"keep_rate": 1.0}, {"prune_at": (0, 1, 3)}):
         assert dvit.verify(converted(**given), official_checkpoint(TINY), num_images=4).passed
 

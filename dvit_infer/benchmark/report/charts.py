@@ -1,42 +1,54 @@
-"""The charts, each from rows alone."""
+"""The charts, each drawn from rows alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dvit_infer.benchmark.report.figures import BAR, DASHES, EDGE, SYMBOLS, Chart, Row, Way, bars, figure, plain, titled
+from dvit_infer.benchmark.report.figures import (
+    BAR,
+    DASHES,
+    EDGE,
+    SYMBOLS,
+    Chart,
+    Row,
+    Series,
+    bars,
+    figure,
+    plain,
+    titled,
+)
 from dvit_infer.benchmark.report.tables import number
 
-FARTHEST = 4  # times the longest median: a p99 beyond it would leave no room for the bars
+FARTHEST = 4  # longest axis, in longest medians: a p99 beyond it would leave no room for the bars
 ARROW = {"symbol": "triangle-right", "size": 11, "color": "--text"}
 
 
-def throughput(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
-    """Images/s against batch, a line a candidate; with one size of batch, a bar a candidate."""
+def throughput(rows: Sequence[Row], series: Mapping[int, Series]) -> list[Chart]:
+    """Chart images/s against batch, one line per candidate; with a single batch size, one bar per candidate."""
     batches = sorted({row["batch"] for row in rows})
     if len(batches) == 1:
         data = [
-            _bar(place, row["images_per_s"], ways[id(row)], "images/s") | {"error_x": _whiskers([row], "--text")}
+            _bar(place, row["images_per_s"], series[id(row)], "images/s") | {"error_x": _whiskers([row], "--text")}
             for place, row in enumerate(rows)
         ]
         axis = {"title": titled("images/s"), "rangemode": "tozero"}
-        drawn = figure(data, EDGE + BAR * len(rows), axis, bars([ways[id(row)].label for row in rows]))
+        drawn = figure(data, EDGE + BAR * len(rows), axis, bars([series[id(row)].label for row in rows]))
         return [Chart(drawn, f"batch {batches[0]}", "images/s of every candidate")]
-    lines: dict[Way, list[Row]] = {}
+    lines: dict[Series, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["batch"]):
-        lines.setdefault(ways[id(row)], []).append(row)
+        lines.setdefault(series[id(row)], []).append(row)
     data = [
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": plain(way.label),
+            "name": plain(one.label),
             "x": [row["batch"] for row in line],
             "y": [number(row["images_per_s"]) for row in line],
-            "error_y": _whiskers(line, way.color),
-            "line": {"color": way.color, "width": 2, "dash": way.dash},
-            "marker": {"color": way.color, "symbol": way.symbol, "size": 8},
+            "error_y": _whiskers(line, one.color),
+            "line": {"color": one.color, "width": 2, "dash": one.dash},
+            "marker": {"color": one.color, "symbol": one.symbol, "size": 8},
             "hovertemplate": "%{fullData.name}<br>batch %{x}: %{y:,.1f} images/s<extra></extra>",
         }
-        for way, line in lines.items()
+        for one, line in lines.items()
     ]
     xaxis = {
         "type": "log",
@@ -46,19 +58,19 @@ def throughput(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
     }
     yaxis = {"title": titled("images/s"), "rangemode": "tozero"}
     drawn = figure(data, 440, xaxis, yaxis, showlegend=True)
-    return [Chart(drawn, "", "images/s against batch, a line a candidate")]
+    return [Chart(drawn, "", "images/s against batch, one line per candidate")]
 
 
-def latency(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
-    """p50 and p99 of every candidate, a chart a size of batch, for their scales are far apart."""
+def latency(rows: Sequence[Row], series: Mapping[int, Series]) -> list[Chart]:
+    """Chart p50 and p99 of every candidate, one chart per batch size because their scales differ."""
     charts = []
     for batch in sorted({row["batch"] for row in rows}):
         those = [row for row in rows if row["batch"] == batch]
-        names = [ways[id(row)].label for row in those]
+        names = [series[id(row)].label for row in those]
         medians, slowest = ([number(row[key]) for row in those] for key in ("p50_ms", "p99_ms"))
         end = max((median for median in medians if median is not None), default=0.0) * FARTHEST
         data = [
-            _bar(place, median, ways[id(row)], "ms, p50")
+            _bar(place, median, series[id(row)], "ms, p50")
             for place, (row, median) in enumerate(zip(those, medians, strict=True))
         ]
         data.append(_ticks([p99 if p99 is None or p99 <= end else None for p99 in slowest], "ms, p99", names))
@@ -75,7 +87,7 @@ def latency(rows: Sequence[Row], ways: Mapping[int, Way]) -> list[Chart]:
 
 
 def sweeps(rows: Sequence[Row]) -> list[Chart]:
-    """Images/s of the engine against keep rate, a chart a size of batch; [] where there is only one rate."""
+    """Chart images/s of the engine against keep rate, one chart per batch size; [] if there is only one rate."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in ("model", "dtype", "device", "batch")), []).append(row)
@@ -123,7 +135,7 @@ def _swept(runtime: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _allowed(engine: Sequence[Row], dense: Sequence[Row]) -> list[tuple[float, float]]:
-    """(keep rate, images/s) if time went by MACs alone, from the dense engine's; [] where it is not known."""
+    """Return (keep rate, images/s) if time depended on MACs alone, scaled from the dense engine; [] if unknown."""
     speed, work = (number(dense[0][key]) if dense else None for key in ("images_per_s", "gmacs"))
     if speed is None or work is None:
         return []
@@ -132,7 +144,7 @@ def _allowed(engine: Sequence[Row], dense: Sequence[Row]) -> list[tuple[float, f
 
 
 def nodes(rows: Sequence[Row]) -> Iterator[tuple[str, Chart, Sequence[Row]]]:
-    """For each graph measured: a title with the sums, the chart of nodes against their floors, its rows for a table."""
+    """Yield for each measured graph a title with sums, a chart of nodes against their floors, and rows for a table."""
     graphs: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         graphs.setdefault(tuple(row.get(key) for key in ("model", "keep_rate", "dtype", "batch")), []).append(row)
@@ -169,21 +181,21 @@ def nodes(rows: Sequence[Row]) -> Iterator[tuple[str, Chart, Sequence[Row]]]:
         yield title, Chart(drawn, ", ".join(about), "time of every node as a bar against its floor"), told
 
 
-def _bar(place: int, value: object, way: Way, unit: str) -> dict[str, Any]:
+def _bar(place: int, value: object, one: Series, unit: str) -> dict[str, Any]:
     return {
         "type": "bar",
         "orientation": "h",
-        "name": plain(way.label),
+        "name": plain(one.label),
         "x": [number(value)],
         "y": [place],
         "width": [0.7],
-        "marker": {"color": way.color},
+        "marker": {"color": one.color},
         "hovertemplate": f"%{{fullData.name}}: %{{x:,.2f}} {unit}<extra></extra>",
     }
 
 
 def _ticks(values: Sequence[object], unit: str, names: Sequence[str], color: str = "--text") -> dict[str, Any]:
-    """An upright stroke across each bar."""
+    """Return a vertical tick mark across each bar."""
     return {
         "type": "scatter",
         "mode": "markers",
@@ -196,7 +208,7 @@ def _ticks(values: Sequence[object], unit: str, names: Sequence[str], color: str
 
 
 def _whiskers(rows: Sequence[Row], color: str) -> dict[str, Any]:
-    """Error bars from the 20th to the 80th percentile of images/s."""
+    """Return error bars from the 20th to the 80th percentile of images/s."""
 
     def apart(row: Row, key: str) -> float:
         middle, end = number(row["images_per_s"]), number(row.get(key))

@@ -1,4 +1,4 @@
-"""What the charts share: a way's name and looks, and figures as plotly.js takes them. Colours are names in page.css."""
+"""Parts that the charts share: series with labels and styles, and plotly.js figures. page.css defines the colours."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from dvit_infer.benchmark.report.tables import number
 
 Row = Mapping[str, Any]
 
-VARIANTS = ("", "-open", "-open-dot", "-dot")  # of a mark
-# A colour and a mark for each `runtime`, the same in every chart and every report; a name that is not here is the last.
+VARIANTS = ("", "-open", "-open-dot", "-dot")  # suffixes of a marker symbol
+# Each `runtime` has a colour and a marker, the same in every chart and report; an unknown runtime takes the last.
 SYMBOLS = {
     "engine": "circle",
     "dense": "square",
@@ -22,15 +22,15 @@ SYMBOLS = {
     "other": "hexagon",
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SIZE = 13  # of text, in pixels
+SIZE = 13  # font size in pixels
 BAR, EDGE = 28, 76  # pixels: a bar with its gap; the axis below
 LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0}
 FLAT: dict[str, Any] = {"fixedrange": True, "gridcolor": "--grid", "zerolinecolor": "--axis", "automargin": True}
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a candidate is named and drawn; those of one `runtime` differ in their mark and dash."""
+class Series:
+    """A candidate's label and style. Candidates of one `runtime` differ in marker and dash."""
 
     label: str
     color: str
@@ -40,22 +40,25 @@ class Way:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure {"data": [...], "layout": {...}}, a caption above it ("" for none), and its name for who cannot see."""
+    """A figure {"data": [...], "layout": {...}}, a caption above it ("" for none), and a label for screen readers."""
 
     figure: dict[str, Any]
     caption: str
     label: str
 
 
-def label_ways(rows: Sequence[Row]) -> dict[int, Way]:
-    """The way of each model row, by the row's id(): its runtime, variant, keep rate, and what else sets rows apart."""
+def label_candidates(rows: Sequence[Row]) -> dict[int, Series]:
+    """Return the series of each model row, by the row's id().
+
+    Its label names the runtime, variant, keep rate, and any other field in which rows differ.
+    """
     apart = [key for key in ("model", "dtype", "device") if len({row.get(key) for row in rows}) > 1]
-    ways: dict[tuple[Any, ...], Way] = {}
+    series: dict[tuple[Any, ...], Series] = {}
     seen: dict[str, int] = {}
     found = {}
     for row in rows:
         key = tuple(row.get(name) for name in ("runtime", "variant", "keep_rate", *apart))
-        if key not in ways:
+        if key not in series:
             runtime, rate = str(row.get("runtime")), number(row.get("keep_rate"))
             name = runtime if row.get("variant") is None else f"{runtime} ({row['variant']})"
             kept = [] if rate is None or rate == 1 else [f"keep {rate:g}"]
@@ -63,24 +66,24 @@ def label_ways(rows: Sequence[Row]) -> dict[int, Way]:
             style = runtime if runtime in SYMBOLS else "other"
             nth = seen[style] = seen.get(style, -1) + 1
             mark = SYMBOLS[style] + VARIANTS[nth % len(VARIANTS)]
-            ways[key] = Way(label, f"--{style}", mark, DASHES[nth % len(DASHES)])
-        found[id(row)] = ways[key]
+            series[key] = Series(label, f"--{style}", mark, DASHES[nth % len(DASHES)])
+        found[id(row)] = series[key]
     return found
 
 
 def plain(text: object) -> str:
-    """Text that plotly shows as it is: it takes <b> and the like for markup, and entities for what they stand for."""
+    """Escape text that plotly is to show verbatim; it interprets tags such as <b>, and entities."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def titled(text: str) -> dict[str, Any]:
-    """An axis's title, no larger than its numbers."""
+    """Return an axis title in the font size of the tick labels."""
     return {"text": text, "font": {"size": SIZE}}
 
 
 def figure(data: Iterable[Mapping[str, Any]], height: int, xaxis: Row, yaxis: Row, **layout: Any) -> dict[str, Any]:
-    """A figure in the page's dress: no title, and no zooming, which would catch a finger that scrolls."""
-    dress = {
+    """Return a figure in the page's style: without title, and without zooming, which would interfere with scrolling."""
+    style = {
         "height": height,
         "margin": {"l": 8, "r": 16, "t": 8, "b": 8, "pad": 4},
         "font": {"family": "system-ui, sans-serif", "size": SIZE, "color": "--text"},
@@ -93,11 +96,11 @@ def figure(data: Iterable[Mapping[str, Any]], height: int, xaxis: Row, yaxis: Ro
         "xaxis": FLAT | dict(xaxis),
         "yaxis": FLAT | dict(yaxis),
     }
-    return {"data": [dict(trace) for trace in data], "layout": dress | layout}
+    return {"data": [dict(trace) for trace in data], "layout": style | layout}
 
 
 def bars(labels: Sequence[str]) -> dict[str, Any]:
-    """The axis of a row of horizontal bars, first on top. Positions are numbers: two of one name stay two."""
+    """Return the axis of horizontal bars, the first on top. Positions are numbers, so equal labels stay separate."""
     return {
         "tickvals": list(range(len(labels))),
         "ticktext": [plain(label) for label in labels],

@@ -1,4 +1,4 @@
-"""The page that shows a result file: tables, charts, all in one HTML file that asks no network for anything."""
+"""Show a result file as one HTML page with tables and charts, which needs no network."""
 
 import json
 import re
@@ -8,33 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.benchmark.report.charts import latency, nodes, sweeps, throughput
-from dvit_infer.benchmark.report.figures import Chart, label_ways
+from dvit_infer.benchmark.report.figures import Chart, label_candidates
 from dvit_infer.benchmark.report.tables import LIMIT_COLUMNS, MODEL_COLUMNS, NODE_COLUMNS, table
 from dvit_infer.benchmark.results import as_version_2
-from dvit_infer.utils.files import whole_file
+from dvit_infer.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
-        path: where to; `files.check_output` has seen it.
-        content: what `dvit-bench --json` writes, of version 1 or 2. Model rows give the table of
-            speeds beside accuracies, images/s against batch, latency and, with several keep rates, their sweep; rows
-            with "op" and "floor_us" give time for each node of the graph; other op rows a table each kind.
+        path: the output path, checked by `files.check_output`.
+        content: a result file as `dvit-bench --json` writes it, of version 1 or 2. Model rows become a table of speed
+            and accuracy, images/s against batch, latency and, with several keep rates, their sweep. Rows with "op" and
+            "floor_us" become the time of each node of the graph. Other op rows become a table for each kind.
 
     Raises:
-        InputError: naming the report: the content is no result file's, or of another version; the disk is full, say.
+        InputError: The content is no result file or of another version, or writing failed (a full disk).
     """
     text = page(content)
-    with whole_file(path, "report") as part:
-        part.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate of a file has no UTF-8
+    with atomic_write(path, "report") as part:
+        part.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate in a file name has no UTF-8 form
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The HTML of a result file; what stands in it from the content is escaped, none of it is markup."""
+    """Return a result file as HTML. All content is escaped."""
     from plotly.offline import get_plotlyjs
 
     content = as_version_2(content, "report")
@@ -50,8 +50,8 @@ def page(content: Mapping[str, Any]) -> str:
     subjects = [*models, *graph] or ops
     parts = [_header(environment, subjects)]
     if models:
-        ways = label_ways(models)
-        labels = [ways[id(row)].label for row in models]
+        series = label_candidates(models)
+        labels = [series[id(row)].label for row in models]
         note = (
             "Max error and top-1 agreement are against the plain model in float32, for dense rows the dense one. "
             "A click on a heading sorts."
@@ -59,11 +59,11 @@ def page(content: Mapping[str, Any]) -> str:
         parts.append(_section("Speed and accuracy", note, table("speed and accuracy", MODEL_COLUMNS, models, labels)))
         note = "Medians; whiskers from the 20th to the 80th percentile."
         title = "Images/s against batch" if len({row["batch"] for row in models}) > 1 else "Images/s"
-        parts.append(_section(title, note, _drawn(throughput(models, ways), figures)))
+        parts.append(_section(title, note, _drawn(throughput(models, series), figures)))
         note = (
             "Milliseconds for a batch: the bar is the median (p50), the tick is p99; an arrow, p99 far beyond the axis."
         )
-        parts.append(_section("Latency", note, _drawn(latency(models, ways), figures)))
+        parts.append(_section("Latency", note, _drawn(latency(models, series), figures)))
         if swept := sweeps(models):
             note = "Dotted: what MACs allow, images/s of the dense engine times its MACs over those at the keep rate."
             parts.append(_section("Keep-rate sweep", note, _drawn(swept, figures)))
@@ -90,7 +90,7 @@ def page(content: Mapping[str, Any]) -> str:
         "plotly": get_plotlyjs() if figures else "",
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
     }
-    # In one pass: what a field holds is never taken for the name of another.
+    # One pass: text inside a field is never taken for the name of another field.
     template = (HERE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: fields[found[1]], template)
 
@@ -121,7 +121,7 @@ def _section(title: str, note: str, body: str) -> str:
 
 
 def _drawn(charts: Sequence[Chart], figures: list[dict[str, Any]]) -> str:
-    """Places for charts, side by side where there is room; their figures join `figures` in the same order."""
+    """Return placeholders for charts, side by side if space allows; append their figures to `figures` in order."""
     figures.extend(chart.figure for chart in charts)
     places = [
         (f"<figcaption>{escape(chart.caption)}</figcaption>" if chart.caption else "")

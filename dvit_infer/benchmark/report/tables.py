@@ -1,4 +1,4 @@
-"""Tables that sort: every cell says beside its text what it sorts by. Knows what the columns of a result file mean."""
+"""Sortable HTML tables, and the columns of a result file. A cell holds its sort key beside its text."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Column:
-    """A key of a row, its heading, and how a number of it is shown (None: it is text)."""
+    """A key of a row, its heading, and the format of its numbers (None: the column is text)."""
 
     key: str
     heading: str
@@ -74,7 +74,7 @@ LIMIT_COLUMNS = (
 
 
 def number(value: object) -> float | None:
-    """The value if it is a finite number, else None: result files have null for what is unknown."""
+    """Return the value if it is a finite number, else None; result files hold null for unknown values."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value
@@ -83,7 +83,7 @@ def number(value: object) -> float | None:
 def table(
     name: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None
 ) -> str:
-    """An HTML table in a box of its own that scrolls; with `labels`, a first column "runtime" has them."""
+    """Return an HTML table in a scrollable box; `labels`, if given, fill a first column "runtime"."""
     headings = [*(["runtime"] if labels is not None else []), *(column.heading for column in columns)]
     texts = [*([True] if labels is not None else []), *(column.show is None for column in columns)]
     head = "".join(
@@ -113,7 +113,7 @@ def _cell(column: Column, value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """[[1, 197, 384], [1, 197, 384]] as 1x197x384 → 1x197x384."""
+    """Format [[1, 197, 384], [1, 197, 384]] as 1x197x384 → 1x197x384."""
     if value is None:
         return "-"
     if isinstance(value, list | tuple):

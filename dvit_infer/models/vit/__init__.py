@@ -1,1 +1,1 @@
-"""Plain PyTorch models with the official parameter names: the oracle, the FLOP count and the training forward."""
+"""Plain PyTorch models with the official parameter names, for parity, MAC counts and training."""

@@ -21,7 +21,7 @@ class PatchEmbed(nn.Module):
 
 
 class DeiT(VisionTransformer):
-    """The class token is classified; with a distillation token, the mean of both heads' logits counts."""
+    """DeiT: logits from the class token; with a distillation token, the mean of both heads' logits."""
 
     def __init__(self, *, patch_size: int, embed_dim: int, num_classes: int, num_prefix: int = 1, **trunk: Any) -> None:
         super().__init__(embed_dim=embed_dim, num_classes=num_classes, num_prefix=num_prefix, qkv_bias=True, **trunk)

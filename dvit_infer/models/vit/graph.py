@@ -1,4 +1,4 @@
-"""A reference model becomes a graph of nodes, weights as they are; nothing is folded yet."""
+"""Build the graph of a reference model, with unchanged weights; nothing is folded yet."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ from dvit_infer.models.vit.reference import VisionTransformer
 
 
 def build_graph(model: nn.Module, config: Config) -> Graph:
-    """The graph of a reference model, in evaluation, for one image size.
+    """Return the graph of a reference model in evaluation, for one image size.
 
     Raises:
-        TypeError: the model is of a kind no nodes are known for.
+        TypeError: no graph is known for this class of model.
     """
     if not isinstance(model, VisionTransformer):
         raise TypeError(f"no graph is known for a {type(model).__name__}")
@@ -24,7 +24,7 @@ def build_graph(model: nn.Module, config: Config) -> Graph:
 
 
 def _own(module: nn.Module, *names: str) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of the modules `names` inside `module`; counters left out."""
+    """Return parameters and buffers of the modules `names` inside `module`, without counters."""
     found = {key: value.detach() for key, value in module.state_dict().items() if value.is_floating_point()}
     return {key: value for key, value in found.items() if key.startswith(names)}
 
@@ -35,7 +35,7 @@ def _renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, 
 
 def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
     image = config.image_size
-    # What a block gets can be hooked; what a predictor before it gets cannot be told from its patches alone.
+    # The input of a block can be recorded by a hook; that of a predictor before it lacks the prefix tokens.
     equals = "" if config.num_keep and config.prune_at[0] == 0 else "blocks.0:in"
     stem = model.patch_embed
     if isinstance(stem, ConvStem):

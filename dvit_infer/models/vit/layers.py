@@ -12,7 +12,7 @@ def softmax_with_policy(scores: torch.Tensor, policy: torch.Tensor, eps: float =
     Args:
         scores: (B, H, N, N) scaled products of queries and keys.
         policy: (B, N, 1), 1 for a kept token and 0 for a dropped one. Every token still attends to itself.
-        eps: spread evenly over the row, so that a row of dropped tokens keeps a gradient (official code).
+        eps: spread evenly over each row, so that a row of dropped tokens keeps a gradient (official code).
     """
     n = policy.shape[1]
     keys = policy.float().reshape(-1, 1, 1, n)
@@ -22,11 +22,11 @@ def softmax_with_policy(scores: torch.Tensor, policy: torch.Tensor, eps: float =
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by plain matrix products, which FLOP counters see.
+    """Multi-head self-attention by plain matrix products, which FLOP counters can count.
 
     Attributes:
-        fused: the same by PyTorch's scaled_dot_product_attention, where that is quicker, and, with a policy, by
-            `masked_attention`; out of FLOP counters' sight.
+        fused: use PyTorch's scaled_dot_product_attention where it is faster, and `masked_attention` with a policy;
+            FLOP counters do not see these.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
@@ -98,12 +98,12 @@ class Predictor(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, N, C) patch tokens, and in training (B, N, 1) which of them are kept -> (B, N, 2) logits: keep, drop."""
+        """(B, N, C) patch tokens, and in training their (B, N, 1) policy -> (B, N, 2) logits: keep, drop."""
         own, shared = self.in_conv(x).chunk(2, dim=-1)
         if policy is None:
             mean = shared.mean(dim=1, keepdim=True)
         else:
-            # At least 1: of few patches, chance may drop all, and the official 0 / 0 ends the training.
+            # At least 1: if all of a few patches are dropped by chance, the official 0 / 0 gives NaN.
             mean = (shared * policy).sum(dim=1, keepdim=True) / policy.sum(dim=1, keepdim=True).clamp(min=1)
         out: torch.Tensor = self.out_conv(torch.cat([own, mean.expand_as(shared)], dim=-1))
         return out

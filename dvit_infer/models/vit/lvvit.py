@@ -9,7 +9,7 @@ from dvit_infer.models.vit.reference import VisionTransformer
 
 
 class ConvStem(nn.Module):
-    """Three convolutions with batch norm at half the image's size, then the patch projection."""
+    """Three convolutions with BatchNorm at half the image size, then the patch projection."""
 
     def __init__(self, patch_size: int, stem_dim: int, embed_dim: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class ConvStem(nn.Module):
 
 
 class LVViT(VisionTransformer):
-    """Class-token logits plus half the best auxiliary logits among the surviving patches, class by class."""
+    """LV-ViT: class-token logits plus half of the largest auxiliary logit among the surviving patches, per class."""
 
     def __init__(self, *, patch_size: int, stem_dim: int, embed_dim: int, num_classes: int, **trunk: Any) -> None:
         super().__init__(embed_dim=embed_dim, num_classes=num_classes, qkv_bias=False, **trunk)

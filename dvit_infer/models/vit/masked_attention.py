@@ -1,4 +1,4 @@
-"""Attention over the kept keys in training, with little memory and few passes over its weights."""
+"""Attention over the kept keys in training, with little memory and few passes over the attention weights."""
 
 from typing import Any
 
@@ -9,32 +9,32 @@ from torch.autograd.function import once_differentiable
 def masked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: torch.Tensor, scale: float, eps: float = 1e-6
 ) -> torch.Tensor:
-    """`softmax_with_policy(q * scale @ k^T, policy) @ v`, differentiable once in all four (Rao et al. 2021, section
-    3.3, equation 10; `eps` as in the official code).
+    """Return `softmax_with_policy(q * scale @ k^T, policy) @ v`, differentiable once in all four.
 
-    Matrix products are of q's dtype, the softmax is of float32 (float64 if q is), under autocast too.
+    See Rao et al. 2021, section 3.3, equation 10; `eps` is that of the official code. Matrix products run in q's dtype,
+    the softmax in float32 (float64 if q is), also under autocast.
 
     Args:
-        q, k, v: (B, H, N, D), of one dtype.
+        q, k, v: (B, H, N, D), in one dtype.
         policy: (B, N, 1), 1 for a kept token and 0 for a dropped one. Every token still attends to itself.
 
     Returns:
-        (B, H, N, D) of q's dtype.
+        (B, H, N, D) in q's dtype.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit together.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
     out: torch.Tensor = _MaskedAttention.apply(q, k, v, policy, scale, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def _minus(products: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, N) minus (B, H, N, 1), of the rows' dtype; in place where that is the products' too."""
+    """Return (B, H, N, N) minus (B, H, N, 1) in the dtype of `rows`; in place if `products` has the same dtype."""
     return products.sub_(rows) if products.dtype == rows.dtype else products - rows
 
 
 def _mask(weights: torch.Tensor, policy: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, N) times the keys' (B, N, 1) policy in place, but for the diagonal: a token attends to itself."""
+    """Multiply (B, H, N, N) by the keys' (B, N, 1) policy in place, except the diagonal: a token attends to itself."""
     own = weights.diagonal(dim1=-2, dim2=-1).clone()
     weights.mul_(policy.to(weights.dtype).reshape(-1, 1, 1, policy.shape[1]))
     weights.diagonal(dim1=-2, dim2=-1).copy_(own)
@@ -42,7 +42,7 @@ def _mask(weights: torch.Tensor, policy: torch.Tensor) -> torch.Tensor:
 
 
 class _MaskedAttention(torch.autograd.Function):
-    """Keeps the rows' statistics and computes the weights again for the gradient, as FlashAttention does.
+    """Keeps row statistics and recomputes the attention weights for the gradient, as FlashAttention does.
 
     With e = exp(score - largest of its row) and u = e * policy (e itself on the diagonal), the weights are
     a = (u + eps / n) / (sum of u + eps).
@@ -62,7 +62,7 @@ class _MaskedAttention(torch.autograd.Function):
             spread = (eps / n) * v.sum(dim=-2, keepdim=True, dtype=exact)
             if q.dtype == exact:
                 out = (u @ v).add_(spread).mul_(inverse)
-            else:  # divided first: beside the largest score of a dropped key, u may vanish in float16
+            else:  # divided first: if the largest score is that of a dropped key, u may underflow in float16
                 out = ((u.mul_(inverse).to(q.dtype) @ v) + spread * inverse).to(q.dtype)
         ctx.save_for_backward(q, k, v, policy, out, largest, inverse, top)
         ctx.scale, ctx.eps = scale, eps
@@ -80,7 +80,7 @@ class _MaskedAttention(torch.autograd.Function):
             rows = grad * inverse
             if q.dtype == exact:
                 grad = rows
-            else:  # divided here, where it is of float32: rows may overflow in float16
+            else:  # divided here, in float32: rows may overflow in float16
                 e.mul_(inverse)
             if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
                 mean = (grad.to(exact) * out).sum(dim=-1, keepdim=True)
@@ -89,7 +89,7 @@ class _MaskedAttention(torch.autograd.Function):
                     others = du_e.sum(dim=(1, 2)) - du_e.diagonal(dim1=-2, dim2=-1).sum(dim=1)
                     dpolicy = others.reshape(policy.shape).to(policy.dtype)
                 dscores = _mask(du_e, policy)
-                # Through the largest score, which cancels but for eps: minus the row sum, without a pass for it.
+                # The gradient through the largest score cancels except for eps: minus the row sum, without a pass.
                 beyond = v.mean(dim=-2, keepdim=True, dtype=exact) - out
                 dscores.scatter_add_(-1, top, (rows * beyond).sum(dim=-1, keepdim=True) * eps)
                 dscores = dscores.to(q.dtype)

@@ -1,4 +1,4 @@
-"""DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without: how they are told and read."""
+"""Recognise and read DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ class Trunk:
     """The facts in which the families differ."""
 
     family: str
-    eps: float  # of the blocks' LayerNorms
+    eps: float  # for the blocks' LayerNorms
     patch_of_kernel: int  # patch size = this times the projection's kernel size
     class_heads: tuple[str, ...]
     stem_dim: int = 0
@@ -28,7 +28,7 @@ class Trunk:
 
 
 def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
-    """Put a Config together from keys, shapes, args, what was given and, last, assumptions."""
+    """Build a Config from keys, shapes, args, given facts and, last, assumptions."""
     dim = read.vote("the width", [("norm.weight", 0), ("cls_token", 2), ("pos_embed", 2), ("blocks.0.norm1.weight", 0)])
     depth = read.count("blocks.")
     if not depth:
@@ -54,8 +54,8 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     else:
         counts = f"{dim} wide, {depth} blocks, {classes} classes, {predictors} predictors"
         read.note("read", "arch", name, f"keys and shapes: {counts}")
-    if isinstance(model := read.said.get("model"), str):
-        read.note("read", "trained as", model, f"{read.said_where}: model")
+    if isinstance(model := read.metadata.get("model"), str):
+        read.note("read", "trained as", model, f"{read.metadata_source}: model")
 
     patch = _patch_size(read, trunk.patch_of_kernel)
     trained_size = _trained_size(read, num_prefix, patch)
@@ -64,13 +64,13 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     skip_lam = 1.0
     if trunk.has_skip_lam:
         by_depth = {12: 1.0, 24: 3.0}.get(depth, 2.0)
-        settled = read.settle("skip_lam", by_depth, f"LV-ViT's for {depth} blocks (12: 1, 16 and 20: 2, 24: 3)")
-        skip_lam = check.positive_float(read.origin("skip_lam"), settled)
-    eps = read.settle("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
+        resolved = read.resolve("skip_lam", by_depth, f"LV-ViT's for {depth} blocks (12: 1, 16 and 20: 2, 24: 3)")
+        skip_lam = check.positive_float(read.origin("skip_lam"), resolved)
+    eps = read.resolve("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
     rate, prune_at, predictor_eps = _pruning(read, depth, predictors)
     method = _method(read, options.get("method"), predictors)
-    mean = read.settle("mean", IMAGENET_MEAN, "ImageNet's; only uint8 images are normalised here")
-    std = read.settle("std", IMAGENET_STD, "ImageNet's")
+    mean = read.resolve("mean", IMAGENET_MEAN, "ImageNet's; only uint8 images are normalised here")
+    std = read.resolve("std", IMAGENET_STD, "ImageNet's")
     config = Config(
         arch=name,
         family=trunk.family,
@@ -92,7 +92,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         skip_lam=skip_lam,
         mean=check.three_floats(read.origin("mean"), mean, positive=False),
         std=check.three_floats(read.origin("std"), std, positive=True),
-        crop_pct=check.crop_pct(read.origin("crop_pct"), read.settle_if_known("crop_pct")),
+        crop_pct=check.crop_pct(read.origin("crop_pct"), read.resolve_if_known("crop_pct")),
     )
     read.finish(name)
     for stage, count in enumerate(config.num_keep):
@@ -105,7 +105,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
 
 
 def _trunk_arguments(config: Config) -> dict[str, Any]:
-    """What the reference models of both families are built with."""
+    """Return the arguments that the reference models of both families share."""
     return {
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
@@ -122,13 +122,13 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
 
 
 class Family(NamedTuple):
-    """What the registry asks of a family.
+    """A family, as the registry needs it.
 
     Attributes:
-        name: as `Config.family` has it.
-        matches: whether keys and shapes are those of such a checkpoint.
-        read: the config of one; takes a reading, the architecture asked for and the options of `recognise`.
-        reference: the reference model of a config.
+        name: the name in `Config.family`.
+        matches: return whether keys and shapes are those of such a checkpoint.
+        read: return the config; takes a reading, the requested architecture and the options of `recognise`.
+        reference: return the reference model of a config.
     """
 
     name: str
@@ -170,7 +170,7 @@ LVVIT = Family("lvvit", _has_stem, _read_lvvit, _lvvit)
 
 
 def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
-    """A name for what was found, and the named architecture that has its sizes, predictors or not."""
+    """Return a name for the architecture found, and the named one of the same sizes, with or without predictors."""
 
     def sizes(a: Arch) -> tuple[object, ...]:
         return a.family, a.embed_dim, a.depth, a.num_prefix, a.stem_dim
@@ -188,9 +188,9 @@ def _method(read: Reading, given: Any, predictors: int) -> Method:
     if given is not None:
         method = check.method("method", given, bool(predictors), read.name)
         read.note("given", "method", method, "by you")
-    elif (said := read.said.get("method")) is not None:
-        method = check.method(f"{read.name}: method", said, bool(predictors), read.name)
-        read.note("read", "method", method, f"{read.said_where}: method")
+    elif (stated := read.metadata.get("method")) is not None:
+        method = check.method(f"{read.name}: method", stated, bool(predictors), read.name)
+        read.note("read", "method", method, f"{read.metadata_source}: method")
     else:
         method = "predictor" if predictors else "none"
         read.note("read", "method", method, f"keys: {predictors or 'no'} score predictors")
@@ -210,17 +210,17 @@ def _patch_size(read: Reading, of_kernel: int) -> int:
 def _trained_size(read: Reading, num_prefix: int, patch: int) -> tuple[int, int]:
     patches = read.shape("pos_embed", 3)[1] - num_prefix
     side = math.isqrt(max(patches, 0))
-    said = any(where.get("trained_size") is not None for where in (read.given, read.said))
-    if not said and (side < 1 or side * side != patches):
+    stated = any(where.get("trained_size") is not None for where in (read.given, read.metadata))
+    if not stated and (side < 1 or side * side != patches):
         raise InputError(
             f"{read.name}: pos_embed has {patches} patch positions, no square grid; assume trained_size=HxW says which"
         )
-    if not said:
+    if not stated:
         read.note(
             "read", "trained_size", (side * patch, side * patch), f"pos_embed: {patches} positions, a square grid"
         )
         return side * patch, side * patch
-    value = read.settle("trained_size", None, "")
+    value = read.resolve("trained_size", None, "")
     height, width = check.image_size(read.origin("trained_size"), value, patch)
     if (height // patch) * (width // patch) != patches:
         raise InputError(
@@ -233,9 +233,9 @@ def _image_size(read: Reading, given: Any, trained: tuple[int, int], patch: int)
     if given is not None:
         size = check.image_size("image_size", given, patch)
         read.note("given", "image_size", size, "by you")
-    elif read.said.get("image_size") is not None:
-        size = check.image_size(f"{read.name}: image_size", read.said["image_size"], patch)
-        read.note("read", "image_size", size, f"{read.said_where}: image_size")
+    elif read.metadata.get("image_size") is not None:
+        size = check.image_size(f"{read.name}: image_size", read.metadata["image_size"], patch)
+        read.note("read", "image_size", size, f"{read.metadata_source}: image_size")
     else:
         return trained
     if size != trained:
@@ -245,25 +245,25 @@ def _image_size(read: Reading, given: Any, trained: tuple[int, int], patch: int)
 
 def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
     assumed, why = (sizes.num_heads, "of that architecture") if sizes else (dim // 64, "heads of 64 channels")
-    if sizes is None and dim % 64 and read.given.get("num_heads") is None and read.said.get("num_heads") is None:
+    if sizes is None and dim % 64 and read.given.get("num_heads") is None and read.metadata.get("num_heads") is None:
         raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; assume num_heads=... says how many")
-    heads = check.positive_int(read.origin("num_heads"), read.settle("num_heads", assumed, why))
+    heads = check.positive_int(read.origin("num_heads"), read.resolve("num_heads", assumed, why))
     if dim % heads:
         raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
     return heads
 
 
 def _pruning(read: Reading, depth: int, predictors: int) -> tuple[float, tuple[int, ...], float]:
-    """Keep rate, stages and eps of the predictors; without predictors nothing about pruning may be asked for."""
+    """Return keep rate, stages and eps of the predictors; without predictors, pruning must not be requested."""
     if not predictors:
         for what in ("keep_rate", "prune_at"):
             if read.given.get(what) is not None:
                 raise InputError(f"{what}: {read.name} holds no score predictors, so no tokens can be pruned")
         return 1.0, (), 1e-5
-    rate = read.settle("keep_rate", 0.7, "neither the weights nor the file's args say it", said_as="base_rate")
+    rate = read.resolve("keep_rate", 0.7, "neither the weights nor the file's args say it", stored_as="base_rate")
     rate = check.keep_rate(read.origin("keep_rate"), rate)
     evenly = tuple(depth * (s + 1) // (predictors + 1) for s in range(predictors))
-    asked = read.settle("prune_at", evenly, f"{depth} blocks in {predictors + 1} equal parts")
+    asked = read.resolve("prune_at", evenly, f"{depth} blocks in {predictors + 1} equal parts")
     prune_at = check.block_indices(read.origin("prune_at"), asked, depth, predictors)
-    eps = read.settle("predictor_eps", 1e-5, "LayerNorm's default, as in DynamicViT")
+    eps = read.resolve("predictor_eps", 1e-5, "LayerNorm's default, as in DynamicViT")
     return rate, prune_at, check.positive_float(read.origin("predictor_eps"), eps)

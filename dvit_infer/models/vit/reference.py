@@ -12,10 +12,10 @@ from dvit_infer.models.vit.layers import Block, Predictor
 
 
 class EvalOutput(NamedTuple):
-    """What inference gives.
+    """The output of inference.
 
-    logits: (B, K). kept: a stage each, (B, k) int64 original patch positions, ascending.
-    margin: (B, stages) gap between the scores of the last token kept and the first one dropped; inf where all stay.
+    logits: (B, K). kept: one (B, k) int64 tensor of original patch positions per stage, ascending.
+    margin: (B, stages) gap between the scores of the last token kept and the first one dropped; inf if all stay.
     """
 
     logits: torch.Tensor
@@ -24,11 +24,11 @@ class EvalOutput(NamedTuple):
 
 
 class TrainOutput(NamedTuple):
-    """What training gives, as the official models do.
+    """The output of training, as that of the official models.
 
     pred: (B, K) logits (`VisionTransformer.train_logits`). tokens: (B, N, C) patch features after the last norm (DeiT)
-    or (B, N, K) their auxiliary logits (LV-ViT). mask: (B, N), 1 for the patches the last stage kept. decisions: (B, N)
-    a stage.
+    or (B, N, K) their auxiliary logits (LV-ViT). mask: (B, N), 1 for the patches that the last stage kept. decisions:
+    one (B, N) tensor per stage.
     """
 
     pred: torch.Tensor
@@ -41,10 +41,10 @@ class VisionTransformer(nn.Module, ABC):
     """A vision transformer whose patch tokens are dropped, by learned scores, before the blocks `prune_at`.
 
     Args:
-        num_patches: patch tokens N of the image size it is built for.
+        num_patches: the number N of patch tokens at the image size it is built for.
         num_prefix: 1, or 2 with a distillation token; these are never dropped.
-        prune_at: one block index for every predictor.
-        num_keep: patch tokens kept at every stage; empty to run dense, predictors or not.
+        prune_at: one block index per predictor.
+        num_keep: the number of patch tokens kept at each stage; empty to run dense, with or without predictors.
     """
 
     patch_embed: nn.Module
@@ -86,7 +86,7 @@ class VisionTransformer(nn.Module, ABC):
 
     @abstractmethod
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, P+N, C) tokens after the last norm -> what training distils of every patch."""
+        """(B, P+N, C) tokens after the last norm -> the outputs of every patch that training distils."""
 
     def train_logits(self, x: torch.Tensor) -> torch.Tensor:
         """(B, P+N, C) tokens after the last norm -> (B, K) logits of the class token, in training."""
@@ -94,7 +94,7 @@ class VisionTransformer(nn.Module, ABC):
         return out
 
     def prefix_tokens(self) -> list[torch.Tensor]:
-        """The class token and, where there is one, the distillation token, (1, 1, C) each."""
+        """Return the class token and, if present, the distillation token, (1, 1, C) each."""
         return [self.cls_token, self.dist_token] if self.num_prefix == 2 else [self.cls_token]
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module, ABC):
         kept: Sequence[torch.Tensor] | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | TrainOutput:
-        """Logits (B, K) in evaluation, with the kept positions if asked for; a TrainOutput in training.
+        """Return logits (B, K) in evaluation, with the kept positions if requested; a TrainOutput in training.
 
         `return_kept` and `kept` are for evaluation (see `evaluate`), `noise` for training (see `forward_train`).
         """
@@ -120,7 +120,7 @@ class VisionTransformer(nn.Module, ABC):
         return (out.logits, out.kept) if return_kept else out.logits
 
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
-        """Run with tokens really dropped; `kept` gives the positions to keep instead of the predictors' choice."""
+        """Run inference: drop tokens at every stage; `kept` overrides the predictors' choice."""
         x = self.embed(images)
         b, p = x.shape[0], self.num_prefix  # not len(): an exporter would take it for a constant
         positions = torch.arange(x.shape[1] - p, device=x.device).expand(b, -1)
@@ -141,9 +141,9 @@ class VisionTransformer(nn.Module, ABC):
         return EvalOutput(self.classify(self.norm(x)), all_kept, margin)
 
     def _choose(self, stage: int, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices, ascending, of the best tokens, and the gap at the cut.
+        """Return the indices, ascending, of the best tokens, and the gap at the cut.
 
-        Ranked by the difference of the two logits, which orders as log P(keep) does but does not saturate.
+        Tokens are ranked by the difference of the two logits: the order of log P(keep), without saturation.
         """
         logits = self.score_predictor[stage](patches).float()
         score, order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True)
@@ -152,9 +152,9 @@ class VisionTransformer(nn.Module, ABC):
         return order[:, :k].sort(dim=1).values, gap
 
     def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
-        """Run with dropped tokens masked out of attention, decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
+        """Run with dropped tokens masked out of attention and decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
 
-        A model without predictors is a teacher: nothing is masked. Dropout and the like are the trainer's concern.
+        A model without predictors is a teacher: nothing is masked. Dropout, if any, is up to the trainer.
 
         Args:
             images: (B, 3, H, W).
@@ -180,7 +180,7 @@ class VisionTransformer(nn.Module, ABC):
 def _decide(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """(B, N, 2) log-probabilities -> one-hot decisions whose gradient is the softmax's (Jang et al. 2017, section 2.2).
 
-    With `noise`, (B, N, 2), in float32, under autocast too.
+    With `noise` (B, N, 2), the arithmetic is in float32, also under autocast.
     """
     if noise is None:
         return F.gumbel_softmax(scores, hard=True)

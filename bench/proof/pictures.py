@@ -1,4 +1,4 @@
-"""Writes the test images as class folders: python bench/proof/images.py FOLDER [COUNT], all 10,000 by default."""
+"""Write the test images as class folders: python bench/proof/pictures.py FOLDER [COUNT], all 10,000 by default."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write(folder: Path, pictures: np.ndarray, labels: np.ndarray) -> None:
-    """(n, 3, H, W) uint8 and (n,) classes as PNG files, which hold the very pixels; the whole folder or none."""
+    """Write images (n, 3, H, W) uint8 of classes (n,) losslessly as PNG files; the whole folder or none."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for label in range(10):

@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 320, 256
 
 
 def draw(sides: int, seed: int) -> Image.Image:
-    """A shape of one colour somewhere on blurred noise."""
+    """Draw a shape of one colour at a random place on blurred noise."""
     chance = random.Random(seed)
     small = Image.frombytes("RGB", (40, 32), chance.randbytes(40 * 32 * 3))
     image = small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(4))
