@@ -85,7 +85,7 @@ class Models:
                 print(f"  {comparison.runs}", flush=True)
                 for line in filter(None, (*map(str, outcome.pruning_speedups), outcome.verdict, outcome.noise)):
                     print(f"  {arch}, batch {batch}: {line}", flush=True)
-                if outcome.strays:
+                if outcome.mismatches:
                     raise RuntimeError(f"{arch}, batch {batch}: {outcome.verdict}")
 
     def capture_variants(self, batch: int) -> Iterator[Row]:

@@ -137,7 +137,7 @@ class Comparison:
             if not is_allocation_failure(error):
                 raise
             raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None
-        rows, strays, unsure = [], [], []
+        rows, mismatches, unsure = [], [], []
         for name, candidate in self._candidates.items():
             right = expected[candidate.config.num_keep]
             rows.append(self._row(name, batch, timings, logits[name], right.reference.logits))
@@ -146,10 +146,10 @@ class Comparison:
             else:
                 found = check_exact(logits[name], given[name], right, self.subject.dtype)
             if found:
-                strays.append(f"{name}: {found}")
+                mismatches.append(f"{name}: {found}")
             elif given[name] is None and not candidate.approximate and unchecked(right, self.subject.dtype):
                 unsure.append(name)
-        return Outcome(rows, self._pruning_speedups(timings, batch), strays, unsure, noise(timings.values()))
+        return Outcome(rows, self._pruning_speedups(timings, batch), mismatches, unsure, noise(timings.values()))
 
     def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
         right = evaluate(self._references[key], images)

@@ -37,8 +37,8 @@ class OnnxOutcome(Outcome):
 
     @property
     def verdict(self) -> str:
-        if self.strays:
-            return f"the runtimes do NOT agree: {'; '.join(self.strays)}"
+        if self.mismatches:
+            return f"the runtimes do NOT agree: {'; '.join(self.mismatches)}"
         agree = f"all runtimes agree with {self.rows[0].runtime}; " if len(self.rows) > 1 else ""
         return agree + self.unknown
 
@@ -131,8 +131,8 @@ class OnnxComparison:
         first = logits[self.baseline]
         same = SAME_MAX if self._precision == "float32" else SAME_RMS
         errors = {name: _error(found, first) for name, found in logits.items() if name != self.baseline}
-        strays = [f"{name}: error {e:.1e} of the logits' rms" for name, e in errors.items() if not e <= same]
-        return OnnxOutcome(rows, [], strays, [], noise(timings.values()), self.unknown)
+        mismatches = [f"{name}: error {e:.1e} of the logits' rms" for name, e in errors.items() if not e <= same]
+        return OnnxOutcome(rows, [], mismatches, [], noise(timings.values()), self.unknown)
 
     def _checked(self, name: str, found: torch.Tensor, batch: int) -> torch.Tensor:
         """Return the first output as float32 logits; raise InputError if it cannot be logits."""

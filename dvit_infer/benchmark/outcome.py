@@ -30,21 +30,21 @@ class Outcome:
     Attributes:
         rows: one for each candidate.
         pruning_speedups: one for each keep rate of the engine, if the dense engine ran too.
-        strays: the candidates that compute another function, each with its error. Any makes the check fail.
+        mismatches: the candidates that compute another function, each with its error. Any makes the check fail.
         unchecked: the candidates for which these images cannot show whether they compute the same function.
         noise: a warning if the machine was noisy.
     """
 
     rows: list[Row]
     pruning_speedups: list[PruningSpeedup]
-    strays: list[str]
+    mismatches: list[str]
     unchecked: list[str]
     noise: str | None
 
     @property
     def verdict(self) -> str:
-        if self.strays:
-            return f"NOT the same function as the reference: {'; '.join(self.strays)}"
+        if self.mismatches:
+            return f"NOT the same function as the reference: {'; '.join(self.mismatches)}"
         if self.unchecked:
             names = ", ".join(self.unchecked)
             return f"not checked whether {names} computes the same function: in no image is the choice of tokens clear"

@@ -116,8 +116,10 @@ def _bench(options: argparse.Namespace) -> int:
 
         write_report(outs["report"], content)
         print(f"wrote {options.report}")
-    if strays := [f"batch {batch}: {stray}" for batch, outcome in outcomes.items() for stray in outcome.strays]:
-        print(f"error: not all candidates compute the same function: {'; '.join(strays)}", file=sys.stderr)
+    if mismatches := [
+        f"batch {batch}: {mismatch}" for batch, outcome in outcomes.items() for mismatch in outcome.mismatches
+    ]:
+        print(f"error: not all candidates compute the same function: {'; '.join(mismatches)}", file=sys.stderr)
         return 1
     return 0
 

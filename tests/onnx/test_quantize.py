@@ -55,7 +55,7 @@ def run(model: onnx.ModelProto, given: np.ndarray, level: str = "ENABLE_ALL") ->
     return session.run(OUTPUTS, {"images": given})
 
 
-def strays(logits: np.ndarray, right: np.ndarray) -> float:
+def relative_error(logits: np.ndarray, right: np.ndarray) -> float:
     """Relative rms error."""
     return float(np.sqrt(np.mean((logits - right) ** 2)) / right.std())
 
@@ -93,7 +93,7 @@ def test_opset_21_and_bytes_as_images(engine):
         model = quantize_int8(float32, calibration)
         onnx.checker.check_model(model, full_check=True)
         assert model.opset_import == float32.opset_import
-        assert strays(run(model, given)[0], right[0]) < 0.1
+        assert relative_error(run(model, given)[0], right[0]) < 0.1
 
 
 def test_a_dense_model(engine):
@@ -101,7 +101,7 @@ def test_a_dense_model(engine):
     model = onnx_model(dense.graph_in(torch.float32))
     session = ort.InferenceSession(quantize_int8(model).SerializeToString(), providers=["CPUExecutionProvider"])
     right = dense(torch.from_numpy(images(engine, 3))).numpy()
-    assert strays(session.run(["logits"], {"images": images(engine, 3)})[0], right) < 0.05
+    assert relative_error(session.run(["logits"], {"images": images(engine, 3)})[0], right) < 0.05
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
@@ -110,7 +110,7 @@ def test_answers_stay_close(engine, float32, quantised, kind, batch):
     given = images(engine, batch, seed=7)
     logits, *kept = run(quantised[kind], given)
     right, *right_kept = run(float32, given)
-    assert strays(logits, right) < 0.1
+    assert relative_error(logits, right) < 0.1
     assert all(overlap(ours, theirs) > 0.9 for ours, theirs in zip(kept, right_kept, strict=True))
 
 
@@ -121,7 +121,7 @@ def test_optimisation_changes_no_more_than_a_rounding(engine, quantised, kind, l
     given = images(engine, 3, seed=7)
     logits, *kept = run(quantised[kind], given, level)
     right, *right_kept = run(quantised[kind], given)
-    assert strays(logits, right) < 0.05
+    assert relative_error(logits, right) < 0.05
     assert all(overlap(ours, theirs) > 0.95 for ours, theirs in zip(kept, right_kept, strict=True))
 
 
@@ -129,7 +129,7 @@ def test_ranges_fixed_by_calibration_leave_images_independent(engine, quantised)
     given = images(engine, 3, seed=7)
     logits, *kept = run(quantised["static"], np.concatenate([given, 2 * given]))
     alone, *kept_alone = run(quantised["static"], given)
-    assert strays(logits[:3], alone) < 1e-5
+    assert relative_error(logits[:3], alone) < 1e-5
     assert all(np.array_equal(ours[:3], theirs) for ours, theirs in zip(kept, kept_alone, strict=True))
 
 
