@@ -1,8 +1,10 @@
 """Training by several processes, started by torchrun; with one process all of this does nothing."""
 
+import atexit
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,7 +73,27 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo has no exception type of its own
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            _leave_without_waiting(error)
             raise InputError("WORLD_SIZE: another process has ended; see its output for the reason") from None
         raise
     finally:
         distributed.destroy_process_group()
+
+
+_abandoned: list[RuntimeError] = []
+
+
+def _leave_without_waiting(error: RuntimeError) -> None:
+    """Let the process exit although a peer is gone.
+
+    A queued collective waits `PATIENCE` for that peer, and the process group's destructor waits for the collective. The
+    frames of the error own the process group: keep them until the process exits, and exit without destructors.
+    """
+    _abandoned.append(error)
+    atexit.register(_exit)
+
+
+def _exit() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
