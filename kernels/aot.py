@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+UNTABLED_SPILL = 32  # bytes of stack a thread that a version without a table may take: time, never a wrong result
 TABLE = Path(__file__).with_name("AOT.md")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 HOPPER = 90  # the first with programmatic dependent launch and tensor descriptors
@@ -188,7 +189,11 @@ def main() -> int:
                 continue
             results.setdefault(line, {})[capability] = result
             if result.stack:
-                failures.add(f"sm_{capability} {line}: spills, {result.stack} bytes of stack")
+                spill = f"sm_{capability} {line}: spills, {result.stack} bytes of stack"
+                if given.untabled and result.stack <= UNTABLED_SPILL:
+                    print(f"aot: {spill} (tiles are chosen for the versions in {TABLE.name})", file=sys.stderr)
+                else:
+                    failures.add(spill)
             if result.shared > (limit := SHARED_LIMIT[capability]):
                 failures.add(f"sm_{capability} {line}: {result.shared} bytes of shared memory, the limit is {limit}")
     for failure in sorted(failures):
