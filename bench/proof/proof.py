@@ -163,7 +163,7 @@ def _random_top1(engine: dvit.Engine, folder: LabelledFolder) -> float:
         order = rng.random((len(images), engine.config.num_patches)).argsort(axis=1)
         kept = [torch.from_numpy(np.sort(order[:, :count], axis=1)) for count in engine.config.num_keep]
         found = engine(images, kept=kept).argmax(dim=1).cpu()
-        correct += int((found == torch.tensor([picture.label for picture in group])).sum())
+        correct += int((found == torch.tensor([entry.label for entry in group])).sum())
         total += len(images)
     return 100 * correct / total
 

@@ -19,7 +19,6 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
 from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS, read_header
 from dvit_infer.utils.files import check_name
-from dvit_infer.utils.memory import is_allocation_failure
 
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
@@ -114,7 +113,7 @@ def load_torch(path: Path, is_zip: bool) -> Any:
             warnings.simplefilter("ignore")  # about an unusual pickle protocol; errors are reported below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged or hostile pickle can raise anything; the message names the file
-        if is_allocation_failure(error):
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise  # not the file's fault
         raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
 
