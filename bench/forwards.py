@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import dvit_infer as dvit
-from dvit_infer.backends.captured import Answers, CapturedRunner
-from dvit_infer.backends.torch import TorchRunner
+from dvit_infer.backends.captured import CapturedRunner
+from dvit_infer.backends.torch import State, TorchRunner
 from dvit_infer.benchmark.timing import Timing
 from dvit_infer.config import Config
 from dvit_infer.images.synthetic import sample_images
@@ -57,8 +57,8 @@ class Uncaptured:
     def __init__(self, runner: TorchRunner) -> None:
         self._runner = runner
 
-    def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers:
-        return self._runner(images)
+    def __call__(self, images: torch.Tensor, return_choices: bool) -> State:
+        return self._runner.run(images)
 
 
 def engine_under(choices: Choices, source: Mapping[str, Any], device: torch.device, **options: Any) -> dvit.Engine:
@@ -199,7 +199,7 @@ def forward_of(
         with programmatic(choices):
             return engine(images, kept=kept)
 
-    call = (lambda: engine(images)) if captured else (lambda: engine.runner.runner(images)[0])
+    call = (lambda: engine(images)) if captured else (lambda: engine.runner.runner.run(images).x)
     return Forward(runtime, variant, choices, engine, under(choices, call), under(choices, given))
 
 

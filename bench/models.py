@@ -99,7 +99,7 @@ class Models:
             "cuBLAS and SDPA": Choices(otherwise="pytorch"),
         }
         plain, images = forward_of(source, PLAIN, expected), expected.images
-        forwards = [plain, plain.beside("not captured", lambda: plain.engine.runner.runner(images)[0])]
+        forwards = [plain, plain.beside("not captured", lambda: plain.engine.runner.runner.run(images).x)]
         for variant, choices in variants.items():
             if batch > 1 or "branches" not in variant:
                 forwards.append(forward_of(source, choices, expected, variant=variant))

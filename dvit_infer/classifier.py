@@ -1,12 +1,13 @@
 """The base class of all models that classify images: input checks, micro-batches, kept sets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 
+from dvit_infer.backends.torch import Hook, State
 from dvit_infer.config import Config
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain
@@ -16,7 +17,7 @@ Source = str | Path | Mapping[str, Any]
 
 
 class Runner(Protocol):
-    """Runs a model on one batch that fits in memory."""
+    """Runs a model on one batch that fits in memory (`backends.torch.TorchRunner.run`)."""
 
     @property
     def runtime(self) -> str: ...
@@ -24,15 +25,27 @@ class Runner(Protocol):
     @property
     def buffer_bytes(self) -> int: ...
 
-    def __call__(
+    def run(
         self,
         images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None = None,
-        hook: Any = None,
-        return_kept: bool = True,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]: ...
+        given: Sequence[torch.Tensor] | None = None,
+        hook: Hook | None = None,
+        return_choices: bool = True,
+    ) -> State: ...
 
     def release(self) -> None: ...
+
+
+class Output(NamedTuple):
+    """The outputs for some images.
+
+    Attributes:
+        logits: (B, K) float32.
+        choices: for each stage the original positions of the patches that were kept, (B, k) int64, ascending.
+    """
+
+    logits: torch.Tensor
+    choices: list[torch.Tensor]
 
 
 class Classifier(ABC):
@@ -106,15 +119,29 @@ class Classifier(ABC):
             ValueError: images or kept have an invalid rank, size, dtype or content.
             MemoryError: the GPU has no memory for even one image.
         """
+        out = self._in_parts(images, kept, lambda part, given: self.runner.run(part, given, None, return_kept))
+        return (out.x, out.choices) if return_kept else out.x
+
+    @torch.no_grad()
+    def run(self, images: torch.Tensor, given: Sequence[torch.Tensor] | None = None) -> Output:
+        """Return logits and choices; arguments and errors are as for a call, `given` as its `kept`."""
+        return Output(*self(images, return_kept=True, kept=given))
+
+    def _in_parts(
+        self,
+        images: torch.Tensor,
+        kept: Sequence[torch.Tensor] | None,
+        run: Callable[[torch.Tensor, list[torch.Tensor] | None], State],
+    ) -> State:
+        """Check the arguments of a call, run micro-batches, and return their x and choices together."""
         check_images(images, self.config)
         stages = None if kept is None else check_kept(kept, self.config, len(images), self.device)
-        logits, chosen = [], []
+        done: list[State] = []
         start = 0
         while start < len(images):
             part = slice(start, start + self.micro_batch)
-            given = None if stages is None else [stage[part] for stage in stages]
             try:
-                out = self.runner(images[part], given, return_kept=return_kept)
+                out = run(images[part], None if stages is None else [stage[part] for stage in stages])
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -122,11 +149,10 @@ class Classifier(ABC):
             if out is None:
                 self._take_less(len(images[part]))
                 continue
-            start += len(out[0])
-            logits.append(out[0])
-            chosen.append(out[1])
-        result = torch.cat(logits)
-        return (result, [torch.cat(stage) for stage in zip(*chosen, strict=True)]) if return_kept else result
+            start += len(out.x)
+            done.append(out)
+        choices = zip(*(out.choices for out in done), strict=True)
+        return State(torch.cat([out.x for out in done]), choices=[torch.cat(stage) for stage in choices])
 
     def _take_less(self, images: int) -> None:
         """Halve the micro-batch for this and all later calls, after the GPU ran out of memory.

@@ -90,7 +90,7 @@ class Engine(Classifier):
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> list[tuple[Node, torch.Tensor]]:
         found: list[tuple[Node, torch.Tensor]] = []
-        self.runner(images, kept or None, lambda node, out: found.append((node, out.clone())))
+        self.runner.run(images, kept or None, lambda node, out: found.append((node, out.clone())))
         return found
 
     def digest(self, source: Source) -> Iterator[bytes]:

@@ -32,7 +32,7 @@ def right_size(case_id):
 
 
 def uncaptured(engine, images):
-    return engine.runner.runner(images)[0]
+    return engine.runner.runner.run(images).x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

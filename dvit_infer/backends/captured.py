@@ -13,13 +13,11 @@ from typing import Protocol
 
 import torch
 
-from dvit_infer.backends.torch import Hook, TorchRunner
+from dvit_infer.backends.torch import Hook, State, TorchRunner
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding
 MAX_GRAPHS = 2 * len(BUCKETS)  # kept at a time, enough for float and uint8; the least recently used is dropped first
-
-Answers = tuple[torch.Tensor, list[torch.Tensor]]
 
 
 class Forward(Protocol):
@@ -27,7 +25,7 @@ class Forward(Protocol):
 
     buffer_bytes: int
 
-    def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers: ...
+    def __call__(self, images: torch.Tensor, return_choices: bool) -> State: ...
 
 
 # CUDA captures one graph at a time in a process, and nothing may synchronise the device meanwhile.
@@ -67,58 +65,58 @@ class CapturedForward:
         torch.cuda.empty_cache()  # as the capture does, so that reserved memory can be compared before and after
         reserved = torch.cuda.memory_reserved(runner.device)
         apart = runner.embeds_apart_from
-        self._runner = runner if apart is not None and batch >= apart else None  # embeds images before each replay
-        shape = (batch, 3, *runner.config.image_size) if self._runner is None else (batch, *runner.nodes[0].out_shape)
-        dtype_in = dtype if self._runner is None else runner.dtype
-        self._input = torch.zeros(shape, dtype=dtype_in, device=runner.device)
-        self._shared, self._graph, warm = shared, torch.cuda.CUDAGraph(), shared.warm
+        self._embeds_apart = apart is not None and batch >= apart
+        if self._embeds_apart:
+            self._input = torch.zeros(batch, *runner.nodes[0].out_shape, dtype=runner.dtype, device=runner.device)
+        else:
+            self._input = torch.zeros(batch, 3, *runner.config.image_size, dtype=dtype, device=runner.device)
+        self._runner, self._shared, self._graph, warm = runner, shared, torch.cuda.CUDAGraph(), shared.warm
+        first = choices_for(runner.device).two_branches_from
+        in_two = first is not None and batch >= max(2, first)
+        sizes = [batch // 2, batch - batch // 2] if in_two else [batch]
         warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
+        with torch.cuda.stream(warm), _programmatic(runner.device):
             # Compiles kernels and initialises libraries; a GPU with too little memory fails here.
-            with _programmatic(runner.device):
-                for size in {batch, *self._branches(runner.device, batch)}:
-                    runner.check(size, dtype)
-            self._run(runner, batch, warm, warm)
+            for size in {batch, *sizes}:
+                runner.check(size, dtype)
+            self._forward(sizes, warm, warm)
         warm.synchronize()
-        with torch.cuda.graph(self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"):
-            self._logits, self._chosen = self._run(runner, batch, shared.stream, shared.beside)
+        with (
+            torch.cuda.graph(self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"),
+            _programmatic(runner.device),
+        ):
+            self._output = self._forward(sizes, shared.stream, shared.beside)
         self.buffer_bytes = max(0, torch.cuda.memory_reserved(runner.device) - reserved)
 
-    @staticmethod
-    def _branches(device: torch.device, batch: int) -> tuple[int, ...]:
-        """Return the sizes of two halves that run side by side; () if the batch is not split."""
-        first = choices_for(device).two_branches_from
-        return () if first is None or batch < max(2, first) else (batch // 2, batch - batch // 2)
+    def _forward(self, sizes: list[int], stream: torch.cuda.Stream, beside: torch.cuda.Stream) -> State:
+        """Run the input, or two halves of it side by side: where one leaves multiprocessors idle, the other fills."""
+        run = self._runner.from_tokens if self._embeds_apart else self._runner.run
+        if len(sizes) == 1:
+            return run(self._input)
+        head, tail = self._input[: sizes[0]], self._input[sizes[0] :]
+        beside.wait_stream(stream)
+        try:
+            with torch.cuda.stream(beside):
+                second = run(tail)
+            first = run(head)
+        finally:  # also when memory runs out: branches must be joined before a capture can end
+            stream.wait_stream(beside)
+        stages = zip(first.choices, second.choices, strict=True)
+        return State(torch.cat([first.x, second.x]), choices=[torch.cat(stage) for stage in stages])
 
-    def _run(self, runner: TorchRunner, batch: int, stream: torch.cuda.Stream, beside: torch.cuda.Stream) -> Answers:
-        forward = runner if self._runner is None else runner.from_tokens
-        with _programmatic(runner.device):
-            if not self._branches(runner.device, batch):
-                return forward(self._input)
-            # Two halves side by side: where one leaves multiprocessors idle, the other fills them.
-            beside.wait_stream(stream)
-            try:
-                with torch.cuda.stream(beside):
-                    logits, chosen = forward(self._input[batch // 2 :])
-                first_logits, first_chosen = forward(self._input[: batch // 2])
-            finally:  # also when memory runs out: branches must be joined before a capture can end
-                stream.wait_stream(beside)
-            stages = zip(first_chosen, chosen, strict=True)
-            return torch.cat([first_logits, logits]), [torch.cat(stage) for stage in stages]
-
-    def __call__(self, images: torch.Tensor, return_kept: bool) -> Answers:
+    def __call__(self, images: torch.Tensor, return_choices: bool) -> State:
         """Return the outputs for the images, on the current stream. Only one thread at a time may call this."""
         stream, count = torch.cuda.current_stream(), len(images)
         stream.wait_event(self._shared.free)  # an earlier call may have been on another stream
-        if self._runner is None:
-            self._input[:count].copy_(images)
-        else:
+        if self._embeds_apart:
             self._runner.embed_into(images, self._input[:count])
+        else:
+            self._input[:count].copy_(images)
         self._graph.replay()
-        logits = self._logits[:count].clone()
-        chosen = [stage[:count].clone() for stage in self._chosen] if return_kept else []
+        logits = self._output.x[:count].clone()
+        choices = [stage[:count].clone() for stage in self._output.choices] if return_choices else []
         self._shared.free.record(stream)
-        return logits, chosen
+        return State(logits, choices=choices)
 
 
 @contextlib.contextmanager
@@ -146,7 +144,7 @@ class CapturedRunner:
 
     def __init__(self, runner: TorchRunner, capture: Callable[[int, torch.dtype], Forward] | None = None) -> None:
         self.runner = runner
-        self._capture = capture or self._captured
+        self._capture = capture
         self._forwards: OrderedDict[tuple[int, torch.dtype], Forward] = OrderedDict()
         self._lock = threading.Lock()
         self._shared: _Shared | None = None
@@ -165,43 +163,40 @@ class CapturedRunner:
             return self.runner.buffer_bytes + sum(forward.buffer_bytes for forward in self._forwards.values())
 
     @torch.no_grad()
-    def __call__(
+    def run(
         self,
         images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None = None,
+        given: Sequence[torch.Tensor] | None = None,
         hook: Hook | None = None,
-        return_kept: bool = True,
-    ) -> Answers:
-        """Run the graph, as in `TorchRunner`; at most `BUCKETS[-1]` images."""
+        return_choices: bool = True,
+    ) -> State:
+        """Run the graph, as `TorchRunner.run`; at most `BUCKETS[-1]` images. Choices are returned if wanted."""
         on_gpu = self.runner.device.type == "cuda"
         with torch.cuda.device(self.runner.device if on_gpu else -1):
-            if kept is not None or hook is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
-                return self.runner(images, kept, hook)
-            return self._by_graph(images, return_kept)
+            if given is not None or hook is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
+                return self.runner.run(images, given, hook)
+            if images.dtype == torch.uint8 and not self.runner.takes_uint8:
+                images = self.runner.prepare(images)
+            dtype = torch.uint8 if images.dtype == torch.uint8 else self.runner.dtype  # copying converts other dtypes
+            key = next(size for size in BUCKETS if size >= len(images)), dtype
+            with self._lock:
+                if key not in self._forwards:
+                    self._add(*key)
+                self._forwards.move_to_end(key)
+                return self._forwards[key](images, return_choices)
 
-    def _by_graph(self, images: torch.Tensor, return_kept: bool) -> Answers:
-        if images.dtype == torch.uint8 and not self.runner.takes_uint8:
-            images = self.runner.prepare(images)
-        dtype = torch.uint8 if images.dtype == torch.uint8 else self.runner.dtype  # copying converts other dtypes
-        bucket = next(size for size in BUCKETS if size >= len(images))
-        with self._lock:
-            return self._forward(bucket, dtype)(images, return_kept)
-
-    def _forward(self, batch: int, dtype: torch.dtype) -> Forward:
-        key = batch, dtype
-        if key not in self._forwards:
-            # Tensors that outlive this call must not be created in the caller's inference mode.
-            with _CAPTURING, torch.inference_mode(False), torch.no_grad():
-                while len(self._forwards) >= MAX_GRAPHS:
-                    self._drop(next(iter(self._forwards)))
-                self._forwards[key] = self._capture(batch, dtype)
-        self._forwards.move_to_end(key)
-        return self._forwards[key]
-
-    def _captured(self, batch: int, dtype: torch.dtype) -> Forward:
-        if self._shared is None or not self._forwards:  # a pool is freed with its last graph
-            self._shared = _Shared(self.runner.device)
-        return CapturedForward(self.runner, batch, dtype, self._shared)
+    def _add(self, batch: int, dtype: torch.dtype) -> None:
+        # Tensors that outlive this call must not be created in the caller's inference mode.
+        with _CAPTURING, torch.inference_mode(False), torch.no_grad():
+            while len(self._forwards) >= MAX_GRAPHS:
+                self._drop(next(iter(self._forwards)))
+            if self._capture is not None:
+                forward = self._capture(batch, dtype)
+            else:
+                if self._shared is None or not self._forwards:  # a pool is freed with its last graph
+                    self._shared = _Shared(self.runner.device)
+                forward = CapturedForward(self.runner, batch, dtype, self._shared)
+            self._forwards[batch, dtype] = forward
 
     def _drop(self, key: tuple[int, torch.dtype]) -> None:
         if self.runner.device.type == "cuda":

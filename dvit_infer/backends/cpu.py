@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.torch import TorchRunner
+from dvit_infer.backends.torch import ALL, State, TorchRunner
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Mlp, Node, Prune
+from dvit_infer.graph.nodes import Branch, Node, NormNode, Prune
 from dvit_infer.ops import prune_tokens as op
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
@@ -27,7 +27,7 @@ PROBE_ROUNDS = 9
 # where the probe measured 1.12 x (an EPYC, two threads, torch 2.13), whole models gained as much: 1.10 to 1.23 x.
 MIN_SPEEDUP = 1 / 0.94
 _EXPECTED_ROWS = 1024  # oneDNN chooses a weight layout for about this many rows; others work too
-_FEW_ROWS = ("q.weight", "packed.4")  # queries of the class token, and the mean half: one row per image
+_LARGE = ("qkv", "kv", "fc1", "proj", "fc2")  # linears of all tokens; the class token's queries are few rows
 
 
 class Linear(NamedTuple):
@@ -185,27 +185,63 @@ class CpuRunner(TorchRunner):
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._linear.dtype)
-            ours = isinstance(node, Attention | Mlp) or (isinstance(node, Prune) and not self._native)
-            linear = ours and w.ndim == 2 and name not in _FEW_ROWS
-            return _pack(w) if linear and self._linear.prepacked else w
+            large = name.removesuffix(".weight") in _LARGE
+            if isinstance(node, Prune):  # but for the mean half, one row per image
+                large = not self._native and w.ndim == 2 and name != "packed.4"
+            return _pack(w) if large and self._linear.prepacked else w
 
         return replace(node, weights={name: prepared(name, w) for name, w in node.weights.items()})
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return super().prepare(images).to(self._linear.dtype)
 
-    def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._native:
             from dvit_infer.ops.native import prune_tokens  # here: not needed otherwise
 
             return prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
-        score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self.linear)
+        score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self._product)
         index = op.select_tokens_ref(score, node.num_keep)
         return op.gather_tokens_ref(x, index, node.num_prefix), index
 
-    def linear(
+    def norm_linear(
+        self,
+        node: NormNode,
+        name: str,
+        x: torch.Tensor,
+        rows: slice | int = ALL,
+        stats: torch.Tensor | None = None,
+        activation: str = "none",
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        if name not in _LARGE:
+            return super().norm_linear(node, name, x, rows, stats, activation, out_dtype)
+        w = node.weights
+        x = F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
+        return self._product(x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), gelu=activation != "none")
+
+    def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
+        weight, bias, scale = node.weights[f"{name}.weight"], node.weights[f"{name}.bias"], node.residual_scale
+        x = state.x.contiguous()  # the class token's rows are not
+        if weight.is_mkldnn:
+            x.add_(self._product(y, weight, bias), alpha=scale)
+        else:
+            flat = x.view(-1, x.shape[-1]).add_(bias, alpha=scale)
+            flat.addmm_(y.reshape(len(flat), -1), weight.t(), alpha=scale)
+        state.x = x
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        if q.dtype != torch.bfloat16:  # float16 scores may overflow; CPU attention keeps them in float32
+            return super().attend(q, k, v, scale)
+        # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (measured on an EPYC).
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        scores = q @ k.transpose(-2, -1)
+        return ((scores if scale == 1.0 else scores * scale).softmax(dim=-1) @ v).transpose(1, 2)
+
+    def _product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False
     ) -> torch.Tensor:
+        """Return x weight^T + bias, through GELU if `gelu`; valid until the second product after this one."""
         flat = x.reshape(-1, x.shape[-1])
         if weight.is_mkldnn:
             y = _prepacked(flat.contiguous(), weight, bias, gelu)
@@ -213,20 +249,3 @@ class CpuRunner(TorchRunner):
             free = "second" if self._buffers.holds("first", x) else "first"
             y = _matmul(flat, weight, bias, gelu, self._buffers.get(free, x, len(flat), len(weight)))
         return y.view(*x.shape[:-1], -1)
-
-    def add_linear(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        if weight.is_mkldnn:
-            branch = self.linear(y, weight, bias)
-            return x.add_(branch, alpha=scale)
-        flat = x.view(-1, x.shape[-1]).add_(bias, alpha=scale)
-        flat.addmm_(y.reshape(len(flat), -1), weight.t(), alpha=scale)
-        return x
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        if q.dtype != torch.bfloat16:  # float16 scores may overflow; CPU attention keeps them in float32
-            return super().attend(q, k, v, scale)
-        # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (measured on an EPYC).
-        scores = q @ k.transpose(-2, -1)
-        return (scores if scale == 1.0 else scores * scale).softmax(dim=-1) @ v

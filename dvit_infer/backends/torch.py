@@ -3,21 +3,45 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Head, Mlp, Node, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 
+
+@dataclass(slots=True)
+class State:
+    """What travels from node to node.
+
+    Attributes:
+        x: images (B, 3, H, W), then tokens (B, P+N, C), and after the head logits (B, K) float32.
+        given: one (B, k) tensor per stage, original positions to keep instead of the graph's choice; None: none are.
+        positions: (B, N) original positions of x's patches; None: all, in order.
+        stats: statistics of x's rows for the next LayerNorm; None: it computes them.
+        choices: what each stage so far kept, (B, k) original positions.
+    """
+
+    x: torch.Tensor
+    given: Sequence[torch.Tensor] | None = None
+    positions: torch.Tensor | None = None
+    stats: torch.Tensor | None = None
+    choices: list[torch.Tensor] = field(default_factory=list)
+
+
 Hook = Callable[[Node, torch.Tensor], None]
+ALL = slice(None)  # tokens
 
 
 class TorchRunner:
-    """Runs a graph. Subclasses override the primitives norm, linear, add_linear, attend and prune for a device.
+    """Runs a graph: one loop, and one method per node kind, on a few primitives.
+
+    Subclasses replace the primitives for a device: norm_linear, linear_add, attend, embed, convolution and select.
 
     Args:
         graph: the graph to run.
@@ -28,11 +52,13 @@ class TorchRunner:
         prunes_by: the backend of prune_tokens.
         config: the model's config.
         device, dtype: the device and dtype of the weights.
-        takes_uint8: whether `run` normalises uint8 images itself.
+        gelu: the form of GELU, for norm_linear.
+        takes_uint8: whether `embed` normalises uint8 images itself.
         embeds_apart_from: the batch size from which a captured forward begins at the tokens, which `embed_into`
             computes from the caller's images without copying them. None: it always begins at the images.
     """
 
+    gelu = "gelu"
     takes_uint8 = False
     embeds_apart_from: int | None = None
 
@@ -57,149 +83,143 @@ class TorchRunner:
         """Bytes held beside the graph's weights."""
         return 0
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None = None,
-        hook: Hook | None = None,
-        return_kept: bool = True,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the graph.
-
-        Args:
-            images: (B, 3, H, W), any device, strides and dtype that `check_images` accepts.
-            kept: one (B, k) tensor per stage: original patch positions to keep instead of the predictors' choice.
-            hook: called with every node and its output, which is valid until the next node runs.
-            return_kept: whether the kept positions are wanted; if not, a runner may return none to save time.
-
-        Returns:
-            Logits (B, K) float32, and the kept original positions, one tensor per stage.
-        """
-        images = self.prepare(images)
-        with as_asked(self.device, self.dtype):
-            return self.run(images, kept, hook)
-
     def check(self, batch: int, dtype: torch.dtype) -> None:
-        """Check the kernels of a forward for this batch size and image dtype, before it is captured."""
-
-    def embed_into(self, images: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Write the first node's output for images (B, 3, H, W) into `tokens` (B, P+N, C)."""
-        images = self.prepare(images)
-        with as_asked(self.device, self.dtype):
-            tokens.copy_(getattr(self, self.nodes[0].kind)(self.nodes[0], images))
-
-    def from_tokens(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run all nodes after the first; returns the same as a call."""
-        with as_asked(self.device, self.dtype):
-            return self.run(tokens, None, None, self.nodes[1:])
+        """Check the kernels of a forward for this batch size and image dtype, once; here there are none."""
 
     def release(self) -> None:
         """Free memory that calls keep for later calls; here there is none."""
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Return images as `run` needs them: on the device, normalised, in the dtype."""
+        """Return images as the first node needs them: on the device, normalised, in the dtype."""
         return prepare(images, self.config, self.device, self.dtype)
 
+    @torch.no_grad()
     def run(
         self,
-        x: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None,
-        hook: Hook | None,
-        nodes: Sequence[Node] | None = None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run all nodes, or only the last ones, `nodes`, on the output of those before."""
-        chosen: list[torch.Tensor] = []
-        positions: torch.Tensor | None = None  # original positions of the remaining patches; None: all remain
-        for node in self.nodes if nodes is None else nodes:
-            if isinstance(node, Prune):
-                given = None if kept is None else kept[len(chosen)]
-                x, positions = self.prune_to(node, x, positions, given)
-                chosen.append(positions)
-            else:
-                x = getattr(self, node.kind)(node, x)
-            if hook is not None:
-                hook(node, x)
-        return x, chosen
+        images: torch.Tensor,
+        given: Sequence[torch.Tensor] | None = None,
+        hook: Hook | None = None,
+        return_choices: bool = True,
+    ) -> State:
+        """Run the graph.
 
-    def prune_to(
-        self, node: Prune, x: torch.Tensor, positions: torch.Tensor | None, given: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the kept tokens and their original positions; `positions` are those of x's patches (None: all)."""
-        if given is None:
-            x, index = self.prune(node, x)
-        else:
-            index = given if positions is None else torch.searchsorted(positions, given)
-            x = op.gather_tokens_ref(x, index, node.num_prefix)
-        return x, index if positions is None else positions.gather(1, index)
+        Args:
+            images: (B, 3, H, W), any device, strides and dtype that `check_images` accepts.
+            given: one (B, k) tensor per stage: original patch positions to keep instead of the graph's choice.
+            hook: called with every node and its output, which is valid until the next node runs.
+            return_choices: whether they are wanted; if not, a runner may leave them out to save time.
 
-    def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
+        Returns:
+            The state after the last node: logits and choices.
+        """
+        self.check(len(images), images.dtype)
+        return self.run_nodes(State(self.prepare(images), given), self.nodes, hook)
+
+    def run_nodes(self, state: State, nodes: Sequence[Node], hook: Hook | None = None) -> State:
+        """Run nodes in order on a state, which they change."""
+        with as_asked(self.device, self.dtype):
+            for node in nodes:
+                getattr(self, node.kind)(node, state)
+                if hook is not None:
+                    hook(node, state.x)
+        return state
+
+    def embed_into(self, images: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write the first node's output for images (B, 3, H, W) into `tokens` (B, P+N, C)."""
+        tokens.copy_(self.run_nodes(State(self.prepare(images)), self.nodes[:1]).x)
+
+    def from_tokens(self, tokens: torch.Tensor) -> State:
+        """Run all nodes after the first on its output, (B, P+N, C)."""
+        return self.run_nodes(State(tokens), self.nodes[1:])
+
+    # The node kinds.
+
+    def convolution(self, node: Convolution, state: State) -> None:
         w = node.weights
-        x = F.conv2d(x, w["weight"], w.get("bias"), stride=node.stride, padding=w["weight"].shape[-1] // 2)
+        x = F.conv2d(state.x, w["weight"], w.get("bias"), stride=node.stride, padding=w["weight"].shape[-1] // 2)
         if "bn.weight" in w:
             x = F.batch_norm(x, w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], eps=node.eps)
-        return x.relu_()
+        state.x = x.relu_()
 
-    def embed(self, node: Embed, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, node: Embed, state: State) -> None:
         w = node.weights
-        patches = F.conv2d(x, w["weight"], w["bias"], stride=w["weight"].shape[-1]).flatten(2).transpose(1, 2)
-        return torch.cat([w["prefix"].expand(len(x), -1, -1), patches], dim=1) + w["pos_embed"]
+        patches = F.conv2d(state.x, w["weight"], w["bias"], stride=w["weight"].shape[-1]).flatten(2).transpose(1, 2)
+        state.x = torch.cat([w["prefix"].expand(len(patches), -1, -1), patches], dim=1) + w["pos_embed"]
 
-    def attention(self, node: Attention, x: torch.Tensor) -> torch.Tensor:
-        w, (b, n, _), rows, heads = node.weights, x.shape, node.rows, node.num_heads
-        y = self.norm(node, x)
-        if rows == n:
-            qkv = self.linear(y, w["qkv.weight"], w.get("qkv.bias")).view(b, n, 3, heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    def attention(self, node: Attention, state: State) -> None:
+        x, (b, n, _), heads = state.x, state.x.shape, node.num_heads
+        if "qkv.weight" in node.weights:
+            q, k, v = self.norm_linear(node, "qkv", x, stats=state.stats).view(b, n, 3, heads, -1).unbind(2)
+        else:  # fewer query rows than key rows
+            k, v = self.norm_linear(node, "kv", x, stats=state.stats).view(b, n, 2, heads, -1).unbind(2)
+            state.x = x[:, : node.rows]
+            q = self.norm_linear(node, "q", x, slice(node.rows)).view(b, node.rows, heads, -1)
+        self.linear_add(node, "proj", self.attend(q, k, v, node.scale).flatten(2), state)
+
+    def mlp(self, node: Mlp, state: State) -> None:
+        hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=self.gelu)
+        self.linear_add(node, "fc2", hidden, state)
+
+    def prune(self, node: Prune, state: State) -> None:
+        if state.given is None:
+            state.x, index = self.select(node, state.x)
         else:
-            q = F.linear(y[:, :rows], w["q.weight"], w.get("q.bias")).view(b, rows, heads, -1).transpose(1, 2)
-            kv = self.linear(y, w["kv.weight"], w.get("kv.bias")).view(b, n, 2, heads, -1)
-            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-            x = x[:, :rows].contiguous()
-        out = self.attend(q, k, v, node.scale).transpose(1, 2).flatten(2)
-        return self.add_linear(x, out, w["proj.weight"], w["proj.bias"], node.residual_scale)
+            given = state.given[len(state.choices)]
+            index = given if state.positions is None else torch.searchsorted(state.positions, given)
+            state.x = op.gather_tokens_ref(state.x, index, node.num_prefix)
+        state.positions = index if state.positions is None else state.positions.gather(1, index)
+        state.choices.append(state.positions)
 
-    def mlp(self, node: Mlp, x: torch.Tensor) -> torch.Tensor:
-        w = node.weights
-        hidden = self.linear(self.norm(node, x), w["fc1.weight"], w["fc1.bias"], gelu=True)
-        return self.add_linear(x, hidden, w["fc2.weight"], w["fc2.bias"], node.residual_scale)
-
-    def head(self, node: Head, x: torch.Tensor) -> torch.Tensor:
-        w = node.weights
-        x = self.norm(node, x)
-        logits = F.linear(x[:, 0], w["head.weight"], w["head.bias"])
-        if "head_dist.weight" in w:
-            logits = (logits + F.linear(x[:, 1], w["head_dist.weight"], w["head_dist.bias"])) / 2
+    def head(self, node: Head, state: State) -> None:
+        x = state.x
+        logits = self.norm_linear(node, "head", x, 0, out_dtype=torch.float32)
+        if "head_dist.weight" in node.weights:
+            logits = (logits + self.norm_linear(node, "head_dist", x, 1, out_dtype=torch.float32)) / 2
         if node.reads_patches:
-            logits = logits + 0.5 * F.linear(x[:, 1:], w["aux_head.weight"], w["aux_head.bias"]).amax(dim=1)
-        return logits.float()
+            logits = logits + 0.5 * self.norm_linear(node, "aux_head", x, slice(1, None)).amax(dim=1)
+        state.x = logits
 
-    def prune(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # The primitives.
+
+    def norm_linear(
+        self,
+        node: NormNode,
+        name: str,
+        x: torch.Tensor,
+        rows: slice | int = ALL,
+        stats: torch.Tensor | None = None,
+        activation: str = "none",
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Return activation(LayerNorm(x) w^T + b) for the node's linear `name`; valid until the second one after it.
+
+        Args:
+            x: (B, n, C) tokens.
+            rows: the tokens to return it for.
+            stats: statistics of x's rows, as `linear_add` may have left them; for all rows only.
+            activation: 'none' or `gelu`.
+            out_dtype: the dtype of the result; None: x's.
+        """
+        w = node.weights
+        x = F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
+        y = F.linear(x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"))
+        y = y if activation == "none" else F.gelu(y)
+        return y if out_dtype is None else y.to(out_dtype)
+
+    def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
+        """Set state.x to x + residual_scale * (y w^T + b), which may be written into x; may leave its statistics."""
+        branch = F.linear(y, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"])
+        state.x = state.x + (branch if node.residual_scale == 1.0 else branch * node.residual_scale)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return softmax(scale * q k^T) v for q, k, v of (B, tokens, heads, head size), in that layout."""
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+    def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
         kept_x, index = torch.ops.dvit.prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
         return kept_x, index
-
-    def norm(self, node: Attention | Mlp | Head, x: torch.Tensor) -> torch.Tensor:
-        w = node.weights
-        return F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
-
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False
-    ) -> torch.Tensor:
-        """Return x weight^T + bias, through GELU if `gelu`; valid until the second linear after this one."""
-        y = F.linear(x, weight, bias)
-        return F.gelu(y) if gelu else y
-
-    def add_linear(
-        self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Return x + scale * (y weight^T + bias), which may be written into x."""
-        branch = F.linear(y, weight, bias)
-        return x + branch if scale == 1.0 else x + branch * scale
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return softmax(scale * q k^T) v for q, k, v of (B, heads, tokens, head size)."""
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 _CUDNN: Any = torch.backends.cudnn  # its stubs lack the setting

@@ -1,16 +1,13 @@
 """The Triton backend for NVIDIA GPUs: this project's ops, a few launches each, with LayerNorm fused into linears."""
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import Hook, TorchRunner
+from dvit_infer.backends.torch import ALL, State, TorchRunner
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
+from dvit_infer.graph.nodes import Branch, Convolution, Embed, Node, NormNode
 from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
@@ -20,14 +17,13 @@ from dvit_infer.utils.devices import is_out_of_memory
 
 # Copying so many images takes 18 us at 3 TB/s, as long as launching a separate kernel. Derived, not measured.
 EMBED_APART_FROM = 128
-_NORMALISED = {Attention: ("qkv", "q", "kv"), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}
 
 
 class TritonRunner(TorchRunner):
     """Runs a folded graph.
 
-    Row statistics travel with the rows: a launch that adds a residual also returns the statistics for the LayerNorm
-    after it, where they are free (`ops.linear.free_stats_block`).
+    Row statistics travel with the rows: where a node leaves them, the launch that adds the residual also returns them,
+    if that is free (`ops.linear.free_stats_block`).
 
     Args:
         graph: a graph with LayerNorm, scales and predictors folded into its weights.
@@ -43,7 +39,7 @@ class TritonRunner(TorchRunner):
             if "norm.weight" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
         self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
-        self._activation = CHEAPEST_GELU[self.dtype]
+        self.gelu = CHEAPEST_GELU[self.dtype]
         self._sums = {node.name: _sums(node) for node in graph.nodes}
         self._stem = isinstance(graph.nodes[0], Convolution)
         self._embed = {
@@ -81,22 +77,11 @@ class TritonRunner(TorchRunner):
         failed = replaced(self.device)
         return f"{self._runtime}; PyTorch in place of {', '.join(failed)}, which failed" if failed else self._runtime
 
-    def __call__(
-        self,
-        images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None = None,
-        hook: Hook | None = None,
-        return_kept: bool = True,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run the graph, as any runner; the first call for a batch size checks the kernels that it uses."""
-        self.check(len(images), images.dtype)
-        return super().__call__(images, kept, hook, return_kept)
-
     def check(self, batch: int, dtype: torch.dtype) -> None:
         takes = batch, dtype == torch.uint8 and self.takes_uint8, is_programmatic()
         if self.checks_kernels and takes not in self._checked and not _is_captured(self.device):
             self._checked.add(takes)
-            check_kernels(self._graph, *takes, super().__call__)
+            check_kernels(self._graph, *takes, self.run)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Prepare images, as any runner; but the patch embedding takes uint8 and any strides directly."""
@@ -104,50 +89,24 @@ class TritonRunner(TorchRunner):
             return images.to(self.device)
         return super().prepare(images)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None,
-        hook: Hook | None,
-        nodes: Sequence[Node] | None = None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        chosen: list[torch.Tensor] = []
-        positions: torch.Tensor | None = None
-        stats: torch.Tensor | None = None  # statistics of x's rows, if the launch before returned them
-        for node, following in pairwise([*(self.nodes if nodes is None else nodes), None]):
-            left: torch.Tensor | None = None
-            if isinstance(node, Prune):
-                x, positions = self.prune_to(node, x, positions, None if kept is None else kept[len(chosen)])
-                chosen.append(positions)
-            elif isinstance(node, Attention):
-                x, left = self._attention(node, x, stats, following)
-            elif isinstance(node, Mlp):
-                x, left = self._mlp(node, x, stats, following)
-            elif node is not None:
-                x = getattr(self, node.kind)(node, x)
-            stats = left
-            if hook is not None and node is not None:
-                hook(node, x)
-        return x, chosen
-
-    def convolution(self, node: Convolution, x: torch.Tensor) -> torch.Tensor:
+    def convolution(self, node: Convolution, state: State) -> None:
         # cuDNN's tensor-core convolutions need channels last, and would convert other inputs at every call.
-        x = x.contiguous(memory_format=torch.channels_last)
+        state.x = state.x.contiguous(memory_format=torch.channels_last)
         if node.name in self._fused_convolutions:
             # Fused with bias and ReLU, which PyTorch's own call applies in two more passes over the result.
             w, size = node.weights["weight"], node.weights["weight"].shape[-1]
             settings = [node.stride] * 2, [size // 2] * 2, [1, 1], 1  # stride, padding, dilation, groups
             try:
-                y: torch.Tensor = torch.cudnn_convolution_relu(x, w, node.weights.get("bias"), *settings)
-                return y
+                state.x = torch.cudnn_convolution_relu(state.x, w, node.weights.get("bias"), *settings)
+                return
             except RuntimeError as error:  # cuDNN has no such engine for some numbers of channels
                 if is_out_of_memory(error):
                     raise
                 self._fused_convolutions.discard(node.name)
-        return super().convolution(node, x)
+        super().convolution(node, state)
 
-    def embed(self, node: Embed, x: torch.Tensor) -> torch.Tensor:
-        return patch_embedding(x, *self._embedding(node, x.dtype))
+    def embed(self, node: Embed, state: State) -> None:
+        state.x = patch_embedding(state.x, *self._embedding(node, state.x.dtype))
 
     def embed_into(self, images: torch.Tensor, tokens: torch.Tensor) -> None:
         node = self.nodes[0]
@@ -164,59 +123,30 @@ class TritonRunner(TorchRunner):
         weight, table = self._embed_uint8 if dtype == torch.uint8 else self._embed[node.name]
         return weight, table, node.weights["weight"].shape[-1], self._stem
 
-    def _attention(
-        self, node: Attention, x: torch.Tensor, stats: torch.Tensor | None, following: Node | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        (b, n, _), rows, heads = x.shape, node.rows, node.num_heads
-        if rows == n:
-            q, k, v = self._normalised(node, "qkv", x, stats).view(b, n, 3, heads, -1).unbind(2)
-        else:
-            k, v = self._normalised(node, "kv", x, stats).view(b, n, 2, heads, -1).unbind(2)
-            x = x[:, :rows]
-            q = self._normalised(node, "q", x, None).view(b, rows, heads, -1)
-        out = attention(q, k, v, node.scale).flatten(2)
-        return self._added(node, "proj", out, x, following)
-
-    def _mlp(
-        self, node: Mlp, x: torch.Tensor, stats: torch.Tensor | None, following: Node | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden = self._normalised(node, "fc1", x, stats, self._activation)
-        return self._added(node, "fc2", hidden, x, following)
-
-    def head(self, node: Head, x: torch.Tensor) -> torch.Tensor:
-        logits = self._normalised(node, "head", x[:, :1], None, out_dtype=torch.float32)[:, 0]
-        if "head_dist.weight" in node.weights:
-            dist = self._normalised(node, "head_dist", x[:, 1:2], None, out_dtype=torch.float32)[:, 0]
-            logits = (logits + dist) / 2
-        if node.reads_patches:
-            logits = logits + 0.5 * self._normalised(node, "aux_head", x[:, 1:], None).amax(dim=1)
-        return logits
-
-    def _normalised(
+    def norm_linear(
         self,
-        node: Attention | Mlp | Head,
+        node: NormNode,
         name: str,
         x: torch.Tensor,
-        stats: torch.Tensor | None,
+        rows: slice | int = ALL,
+        stats: torch.Tensor | None = None,
         activation: str = "none",
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Return activation(LayerNorm(x) w^T + b) for the linear `name`."""
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
-        y, _ = linear(x, w, b, None, self._sums[node.name][name], stats, node.eps, activation, out_dtype=out_dtype)
+        sums = self._sums[node.name][name]
+        y, _ = linear(x[:, rows], w, b, None, sums, stats, node.eps, activation, out_dtype=out_dtype)
         return y
 
-    def _added(
-        self, node: Attention | Mlp, name: str, y: torch.Tensor, x: torch.Tensor, following: Node | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return x + y w^T + b for the linear `name`, and its statistics if the next node normalises all its rows."""
+    def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
-        block = 0
-        if isinstance(following, Attention | Mlp):
-            rows, (dim_out, dim_in) = y.numel() // y.shape[-1], w.shape
-            block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out)
-        out, left = linear(y, w, b, x, stats_block=block)
-        return out, left if block else None
+        rows, (dim_out, dim_in) = y.numel() // y.shape[-1], w.shape
+        block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out) if node.leaves_stats else 0
+        state.x, left = linear(y, w, b, state.x, stats_block=block)
+        state.stats = left if block else None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return attention(q, k, v, scale)
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -229,5 +159,5 @@ def _channels_last(node: Convolution) -> Convolution:
 
 def _sums(node: Node) -> dict[str, torch.Tensor]:
     """Return row sums of the weights that multiply normalised rows, by the linear's name."""
-    names = _NORMALISED.get(type(node), ())
+    names = node.normed if isinstance(node, NormNode) else ()
     return {n: row_sums(node.weights[f"{n}.weight"]) for n in names if f"{n}.weight" in node.weights}

@@ -134,7 +134,7 @@ def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
     marks: list[Any] = []
     if engine.device.type == "cpu":
         start = time.perf_counter()
-        engine.runner(images, None, lambda node, out: marks.append(time.perf_counter()))
+        engine.runner.run(images, None, lambda node, out: marks.append(time.perf_counter()))
         return [float(taken) for taken in np.diff([start, *marks])]
 
     def mark() -> None:
@@ -144,7 +144,7 @@ def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
 
     with torch.cuda.device(engine.device):
         mark()
-        engine.runner(images, None, lambda node, out: mark())
+        engine.runner.run(images, None, lambda node, out: mark())
         torch.cuda.synchronize()
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
 

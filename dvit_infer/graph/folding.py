@@ -4,19 +4,20 @@ Weights are folded in double precision and rounded once.
 """
 
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Convolution, Head, Mlp, Node, Prune, Weights
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, Mlp, Node, NormNode, Prune, Weights
 from dvit_infer.ops.prune_tokens import pack_predictor
 
 
 def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
     """Apply all folds. `dtype` is the dtype the graph will run in: predictors are packed for it."""
     nodes = [_batch_norm(_residual_scale(_softmax_scale(_layer_norm(_predictor(node, dtype))))) for node in graph.nodes]
-    return replace(graph, nodes=tuple(_class_only(nodes)))
+    return replace(graph, nodes=tuple(_leave_stats(_class_only(nodes))))
 
 
 _N = TypeVar("_N", bound=Node)
@@ -41,12 +42,11 @@ def _batch_norm(node: Node) -> Node:
 
 def _layer_norm(node: Node) -> Node:
     """Fold the gain and shift of LayerNorm into the linear after it: W (g * x + s) + b = (W g) x + (b + W s)."""
-    linears = {Attention: ("qkv",), Mlp: ("fc1",), Head: ("head", "head_dist", "aux_head")}.get(type(node), ())
-    if not linears or "norm.weight" not in node.weights:
+    if not isinstance(node, NormNode) or "norm.weight" not in node.weights:
         return node
     w = {name: value.double() for name, value in node.weights.items()}
     folded = {}
-    for linear in linears:
+    for linear in node.normed:
         if f"{linear}.weight" in w:
             weight, shift = w[f"{linear}.weight"], w[f"{linear}.weight"] @ w["norm.bias"]
             folded[f"{linear}.weight"] = weight * w["norm.weight"]
@@ -68,10 +68,9 @@ def _softmax_scale(node: Node) -> Node:
 
 def _residual_scale(node: Node) -> Node:
     """Fold LV-ViT's 1 / skip_lam into the last linear of the branch."""
-    if not isinstance(node, Attention | Mlp) or node.residual_scale == 1.0:
+    if not isinstance(node, Branch) or node.residual_scale == 1.0:
         return node
-    last = "proj" if isinstance(node, Attention) else "fc2"
-    names = (f"{last}.weight", f"{last}.bias")
+    names = (f"{node.last}.weight", f"{node.last}.bias")
     scaled = {name: node.weights[name].double() * node.residual_scale for name in names}
     return replace(_noted(node, "1/skip_lam", scaled), residual_scale=1.0)
 
@@ -97,6 +96,14 @@ def _class_only(nodes: list[Node]) -> list[Node]:
         replace(attention, rows=rows, weights=_queries_apart(attention), folded=(*attention.folded, note)),
         replace(mlp, tokens=rows, folded=(*mlp.folded, note)),
         replace(head, tokens=rows, folded=(*head.folded, note)),
+    ]
+
+
+def _leave_stats(nodes: list[Node]) -> list[Node]:
+    """Let each node with a residual leave statistics of its output, where the next one normalises all its rows."""
+    return [
+        replace(node, leaves_stats=True) if isinstance(node, Branch) and isinstance(following, Branch) else node
+        for node, following in zip_longest(nodes, nodes[1:])
     ]
 
 

@@ -124,19 +124,45 @@ class TokenNode(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention(TokenNode):
-    """x + proj(softmax(scale * q k^T) v) * residual_scale of LayerNorm(x), for the first `rows` rows."""
+class NormNode(TokenNode):
+    """A node that begins with a LayerNorm.
 
-    kind = "attention"
-    rows: int  # query rows: all tokens, or only the prefix tokens in a last block whose head reads no others
-    num_heads: int
+    Attributes:
+        normed: names of the linears that multiply the normalised rows; those that are there have weights.
+    """
+
+    normed: ClassVar[tuple[str, ...]]
     eps: float
-    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch(NormNode):
+    """x + residual_scale * branch(LayerNorm(x)).
+
+    Attributes:
+        last: the name of the linear that ends the branch.
+        leaves_stats: whether it leaves statistics of its output's rows, which the next node normalises.
+    """
+
+    last: ClassVar[str]
     residual_scale: float
+    leaves_stats: bool = False
 
     @property
     def dim(self) -> int:
-        return self.weights["proj.weight"].shape[0]
+        return self.weights[f"{self.last}.weight"].shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Branch):
+    """x + proj(softmax(scale * q k^T) v) * residual_scale of LayerNorm(x), for the first `rows` rows."""
+
+    kind = "attention"
+    normed = ("qkv", "q", "kv")
+    last = "proj"
+    rows: int  # query rows: all tokens, or only the prefix tokens in a last block whose head reads no others
+    num_heads: int
+    scale: float
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -150,16 +176,12 @@ class Attention(TokenNode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mlp(TokenNode):
+class Mlp(Branch):
     """x + fc2(gelu(fc1(LayerNorm(x)))) * residual_scale."""
 
     kind = "mlp"
-    eps: float
-    residual_scale: float
-
-    @property
-    def dim(self) -> int:
-        return self.weights["fc2.weight"].shape[0]
+    normed = ("fc1",)
+    last = "fc2"
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -201,7 +223,7 @@ class Prune(TokenNode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head(TokenNode):
+class Head(NormNode):
     """LayerNorm, then the logits of the class token.
 
     With a distillation token, the mean of both tokens' logits. LV-ViT adds, per class, half of the largest auxiliary
@@ -209,7 +231,7 @@ class Head(TokenNode):
     """
 
     kind = "head"
-    eps: float
+    normed = ("head", "head_dist", "aux_head")
 
     @property
     def dim(self) -> int:

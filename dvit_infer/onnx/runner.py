@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dvit_infer.backends.torch import Hook, State
 from dvit_infer.config import Config
 from dvit_infer.images.tensors import normalise
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
@@ -38,33 +39,33 @@ class OnnxRunner:
     def release(self) -> None:
         """Do nothing: ONNX Runtime manages its own memory."""
 
-    def __call__(
+    def run(
         self,
         images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None = None,
-        hook: Any = None,
-        return_kept: bool = True,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return logits (B, K) float32 and the kept original positions of each stage; arguments as for every runner.
+        given: Sequence[torch.Tensor] | None = None,
+        hook: Hook | None = None,
+        return_choices: bool = True,
+    ) -> State:
+        """Run the model; arguments and result are as for every runner.
 
         Raises:
             ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
         """
         if hook is not None:
             raise ValueError("hook: ONNX Runtime does not report node outputs; use node_values")
-        given = {"images": self.prepare(images)}
-        if kept is not None:
-            return self.node_values(images, kept, ())["logits"], list(kept)
-        wanted = self._kept if return_kept and self._has_kept else []
-        logits, *chosen = run_session(self.session, given, ["logits", *wanted], str(self._path))
-        if wanted or not return_kept:
-            return logits, chosen
+        if given is not None:
+            return State(self.node_values(images, given, ())["logits"], choices=list(given))
+        inputs = {"images": self.prepare(images)}
+        wanted = self._kept if return_choices and self._has_kept else []
+        logits, *chosen = run_session(self.session, inputs, ["logits", *wanted], str(self._path))
+        if wanted or not return_choices:
+            return State(logits, choices=chosen)
         # Logits come from the file itself; only the choices come from the probe.
         names = [f"prune.{stage}/index" for stage in range(len(self._kept))]
-        chosen = run_session(self._probe(False, tuple(names)), given, names, str(self._path)) if names else []
+        chosen = run_session(self._probe(False, tuple(names)), inputs, names, str(self._path)) if names else []
         for stage in range(1, len(chosen)):
             chosen[stage] = chosen[stage - 1].gather(1, chosen[stage])
-        return logits, chosen
+        return State(logits, choices=chosen)
 
     def node_values(
         self, images: torch.Tensor, kept: Sequence[torch.Tensor], names: Sequence[str]

@@ -2,12 +2,14 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dvit_infer as dvit
 from dvit_infer.backends.captured import BUCKETS, CapturedRunner
+from dvit_infer.backends.torch import State
 from dvit_infer.images.synthetic import sample_images
 
 MAX_GRAPHS = 4
@@ -23,11 +25,12 @@ class Recorded:
         if dtype == torch.uint8:
             self.images = torch.zeros(batch, 3, 224, 224, dtype=dtype)
 
-    def __call__(self, images, return_kept):
+    def __call__(self, images, return_choices):
         self.calls += 1
         self.images[: len(images)].copy_(images)
-        logits, chosen = self.runner(self.images)
-        return logits[: len(images)].clone(), [stage[: len(images)].clone() for stage in chosen if return_kept]
+        out = self.runner.run(self.images)
+        choices = [stage[: len(images)].clone() for stage in out.choices if return_choices]
+        return State(out.x[: len(images)].clone(), choices=choices)
 
 
 @pytest.fixture
@@ -92,7 +95,7 @@ def test_the_cache_is_bounded_and_drops_the_longest_unused(captured, monkeypatch
     runner._capture = lambda batch, dtype: made.append(batch) or Recorded(runner.runner, batch, dtype)
     sizes = BUCKETS[: MAX_GRAPHS + 1]
     for size in (*sizes[:MAX_GRAPHS], sizes[0], sizes[-1], sizes[0], sizes[1]):
-        runner(torch.zeros(size, 3, 224, 224))
+        runner.run(torch.zeros(size, 3, 224, 224))
     assert made == [*sizes, sizes[1]]  # the first was used again in time, the second had to make room
     assert len(runner._forwards) == MAX_GRAPHS
     assert runner.buffer_bytes == 7 * MAX_GRAPHS
@@ -108,8 +111,8 @@ class _Zeros:
     def __init__(self, config):
         self.config = config
 
-    def __call__(self, images):
-        return torch.zeros(len(images), 10), []
+    def run(self, images):
+        return State(torch.zeros(len(images), 10))
 
 
 def test_a_callers_inference_mode_ends_with_its_call(captured):
@@ -127,7 +130,7 @@ def test_given_sets_and_a_hook_run_uncaptured(engine, captured):
     right, kept = engine(images, return_kept=True)
     torch.testing.assert_close(other(images, kept=kept), right)
     seen = []
-    other.runner(images, None, lambda node, out: seen.append(node.name))
+    other.runner.run(images, None, lambda node, out: seen.append(node.name))
     assert len(seen) == len(engine.graph.nodes)
     assert made == []
 
@@ -158,11 +161,11 @@ class Small:
     def __init__(self, runner, room):
         self.runner, self.room, self.sizes, self.released = runner, room, [], 0
 
-    def __call__(self, images, kept=None, hook=None, return_kept=True):
+    def run(self, images, given=None, hook=None, return_choices=True):
         self.sizes.append(len(images))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.runner(images, kept, hook)
+        return self.runner.run(images, given, hook)
 
     def release(self):
         self.released += 1
@@ -182,9 +185,9 @@ def test_too_little_memory_for_a_batch_takes_fewer_at_a_time(engine):
 @pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
 def test_too_little_memory_in_other_words(engine, words):
     class Other(Small):
-        def __call__(self, images, *given, **named):
+        def run(self, images, *given, **named):
             try:
-                return super().__call__(images, *given, **named)
+                return super().run(images, *given, **named)
             except torch.OutOfMemoryError:
                 raise RuntimeError(words) from None
 
@@ -198,7 +201,7 @@ def test_other_errors_are_no_lack_of_memory(engine):
     def broken(*given, **named):
         raise RuntimeError("something else")
 
-    engine.runner = broken
+    engine.runner = SimpleNamespace(run=broken)
     with pytest.raises(RuntimeError, match="something else"):
         engine(sample_images(2, (224, 224)))
 

@@ -74,12 +74,12 @@ def test_every_nodes_output_can_be_hooked():
     """And equals that of the PyTorch backend: statistics that travel with the rows belong to these rows."""
     engine = converted(TINY)
     plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
-    seen, right = {}, {}
+    seen, expected = {}, {}
     with using(PYTORCH):
-        _, kept = plain.runner(case_images(TINY), None, lambda node, out: right.update({node.name: out.clone()}))
-        engine.runner(case_images(TINY), kept, lambda node, out: seen.update({node.name: out.clone()}))
-    assert seen.keys() == right.keys()
-    for name, out in right.items():
+        found = plain.runner.run(case_images(TINY), None, lambda node, x: expected.update({node.name: x.clone()}))
+        engine.runner.run(case_images(TINY), found.choices, lambda node, x: seen.update({node.name: x.clone()}))
+    assert seen.keys() == expected.keys()
+    for name, out in expected.items():
         torch.testing.assert_close(seen[name], out, atol=2e-5, rtol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_distillation_token_and_dense():
     engine = dvit.convert(checkpoint, device="cpu")
     images = case_images("timm-deit_small_distilled_patch16_224")[:1]
     with using(PYTORCH):
-        logits = TritonRunner(engine.graph)(images)[0]
+        logits = TritonRunner(engine.graph).run(images).x
     assert (logits - engine(images)).abs().max() < 2e-5
 
 
@@ -105,7 +105,7 @@ def test_a_runner_can_be_copied_and_pickled():
     with using(PYTORCH):
         runner = converted(TINY).runner
         images = case_images(TINY)[:1]
-        right = runner(images)[0]
+        expected = runner.run(images).x
         for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
-            assert torch.equal(other(images)[0], right)
+            assert torch.equal(other.run(images).x, expected)
     assert runner.buffer_bytes > 0

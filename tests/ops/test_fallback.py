@@ -234,14 +234,14 @@ def test_a_captured_forward_may_begin_at_the_tokens():
     raw = (images * 60 + 120).clamp(0, 255).to(torch.uint8)
     with using(PYTORCH):  # the patch embedding is a kernel in any case
         for given in (images.double().transpose(2, 3).contiguous().transpose(2, 3), raw):
-            expected, kept = runner(given)
+            expected = runner.run(given)
             runner.embed_into(given, tokens)
-            logits, chosen = runner.from_tokens(tokens)
-            torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
-            assert all(torch.equal(a, b) for a, b in zip(chosen, kept, strict=True))
+            found = runner.from_tokens(tokens)
+            torch.testing.assert_close(found.x, expected.x, atol=1e-6, rtol=0)
+            assert all(torch.equal(a, b) for a, b in zip(found.choices, expected.choices, strict=True))
     plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
     plain.runner.embed_into(images, tokens)
-    assert torch.equal(plain.runner.from_tokens(tokens)[0], plain(images))
+    assert torch.equal(plain.runner.from_tokens(tokens).x, plain(images))
 
 
 @pytest.mark.parametrize("fault", [does_not_compile, one_percent_off])

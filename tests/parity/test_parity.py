@@ -7,7 +7,7 @@ import torch
 from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
-from dvit_infer.backends.torch import TorchRunner
+from dvit_infer.backends.torch import State, TorchRunner
 from dvit_infer.graph.nodes import Head, Prune
 from dvit_infer.parity import verification as parity
 from dvit_infer.utils.devices import DTYPES
@@ -91,10 +91,11 @@ def test_one_weight_changed_in_the_saved_file_is_caught(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_arithmetic_is_caught_by_the_answers_and_the_node_named(dtype, monkeypatch):
-    engine, right = converted(dtype=dtype), TorchRunner.head
+    engine, head = converted(dtype=dtype), TorchRunner.head
 
-    def sloppy(runner: TorchRunner, node: Head, x: torch.Tensor) -> torch.Tensor:
-        return right(runner, node, x) * 1.2
+    def sloppy(runner: TorchRunner, node: Head, state: State) -> None:
+        head(runner, node, state)
+        state.x = state.x * 1.2
 
     monkeypatch.setattr(TorchRunner, "head", sloppy)
     report = dvit.verify(engine, official_checkpoint(TINY), num_images=4)
