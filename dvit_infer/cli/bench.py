@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dvit_infer.cli.common import Parser, integers, progress, run
+from dvit_infer.cli.common import Parser, add_model_options, integers, progress, run
 
 if TYPE_CHECKING:
     from dvit_infer.benchmark.outcome import Outcome
@@ -22,8 +22,7 @@ def _parser() -> Parser:
         "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
-    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
-    parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
+    add_model_options(parser, "device", "dtype")
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
