@@ -29,7 +29,9 @@ def _parser() -> Parser:
         help="any of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
         "baseline of speed-ups; default: reference,dense; for an ONNX file: any of onnxruntime, openvino",
     )
-    parser.add_argument("--sweep", type=_rates, metavar="0.5:0.9:0.1", help="measure keep rates: first, last, step")
+    # Stored as keep_rate, so that the library's errors about it name --sweep.
+    sweep = "measure keep rates: first, last, step"
+    parser.add_argument("--sweep", dest="keep_rate", type=_rates, metavar="0.5:0.9:0.1", help=sweep)
     parser.add_argument("--nodes", action="store_true", help="time every node of the graph against its floor")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="measuring time per batch size; default: %(default)g"
@@ -71,7 +73,7 @@ def _bench(options: argparse.Namespace) -> int:
     comparison: Comparison | OnnxComparison
     with progress("loading"):
         if is_onnx(options.model):
-            if odd := [name for name in ("dtype", "sweep", "nodes") if getattr(options, name)]:
+            if odd := [name for name in ("dtype", "keep_rate", "nodes") if getattr(options, name)]:
                 raise InputError(
                     f"{odd[0]}: {options.model} was converted with this fixed; give the checkpoint instead"
                 )
@@ -79,7 +81,7 @@ def _bench(options: argparse.Namespace) -> int:
             batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         else:
             given = USUAL if names is None else names
-            comparison = Comparison(options.model, given, options.device, options.dtype, options.sweep or ())
+            comparison = Comparison(options.model, given, options.device, options.dtype, options.keep_rate or ())
             batches = batches or [256 if comparison.device.type == "cuda" else 8]
             counted = fvcore_gmacs(comparison.reference, comparison.images(1).to(comparison.device))
             limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
