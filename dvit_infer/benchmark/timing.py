@@ -18,7 +18,7 @@ NOISY = 0.15  # spread, as a share of the median, above which single figures are
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One measured candidate: a model and its runtime. Rates are images per second, times milliseconds per batch.
 
@@ -28,7 +28,7 @@ class Row:
     model: str
     keep_rate: float | None
     runtime: str
-    variant: str | None
+    variant: str | None = None
     device: str
     dtype: str
     batch: int
@@ -37,11 +37,11 @@ class Row:
     p80_images_per_s: float
     p50_ms: float
     p99_ms: float
-    gmacs: float | None  # GMACs of the graph as run, which papers call GFLOPs
-    params: int | None
-    peak_mib: float | None  # weights, and the peak allocation of a call
-    max_logit_error: float | None
-    top1_agreement: float | None
+    gmacs: float | None = None  # GMACs of the graph as run, which papers call GFLOPs
+    params: int | None = None
+    peak_mib: float | None = None  # weights, and the peak allocation of a call
+    max_logit_error: float | None = None
+    top1_agreement: float | None = None
     baseline: str
     speedup: float
 

@@ -78,13 +78,12 @@ def _bench(options: argparse.Namespace) -> int:
                     f"{odd[0]}: {options.model} was converted with this fixed; give the checkpoint instead"
                 )
             comparison = OnnxComparison(options.model, names or (), options.device)
-            batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         else:
             given = USUAL if names is None else names
             comparison = Comparison(options.model, given, options.device, options.dtype, options.keep_rate or ())
-            batches = batches or [256 if comparison.device.type == "cuda" else 8]
             counted = fvcore_gmacs(comparison.reference, comparison.images(1).to(comparison.device))
             limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
+        batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         comparison.check_memory(max(batches))
     where = environment()
     print(heading(comparison, where))

@@ -179,7 +179,7 @@ def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monke
 
 
 def test_memory_is_asked_for_before_anything_is_measured(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr("dvit_infer.utils.memory.free_memory", lambda device: 1 << 30)
     monkeypatch.setattr(Comparison, "measure", None)
     line = fails(bench, [tiny, "--device", "cpu", "--batch", "1,100000"], capsys)
     assert "--batch: 100000 images do not fit in memory" in line
