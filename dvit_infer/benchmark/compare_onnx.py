@@ -90,8 +90,8 @@ class OnnxComparison(BaseComparison):
         logits = {name: self._checked(name, call(), len(images)) for name, call in calls.items()}
         errors = {name: _error(found, logits[self.baseline]) for name, found in logits.items()}
         same = SAME_MAX if self.dtype_name == "float32" else SAME_RMS
-        wrong = {name: f"error {error:.1e} of the logits' rms" for name, error in errors.items() if not error <= same}
-        return calls, {name: Check(wrong.get(name)) for name in calls}
+        text = "error {:.1e} of the logits' rms"
+        return calls, {name: Check(None if error <= same else text.format(error)) for name, error in errors.items()}
 
     def _checked(self, name: str, found: torch.Tensor, batch: int) -> torch.Tensor:
         """Return the first output as float32 logits; raise InputError if it cannot be logits."""

@@ -30,20 +30,20 @@ def test_what_is_cut_off_ends_with_all_that_it_started():
         print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
         time.sleep(600)
     """
-    said: list[str] = []
-    assert children.run([sys.executable, "-c", script], 3.0, said.append) == children.CUT_OFF
-    assert len(said) == 1
+    lines: list[str] = []
+    assert children.run([sys.executable, "-c", script], 3.0, lines.append) == children.CUT_OFF
+    assert len(lines) == 1
     end = time.monotonic() + 30
-    while alive(int(said[0])) and time.monotonic() < end:
+    while alive(int(lines[0])) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not alive(int(said[0]))
+    assert not alive(int(lines[0]))
 
 
 def test_output_comes_as_it_is_printed_and_the_status_with_it():
-    said: list[str] = []
+    lines: list[str] = []
     script = "import sys, os; print('one'); print('two', file=sys.stderr); os._exit(3)"
-    assert children.run([sys.executable, "-c", script], 60, said.append) == 3
-    assert said == ["one", "two"]
+    assert children.run([sys.executable, "-c", script], 60, lines.append) == 3
+    assert lines == ["one", "two"]
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def parts_made_of(monkeypatch, tmp_path):
     def run_parts(seconds: float, **scripts: str):
         monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(scripts, 1))
         monkeypatch.setattr(gpu, "command", lambda part, *_: [sys.executable, "-c", scripts[part]])
-        said: list[str] = []
-        found = gpu.run_parts(list(scripts), tmp_path, time.monotonic() + seconds, False, said.append)
-        return found, said
+        lines: list[str] = []
+        found = gpu.run_parts(list(scripts), tmp_path, time.monotonic() + seconds, False, lines.append)
+        return found, lines
 
     return run_parts
 
@@ -64,19 +64,19 @@ def test_a_part_that_fails_or_is_cut_off_leaves_the_others(parts_made_of, tmp_pa
     write = "from pathlib import Path; Path({!r}).write_text('kept');"
     slow = write.format(str(tmp_path / "a.json")) + write.format(str(tmp_path / ".a.json.x.part"))
     slow += "import time; print('before', flush=True); time.sleep(600)"
-    found, said = parts_made_of(18.0, slow=slow, bad="import os; os.abort()", good="print('ran')")
+    found, lines = parts_made_of(18.0, slow=slow, bad="import os; os.abort()", good="print('ran')")
     assert found == {"failed": ["bad"], "cut off": ["slow"], "not run": []}
-    assert "before" in said
-    assert "ran" in said
-    assert any(line.startswith("== slow: CUT OFF") for line in said)
-    assert any(line.startswith("== bad: FAILED, status -6") for line in said)
+    assert "before" in lines
+    assert "ran" in lines
+    assert any(line.startswith("== slow: CUT OFF") for line in lines)
+    assert any(line.startswith("== bad: FAILED, status -6") for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_part_without_time_says_so(parts_made_of):
-    found, said = parts_made_of(3.0, one="print('ran')", two="print('ran')")
+    found, lines = parts_made_of(3.0, one="print('ran')", two="print('ran')")
     assert found == {"failed": [], "cut off": [], "not run": ["one", "two"]}
-    assert said == ["== one: NOT RUN, no time left", "== two: NOT RUN, no time left"]
+    assert lines == ["== one: NOT RUN, no time left", "== two: NOT RUN, no time left"]
 
 
 def test_tests_for_a_gpu_are_found_the_most_telling_first():
@@ -90,10 +90,10 @@ def test_a_failing_test_is_told_when_it_happens(tmp_path):
     (tmp_path / "test_two.py").write_text(
         "import os\ndef test_bad():\n    assert 1 == 2\ndef test_that_ends_the_process():\n    os._exit(9)\n"
     )
-    said: list[str] = []
+    lines: list[str] = []
     command = [sys.executable, "-m", "pytest", "-p", "first_failures", "-q", "--tb=short", "--no-summary"]
-    status = children.run([*command, "-c", os.devnull, str(tmp_path / "test_two.py")], 60, said.append)
+    status = children.run([*command, "-c", os.devnull, str(tmp_path / "test_two.py")], 60, lines.append)
     assert status == 9
-    text = "\n".join(said)
+    text = "\n".join(lines)
     assert "test_two.py::test_bad (call, " in text
     assert "assert 1 == 2" in text
