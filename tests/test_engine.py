@@ -53,15 +53,15 @@ def test_uint8_is_normalised_inside(tiny):
 
 def test_any_strides_and_any_floating_dtype(tiny):
     images = case_images(TINY)
-    right = tiny(images)
+    expected = tiny(images)
     for same in (
         images.to(memory_format=torch.channels_last),
         images.flip(0).flip(0).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
         torch.cat([images, images], dim=3)[..., :224],
         images.double(),
     ):
-        assert torch.allclose(tiny(same), right, atol=1e-5)
-    assert torch.allclose(tiny(images.bfloat16()), right, atol=0.2)
+        assert torch.allclose(tiny(same), expected, atol=1e-5)
+    assert torch.allclose(tiny(images.bfloat16()), expected, atol=0.2)
 
 
 def test_given_kept_sets(tiny):
@@ -119,11 +119,11 @@ def test_kept_sets_that_do_not_fit_are_refused(tiny):
 
 
 def test_threads_may_share_an_engine(tiny):
-    images, right, wrong = case_images(TINY), tiny(case_images(TINY)), []
+    images, expected, wrong = case_images(TINY), tiny(case_images(TINY)), []
 
     def work() -> None:
         for _ in range(3):
-            if not torch.allclose(tiny(images), right, atol=1e-5):
+            if not torch.allclose(tiny(images), expected, atol=1e-5):
                 wrong.append(True)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -222,9 +222,9 @@ def test_pruning_before_the_first_and_the_last_block():
         engine, reference = dvit.convert(checkpoint, device="cpu", **chosen), dvit.load_reference(checkpoint, **chosen)
         logits, kept = engine(case_images(TINY), return_kept=True)
         with torch.no_grad():
-            right, right_kept = reference(case_images(TINY), return_kept=True)
-        assert torch.allclose(logits, right, atol=2e-5)
-        assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
+            expected, expected_kept = reference(case_images(TINY), return_kept=True)
+        assert torch.allclose(logits, expected, atol=2e-5)
+        assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept, strict=True))
 
 
 def test_keep_rate_of_one_keeps_everything():
@@ -238,7 +238,7 @@ def test_keep_rate_of_one_keeps_everything():
 
 def test_autocast_around_the_call_changes_nothing(tiny):
     images = case_images(TINY)
-    right = tiny(images)
+    expected = tiny(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tiny(images), right)
+        assert torch.equal(tiny(images), expected)
         assert dvit.verify(tiny, official_checkpoint(TINY), num_images=2).passed

@@ -1,17 +1,20 @@
 """Run one model by several candidates on the same images, time them, and check that all compute the same function."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from dvit_infer.benchmark import candidates, peers
-from dvit_infer.benchmark.candidates import Call, Candidate, Subject
-from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
+from dvit_infer.benchmark.base import BaseComparison, Calls, Check
+from dvit_infer.benchmark.candidates import Candidate, Subject
+from dvit_infer.benchmark.outcome import PruningSpeedup
 from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
-from dvit_infer.benchmark.timing import Row, Timing, interleave, noise
+from dvit_infer.benchmark.timing import Row, Timing
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine
@@ -21,8 +24,7 @@ from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.parity.agreement import Expected, check_approximate, check_exact, unchecked
 from dvit_infer.parity.verification import evaluate
-from dvit_infer.utils.devices import free_memory
-from dvit_infer.utils.memory import is_allocation_failure
+from dvit_infer.utils.memory import check_batch_fits
 
 CANDIDATES: dict[str, Callable[[Subject], Candidate]] = {
     "reference": candidates.reference_candidate,
@@ -40,7 +42,7 @@ DISTINCT_IMAGES = 64
 OURS = ("reference", "dense", "sdpa")  # candidates that nothing but this project can make fail
 
 
-class Comparison:
+class Comparison(BaseComparison):
     """The candidates that run one model, each loaded once.
 
     Args:
@@ -64,7 +66,9 @@ class Comparison:
         if unknown := [name for name in names if name not in CANDIDATES]:
             raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(CANDIDATES)}")
         self.subject = subject = Subject(model, device, dtype)
-        self.config, self.device = subject.config, subject.device
+        self.config, self.device, self.dtype_name = subject.config, subject.device, subject.dtype_name
+        stages = ",".join(map(str, self.config.num_keep)) or "all"
+        self.title = f"{self.config.arch}, keeping {stages} of {self.config.num_patches} patches; {self.dtype_name}"
         is_dense = self.config.method == "none"
         wanted = dict.fromkeys([*names, *(["dense"] if is_dense or keep_rates else [])])
         self._candidates: dict[str, Candidate] = {}
@@ -88,15 +92,7 @@ class Comparison:
             }
 
     @property
-    def title(self) -> str:
-        """The model, and the dtype of its candidates."""
-        config = self.config
-        stages = ",".join(map(str, config.num_keep)) or "all"
-        return f"{config.arch}, keeping {stages} of {config.num_patches} patches; {self.subject.dtype_name}"
-
-    @property
     def runs(self) -> str:
-        """The backend of the engine, as one line."""
         return f"engine: {self.engine.graph.runtime}"
 
     @property
@@ -106,77 +102,52 @@ class Comparison:
         return next((engine for engine in engines if engine.config == self.config), engines[-1])
 
     def images(self, batch: int) -> torch.Tensor:
-        """Return the images on which a batch of that size is measured, (B, 3, H, W) float32."""
-        return _images(batch, self.config.image_size)
+        """Return synthetic images; beyond `DISTINCT_IMAGES` they repeat, with different noise added."""
+        size = self.config.image_size
+        distinct = sample_images(min(batch, DISTINCT_IMAGES), size, seed=2)
+        if batch <= DISTINCT_IMAGES:
+            return distinct
+        noise = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+        return distinct.repeat(-(-batch // DISTINCT_IMAGES), 1, 1, 1)[:batch] + 0.3 * noise
 
-    def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-        """Time every candidate on the same images, interleaved.
-
-        Raises:
-            InputError: the batch does not fit in memory.
-        """
-        self.check_memory(batch)
-        try:
-            images = self.images(batch)
-            expected = {key: self._expected(key, images) for key in self._references}
-            images = images.to(self.device, self.subject.dtype)
-            with torch.no_grad():
-                calls = {
-                    name: _bound(candidate.call, candidate.prepare(images))
-                    for name, candidate in self._candidates.items()
-                }
-                logits = {name: self._first_call(name, call) for name, call in calls.items()}
-                given = {
-                    name: None
-                    if candidate.given is None or not candidate.config.num_keep
-                    else candidate.given(images, expected[candidate.config.num_keep].reference.kept).float()
-                    for name, candidate in self._candidates.items()
-                }
-                timings = interleave(calls, self.device, seconds, progress)
-        except (MemoryError, RuntimeError) as error:
-            if not is_allocation_failure(error):
-                raise
-            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None
-        rows, mismatches, unsure = [], [], []
+    def _prepare(self, images: torch.Tensor) -> tuple[Calls, dict[str, Check]]:
+        expected = {key: self._expected(key, images) for key in self._references}
+        images = images.to(self.device, self.subject.dtype)
+        calls: Calls = {}
+        checks = {}
         for name, candidate in self._candidates.items():
-            right = expected[candidate.config.num_keep]
-            rows.append(self._row(name, batch, timings, logits[name], right.reference.logits))
-            if candidate.approximate:
-                found = check_approximate(logits[name], right.reference.logits)
-            else:
-                found = check_exact(logits[name], given[name], right, self.subject.dtype)
-            if found:
-                mismatches.append(f"{name}: {found}")
-            elif given[name] is None and not candidate.approximate and unchecked(right, self.subject.dtype):
-                unsure.append(name)
-        return Outcome(rows, self._pruning_speedups(timings, batch), mismatches, unsure, noise(timings.values()))
+            calls[name] = functools.partial(candidate.call, candidate.prepare(images))
+            with _blaming(name):  # the first call compiles
+                logits = calls[name]().to(self.device, torch.float32, copy=True)  # the next one may overwrite it
+            checks[name] = self._check(candidate, images, logits, expected[candidate.config.num_keep])
+        return calls, checks
+
+    def _check(self, candidate: Candidate, images: torch.Tensor, logits: torch.Tensor, expected: Expected) -> Check:
+        target, dtype, given = expected.reference.logits, self.subject.dtype, None
+        if candidate.given is not None and candidate.config.num_keep:
+            given = candidate.given(images, expected.reference.kept).float()
+        if candidate.approximate:
+            mismatch, unclear = check_approximate(logits, target), False
+        else:
+            mismatch = check_exact(logits, given, expected, dtype)
+            unclear = mismatch is None and given is None and unchecked(expected, dtype)
+        error = (logits - target).abs().max().item()
+        agreement = (logits.argmax(dim=1) == target.argmax(dim=1)).float().mean().item()
+        return Check(mismatch, unclear, error, agreement)
 
     def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
-        right = evaluate(self._references[key], images)
-        if not torch.isfinite(right.logits).all():
+        reference = evaluate(self._references[key], images)
+        if not torch.isfinite(reference.logits).all():
             name = self.subject.checkpoint.name
             raise InputError(f"{name}: the reference model itself gives NaN or Inf; its weights are too large")
         if self.subject.dtype == torch.float32:
-            return Expected(right, right.logits, right.logits)
-        plain, given = (evaluate(self._plain[key], images, kept).logits for kept in ((), right.kept))
-        return Expected(right, plain, given)
-
-    def _first_call(self, name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run a call once, which compiles if needed, and return a copy: a captured graph overwrites its last output."""
-        with _blaming(name):
-            return call().to(self.device, torch.float32, copy=True)
+            return Expected(reference, reference.logits, reference.logits)
+        plain, given = (evaluate(self._plain[key], images, kept).logits for kept in ((), reference.kept))
+        return Expected(reference, plain, given)
 
     def check_memory(self, batch: int) -> None:
-        """Raise InputError if the reference's part of a batch would not fit in main memory.
-
-        Linux would grant it, and end some process once it is used; a GPU says so itself.
-        """
-        free, needed = free_memory(self.device), batch * _bytes_per_image(self.config)
-        if self.device.type == "cpu" and free is not None and needed > free:
-            raise InputError(
-                f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB for the reference, "
-                f"{free / 2**30:.1f} GiB are free; use a smaller batch"
-            )
+        if self.device.type == "cpu":
+            check_batch_fits(batch, batch * _bytes_per_image(self.config))
 
     @property
     def reference(self) -> VisionTransformer:
@@ -206,28 +177,30 @@ class Comparison:
             if candidate.runtime == "engine"
         ]
 
-    def _row(
-        self, name: str, batch: int, timings: Mapping[str, Timing], logits: torch.Tensor, expected: torch.Tensor
-    ) -> Row:
-        candidate, timing = self._candidates[name], timings[name]
+    def _row_fields(self, name: str, timing: Timing) -> dict[str, Any]:
+        candidate = self._candidates[name]
         held = candidate.held_mib()
-        return Row(
-            model=self.config.arch,
-            keep_rate=candidate.keep_rate,
-            runtime=candidate.runtime,
-            variant=candidate.variant,
-            device=self.device.type,
-            dtype=self.subject.dtype_name,
-            batch=batch,
-            **timing.rates(batch),
-            gmacs=candidate.gmacs,
-            params=self.subject.params(candidate.is_dense),
-            peak_mib=None if timing.peak_mib is None or held is None else timing.peak_mib + held,
-            max_logit_error=(logits - expected).abs().max().item(),
-            top1_agreement=(logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item(),
-            baseline=self.baseline,
-            speedup=timing.speedup_over(timings[self.baseline]),
-        )
+        return {
+            "model": self.config.arch,
+            "keep_rate": candidate.keep_rate,
+            "runtime": candidate.runtime,
+            "variant": candidate.variant,
+            "gmacs": candidate.gmacs,
+            "params": self.subject.params(candidate.is_dense),
+            "peak_mib": None if timing.peak_mib is None or held is None else timing.peak_mib + held,
+        }
+
+    def _verdict(self, rows: list[Row], mismatches: list[str], unchecked: list[str]) -> str:
+        if mismatches:
+            return f"NOT the same function as the reference: {'; '.join(mismatches)}"
+        if unchecked:
+            names = ", ".join(unchecked)
+            return f"not checked whether {names} computes the same function: in no image is the choice of tokens clear"
+        exact = [row for row in rows if row.variant != "int8"]
+        largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
+        reduced = "" if self.dtype_name == "float32" else f", near ties in {self.dtype_name} included"
+        but = "" if len(exact) == len(rows) else " but int8, which is approximate,"
+        return f"all candidates{but} compute the same function: largest error of a logit {largest:.1e}{reduced}"
 
 
 def _bytes_per_image(config: Config) -> int:
@@ -252,16 +225,3 @@ def fvcore_gmacs(model: torch.nn.Module, images: torch.Tensor) -> float | None:
         warnings.simplefilter("ignore")  # about torch functions that fvcore uses
         counted = FlopCountAnalysis(model, images).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return float(counted.total()) / len(images) / 1e9
-
-
-def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: call(images)
-
-
-def _images(batch: int, size: tuple[int, int]) -> torch.Tensor:
-    """Return synthetic images; beyond `DISTINCT_IMAGES` they repeat, with different noise added."""
-    distinct = sample_images(min(batch, DISTINCT_IMAGES), size, seed=2)
-    if batch <= DISTINCT_IMAGES:
-        return distinct
-    noise = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-    return distinct.repeat(-(-batch // DISTINCT_IMAGES), 1, 1, 1)[:batch] + 0.3 * noise

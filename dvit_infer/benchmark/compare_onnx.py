@@ -3,25 +3,24 @@
 There is no reference, so the expected outputs, and the MACs of a foreign file, are unknown.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dvit_infer.benchmark import peers
+from dvit_infer.benchmark.base import BaseComparison, Calls, Check
 from dvit_infer.benchmark.candidates import Call, blaming
-from dvit_infer.benchmark.outcome import Outcome
-from dvit_infer.benchmark.timing import Row, interleave, noise
+from dvit_infer.benchmark.timing import Row, Timing
 from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.onnx.engine import check_file, onnx_device
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 from dvit_infer.parity.agreement import SAME_MAX, SAME_RMS
-from dvit_infer.utils.devices import free_memory
-from dvit_infer.utils.memory import is_allocation_failure
+from dvit_infer.utils.memory import check_batch_fits
 from dvit_infer.utils.packages import need
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -29,21 +28,7 @@ ASSUMED_SIZE = 224  # if the file does not fix it
 _IMAGES = (torch.float32, torch.float16, torch.uint8)
 
 
-@dataclass(frozen=True)
-class OnnxOutcome(Outcome):
-    """The measurements at one batch size; `unknown` lists what cannot be known about such a file."""
-
-    unknown: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.mismatches:
-            return f"the runtimes do NOT agree: {'; '.join(self.mismatches)}"
-        agree = f"all runtimes agree with {self.rows[0].runtime}; " if len(self.rows) > 1 else ""
-        return agree + self.unknown
-
-
-class OnnxComparison:
+class OnnxComparison(BaseComparison):
     """An ONNX file, loaded once in each runtime.
 
     Args:
@@ -70,7 +55,10 @@ class OnnxComparison:
         if self._dtype not in _IMAGES:
             raise InputError(f"{path}: its input {self._input} is {session.get_inputs()[0].type}, no image's")
         assert self._dtype is not None
-        self._precision = str(self.facts.get("dtype") or str(self._dtype).removeprefix("torch."))
+        self.dtype_name = str(self.facts.get("dtype") or str(self._dtype).removeprefix("torch."))
+        arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
+        says = f"{arch} keeping {kept} patches" if arch else "of another origin"
+        self.title = f"{_printable(self.path.name)}, {says}; {self.dtype_name}"
         self.baseline = names[0]
         self._calls: dict[str, Call] = {}
         for name in names:
@@ -81,27 +69,15 @@ class OnnxComparison:
                     self._calls[name] = self._in_openvino()
 
     @property
-    def title(self) -> str:
-        """The file, its model by its metadata, and its dtype."""
-        arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
-        says = f"{arch} keeping {kept} patches" if arch else "of another origin"
-        return f"{_printable(self.path.name)}, {says}; {self._precision}"
-
-    @property
     def runs(self) -> str:
-        """The runtimes, and what had to be assumed."""
         return "; ".join([f"run by {' and '.join(self._calls)} on {self.device}", *self.notes])
 
     def check_memory(self, batch: int) -> None:
-        """Raise InputError if the images alone would not fit in main memory."""
         if self.fixed_batch not in (None, batch):
             raise InputError(f"batch: {self.path} takes {self.fixed_batch} images at a time, not {batch}")
-        free, needed = free_memory(torch.device("cpu")), 8 * batch * math.prod(self._shape)
-        if free is not None and needed > free:
-            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch")
+        check_batch_fits(batch, 8 * batch * math.prod(self._shape))
 
     def images(self, batch: int) -> torch.Tensor:
-        """Return the images for a batch, in the layout and dtype of the file's input."""
         last = self._shape[-1] == 3 and self._shape[0] != 3
         size = (self._shape[0], self._shape[1]) if last else (self._shape[1], self._shape[2])
         made = sample_uint8_images if self._dtype == torch.uint8 else sample_images
@@ -109,30 +85,13 @@ class OnnxComparison:
         images = distinct.repeat(-(-batch // len(distinct)), 1, 1, 1)[:batch].to(self._dtype)
         return (images.permute(0, 2, 3, 1) if last else images).contiguous()
 
-    def measure(
-        self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None
-    ) -> OnnxOutcome:
-        """Time every runtime on the same images, interleaved.
-
-        Raises:
-            InputError: the batch does not fit in memory.
-        """
-        self.check_memory(batch)
-        try:
-            images = self.images(batch)
-            calls = {name: _bound(call, images) for name, call in self._calls.items()}
-            logits = {name: self._checked(name, call(), batch) for name, call in calls.items()}
-            timings = interleave(calls, self.device, seconds, progress)
-        except (MemoryError, RuntimeError) as error:
-            if not is_allocation_failure(error):
-                raise
-            raise InputError(f"batch: {batch} images do not fit in memory; use a smaller batch") from None
-        rows = [self._row(name, batch, timings[name].rates(batch), timings) for name in calls]
-        first = logits[self.baseline]
-        same = SAME_MAX if self._precision == "float32" else SAME_RMS
-        errors = {name: _error(found, first) for name, found in logits.items() if name != self.baseline}
-        mismatches = [f"{name}: error {e:.1e} of the logits' rms" for name, e in errors.items() if not e <= same]
-        return OnnxOutcome(rows, [], mismatches, [], noise(timings.values()), self.unknown)
+    def _prepare(self, images: torch.Tensor) -> tuple[Calls, dict[str, Check]]:
+        calls: Calls = {name: functools.partial(call, images) for name, call in self._calls.items()}
+        logits = {name: self._checked(name, call(), len(images)) for name, call in calls.items()}
+        errors = {name: _error(found, logits[self.baseline]) for name, found in logits.items()}
+        same = SAME_MAX if self.dtype_name == "float32" else SAME_RMS
+        text = "error {:.1e} of the logits' rms"
+        return calls, {name: Check(None if error <= same else text.format(error)) for name, error in errors.items()}
 
     def _checked(self, name: str, found: torch.Tensor, batch: int) -> torch.Tensor:
         """Return the first output as float32 logits; raise InputError if it cannot be logits."""
@@ -143,31 +102,23 @@ class OnnxComparison:
             raise InputError(f"{self.path}: in {name} its output has NaN or Inf")
         return found.float().cpu()
 
-    @property
-    def unknown(self) -> str:
-        """The facts that the file does not contain, as one line."""
-        if self._gmacs is not None:
-            return "not known: whether its outputs are correct, as the file holds no reference (the checkpoint does)"
-        return "not known: its MACs, its weights, what it prunes, whether its outputs are correct"
+    def _verdict(self, rows: list[Row], mismatches: list[str], unchecked: list[str]) -> str:
+        if mismatches:
+            return f"the runtimes do NOT agree: {'; '.join(mismatches)}"
+        agree = f"all runtimes agree with {self.baseline}; " if len(rows) > 1 else ""
+        if self._gmacs is None:
+            return f"{agree}not known: its MACs, its weights, what it prunes, whether its outputs are correct"
+        why = "as the file holds no reference (the checkpoint does)"
+        return f"{agree}not known: whether its outputs are correct, {why}"
 
-    def _row(self, name: str, batch: int, rates: Mapping[str, float], timings: Mapping[str, Any]) -> Row:
-        return Row(
-            model=self.facts.get("arch", self.path.name),
-            keep_rate=self._rate,
-            runtime=name,
-            variant=None,
-            device=self.device.type,
-            dtype=self._precision,
-            batch=batch,
-            **rates,
-            gmacs=self._gmacs,
-            params=None if self._params is None else int(self._params),
-            peak_mib=None,
-            max_logit_error=None,
-            top1_agreement=None,
-            baseline=self.baseline,
-            speedup=timings[name].speedup_over(timings[self.baseline]),
-        )
+    def _row_fields(self, name: str, timing: Timing) -> dict[str, Any]:
+        return {
+            "model": self.facts.get("arch", self.path.name),
+            "keep_rate": self._rate,
+            "runtime": name,
+            "gmacs": self._gmacs,
+            "params": None if self._params is None else int(self._params),
+        }
 
     def _in_onnxruntime(self, session: Any) -> Call:
         output = session.get_outputs()[0].name
@@ -226,7 +177,3 @@ def _error(found: torch.Tensor, first: torch.Tensor) -> float:
     if torch.equal(found, first):
         return 0.0
     return ((found - first).abs().max() / first.square().mean().sqrt()).item()
-
-
-def _bound(call: Call, images: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: call(images)

@@ -11,16 +11,17 @@ import numpy as np
 import torch
 
 from dvit_infer.backends.cpu import time_linears
+from dvit_infer.benchmark.timing import rounds
 from dvit_infer.engine import Engine
 from dvit_infer.graph.nodes import Node
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.parity.verification import evaluate, node_outputs
+from dvit_infer.utils.devices import timed
 
 # (rows, in, out) of a CPU's best matrix products: with weights that stay in its caches, and with larger ones.
 LINEAR_SHAPES, LINEAR_ROUNDS = ((1536, 1536, 384), (2048, 1024, 4096)), 15
 GPU_SIZE = 8192  # side of the square matrices that a GPU multiplies
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far beyond any cache
-MIN_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,8 @@ def time_nodes(
     parts = torch.split(images.to(engine.device, engine.dtype), engine.micro_batch)
     for part in parts:
         _node_seconds(engine, part)
-    rounds: list[np.ndarray] = []
-    start = time.perf_counter()
-    while len(rounds) < MIN_ROUNDS or time.perf_counter() - start < seconds:
-        rounds.append(np.sum([_node_seconds(engine, part) for part in parts], axis=0))
-        progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
-    percentiles = np.percentile(rounds, [50, 20, 80], axis=0).T
+    times = [np.sum([_node_seconds(engine, part) for part in parts], axis=0) for _ in rounds(seconds, progress)]
+    percentiles = np.percentile(times, [50, 20, 80], axis=0).T
     errors = _errors(engine, reference, images[: engine.micro_batch])
     return [
         _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
@@ -155,15 +152,8 @@ def _errors(engine: Engine, reference: VisionTransformer, images: torch.Tensor) 
     return {node.name: (out.float() - want).abs().max().item() for node, out, want in found}
 
 
-def _best(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _best(call: Callable[[], object], device: torch.device) -> float:
+    return min(timed(call, device)[1] for _ in range(7))
 
 
 def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ import ctypes
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from dvit_infer.utils.devices import timed
 
 WARM_UP_S, WARM_UP_LIMIT_S = 0.5, 4.0  # warm-up of a call: minimum, and maximum if it is not steady; at least 2 calls
 STEADY, STEADY_CALLS = 0.05, 3  # steady: the median of the last 3 calls is at most 5% below that of the 3 before
@@ -18,7 +20,7 @@ NOISY = 0.15  # spread, as a share of the median, above which single figures are
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One measured candidate: a model and its runtime. Rates are images per second, times milliseconds per batch.
 
@@ -28,7 +30,7 @@ class Row:
     model: str
     keep_rate: float | None
     runtime: str
-    variant: str | None
+    variant: str | None = None
     device: str
     dtype: str
     batch: int
@@ -37,11 +39,11 @@ class Row:
     p80_images_per_s: float
     p50_ms: float
     p99_ms: float
-    gmacs: float | None  # GMACs of the graph as run, which papers call GFLOPs
-    params: int | None
-    peak_mib: float | None  # weights, and the peak allocation of a call
-    max_logit_error: float | None
-    top1_agreement: float | None
+    gmacs: float | None = None  # GMACs of the graph as run, which papers call GFLOPs
+    params: int | None = None
+    peak_mib: float | None = None  # weights, and the peak allocation of a call
+    max_logit_error: float | None = None
+    top1_agreement: float | None = None
     baseline: str
     speedup: float
 
@@ -102,24 +104,31 @@ def interleave(
         _warm_up(call, device, warm_up)
     peaks = {name: _peak_mib(call, device) for name, call in calls.items()}
     names, chance = list(calls), random.Random(0)
-    rounds: list[list[float]] = []
-    start = time.perf_counter()
-    while len(rounds) < MIN_ROUNDS or (time.perf_counter() - start < seconds and len(rounds) < MAX_ROUNDS):
+    times: list[list[float]] = []
+    for _ in rounds(seconds, progress):
         taken = {}
         for name in chance.sample(names, len(names)):
             _settle(device)
-            taken[name] = _seconds(calls[name], device)
-        rounds.append([taken[name] for name in names])
-        progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
-    columns = np.array(rounds).T
+            taken[name] = timed(calls[name], device)[1]
+        times.append([taken[name] for name in names])
+    columns = np.array(times).T
     return {name: Timing(column, peaks[name]) for name, column in zip(names, columns, strict=True)}
+
+
+def rounds(seconds: float, progress: Callable[[float], None]) -> Iterator[int]:
+    """Yield the number of each round for about `seconds`, at most `MAX_ROUNDS`; report the share done after each."""
+    start, done = time.perf_counter(), 0
+    while done < MIN_ROUNDS or (time.perf_counter() - start < seconds and done < MAX_ROUNDS):
+        yield done
+        done += 1
+        progress(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
 
 
 def _warm_up(call: Callable[[], object], device: torch.device, seconds: float) -> None:
     """Repeat the call for `seconds`, then until it gets no faster."""
     start, taken = time.perf_counter(), []
     while True:
-        taken.append(_seconds(call, device))
+        taken.append(timed(call, device)[1])
         spent = time.perf_counter() - start
         if len(taken) >= 2 and spent >= seconds and (_steady(taken) or spent >= WARM_UP_LIMIT_S):
             return
@@ -143,17 +152,6 @@ def _settle(device: torch.device) -> None:
         time.sleep(SETTLE_S)
         if time.process_time() - busy < 0.2 * (time.perf_counter() - start):
             return
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the wall time of one call; on CUDA until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dvit_infer.cli.common import Parser, integers, progress, run
+from dvit_infer.cli.common import Parser, add_model_options, integers, progress, run
 
 if TYPE_CHECKING:
     from dvit_infer.benchmark.outcome import Outcome
@@ -22,15 +22,16 @@ def _parser() -> Parser:
         "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
-    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
-    parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
+    add_model_options(parser, "device", "dtype")
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
         help="any of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
         "baseline of speed-ups; default: reference,dense; for an ONNX file: any of onnxruntime, openvino",
     )
-    parser.add_argument("--sweep", type=_rates, metavar="0.5:0.9:0.1", help="measure keep rates: first, last, step")
+    # Stored as keep_rate, so that the library's errors about it name --sweep.
+    sweep = "measure keep rates: first, last, step"
+    parser.add_argument("--sweep", dest="keep_rate", type=_rates, metavar="0.5:0.9:0.1", help=sweep)
     parser.add_argument("--nodes", action="store_true", help="time every node of the graph against its floor")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="measuring time per batch size; default: %(default)g"
@@ -72,18 +73,17 @@ def _bench(options: argparse.Namespace) -> int:
     comparison: Comparison | OnnxComparison
     with progress("loading"):
         if is_onnx(options.model):
-            if odd := [name for name in ("dtype", "sweep", "nodes") if getattr(options, name)]:
+            if odd := [name for name in ("dtype", "keep_rate", "nodes") if getattr(options, name)]:
                 raise InputError(
                     f"{odd[0]}: {options.model} was converted with this fixed; give the checkpoint instead"
                 )
             comparison = OnnxComparison(options.model, names or (), options.device)
-            batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         else:
             given = USUAL if names is None else names
-            comparison = Comparison(options.model, given, options.device, options.dtype, options.sweep or ())
-            batches = batches or [256 if comparison.device.type == "cuda" else 8]
+            comparison = Comparison(options.model, given, options.device, options.dtype, options.keep_rate or ())
             counted = fvcore_gmacs(comparison.reference, comparison.images(1).to(comparison.device))
             limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
+        batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         comparison.check_memory(max(batches))
     where = environment()
     print(heading(comparison, where))

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dvit_infer.benchmark.compare import Comparison
-from dvit_infer.benchmark.compare_onnx import OnnxComparison
+from dvit_infer.benchmark.base import BaseComparison
 from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.roofline import NodeTime
 from dvit_infer.benchmark.timing import Row
 from dvit_infer.utils.tables import table
 
 
-def heading(comparison: Comparison | OnnxComparison, where: Mapping[str, str | None]) -> str:
+def heading(comparison: BaseComparison, where: Mapping[str, str | None]) -> str:
     """Return two lines: model, machine and baseline; the backend."""
     first = f"{comparison.title} on {where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
     return f"{first}\n{comparison.runs}"

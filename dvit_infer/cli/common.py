@@ -193,6 +193,26 @@ def _number(text: str) -> int | float | str:
     return text
 
 
+# Options that say what the model is and where it runs: type, placeholder, help.
+_MODEL_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "arch": (str, "A", "default: recognised from keys and shapes"),
+    "keep-rate": (float, "R", "default: the model's own, else 0.7"),
+    "prune-at": (integers, "3,6,9", "prune before these blocks, 0-based; default: the file's, else evenly spaced"),
+    "method": (str, "M", "predictor or none (dense)"),
+    "image-size": (size, "S|HxW", "default: the model's own"),
+    "assume": (assumptions, "num_heads=6,skip_lam=2", "facts that the file does not contain"),
+    "device": (str, "D", "default: cuda if available, else cpu"),
+    "dtype": (str, "T", "default: bfloat16 on CUDA, float32 on a CPU"),
+}
+
+
+def add_model_options(parser: argparse._ActionsContainer, *names: str, dtype: str | None = None) -> None:
+    """Add the named model options, by default all; `dtype` is the help text of --dtype, if it differs."""
+    for name in names or _MODEL_OPTIONS:
+        kind, metavar, text = _MODEL_OPTIONS[name]
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=dtype if dtype and name == "dtype" else text)
+
+
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[float], None]]:
     """Show a bar on stderr, if that is a terminal; the block calls the yielded function with the share done."""

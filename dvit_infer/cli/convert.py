@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size
+from dvit_infer.cli.common import Parser, add_model_options, progress, run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,20 +24,7 @@ def _parser() -> Parser:
     parser = Parser(prog="dvit-convert", description="Convert a checkpoint and verify it against the reference model.")
     parser.add_argument("checkpoint", metavar="CKPT", help="a .pth, .pth.tar, .pt or .safetensors file")
     parser.add_argument("-o", "--out", metavar="OUT", help="default: <stem>.dvit.safetensors or .dvit.onnx here")
-    parser.add_argument("--arch", metavar="A", help="default: recognised from keys and shapes")
-    parser.add_argument("--keep-rate", type=float, metavar="R", help="default: the file's base_rate, else 0.7")
-    parser.add_argument(
-        "--prune-at", type=integers, metavar="3,6,9", help="indices of the blocks before which tokens are pruned"
-    )
-    parser.add_argument("--method", metavar="M", help="predictor or none (dense)")
-    parser.add_argument("--image-size", type=size, metavar="S|HxW", help="default: as trained")
-    parser.add_argument(
-        "--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="facts that the file does not contain"
-    )
-    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
-    parser.add_argument(
-        "--dtype", metavar="T", help="float32, bfloat16 or float16: for verification, and of an ONNX file"
-    )
+    add_model_options(parser, dtype="float32, bfloat16 or float16: for verification, and of an ONNX file")
     parser.add_argument("--format", choices=["safetensors", "onnx"], default="safetensors", help="format of the output")
     parser.add_argument(
         "--no-verify", action="store_true", help="write the file without comparing it with the reference"

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from dvit_infer.cli.common import Parser, assumptions, progress, size
+from dvit_infer.cli.common import Parser, add_model_options, progress
 
 if TYPE_CHECKING:
     from dvit_infer.classifier import Classifier
@@ -15,14 +15,7 @@ MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
-    parser.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
-    parser.add_argument("--dtype", metavar="T", help="default: bfloat16 on CUDA, float32 on a CPU")
-    parser.add_argument("--keep-rate", type=float, metavar="R", help="default: the model's own")
-    parser.add_argument("--method", metavar="M", help="predictor or none (dense)")
-    parser.add_argument("--image-size", type=size, metavar="S|HxW", help="default: the model's own")
-    parser.add_argument(
-        "--assume", type=assumptions, metavar="num_heads=6,skip_lam=2", help="facts that the file does not contain"
-    )
+    add_model_options(parser, "device", "dtype", "keep-rate", "method", "image-size", "assume")
     parser.add_argument("--classes", metavar="FILE.json", help="class names: a list, or a map from name to class")
     parser.add_argument(
         "--crop-pct",

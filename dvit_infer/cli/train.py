@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvit_infer.cli.common import Parser, assumptions, integers, progress, run, size, stopping_gently
+from dvit_infer.cli.common import Parser, add_model_options, progress, run, stopping_gently
 from dvit_infer.cli.images import shown
 from dvit_infer.cli.train_progress import Show, check_logdir, showing
 
@@ -46,18 +46,11 @@ def _parser() -> Parser:
     add("--resume", nargs="?", const=True, metavar="FILE", help="resume the run of FILE, by default OUT")
     add("--val", metavar="FOLDER", help="class folders for measuring top-1 after every epoch; default: FOLDER/val")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", metavar="A", help="default: recognised from keys and shapes")
-    model.add_argument(
-        "--prune-at", type=integers, metavar="3,6,9", help="block indices; default: the depth in four equal parts"
-    )
-    model.add_argument("--image-size", type=size, metavar="S|HxW", help="default: as trained")
-    model.add_argument(
-        "--assume", type=assumptions, metavar="num_heads=6,...", help="facts that the file does not contain"
-    )
+    add_model_options(model, "arch", "prune-at", "image-size", "assume")
     _add_settings(parser)
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", metavar="D", help="default: cuda if available, else cpu")
-    machine.add_argument("--dtype", metavar="T", help="float32, or bfloat16 by autocast; default: bfloat16 on CUDA")
+    dtypes = "float32, or bfloat16 by autocast; default: bfloat16 on CUDA"
+    add_model_options(machine, "device", "dtype", dtype=dtypes)
     machine.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
     machine.add_argument("--logdir", metavar="FOLDER", help="write TensorBoard logs to FOLDER")
     return parser

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -19,9 +18,8 @@ from dvit_infer.models.registry import build_reference
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.onnx.engine import is_onnx
 from dvit_infer.parity.verification import evaluate
+from dvit_infer.utils.devices import timed
 from dvit_infer.utils.tables import table
-
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ class _Counts:
         images = pixels(group)
         if images is None:
             return
-        logits, seconds = _timed(lambda: engine(images), engine.device)
+        logits, seconds = timed(lambda: engine(images), engine.device)
         self.model_seconds += seconds
         labels = torch.tensor([image.label for image in group if image.error is None])
         top, finite = _top(logits)
@@ -186,17 +184,6 @@ def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the (B, 5) best classes (or all, if fewer), and (B,) whether the logits are finite."""
     logits = logits.cpu()
     return logits.topk(min(5, logits.shape[1])).indices, torch.isfinite(logits).all(dim=1)
-
-
-def _timed(call: Callable[[], _Out], device: torch.device) -> tuple[_Out, float]:
-    """Return the result of a call, and its seconds until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    out = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return out, time.perf_counter() - start
 
 
 def _percent(count: int, of: int) -> float:

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dvit_infer.errors import InputError
 from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess
-from dvit_infer.utils.devices import free_memory
-from dvit_infer.utils.memory import is_allocation_failure
+from dvit_infer.utils.memory import check_batch_fits, is_allocation_failure
 
 AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usually open
@@ -168,16 +167,8 @@ def batch_size(batch: int | None, device: torch.device) -> int:
 
 
 def check_fits(batch: int, image_size: tuple[int, int]) -> None:
-    """Raise InputError if a batch, as bytes and normalised, would not fit in main memory.
-
-    Linux would grant the allocation, and kill a process when it is used.
-    """
-    free, needed = free_memory(torch.device("cpu")), batch * 3 * math.prod(image_size) * (2 + 2 * 4)
-    if free is not None and needed > free:
-        raise InputError(
-            f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
-            "free; use a smaller batch"
-        )
+    """Raise InputError if a batch, as bytes and normalised, would not fit in main memory."""
+    check_batch_fits(batch, batch * 3 * math.prod(image_size) * (2 + 2 * 4))
 
 
 @contextlib.contextmanager

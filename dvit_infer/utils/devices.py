@@ -1,7 +1,10 @@
 """Devices, dtypes and micro-batch sizes."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +18,7 @@ MICRO_BATCH = {"cpu": 16, "cuda": 256}
 # the digits model (64 patches, 96 channels) with 64 images at 1.24 x the speed of 16. On two threads of an EPYC: DeiT-T
 # with 32 images at 1.01 x, DeiT-S at 128 pixels with 64 at 1.06 x.
 _CPU_VALUES, _CPU_MOST = 16 * 196 * 384, 256
+_Out = TypeVar("_Out")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +37,17 @@ def free_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
+
+
+def timed(call: Callable[[], _Out], device: torch.device) -> tuple[_Out, float]:
+    """Return the result of a call and its wall time in seconds; on CUDA until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    out = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return out, time.perf_counter() - start
 
 
 def micro_batch(device: torch.device, patches: int, channels: int) -> int:

@@ -57,11 +57,11 @@ def captured(engine):
 def test_a_batch_between_buckets_is_padded(engine, captured, batch):
     other, made = captured
     images = sample_images(batch, (224, 224))
-    right, right_kept = engine(images, return_kept=True)
+    expected, expected_kept = engine(images, return_kept=True)
     logits, kept = other(images, return_kept=True)
-    torch.testing.assert_close(logits, right, atol=5e-5, rtol=0)
-    assert [k.shape for k in kept] == [k.shape for k in right_kept]
-    assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+    assert [k.shape for k in kept] == [k.shape for k in expected_kept]
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept, strict=True))
     assert made == [(next(b for b in BUCKETS if b >= batch), torch.float32)]
 
 
@@ -127,8 +127,8 @@ def test_a_callers_inference_mode_ends_with_its_call(captured):
 def test_given_sets_and_a_hook_run_uncaptured(engine, captured):
     other, made = captured
     images = sample_images(2, (224, 224))
-    right, kept = engine(images, return_kept=True)
-    torch.testing.assert_close(other(images, kept=kept), right)
+    expected, kept = engine(images, return_kept=True)
+    torch.testing.assert_close(other(images, kept=kept), expected)
     seen = []
     other.runner.run(images, None, lambda node, out: seen.append(node.name))
     assert len(seen) == len(engine.graph.nodes)
@@ -138,13 +138,13 @@ def test_given_sets_and_a_hook_run_uncaptured(engine, captured):
 def test_several_threads_get_their_own_answers(engine, captured):
     other, _ = captured
     images = sample_images(6, (224, 224))
-    right = engine(images)
+    expected = engine(images)
     wrong = []
 
     def work(i):
         for size in (1, 2):
             logits = other(images[i : i + size])
-            if (logits - right[i : i + size]).abs().max() > 5e-5:
+            if (logits - expected[i : i + size]).abs().max() > 5e-5:
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
@@ -173,9 +173,9 @@ class Small:
 
 def test_too_little_memory_for_a_batch_takes_fewer_at_a_time(engine):
     images = sample_images(7, (224, 224))
-    right = engine(images)
+    expected = engine(images)
     engine.runner = small = Small(engine.runner, 2)
-    torch.testing.assert_close(engine(images), right, atol=5e-5, rtol=0)
+    torch.testing.assert_close(engine(images), expected, atol=5e-5, rtol=0)
     assert small.sizes == [7, 4, 2, 2, 2, 1]
     assert small.released == 2
     engine(images)
@@ -192,9 +192,9 @@ def test_too_little_memory_in_other_words(engine, words):
                 raise RuntimeError(words) from None
 
     images = sample_images(3, (224, 224))
-    right = engine(images)
+    expected = engine(images)
     engine.runner = Other(engine.runner, 2)
-    torch.testing.assert_close(engine(images), right, atol=5e-5, rtol=0)
+    torch.testing.assert_close(engine(images), expected, atol=5e-5, rtol=0)
 
 
 def test_other_errors_are_no_lack_of_memory(engine):

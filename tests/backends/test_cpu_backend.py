@@ -35,13 +35,13 @@ def _probe_anew():
 @pytest.mark.parametrize("case_id", CASES)
 def test_all_linears_give_the_golden_outputs(case_id, linear):
     engine = converted(case_id, linear)
-    right, right_kept, _ = answers(case_id)
+    expected, expected_kept, _ = answers(case_id)
     images = case_images(case_id)
     logits, kept = engine(images, return_kept=True)
-    assert (logits - right).abs().max() < 2e-5
-    assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
-    assert (engine(images, kept=kept) - right).abs().max() < 2e-5
-    assert (engine(images[:1]) - right[:1]).abs().max() < 2e-5  # the buffers are larger than that now
+    assert (logits - expected).abs().max() < 2e-5
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept, strict=True))
+    assert (engine(images, kept=kept) - expected).abs().max() < 2e-5
+    assert (engine(images[:1]) - expected[:1]).abs().max() < 2e-5  # the buffers are larger than that now
     assert torch.equal(engine(images), logits)
 
 
@@ -80,11 +80,11 @@ def test_without_the_private_operators_it_falls_back(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wrong", ["zeros", "nan", "no bias"])
 def test_a_candidate_with_wrong_outputs_is_not_chosen(wrong, dtype, monkeypatch):
-    right = cpu._prepacked
+    prepacked = cpu._prepacked
 
     def sloppy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool) -> torch.Tensor:
         if wrong == "no bias":
-            return right(x, weight, None, gelu)
+            return prepacked(x, weight, None, gelu)
         return x.new_full((len(x), len(weight)), 0.0 if wrong == "zeros" else float("nan"))
 
     monkeypatch.setattr(cpu, "_prepacked", sloppy)
@@ -125,10 +125,10 @@ def test_the_clearly_faster_way_is_taken_and_shown(monkeypatch):
 def test_threads_do_not_share_buffers(linear):
     engine = converted("tiny-deit-r0.7-s1", linear)
     batches = [torch.randn(b, 3, 224, 224, generator=torch.Generator().manual_seed(b)) for b in (1, 2, 3, 5)]
-    right = [engine(images) for images in batches]
+    expected = [engine(images) for images in batches]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            for found, wanted in zip(pool.map(engine, batches), right, strict=True):
+            for found, wanted in zip(pool.map(engine, batches), expected, strict=True):
                 assert (found - wanted).abs().max() < 1e-5
 
 

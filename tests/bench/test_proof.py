@@ -62,8 +62,8 @@ def test_random_patches_would_not_do(test_images):
     engine = dvit.convert(TRAINED, device="cpu")
     order = np.random.default_rng(0).random((SOME, 64)).argsort(axis=1)
     kept = [torch.from_numpy(np.sort(order[:, :count], axis=1)) for count in engine.config.num_keep]
-    right = 100 * (engine(images, kept=kept).argmax(dim=1) == labels).float().mean().item()
-    assert right < _top1(engine, images, labels) - 10
+    top1 = 100 * (engine(images, kept=kept).argmax(dim=1) == labels).float().mean().item()
+    assert top1 < _top1(engine, images, labels) - 10
 
 
 def test_keeps_the_patches_that_show_the_digit(monkeypatch):

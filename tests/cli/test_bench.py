@@ -179,7 +179,7 @@ def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monke
 
 
 def test_memory_is_asked_for_before_anything_is_measured(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "free_memory", lambda device: 1 << 30)
+    monkeypatch.setattr("dvit_infer.utils.memory.free_memory", lambda device: 1 << 30)
     monkeypatch.setattr(Comparison, "measure", None)
     line = fails(bench, [tiny, "--device", "cpu", "--batch", "1,100000"], capsys)
     assert "--batch: 100000 images do not fit in memory" in line
@@ -286,7 +286,12 @@ def test_a_dense_model_has_no_keep_rates(capsys):
     state = {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}
     torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
     line = fails(bench, ["dense.pth", "--device", "cpu", "--sweep", "0.5:0.9:0.1"], capsys)
-    assert "keep_rate: dense.pth holds no score predictors" in line
+    assert line.startswith("error: --sweep: dense.pth holds no score predictors")
+
+
+def test_a_swept_rate_that_leaves_no_token_is_named(tiny, capsys):
+    line = fails(bench, [tiny, "--device", "cpu", "--sweep", "0.001:0.001:0.1"], capsys)
+    assert line.startswith("error: --sweep: a keep rate of 0.001 leaves no patch token")
 
 
 @pytest.mark.parametrize("package", ["onnxscript", "onnxruntime", "openvino", "timm"])

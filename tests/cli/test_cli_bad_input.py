@@ -146,7 +146,7 @@ def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
     def no_memory(*arguments, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr("dvit_infer.benchmark.compare.interleave", no_memory)
+    monkeypatch.setattr("dvit_infer.benchmark.base.interleave", no_memory)
     assert "--batch: 5 images do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
     for place in ("dvit_infer.engine.fold", "dvit_infer.models.checkpoint.torch.load"):
         with monkeypatch.context() as patch:

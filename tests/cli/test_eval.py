@@ -95,8 +95,8 @@ def test_confusion_with_a_reference_that_differs(image_folder, checkpoint):
     engine = dvit.convert(checkpoint, device="cpu", **SIZE)
     folder = labelled_folder("photos", 10, read_classes("map.json", 10))
     found = measure_accuracy(engine, folder, batch=5, workers=2, reference=other)
-    right, also = ours == labels, theirs == labels
-    expected = [[right & also, right & ~also], [~right & also, ~right & ~also]]
+    correct, also = ours == labels, theirs == labels
+    expected = [[correct & also, correct & ~also], [~correct & also, ~correct & ~also]]
     assert found.confusion == tuple(tuple(int(side.sum()) for side in sides) for sides in expected)
     assert min(found.confusion[0][1], *found.confusion[1]) > 0  # the test has cases of each kind of difference
     assert found.agreement == pytest.approx((ours == theirs).float().mean().item())

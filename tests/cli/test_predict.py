@@ -183,7 +183,7 @@ def test_help_loads_no_torch(module):
 
 
 def test_a_batch_that_is_larger_than_memory(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("dvit_infer.images.stream.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("dvit_infer.utils.memory.free_memory", lambda device: 1 << 20)
     draw_all(Path("photos"), 1)
     line = fails(command, [checkpoint, "photos", *OPTIONS, "--batch", "100000"], capsys)
     assert "--batch: 100000 images do not fit in memory" in line

@@ -302,8 +302,8 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, folder, capsys, monkeypat
 
 @pytest.mark.slow
 def test_help_loads_no_torch_and_a_real_run_is_silent_on_stderr(checkpoint, folder):
-    told = "print(set(sys.modules) & {'torch', 'PIL'})"
-    code = f"import sys, dvit_infer.cli.viz as m\ntry: m.main(['-h'])\nexcept SystemExit: {told}"
+    report = "print(set(sys.modules) & {'torch', 'PIL'})"
+    code = f"import sys, dvit_infer.cli.viz as m\ntry: m.main(['-h'])\nexcept SystemExit: {report}"
     done = run("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "set()"

@@ -106,7 +106,7 @@ def training_case(
                 module.eval()
     images = torch.from_numpy(image(3, 64 if "lvvit" in variant else 224, seed))
     golden = {key: torch.from_numpy(value) for key, value in np.load(HERE / f"{name}.npz").items()}
-    out, right = student(images), teacher(images)
+    out, expected = student(images), teacher(images)
     assert isinstance(out, TrainOutput)
-    assert isinstance(right, TrainOutput)
-    return out, right, golden
+    assert isinstance(expected, TrainOutput)
+    return out, expected, golden

@@ -71,9 +71,9 @@ def rms(error: torch.Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
-def check(got: torch.Tensor, right: torch.Tensor, plain: torch.Tensor) -> None:
-    """Arithmetic is right when it strays from float64 at most twice as far as plain PyTorch in the same dtype."""
-    assert rms(got.cpu() - right) <= 2 * rms(plain.cpu() - right) + 1e-6
+def check(got: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor) -> None:
+    """Assert that the error against float64 is at most twice that of plain PyTorch in the same dtype."""
+    assert rms(got.cpu() - expected) <= 2 * rms(plain.cpu() - expected) + 1e-6
 
 
 def assert_same_sums(got: torch.Tensor, expected: torch.Tensor) -> None:

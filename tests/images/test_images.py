@@ -200,10 +200,10 @@ def test_crops_are_torchvisions(size, crop_pct):
     new_short, new_long = shorter, int(shorter * long / short)
     new_w, new_h = (new_short, new_long) if w <= h else (new_long, new_short)
     top, left = round((new_h - side) / 2.0), round((new_w - side) / 2.0)
-    right = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    expected = image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     found = Preprocess((side, side), crop_pct)(image)
     assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, side, side), True)
-    np.testing.assert_array_equal(found, np.asarray(right).transpose(2, 0, 1))
+    np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_crops_that_are_not_square_cover_both_sides():

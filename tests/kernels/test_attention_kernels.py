@@ -52,8 +52,8 @@ def on(device: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
 def check(got: torch.Tensor, given: tuple, ends: torch.Tensor | None = None) -> None:
     """Against float64: at most twice the error of plain PyTorch in the same dtype."""
     q, k, v, scale, bias = given
-    right, plain = exact(*given, ends), attention_ref(q, k, v, scale, bias, ends)
-    assert rms(got.cpu() - right) <= 2 * rms(plain.cpu() - right) + 1e-6
+    expected, plain = exact(*given, ends), attention_ref(q, k, v, scale, bias, ends)
+    assert rms(got.cpu() - expected) <= 2 * rms(plain.cpu() - expected) + 1e-6
 
 
 def run_one(*arguments, tile: AttentionTile | None = None) -> torch.Tensor:
@@ -104,13 +104,13 @@ def test_ragged(device, dtype, most):
 def test_images_do_not_see_each_other(device, dtype):
     """A NaN reaches the rows of its own image and head, and no others."""
     *qkv, ends = on(device, *make_ragged(RAGGED, 2, 32, dtype))
-    right = launch_attention(*qkv, 0.2, None, ends, 33)
+    expected = launch_attention(*qkv, 0.2, None, ends, 33)
     for x in qkv[1:]:
         x[22, 1, 3] = float("nan")
     out = launch_attention(*qkv, 0.2, None, ends, 33)
     assert out[20:25, 1].isnan().any()
     for rows, heads in ((slice(0, 20), slice(0, 2)), (slice(25, 59), slice(0, 2)), (slice(20, 25), slice(0, 1))):
-        assert torch.equal(out[rows, heads], right[rows, heads])
+        assert torch.equal(out[rows, heads], expected[rows, heads])
     dense = [x.view(1, 59, 2, 32) for x in qkv]
     assert launch_attention(*dense, 0.2)[0, :, 0].isfinite().all()
 
@@ -131,13 +131,13 @@ def test_any_strides(device, dtype):
         wide[:2, :, :2, :35][..., :32],
     )
     for q, (k, v) in itertools.zip_longest(views, ((x, x.flip(1)) for x in views)):
-        right = launch_attention(q.contiguous(), k.contiguous(), v.contiguous(), 0.2)
+        expected = launch_attention(q.contiguous(), k.contiguous(), v.contiguous(), 0.2)
         out = launch_attention(q, k, v, 0.2)
         assert out.is_contiguous()
-        torch.testing.assert_close(out, right, rtol=0, atol=0)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
         ends = torch.tensor([0, k.shape[1]], dtype=torch.int32, device=device)
         one = launch_attention(q[0], k[0], v[0], 0.2, None, ends, k.shape[1])
-        torch.testing.assert_close(one, right[0], rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+        torch.testing.assert_close(one, expected[0], rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("online", [False, True])
@@ -197,15 +197,15 @@ def test_chunks_hold_all_keys_with_the_least_padding():
 def test_the_op_goes_the_way_that_was_chosen(device, monkeypatch):
     q, k, v = make_qkv(2, 9, 9, 1, 32, torch.float16)
     kind = {"op": "attention", "dtype": "float16", "size": 2, "queries": 9, "tokens": 9, "head_dim": 32}
-    right = launch_attention(q, k, v, 0.2)
+    expected = launch_attention(q, k, v, 0.2)
     with using(Choices(({**kind, "by": "pytorch"},))):
         assert torch.equal(attention(q, k, v, 0.2), attention_ref(q, k, v, 0.2))
     monkeypatch.setattr(op, "attention_ref", None)
     with using(Choices(({**kind, "by": "triton", "tile": [16, 16, 0, 0, 4, 1, 1]},))):
-        assert torch.equal(attention(q, k, v, 0.2), right)
+        assert torch.equal(attention(q, k, v, 0.2), expected)
     with using(Choices(otherwise="pytorch")):  # which would have to read the lengths
         ends = torch.tensor([0, 9], dtype=torch.int32)
-        torch.testing.assert_close(attention(q[0], k[0], v[0], 0.2, None, ends, 9), right[0], rtol=0, atol=2e-3)
+        torch.testing.assert_close(attention(q[0], k[0], v[0], 0.2, None, ends, 9), expected[0], rtol=0, atol=2e-3)
 
 
 LENGTHS = [(197, 197), (138, 138), (97, 97), (68, 68), (1, 68), (577, 577), (1025, 1025)]
@@ -248,7 +248,7 @@ def test_ragged_without_waiting(dtype):
 @pytest.mark.parametrize("batch", [3, 256])
 def test_the_op_on_cuda_runs_the_kernel(batch, monkeypatch):
     q, k, v = on("cuda", *make_qkv(batch, 197, 197, 6, 64, torch.bfloat16))
-    right = attention_ref(q, k, v, 0.125)
+    expected = attention_ref(q, k, v, 0.125)
     monkeypatch.setattr(op, "attention_ref", None)
     with using(Choices()):
-        torch.testing.assert_close(attention(q, k, v), right, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(attention(q, k, v), expected, rtol=2e-2, atol=2e-2)

@@ -30,8 +30,8 @@ def test_normalised_rows(device, dtype, leading, c):
         y = run_guarded([launch], ["y_ptr"])["y_ptr"]
         assert y.shape == x.shape
         assert y.dtype == dtype
-        right, plain = exact_norm(x, weight, bias, 1e-6), layer_norm_ref(x, weight, bias, 1e-6)
-        assert rms(y.cpu() - right) <= 2 * rms(plain.cpu() - right) + 1e-6
+        expected, plain = exact_norm(x, weight, bias, 1e-6), layer_norm_ref(x, weight, bias, 1e-6)
+        assert rms(y.cpu() - expected) <= 2 * rms(plain.cpu() - expected) + 1e-6
 
 
 @pytest.mark.parametrize(("leading", "c"), SHAPES)
@@ -40,22 +40,22 @@ def test_statistics(device, dtype, leading, c):
     x = make_rows(*leading, c).to(device, dtype)
     launch, _ = row_stats_launch(x)
     stats = run_guarded([launch], ["stats_ptr"])["stats_ptr"].cpu()
-    right, plain = exact_stats(x), row_stats_ref(x).cpu()
-    assert stats.shape == right.shape
+    expected, plain = exact_stats(x), row_stats_ref(x).cpu()
+    assert stats.shape == expected.shape
     for i in range(2):
-        assert rms(stats[..., i] - right[..., i]) <= 2 * rms(plain[..., i] - right[..., i]) + 1e-6 * rms(right[..., i])
+        error, plain_error = (rms(found[..., i] - expected[..., i]) for found in (stats, plain))
+        assert error <= 2 * plain_error + 1e-6 * rms(expected[..., i])
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_rows_far_from_zero(device, dtype):
     """A mean that dwarfs the deviations: a sum of squares would lose them."""
     x = (make_rows(7, 384) + 200).to(device, dtype)
-    right = exact_norm(x, None, None, 1e-6)
-    assert (
-        rms(launch_layer_norm(x, eps=1e-6).cpu() - right) <= 2 * rms(layer_norm_ref(x, eps=1e-6).cpu() - right) + 1e-5
-    )
-    right = exact_stats(x)
-    assert rms((launch_row_stats(x).cpu() - right) / right) <= 1e-6
+    expected = exact_norm(x, None, None, 1e-6)
+    y, plain = launch_layer_norm(x, eps=1e-6), layer_norm_ref(x, eps=1e-6)
+    assert rms(y.cpu() - expected) <= 2 * rms(plain.cpu() - expected) + 1e-5
+    expected = exact_stats(x)
+    assert rms((launch_row_stats(x).cpu() - expected) / expected) <= 1e-6
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
@@ -111,9 +111,9 @@ def test_widths_beyond_the_kernels_are_refused():
 def test_the_ops_on_cuda_run_the_kernels(b, n, c, dtype, monkeypatch):
     x, (weight, bias) = make_rows(b, n, c).to("cuda", dtype), make_vectors(c, dtype, "cuda")[1]
     y, stats = launch_layer_norm(x, weight, bias, 1e-6), launch_row_stats(x)
-    right = torch.nn.functional.layer_norm(x.double(), (c,), weight.double(), bias.double(), 1e-6)
+    expected = torch.nn.functional.layer_norm(x.double(), (c,), weight.double(), bias.double(), 1e-6)
     plain = layer_norm_ref(x, weight, bias, 1e-6)
-    assert rms(y - right) <= 2 * rms(plain - right) + 1e-6
+    assert rms(y - expected) <= 2 * rms(plain - expected) + 1e-6
     monkeypatch.setattr("dvit_infer.ops.layer_norm.layer_norm_ref", None)
     monkeypatch.setattr("dvit_infer.ops.layer_norm.row_stats_ref", None)
     assert torch.equal(torch.ops.dvit.layer_norm(x, weight, bias, 1e-6), y)

@@ -57,8 +57,8 @@ def test_activations_far_out(device, dtype, activation):
     x = torch.tensor([*ends, *torch.linspace(-6, 6, 53).tolist()]).to(device, dtype)[:, None]
     one = torch.ones(1, 1, device=device, dtype=dtype)
     y, _ = launch_linear(x, one, activation=activation, out_dtype=torch.float32)
-    right = exact_linear(x, one, activation=activation)
-    torch.testing.assert_close(y.cpu().double(), right, rtol=1e-6, atol=1e-6, equal_nan=True)
+    expected = exact_linear(x, one, activation=activation)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.gpu
@@ -66,10 +66,10 @@ def test_gelu_by_the_own_tanh_of_a_gpu():
     """PTX ISA, tanh.approx.f32: 2^-11 from tanh, relatively, at most."""
     x = torch.tensor([float("nan"), -60000.0, 60000.0, *torch.linspace(-20, 20, 4001).tolist()])[:, None].cuda()
     y, _ = launch_linear(x, torch.ones(1, 1, device="cuda"), activation="gelu_tanh_approx")
-    right = F.gelu(x.double(), approximate="tanh")
+    expected = F.gelu(x.double(), approximate="tanh")
     assert y[0].isnan()
     assert y[1:3, 0].tolist() == [0.0, 60000.0]
-    assert torch.all((y - right)[3:].abs() <= x[3:].abs() * 2**-12 + 1e-6)
+    assert torch.all((y - expected)[3:].abs() <= x[3:].abs() * 2**-12 + 1e-6)
 
 
 @pytest.mark.parametrize("tile", [*TILES, FLOAT32_TILE, LinearTile(16, 16, 16, 1, 2)])
@@ -85,9 +85,9 @@ def test_every_tile_and_its_statistics(device, dtype, tile):
     y, stats = run_guarded([launch], ["y_ptr", "y_stats_ptr"]).values()
     plain, _ = linear_ref(x, weight, bias, residual)
     check(y, exact_linear(x, weight, bias, residual), plain)
-    right = exact_stats(y, tile.block_n)
-    assert stats.shape == right.shape == (74, 2, 2)
-    assert rms((stats.cpu() - right) / right) <= 1e-5
+    expected = exact_stats(y, tile.block_n)
+    assert stats.shape == expected.shape == (74, 2, 2)
+    assert rms((stats.cpu() - expected) / expected) <= 1e-5
 
     weight, bias = (t.to(device) for t in make_linear(dim_out, 40, dtype))
     given = weight, bias, None, row_sums(weight)
@@ -125,12 +125,12 @@ def test_any_strides(device, dtype):
         wide[0, 0, :64],
         wide.view(2, 3, 11, 128)[:, 1:, :, :64],
     ):
-        right, _ = launch_linear(x.contiguous(), weight, bias, x[..., :48].contiguous(), row_sums(weight))
+        expected, _ = launch_linear(x.contiguous(), weight, bias, x[..., :48].contiguous(), row_sums(weight))
         in_line = F.pad(x[..., :48], (8, 0))[..., 8:]
         apart = F.pad(x[..., :48], (8, 0, 0, 1))[..., :-1, 8:] if x.ndim > 1 else in_line
         for residual in (x[..., :48], x[..., :48].contiguous(), in_line, apart):
             y, stats = launch_linear(x, weight, bias, residual, row_sums(weight))
-            assert_same_sums(y, right)
+            assert_same_sums(y, expected)
         assert y.is_contiguous()
         assert stats.numel() == 0
 
@@ -140,9 +140,9 @@ def test_any_strides_of_the_vectors(device, dtype):
     weight, bias = (t.to(device) for t in make_linear(64, 64, dtype))
     x, sums = make_rows(5, 64).to(device, dtype), row_sums(weight)
     _, stats = launch_linear(x, weight, None, x, stats_block=32, tile=LinearTile(16, 32, 16, 4, 2))
-    right, _ = launch_linear(x, weight, bias, None, sums, stats)
+    expected, _ = launch_linear(x, weight, bias, None, sums, stats)
     apart = [torch.stack([t, -t], dim=-1)[..., 0] for t in (bias, sums, stats)]
-    assert torch.equal(launch_linear(x, weight, apart[0], None, apart[1], apart[2])[0], right)
+    assert torch.equal(launch_linear(x, weight, apart[0], None, apart[1], apart[2])[0], expected)
     one = bias[:1].expand(64)
     assert torch.equal(launch_linear(x, weight, one)[0], launch_linear(x, weight, one.contiguous())[0])
 
@@ -154,9 +154,9 @@ def test_a_row_does_not_feel_its_neighbours(device, dtype):
     memory = torch.full((3, 9, 80), float("nan")).to(device, dtype)
     x = memory[:, 1:8, 20:60].copy_(make_rows(3, 7, 40))
     given = weight, bias, None, row_sums(weight)
-    right, _ = launch_linear(x.clone(), *given, activation="gelu_tanh")
+    expected, _ = launch_linear(x.clone(), *given, activation="gelu_tanh")
     alone, _ = launch_linear(x, *given, activation="gelu_tanh")
-    assert_same_sums(alone, right)
+    assert_same_sums(alone, expected)
     x[1, 3, 5] = float("nan")
     y, _ = launch_linear(x, *given, activation="gelu_tanh")
     assert y[1, 3].isnan().all()
@@ -171,10 +171,10 @@ def test_rows_far_from_zero(device, dtype):
     weight, bias = (t.to(device) for t in make_linear(64, 48, dtype))
     given = weight, bias, None, row_sums(weight)
     y, _ = launch_linear(x, *given)
-    right = exact_linear(x, weight, bias, norm=True)
+    expected = exact_linear(x, weight, bias, norm=True)
     plain, _ = linear_ref(x, *given)
     amplified = 25 * torch.finfo(torch.float32).eps * 8  # mean/std, float32 products, their sums
-    assert rms(y.cpu() - right) <= 2 * rms(plain.cpu() - right) + amplified
+    assert rms(y.cpu() - expected) <= 2 * rms(plain.cpu() - expected) + amplified
 
 
 def test_tiles_chosen_by_default():
@@ -210,9 +210,9 @@ def test_the_op_leaves_statistics_of_any_block(stats_block):
     x, (weight, bias) = make_rows(5, 64), make_linear(64, 96)
     with using(Choices(otherwise="triton")):
         y, stats = linear(x, weight, bias, stats_block=stats_block)
-    right = exact_stats(y, stats_block)
-    assert stats.shape == right.shape
-    torch.testing.assert_close(stats.double(), right, rtol=1e-5, atol=1e-5)
+    expected = exact_stats(y, stats_block)
+    assert stats.shape == expected.shape
+    torch.testing.assert_close(stats.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # Rows, C, K, and what surrounds them: DeiT-S at batch 256, DeiT-B, a class token's row, LV-ViT's auxiliary head.
@@ -240,8 +240,8 @@ def test_shapes_of_the_models(rows, dim_in, dim_out, norm, activation, residual,
     y, _ = launch_linear(x, *given, None, 1e-6, activation)
     plain, _ = linear_ref(x, *given, None, 1e-6, activation)
     some = torch.arange(0, rows, max(1, rows // 997))
-    right = exact_linear(x[some], weight, bias, None if other is None else other[some], norm, 1e-6, activation)
-    check(y[some.cuda()], right, plain[some.cuda()])
+    expected = exact_linear(x[some], weight, bias, None if other is None else other[some], norm, 1e-6, activation)
+    check(y[some.cuda()], expected, plain[some.cuda()])
     assert torch.isfinite(y).all()
     again, _ = launch_linear(x, *given, None, 1e-6, activation)
     assert torch.equal(again, y)

@@ -58,8 +58,8 @@ def test_tma_does_as_the_plain_kernel(device, dtype, variant):
                 few = dataclasses.replace(launch, grid=(3,))
                 outputs = run_guarded([few], ["y_ptr", "y_stats_ptr"] if block else ["y_ptr"])
                 plain, _ = launch_linear(x, *given, tile=dataclasses.replace(TILES[2], block_k=32))
-                right = exact_linear(x, *given[:3], given[3] is not None, *given[5:])
-                check(outputs["y_ptr"], right, plain)
+                expected = exact_linear(x, *given[:3], given[3] is not None, *given[5:])
+                check(outputs["y_ptr"], expected, plain)
                 if block:
                     exact = exact_stats(outputs["y_ptr"], block)
                     assert rms((outputs["y_stats_ptr"].cpu() - exact) / exact) <= 1e-5
@@ -127,11 +127,11 @@ def test_tma_rows_do_not_feel_their_neighbours(device, dtype):
         weight, bias = (t.to(device) for t in make_linear(c, dim_out, dtype))
         memory = torch.full((2 * (rows + dim_out), c), float("nan")).to(device, dtype)
         x, weight = memory[:rows].copy_(make_rows(rows, c)), memory[2 * rows :][:dim_out].copy_(weight)
-        right, _ = launch_linear(x.clone(), weight.clone(), bias, tile=tile)
-        assert torch.isfinite(right).all()
-        assert torch.equal(launch_linear(x, weight, bias, tile=tile)[0], right)
+        expected, _ = launch_linear(x.clone(), weight.clone(), bias, tile=tile)
+        assert torch.isfinite(expected).all()
+        assert torch.equal(launch_linear(x, weight, bias, tile=tile)[0], expected)
         x[1, 5] = float("nan")
         y, _ = launch_linear(x, weight, bias, tile=tile)
         assert y[1].isnan().all()
-        y[1] = right[1]
-        assert torch.equal(y, right)
+        y[1] = expected[1]
+        assert torch.equal(y, expected)

@@ -43,11 +43,11 @@ def test_tokens(device, dtype, b, channels, height, width, p, c, num_prefix, cha
         images = images.contiguous(memory_format=NHWC)
     launch, _ = patch_embedding_launch(images, *packed, p, channels_last)
     tokens = run_guarded([launch], ["out_ptr"])["out_ptr"]
-    right = convolved(images.double(), weights, torch.float64)
-    assert tokens.shape == right.shape
+    expected = convolved(images.double(), weights, torch.float64)
+    assert tokens.shape == expected.shape
     assert tokens.dtype == dtype
     plain = patch_embedding_ref(images, *packed, p, channels_last)
-    assert rms(tokens - right) <= 2 * rms(plain - right) + 1e-6
+    assert rms(tokens - expected) <= 2 * rms(plain - expected) + 1e-6
     assert torch.equal(tokens[:, :num_prefix], packed[1][:num_prefix].to(dtype).expand(b, -1, -1))
 
 
@@ -63,9 +63,9 @@ def test_bytes(device, dtype, b, height, width, p, channels_last):
         images = images.contiguous(memory_format=NHWC)
     launch, _ = patch_embedding_launch(images, *packed, p, channels_last)
     tokens = run_guarded([launch], ["out_ptr"])["out_ptr"]
-    right, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
-    assert rms(tokens - right) <= rms(plain - right) + 1e-6
-    assert rms(tokens - right) <= 2 * rms(patch_embedding_ref(images, *packed, p, channels_last) - right) + 1e-6
+    expected, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
+    assert rms(tokens - expected) <= rms(plain - expected) + 1e-6
+    assert rms(tokens - expected) <= 2 * rms(patch_embedding_ref(images, *packed, p, channels_last) - expected) + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_every_tile(device, dtype, given, tile, monkeypatch):
     packed = packed_on(device, weights, dtype, *((MEAN, STD) if given == torch.uint8 else ()))
     images = make_images(*images, given or dtype).to(device)
     tokens = launch_patch_embedding(images, *packed, 8)
-    right = convolved(images, weights, torch.float64, given == torch.uint8)
-    assert rms(tokens - right) <= 2 * rms(patch_embedding_ref(images, *packed, 8) - right) + 1e-6
+    expected = convolved(images, weights, torch.float64, given == torch.uint8)
+    assert rms(tokens - expected) <= 2 * rms(patch_embedding_ref(images, *packed, 8) - expected) + 1e-6
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
@@ -119,8 +119,8 @@ def test_any_strides(device, dtype, given):
         for channels_last in (False, True):
             packed = packed_on(device, weights, dtype, None, None, channels_last)
             tokens = launch_patch_embedding(images, *packed, 8, channels_last)
-            right = launch_patch_embedding(images.contiguous(), *packed, 8, channels_last)
-            assert torch.equal(tokens, right)
+            expected = launch_patch_embedding(images.contiguous(), *packed, 8, channels_last)
+            assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
@@ -128,15 +128,15 @@ def test_a_image_does_not_feel_its_batch(device, dtype):
     """Neither a NaN in its neighbour, with which it shares a tile, nor its place in the batch; nor a patch another."""
     images = make_images(4, 3, 16, 24, dtype).to(device)
     packed = packed_on(device, make_weights(16, 3, 8, 1, 6), dtype)
-    right = launch_patch_embedding(images, *packed, 8)
+    expected = launch_patch_embedding(images, *packed, 8)
     images[1, 2, 8, 7] = float("nan")  # the first patch of the second row
     tokens = launch_patch_embedding(images, *packed, 8)
     assert tokens[1, 4].isnan().all()
     assert tokens.isnan().sum() == 16
-    tokens[1, 4] = right[1, 4]
-    assert torch.equal(tokens, right)
+    tokens[1, 4] = expected[1, 4]
+    assert torch.equal(tokens, expected)
     for i in (0, 3):
-        assert torch.equal(launch_patch_embedding(images[i : i + 1], *packed, 8), right[i : i + 1])
+        assert torch.equal(launch_patch_embedding(images[i : i + 1], *packed, 8), expected[i : i + 1])
 
 
 def test_no_images():
@@ -185,9 +185,9 @@ def test_the_op_on_cuda_runs_the_kernel(b, channels, size, p, c, dtype, given, m
         packed = packed_on("cuda", weights, dtype, *((MEAN, STD) if normalise else (None, None)), channels_last)
         images = images.contiguous(memory_format=NHWC if channels_last else torch.contiguous_format)
         tokens = launch_patch_embedding(images, *packed, p, channels_last)
-        right = convolved(images if normalise else _centred(images), weights, torch.float64, normalise)
+        expected = convolved(images if normalise else _centred(images), weights, torch.float64, normalise)
         plain = patch_embedding_ref(images, *packed, p, channels_last)
-        assert rms(tokens - right) <= 2 * rms(plain - right) + 1e-6
+        assert rms(tokens - expected) <= 2 * rms(plain - expected) + 1e-6
         with monkeypatch.context() as patch:
             patch.setattr("dvit_infer.ops.patch_embedding.patch_embedding_ref", None)
             assert torch.equal(torch.ops.dvit.patch_embedding(images, *packed, p, channels_last), tokens)

@@ -35,19 +35,19 @@ def test_scores_sets_and_rows(device, dtype, b, n, p, c, k):
     x, packed = make_x(b, n, p, c, dtype).to(device), predictor_on(device, c, dtype)
     outputs = run_guarded(prune_tokens_launches(x, packed, k, p, 1e-5)[0], OUTPUTS)
     logits = make_predictor(c).double()(x[:, p:].cpu().double())
-    right = logits[..., 0] - logits[..., 1]
+    expected = logits[..., 0] - logits[..., 1]
     score, index, kept_x = (outputs[name].cpu() for name in ("score_ptr", "index_ptr", "kept_ptr"))
     plain = score_tokens_ref(x[:, p:], packed, 1e-5).cpu()
-    assert rms(score - right) <= 2 * rms(plain - right) + 1e-6
+    assert rms(score - expected) <= 2 * rms(plain - expected) + 1e-6
 
     # The stated margin: a set may differ from the stable float64 ranking where scores are closer than their own error.
-    margin = 2 * (score - right).abs().max()
+    margin = 2 * (score - expected).abs().max()
     for i in range(b):
-        order = right[i].sort(descending=True, stable=True)
+        order = expected[i].sort(descending=True, stable=True)
         ours, theirs = set(index[i].tolist()), set(order.indices[:k].tolist())
         assert len(ours) == k
         assert index[i].tolist() == sorted(ours)
-        assert all((right[i, j] - order.values[k - 1]).abs() <= margin for j in ours ^ theirs)
+        assert all((expected[i, j] - order.values[k - 1]).abs() <= margin for j in ours ^ theirs)
     assert torch.equal(index, select_tokens_ref(score, k))
     rows = torch.cat([torch.arange(p).expand(b, p), index + p], dim=1)
     assert torch.equal(bits(kept_x), bits(x.cpu().gather(1, rows[..., None].expand(-1, -1, c))))
@@ -83,9 +83,9 @@ def test_selection_of_any_scores(n, device):
         (*_, select), outputs, _ = guarded(prune_tokens_launches(x, packed, k, 0, 1e-5)[0], OUTPUTS)
         outputs["score_ptr"].copy_(score)
         select.run()
-        right = select_tokens_ref(score, k)
-        assert torch.equal(outputs["index_ptr"], right)
-        assert torch.equal(outputs["kept_ptr"], x.gather(1, right[..., None].expand(-1, -1, 64)))
+        expected = select_tokens_ref(score, k)
+        assert torch.equal(outputs["index_ptr"], expected)
+        assert torch.equal(outputs["kept_ptr"], x.gather(1, expected[..., None].expand(-1, -1, 64)))
 
 
 @pytest.mark.slow
@@ -102,10 +102,10 @@ def test_any_strides_of_the_first_two_dimensions(device, dtype):
         wide[:, :1, :64].expand(-1, 9, -1),
     )
     for x in views:
-        right_x, right = launch_prune_tokens(x.contiguous(), packed, 3, 1, 1e-5)
+        expected_x, expected = launch_prune_tokens(x.contiguous(), packed, 3, 1, 1e-5)
         kept_x, index = launch_prune_tokens(x, packed, 3, 1, 1e-5)
-        assert torch.equal(index, right)
-        assert torch.equal(kept_x, right_x)
+        assert torch.equal(index, expected)
+        assert torch.equal(kept_x, expected_x)
         assert kept_x.is_contiguous()
 
 
@@ -132,10 +132,10 @@ def test_tokens_far_from_zero(device, dtype):
     for launch in launches:
         launch.run()
     logits = make_predictor(64).double()(x[:, 1:].cpu().double())
-    right = logits[..., 0] - logits[..., 1]
+    expected = logits[..., 0] - logits[..., 1]
     plain = score_tokens_ref(x[:, 1:], packed, 1e-5).cpu()
     amplified = 50 * torch.finfo(torch.float32).eps * 8  # mean/std, float32 products, their sums
-    assert rms(outputs["score_ptr"].cpu() - right) <= 2 * rms(plain - right) + amplified
+    assert rms(outputs["score_ptr"].cpu() - expected) <= 2 * rms(plain - expected) + amplified
 
 
 def test_no_images_and_no_prefix():
@@ -167,11 +167,11 @@ def test_packed_weights_of_another_width_or_dtype_are_refused():
 @pytest.mark.parametrize(("b", "n", "c", "k"), [(256, 196, 384, 137), (3, 576, 768, 403), (2, 1024, 1024, 700)])
 def test_the_op_on_cuda_runs_the_kernels(b, n, c, k, dtype, monkeypatch):
     x, packed = make_x(b, n, 1, c, dtype).cuda(), predictor_on("cuda", c, dtype)
-    right_x, right = launch_prune_tokens(x, packed, k, 1, 1e-5)
+    expected_x, expected = launch_prune_tokens(x, packed, k, 1, 1e-5)
     monkeypatch.setattr("dvit_infer.ops.prune_tokens.prune_tokens_ref", None)
     kept_x, index = torch.ops.dvit.prune_tokens(x, packed, k, 1, 1e-5)
-    assert torch.equal(index, right)  # and the same again: nothing in it depends on timing
-    assert torch.equal(kept_x, right_x)
+    assert torch.equal(index, expected)  # and the same again: nothing in it depends on timing
+    assert torch.equal(kept_x, expected_x)
     assert torch.equal(kept_x[:, 1:], x[:, 1:].gather(1, index[..., None].expand(-1, -1, c)))
 
 
@@ -179,9 +179,9 @@ def test_the_op_on_cuda_runs_the_kernels(b, n, c, k, dtype, monkeypatch):
 def test_on_cuda_sizes_beyond_the_kernels_run_in_pytorch():
     x, packed = make_x(2, 9, 1, 48).cuda(), predictor_on("cuda", 48, torch.float32)
     kept_x, index = torch.ops.dvit.prune_tokens(x, packed, 3, 1, 1e-5)
-    right_x, right = prune_tokens_ref(x, packed, 3, 1, 1e-5)
-    assert torch.equal(index, right)
-    assert torch.equal(kept_x, right_x)
+    expected_x, expected = prune_tokens_ref(x, packed, 3, 1, 1e-5)
+    assert torch.equal(index, expected)
+    assert torch.equal(kept_x, expected_x)
 
 
 @pytest.mark.gpu
@@ -193,6 +193,6 @@ def test_a_captured_graph_gives_the_eager_answer():
         kept_x, index = torch.ops.dvit.prune_tokens(x, packed, 137, 1, 1e-5)
     x.copy_(make_x(3, 196, 1, 384, torch.bfloat16).flip(1).cuda())
     graph.replay()
-    right_x, right = torch.ops.dvit.prune_tokens(x, packed, 137, 1, 1e-5)
-    assert torch.equal(index, right)
-    assert torch.equal(kept_x, right_x)
+    expected_x, expected = torch.ops.dvit.prune_tokens(x, packed, 137, 1, 1e-5)
+    assert torch.equal(index, expected)
+    assert torch.equal(kept_x, expected_x)

@@ -40,8 +40,8 @@ def results(call, given, wanted=(0, 1, 2, 3)):
     return [out.detach().float(), *(x.grad.float() if x.grad is not None else None for x in leaves)]
 
 
-def check(ours, right, rtol=1e-5):
-    for name, a, b in zip(NAMES, ours, right, strict=True):
+def check(ours, expected, rtol=1e-5):
+    for name, a, b in zip(NAMES, ours, expected, strict=True):
         assert (a - b).abs().max() <= rtol * b.abs().max(), name
 
 
@@ -49,12 +49,12 @@ def check(ours, right, rtol=1e-5):
 @pytest.mark.parametrize("n", [1, 5, 65, 197])
 def test_agrees_with_the_plain_way(n, policy):
     given = inputs(n, policy)
-    ours, right = results(fused, given), results(plain, given)
+    ours, expected = results(fused, given), results(plain, given)
     if n == 1:  # one token attends to itself: the gradients of its score and of its policy are rounding
-        assert torch.allclose(ours[0], right[0], atol=1e-6)
-        assert torch.allclose(ours[3], right[3], atol=1e-6)
+        assert torch.allclose(ours[0], expected[0], atol=1e-6)
+        assert torch.allclose(ours[3], expected[3], atol=1e-6)
     else:
-        check(ours, right)
+        check(ours, expected)
 
 
 @pytest.mark.parametrize("gap", [8.0, 14.0, 18.0, 60.0])
@@ -66,10 +66,10 @@ def test_agrees_where_the_largest_score_is_of_a_dropped_key(n, gap):
     q[..., 0], k[..., 0] = 4.0, 0.0
     k[:, :, 1] = 0.0
     k[:, :, 1, 0] = gap
-    ours, right = results(fused, [q, k, v, policy]), results(plain, [q, k, v, policy])
+    ours, expected = results(fused, [q, k, v, policy]), results(plain, [q, k, v, policy])
     # At a gap of 60 some gradients are 0 but for rounding.
-    largest = max(grad.abs().max() for grad in right[1:4])
-    for name, a, b in zip(NAMES, ours, right, strict=True):
+    largest = max(grad.abs().max() for grad in expected[1:4])
+    for name, a, b in zip(NAMES, ours, expected, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(b.abs().max(), largest), name
 
 
@@ -86,9 +86,9 @@ def test_gives_the_gradients_that_are_wanted_and_no_others(wanted):
 def test_is_about_as_exact_as_the_plain_way_in_short_floats(dtype, times, policy):
     given = inputs(65, policy)
     short = [x.to(dtype) for x in given[:3]] + given[3:]
-    right = results(plain, [x.float() for x in short])
+    expected = results(plain, [x.float() for x in short])
     ours, theirs = results(fused, short), results(lambda *x: plain(*x).to(dtype), short)
-    for name, a, b, c in zip(NAMES, ours, theirs, right, strict=True):
+    for name, a, b, c in zip(NAMES, ours, theirs, expected, strict=True):
         assert torch.isfinite(a).all(), name
         assert (a - c).abs().max() <= times * (b - c).abs().max() + 1e-6, name
 

@@ -113,11 +113,11 @@ def test_given_noise_is_used_as_gumbel_softmax_uses_its_own(monkeypatch):
 def test_decisions_follow_from_each_images_own_noise():
     model, images = _student(), case_images(CASE)
     noise, swapped = _noise(images), torch.arange(len(images)).flip(0)
-    right = model(images, noise=noise).decisions
+    expected = model(images, noise=noise).decisions
     found = model(images[swapped], noise=noise[:, swapped]).decisions
     assert len(images) > 1
-    assert all(torch.equal(a[swapped], b) for a, b in zip(right, found, strict=True))
-    assert not torch.equal(right[0], model(images, noise=noise.flip(2)).decisions[0])
+    assert all(torch.equal(a[swapped], b) for a, b in zip(expected, found, strict=True))
+    assert not torch.equal(expected[0], model(images, noise=noise.flip(2)).decisions[0])
     with torch.autocast("cpu", torch.bfloat16):
         short = model(images, noise=noise).decisions
     assert all(d.dtype == torch.float32 for d in short)

@@ -48,24 +48,22 @@ def run(model, images, level=LEVELS[-1]):
 
 def float32_gives_the_official_answer(case_id, where, path):
     model = dvit.load_onnx(exported(case_id, path, kept=True), device=where)
-    right, kept, margin = answers(case_id)
+    expected, kept, margin = answers(case_id)
     logits, found = model(case_images(case_id), return_kept=True)
-    assert (logits.cpu() - right).abs().max() <= TOLERANCE
+    assert (logits.cpu() - expected).abs().max() <= TOLERANCE
     assert same_kept([stage.cpu() for stage in found], kept, margin)
 
 
 def float16_is_as_exact_as_plain_float16(case_id, where, path):
     model = dvit.load_onnx(exported(case_id, path, "float16"), device=where)
-    image, (right, kept, _) = (
-        case_images(case_id)[:1],
-        answers(case_id),
-    )  # one says enough; plain float16 is slow on a CPU
+    image, (expected, kept, _) = case_images(case_id)[:1], answers(case_id)  # plain float16 is slow on a CPU: one image
     reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id)).to(where, torch.float16)
     given = [stage[:1] for stage in kept]
     with torch.no_grad():
         plain = reference.evaluate(image.to(where, torch.float16), [stage.to(where) for stage in given] or None)
     errors = [
-        (logits.float().cpu() - right[:1]).square().mean().sqrt() for logits in (model(image, kept=given), plain.logits)
+        (logits.float().cpu() - expected[:1]).square().mean().sqrt()
+        for logits in (model(image, kept=given), plain.logits)
     ]
     assert errors[0] <= RMS_FACTOR * errors[1]
 
@@ -83,14 +81,14 @@ def test_any_batch_at_every_level_of_optimisation(case_id, opset, tmp_path):
     size = dvit.load_onnx(path, device="cpu").config.image_size
     images = dvit.images.synthetic.sample_images(11, size, seed=5)
     reference = dvit.load_reference(official_checkpoint(case_id), **options(case_id))
-    right = reference.evaluate(images)
+    expected = reference.evaluate(images)
     for level in LEVELS:
         start = 0
         for batch in (1, 3, 7):
             part = slice(start, start + batch)
             logits, kept = run(path, images[part], level)
-            assert (logits - right.logits[part]).abs().max() <= TOLERANCE
-            assert same_kept(kept, [stage[part] for stage in right.kept], right.margin[part])
+            assert (logits - expected.logits[part]).abs().max() <= TOLERANCE
+            assert same_kept(kept, [stage[part] for stage in expected.kept], expected.margin[part])
             start += batch
 
 
@@ -202,9 +200,9 @@ def test_inlined_it_runs_in_openvino_with_the_same_answers(case_id, tmp_path):
     assert not model.functions
     assert {entry.domain for entry in model.opset_import} == {""}
     compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    right, kept, margin = answers(case_id)
+    expected, kept, margin = answers(case_id)
     logits, *found = (torch.from_numpy(compiled([case_images(case_id).numpy()])[i]) for i in range(4))
-    assert (logits - right).abs().max() <= TOLERANCE
+    assert (logits - expected).abs().max() <= TOLERANCE
     assert same_kept([stage.long() for stage in found], kept, margin)
 
 
@@ -239,9 +237,9 @@ def test_verify_finds_what_is_wrong_in_a_file(tmp_path):
 
 def test_kept_sets_come_out_of_a_file_that_has_no_output_for_them(tmp_path):
     model = dvit.load_onnx(exported(TINY, tmp_path / "m.onnx"), device="cpu")
-    right, kept, margin = answers(TINY)
+    expected, kept, margin = answers(TINY)
     logits, found = model(case_images(TINY), return_kept=True)
-    assert (logits - right).abs().max() <= TOLERANCE
+    assert (logits - expected).abs().max() <= TOLERANCE
     assert same_kept(found, kept, margin)
     other = [stage.clone() for stage in kept]
     for stage in other:

@@ -1,4 +1,4 @@
-"""Int8 ONNX models: what stays as it was, how far their answers stray; images to calibrate with."""
+"""Int8 ONNX models: what stays as it was, how large their errors are; images to calibrate with."""
 
 import logging
 import tempfile
@@ -55,13 +55,13 @@ def run(model: onnx.ModelProto, given: np.ndarray, level: str = "ENABLE_ALL") ->
     return session.run(OUTPUTS, {"images": given})
 
 
-def relative_error(logits: np.ndarray, right: np.ndarray) -> float:
+def relative_error(logits: np.ndarray, expected: np.ndarray) -> float:
     """Relative rms error."""
-    return float(np.sqrt(np.mean((logits - right) ** 2)) / right.std())
+    return float(np.sqrt(np.mean((logits - expected) ** 2)) / expected.std())
 
 
-def overlap(kept: np.ndarray, right: np.ndarray) -> float:
-    return float(np.mean([np.isin(a, b).mean() for a, b in zip(kept, right, strict=True)]))
+def overlap(kept: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.mean([np.isin(a, b).mean() for a, b in zip(kept, expected, strict=True)]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,20 +88,20 @@ def test_only_the_linears_change(float32, quantised, kind):
 def test_opset_21_and_bytes_as_images(engine):
     float32 = onnx_model(engine.graph_in(torch.float32), kept=True, opset=21, uint8=True)
     given = np.random.default_rng(0).integers(0, 256, (3, *engine.config.image_size, 3), dtype=np.uint8)
-    right = run(float32, given)
+    expected = run(float32, given)
     for calibration in (None, [given]):
         model = quantize_int8(float32, calibration)
         onnx.checker.check_model(model, full_check=True)
         assert model.opset_import == float32.opset_import
-        assert relative_error(run(model, given)[0], right[0]) < 0.1
+        assert relative_error(run(model, given)[0], expected[0]) < 0.1
 
 
 def test_a_dense_model(engine):
     dense = dvit.convert(official_checkpoint(CASE), device="cpu", method="none", **options(CASE))
     model = onnx_model(dense.graph_in(torch.float32))
     session = ort.InferenceSession(quantize_int8(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    right = dense(torch.from_numpy(images(engine, 3))).numpy()
-    assert relative_error(session.run(["logits"], {"images": images(engine, 3)})[0], right) < 0.05
+    expected = dense(torch.from_numpy(images(engine, 3))).numpy()
+    assert relative_error(session.run(["logits"], {"images": images(engine, 3)})[0], expected) < 0.05
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
@@ -109,9 +109,9 @@ def test_a_dense_model(engine):
 def test_answers_stay_close(engine, float32, quantised, kind, batch):
     given = images(engine, batch, seed=7)
     logits, *kept = run(quantised[kind], given)
-    right, *right_kept = run(float32, given)
-    assert relative_error(logits, right) < 0.1
-    assert all(overlap(ours, theirs) > 0.9 for ours, theirs in zip(kept, right_kept, strict=True))
+    expected, *expected_kept = run(float32, given)
+    assert relative_error(logits, expected) < 0.1
+    assert all(overlap(ours, theirs) > 0.9 for ours, theirs in zip(kept, expected_kept, strict=True))
 
 
 @pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED"])
@@ -120,9 +120,9 @@ def test_optimisation_changes_no_more_than_a_rounding(engine, quantised, kind, l
     """A last digit of float32 may fall on the other side of a step of int8, by which answers then differ."""
     given = images(engine, 3, seed=7)
     logits, *kept = run(quantised[kind], given, level)
-    right, *right_kept = run(quantised[kind], given)
-    assert relative_error(logits, right) < 0.05
-    assert all(overlap(ours, theirs) > 0.95 for ours, theirs in zip(kept, right_kept, strict=True))
+    expected, *expected_kept = run(quantised[kind], given)
+    assert relative_error(logits, expected) < 0.05
+    assert all(overlap(ours, theirs) > 0.95 for ours, theirs in zip(kept, expected_kept, strict=True))
 
 
 def test_ranges_fixed_by_calibration_leave_images_independent(engine, quantised):

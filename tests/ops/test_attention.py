@@ -91,13 +91,13 @@ class Block(torch.nn.Module):
 @pytest.mark.slow
 def test_compile_and_export_give_the_eager_answer():
     block, packed = Block(), torch.randn(3, 11, 3, 2, 32)
-    right = block(packed)
+    expected = block(packed)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for batch in (3, 2):
-        torch.testing.assert_close(compiled(packed[:batch]), right[:batch])
+        torch.testing.assert_close(compiled(packed[:batch]), expected[:batch])
     dynamic = {"packed": {0: torch.export.Dim("batch", min=1, max=64)}}
     exported = torch.export.export(block, (packed,), dynamic_shapes=dynamic)
-    torch.testing.assert_close(exported.module()(packed[:2]), right[:2])
+    torch.testing.assert_close(exported.module()(packed[:2]), expected[:2])
 
 
 def test_backward_says_that_there_is_no_gradient():

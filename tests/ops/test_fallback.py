@@ -136,9 +136,9 @@ def test_a_kernel_that_fails_is_replaced(monkeypatch, op, module, call, which, d
     calls = break_kernel(monkeypatch, op, module, fault, which)
     expected = call(dtype)  # on a CPU by PyTorch
     with using(TRITON), fallback.checking():
-        with pytest.warns(RuntimeWarning, match=f"the kernel of {op} on cpu .*please report") as told:
+        with pytest.warns(RuntimeWarning, match=f"the kernel of {op} on cpu .*please report") as warned:
             got = call(dtype)
-        assert len(told) == len(calls) == 1
+        assert len(warned) == len(calls) == 1
         torch.testing.assert_close(got, expected, equal_nan=False)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -182,13 +182,13 @@ def test_an_engine_answers_right_and_says_so(monkeypatch, tmp_path):
     engine = engine_by_kernels(TINY_LVVIT)
     assert "in place of" not in str(engine.graph)
     with using(TRITON):
-        with pytest.warns(RuntimeWarning, match="the kernel of attention") as told:
+        with pytest.warns(RuntimeWarning, match="the kernel of attention") as warned:
             logits = engine(case_images(TINY_LVVIT)[:1])
         assert (logits - expected[:1]).abs().max() < 2e-5
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             engine(case_images(TINY_LVVIT)[:1])
-    assert len(told) == 1
+    assert len(warned) == 1
     assert "PyTorch in place of attention, which failed" in str(engine.graph)
     assert not (tmp_path / "cache").exists()  # what failed is looked at again
 
@@ -281,14 +281,14 @@ def test_what_ails_every_kernel_is_told_once(monkeypatch, error, says):
     for op in ("attention", "linear"):
         break_kernel(monkeypatch, op, op, ails, None)
     with using(TRITON):
-        with pytest.warns(RuntimeWarning, match=f"every kernel on cpu fails: .*{says}") as told:
+        with pytest.warns(RuntimeWarning, match=f"every kernel on cpu fails: .*{says}") as warned:
             call_attention(torch.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call_linear(torch.float32)
             layer_norm(make_rows(3, 40))
-    assert len(told) == 1
-    assert "report" not in str(told[0].message)
+    assert len(warned) == 1
+    assert "report" not in str(warned[0].message)
 
 
 def test_too_little_memory_is_no_fault_of_the_kernel(monkeypatch):

@@ -22,10 +22,10 @@ def test_against_float64(shape, dtype):
         assert y.is_contiguous()
         if x.numel():
             assert rms(y - exact_norm(x, weight, bias, 1e-6)) <= 2 * unit
-    stats, right = row_stats(x), exact_stats(x)
+    stats, expected = row_stats(x), exact_stats(x)
     assert stats.shape == (x.numel() // shape[-1], 1, 2)
     assert stats.dtype == torch.float32
-    assert torch.allclose(stats.double(), right, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(stats.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_defaults_are_those_of_torch():
@@ -74,14 +74,14 @@ class Norm(torch.nn.Module):
 
 def test_compile_and_export_give_the_eager_answer():
     norm, x = Norm(), make_rows(3, 20, 64)
-    right = norm(x)
+    expected = norm(x)
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     exported = torch.export.export(norm, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
     for batch in (3, 2):
         for module in (compiled, exported.module()):
             y, stats = module(x[:batch])
-            assert torch.equal(y, right[0][:batch])
-            assert torch.equal(stats, right[1][: batch * 20])
+            assert torch.equal(y, expected[0][:batch])
+            assert torch.equal(stats, expected[1][: batch * 20])
 
 
 def test_backward_says_that_there_is_no_gradient():

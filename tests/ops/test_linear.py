@@ -12,8 +12,8 @@ from dvit_infer.ops.linear import ACTIVATIONS, linear, row_sums
 def test_the_reference(norm, activation):
     x, (weight, bias), residual = make_rows(2, 5, 48), make_linear(48, 64), make_rows(2, 5, 64)
     y, stats = linear(x, weight, bias, residual, row_sums(weight) if norm else None, None, 1e-6, activation, 32)
-    right = exact_linear(x, weight, bias, residual, norm, 1e-6, activation)
-    assert (y - right).abs().max() <= 1e-5
+    expected = exact_linear(x, weight, bias, residual, norm, 1e-6, activation)
+    assert (y - expected).abs().max() <= 1e-5
     torch.testing.assert_close(stats, exact_stats(y, 32).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -76,10 +76,10 @@ class Layer(torch.nn.Module):
 
 def test_compile_and_export():
     layer, x = Layer(), make_rows(2, 5, 48)
-    right = layer(x)
-    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), right)
+    expected = layer(x)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    assert torch.equal(exported.module()(x), right)
+    assert torch.equal(exported.module()(x), expected)
     assert torch.equal(exported.module()(make_rows(7, 5, 48)), layer(make_rows(7, 5, 48)))
 
 

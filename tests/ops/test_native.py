@@ -69,25 +69,25 @@ def float64_scores(x, p, predictor) -> tuple[torch.Tensor, float]:
     """The scores in float64, and how far from the cut a token may stay or go: four of PyTorch's errors."""
     plain = score_tokens_ref(x[:, p:], dvit.pack_predictor(predictor, x.dtype), 1e-5)
     logits = copy.deepcopy(predictor).double()(x[:, p:].double())
-    right = logits[..., 0] - logits[..., 1]
-    return right, 4 * (plain - right).abs().max().item() + 1e-6
+    expected = logits[..., 0] - logits[..., 1]
+    return expected, 4 * (plain - expected).abs().max().item() + 1e-6
 
 
-def differ_only_at_the_cut(index, theirs, right, margin) -> bool:
+def differ_only_at_the_cut(index, theirs, expected, margin) -> bool:
     """Whether every token that one choice alone keeps scores as the last one that stays does."""
     k = index.shape[1]
-    cuts = right.sort(dim=1, descending=True).values[:, k - 1]
+    cuts = expected.sort(dim=1, descending=True).values[:, k - 1]
     pairs = zip(index.tolist(), theirs.tolist(), strict=True)
-    return all(abs(right[i, j] - cuts[i]) <= margin for i, (a, b) in enumerate(pairs) for j in set(a) ^ set(b))
+    return all(abs(expected[i, j] - cuts[i]) <= margin for i, (a, b) in enumerate(pairs) for j in set(a) ^ set(b))
 
 
 def check_against_float64(x, k, p, kept_x, index, predictor) -> None:
     """Sets differ from the stable float64 ranking only at the cut; rows are those of the set, bit by bit."""
-    right, margin = float64_scores(x, p, predictor)
+    expected, margin = float64_scores(x, p, predictor)
     assert all(row == sorted(set(row)) for row in index.tolist())
     assert index.shape == (len(x), k)
     assert index.dtype == torch.int64
-    assert differ_only_at_the_cut(index, select_tokens_ref(right, k), right, margin)
+    assert differ_only_at_the_cut(index, select_tokens_ref(expected, k), expected, margin)
     assert torch.equal(bits(kept_x), bits(gather_tokens_ref(x.contiguous(), index, p)))
 
 
@@ -126,9 +126,9 @@ def test_any_strides(dtype):
     )
     for x in views:
         kept_x, index = native.prune_tokens(x, packed, 3, 1, 1e-5)
-        right_x, right = native.prune_tokens(x.contiguous(), packed, 3, 1, 1e-5)
-        assert torch.equal(index, right)
-        assert torch.equal(kept_x, right_x)
+        expected_x, expected = native.prune_tokens(x.contiguous(), packed, 3, 1, 1e-5)
+        assert torch.equal(index, expected)
+        assert torch.equal(kept_x, expected_x)
         assert kept_x.is_contiguous()
 
 
@@ -221,11 +221,11 @@ def test_structures_follow_the_header():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_op_runs_it_when_asked(dtype, monkeypatch):
     x, packed = make_x(2, 30, 1, 64, dtype), dvit.pack_predictor(make_predictor(64), dtype)
-    right_x, right = native.prune_tokens(x, packed, 9, 1, 1e-5)
+    expected_x, expected = native.prune_tokens(x, packed, 9, 1, 1e-5)
     monkeypatch.setattr("dvit_infer.ops.prune_tokens.prune_tokens_ref", None)
     kept_x, index = dvit.prune_tokens(x, packed, 9)
-    assert torch.equal(index, right)
-    assert torch.equal(kept_x, right_x)
+    assert torch.equal(index, expected)
+    assert torch.equal(kept_x, expected_x)
     torch.library.opcheck(torch.ops.dvit.prune_tokens.default, (x, packed, 5, 1, 1e-5))
     assert backend_of(CPU, 30, 64) == "native (CPU)"
 
@@ -250,8 +250,8 @@ def test_only_native_can_be_asked_for(monkeypatch):
     with pytest.raises(InputError, match="DVIT_PRUNE: 'fast'"):
         dvit.prune_tokens(x, packed, 3)
     monkeypatch.setenv("DVIT_PRUNE", "")
-    right = prune_tokens_ref(x, packed, 3)[1]
-    assert torch.equal(dvit.prune_tokens(x, packed, 3)[1], right)
+    expected = prune_tokens_ref(x, packed, 3)[1]
+    assert torch.equal(dvit.prune_tokens(x, packed, 3)[1], expected)
 
 
 def test_a_library_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch):
@@ -289,10 +289,10 @@ def test_engines_give_the_golden_answers(case_id, linear):
     assert engine.graph.runtime.endswith(", prune_tokens by native (CPU)")
     engine.runner = CpuRunner(engine.runner._graph, linear)
     assert engine.runner.runtime == f"PyTorch, {linear}, prune_tokens by native (CPU)"
-    right, right_kept, _ = answers(case_id)
+    expected, expected_kept, _ = answers(case_id)
     logits, kept = engine(case_images(case_id), return_kept=True)
-    assert (logits - right).abs().max() < 2e-5
-    assert all(torch.equal(a, b) for a, b in zip(kept, right_kept, strict=True))
+    assert (logits - expected).abs().max() < 2e-5
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept, strict=True))
 
 
 @pytest.mark.usefixtures("_native")
@@ -381,9 +381,9 @@ def test_on_cuda_any_strides(dtype):
     wide = make_x(6, 40, 1, 128, dtype).cuda()
     for x in (wide[::2, :, :64], wide[:, ::2, 64:], wide[:, :, 1:65], wide[:1, :, :64].expand(3, -1, -1)):
         kept_x, index = dvit.prune_tokens(x, packed, 3)
-        right_x, right = dvit.prune_tokens(x.contiguous(), packed, 3)
-        assert torch.equal(index, right)
-        assert torch.equal(kept_x, right_x)
+        expected_x, expected = dvit.prune_tokens(x.contiguous(), packed, 3)
+        assert torch.equal(index, expected)
+        assert torch.equal(kept_x, expected_x)
 
 
 @pytest.mark.gpu
@@ -397,9 +397,9 @@ def test_on_cuda_a_captured_graph_gives_the_eager_answer():
         kept_x, index = dvit.prune_tokens(x, packed, 137)
     x.copy_(make_x(3, 196, 1, 384, torch.bfloat16).flip(1).cuda())
     graph.replay()
-    right_x, right = dvit.prune_tokens(x, packed, 137)
-    assert torch.equal(index, right)
-    assert torch.equal(kept_x, right_x)
+    expected_x, expected = dvit.prune_tokens(x, packed, 137)
+    assert torch.equal(index, expected)
+    assert torch.equal(kept_x, expected_x)
 
 
 @pytest.mark.gpu

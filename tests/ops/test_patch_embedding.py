@@ -29,11 +29,11 @@ def test_against_a_convolution(b, channels, height, width, p, c, num_prefix, dty
     for given in (dtype, torch.float32, torch.bfloat16):
         images = make_images(b, channels, height, width, given)
         tokens = patch_embedding(images, *packed, p, channels_last)
-        right, plain = convolved(images, weights, torch.float64), convolved(images, weights, dtype)
-        assert tokens.shape == right.shape
+        expected, plain = convolved(images, weights, torch.float64), convolved(images, weights, dtype)
+        assert tokens.shape == expected.shape
         assert tokens.dtype == dtype
         assert tokens.is_contiguous()
-        assert rms(tokens - right) <= 2 * rms(plain - right) + 1e-6
+        assert rms(tokens - expected) <= 2 * rms(plain - expected) + 1e-6
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -43,8 +43,8 @@ def test_bytes_are_normalised_in_the_weight(dtype, channels_last):
     images, weights = make_images(3, 3, 64, 48), make_weights(64, 3, 16, 1, 12)
     packed = pack_patch_embedding(*weights, dtype, MEAN, STD, channels_last)
     tokens = patch_embedding(images, *packed, 16, channels_last)
-    right, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
-    assert rms(tokens - right) <= rms(plain - right) + 1e-6
+    expected, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
+    assert rms(tokens - expected) <= rms(plain - expected) + 1e-6
 
 
 def test_a_image_of_the_mean_colour_has_the_table_alone():
@@ -53,9 +53,9 @@ def test_a_image_of_the_mean_colour_has_the_table_alone():
     images = torch.full((1, 3, 32, 32), 51, dtype=torch.uint8)
     packed = pack_patch_embedding(*weights, torch.bfloat16, (0.2,) * 3, STD)
     _, bias, prefix, pos_embed = weights
-    right = torch.cat([prefix, bias.expand(1, 4, -1)], dim=1) + pos_embed
+    expected = torch.cat([prefix, bias.expand(1, 4, -1)], dim=1) + pos_embed
     tokens = patch_embedding(images, packed[0].float(), packed[1], 16)
-    assert torch.allclose(tokens, right, rtol=0, atol=1e-5)
+    assert torch.allclose(tokens, expected, rtol=0, atol=1e-5)
 
 
 def test_packing_without_bias_and_prefix():
@@ -120,13 +120,13 @@ class Embed(torch.nn.Module):
 
 def test_compile_and_export_give_the_eager_answer():
     embed, images = Embed(), make_images(3, 3, 16, 24)
-    right = embed(images)
+    expected = embed(images)
     compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
     batch_of_any_size = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
     exported = torch.export.export(embed, (images,), dynamic_shapes=batch_of_any_size)
     for batch in (3, 2):
         for module in (compiled, exported.module()):
-            assert torch.allclose(module(images[:batch]), right[:batch], rtol=0, atol=1e-5)
+            assert torch.allclose(module(images[:batch]), expected[:batch], rtol=0, atol=1e-5)
 
 
 def test_backward_says_that_there_is_no_gradient():

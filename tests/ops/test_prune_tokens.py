@@ -96,9 +96,9 @@ def test_strided_input_gives_the_same_as_its_copy():
     wide = make_x(6, 40, 1, 128)
     for x in (wide[::2, :, :64], wide[:, ::2, 64:], wide.transpose(0, 1)[:, :, :64], wide[..., ::2]):
         kept_x, index = dvit.prune_tokens(x, predictor, 3)
-        right_x, right = dvit.prune_tokens(x.contiguous(), predictor, 3)
-        assert torch.equal(index, right)
-        assert torch.equal(kept_x, right_x)
+        expected_x, expected = dvit.prune_tokens(x.contiguous(), predictor, 3)
+        assert torch.equal(index, expected)
+        assert torch.equal(kept_x, expected_x)
         assert kept_x.is_contiguous()
 
 
@@ -140,12 +140,12 @@ class Stage(torch.nn.Module):
 
 def test_compile_and_export_give_the_eager_answer():
     stage, x = Stage(), make_x(3, 20, 1, 64)
-    right = stage(x)
+    expected = stage(x)
     compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
     for batch in (3, 2):
-        assert torch.equal(compiled(x[:batch])[1], right[1][:batch])
+        assert torch.equal(compiled(x[:batch])[1], expected[1][:batch])
     exported = torch.export.export(stage, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
-    assert torch.equal(exported.module()(x[:2])[1], right[1][:2])
+    assert torch.equal(exported.module()(x[:2])[1], expected[1][:2])
 
 
 def test_backward_says_that_there_is_no_gradient():
@@ -188,9 +188,9 @@ def test_packed_tensors_of_other_shapes_are_refused():
 def test_packed_tensors_in_other_dtypes_are_refused(asked, dtype, monkeypatch):
     monkeypatch.setenv("DVIT_PRUNE", asked)  # before the native library is looked for: it need not be there
     packed, x = dvit.pack_predictor(make_predictor(64), dtype), torch.zeros(1, 9, 64, dtype=dtype)
-    for i, right in enumerate(packed):
-        for other in {torch.float64, *DTYPES} - {right.dtype}:
-            wrong = [*packed[:i], right.to(other), *packed[i + 1 :]]
+    for i, expected in enumerate(packed):
+        for other in {torch.float64, *DTYPES} - {expected.dtype}:
+            wrong = [*packed[:i], expected.to(other), *packed[i + 1 :]]
             with pytest.raises(ValueError, match=f"packed does not fit, x has 64 channels in {dtype} on cpu"):
                 dvit.prune_tokens(x, wrong, 3)
 
