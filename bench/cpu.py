@@ -19,7 +19,7 @@ from dvit_infer.benchmark.results import environment, write_json
 from dvit_infer.benchmark.timing import Row, interleave
 from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.example import example_checkpoint
-from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.models.registry import build_graph
 from dvit_infer.utils.tables import table
 
 ARCH = "dynamicvit-deit-s"

@@ -14,11 +14,11 @@ import dvit_infer as dvit
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.torch import State, TorchRunner
 from dvit_infer.benchmark.timing import Timing
-from dvit_infer.config import Config
 from dvit_infer.images.synthetic import sample_images
-from dvit_infer.models.example import example_checkpoint
+from dvit_infer.models.example import example_checkpoint, shapes_of
 from dvit_infer.models.fill import fill
-from dvit_infer.models.vit.read import DEIT, LVVIT
+from dvit_infer.models.vit.body import ViT
+from dvit_infer.models.vit.families import DEIT, LVVIT
 from dvit_infer.ops.choices import Choices, using
 from dvit_infer.parity.verification import MOST_RMS, RMS_FACTOR, evaluate
 
@@ -36,15 +36,9 @@ def checkpoint(arch: str, dry: bool) -> dict[str, Any]:
 
 def _tiny_checkpoint(family: str) -> dict[str, Any]:
     """Return a model with 64 channels, two blocks and four patches."""
-    size = (2 * PATCH, 2 * PATCH)
-    config = Config(
-        **{"arch": "tiny", "family": family, "image_size": size, "trained_size": size, "patch_size": PATCH},
-        **{"num_classes": 10, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_dim": 128, "eps": 1e-6},
-        **{"num_prefix": 1, "method": "none", "prune_at": (1,), "keep_rate": 1.0, "stem_dim": 16},
-    )
-    with torch.device("meta"):
-        model = (LVVIT if family == LVVIT.name else DEIT).reference(config)
-    state = {k: torch.from_numpy(fill(k, tuple(v.shape), 0)) for k, v in model.state_dict().items()}
+    body = ViT(PATCH, 64, depth=2, num_heads=2, mlp_dim=128, eps=1e-6, stem_dim=16)
+    shapes = shapes_of(family, body, size=2 * PATCH, num_classes=10, stages=1)
+    state = {key: torch.from_numpy(fill(key, shape, 0)) for key, shape in shapes.items()}
     args = argparse.Namespace(base_rate=0.7, num_heads=2, **({"skip_lam": 2.0} if family == LVVIT.name else {}))
     return {"model": state, "args": args}
 
@@ -176,7 +170,7 @@ class Forward:
 
     def identity(self, batch: int) -> dict[str, Any]:
         config, dtype = self.engine.config, str(self.engine.dtype).removeprefix("torch.")
-        model = {"model": config.arch, "keep_rate": 1.0 if config.method == "none" else config.keep_rate}
+        model = {"model": config.arch, "keep_rate": config.reduction.keep_rate}
         where = {"device": self.engine.device.type, "dtype": dtype, "batch": batch}
         return {"op": "forward", **model, "runtime": self.runtime, "variant": self.variant, **where}
 

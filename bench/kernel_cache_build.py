@@ -107,7 +107,7 @@ def launches_of(
         for batch, dtype in itertools.product(batches, inputs):
             if dtype != torch.uint8 or runner.takes_uint8:
                 runner.run(torch.zeros(1, 3, *engine.config.image_size, dtype=dtype).expand(batch, -1, -1, -1))
-    print(f"{engine.config.arch}, {engine.config.method}, {engine.dtype}: {len(found)} launches", flush=True)
+    print(f"{engine.config.arch}, {engine.config.reduction}, {engine.dtype}: {len(found)} launches", flush=True)
     yield from found
 
 

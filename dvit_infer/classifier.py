@@ -63,7 +63,7 @@ class Classifier(ABC):
 
     def __init__(self, config: Config, runner: Runner, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.runner, self.device, self.dtype = config, runner, device, dtype
-        self.micro_batch = micro_batch(device, config.num_patches, config.embed_dim)
+        self.micro_batch = micro_batch(device, config.num_patches, config.body.embed_dim)
 
     @property
     def precision(self) -> str:

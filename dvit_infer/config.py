@@ -1,68 +1,145 @@
 """The description of a model: everything but its weights. Does not import torch."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-Method = Literal["predictor", "none"]
-METHODS: tuple[str, ...] = get_args(Method)
+Size = tuple[int, int]  # (height, width)
+Floats = tuple[float, ...]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Config:
-    """A vision transformer whose patch tokens may be pruned by learned scores.
+class Stage:
+    """One reduction of tokens.
 
-    Sizes are (height, width) in pixels. The position embedding was trained for `trained_size` and is resampled when
-    `image_size` is another. `method` is 'predictor' (pruned before the blocks `prune_at`) or 'none' (dense, whether
-    or not the weights hold predictors).
+    Attributes:
+        block: 0-based index of the block it belongs to.
+        keep: the number of patch tokens that remain; None: it differs by image.
+        where: its place in the block.
     """
 
-    arch: str  # a name from list_archs(), or family-WIDTHxDEPTH for an unnamed size
-    family: str
-    image_size: tuple[int, int]
-    trained_size: tuple[int, int]
-    patch_size: int
-    num_classes: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    eps: float  # for every LayerNorm in the blocks and for the last one
-    num_prefix: int  # class token, and distillation token if present: never pruned
-    method: Method
-    prune_at: tuple[int, ...]  # one 0-based block index for each predictor in the weights
-    keep_rate: float
-    predictor_eps: float = 1e-5
-    stem_dim: int = 0  # channels of LV-ViT's convolutional stem
-    skip_lam: float = 1.0  # LV-ViT divides its residual branches by this
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    crop_pct: float | None = None  # share of an image's shorter side that evaluation keeps; None: the family's
-    weights: str | None = None  # which of a checkpoint's sets of weights is used
+    block: int
+    keep: int | None = None
+    where: Literal["before", "after_attention"] = "before"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Which tokens stay; without stages the model is dense.
+
+    `str()` labels it, as in 'predictor 0.7: 137,96,67 of 196', in rows, titles, charts and keys.
+
+    Attributes:
+        method: a name in `reduction.METHODS`, or 'none'.
+        stages: the stages in order, with their counts spelled out.
+        settings: what the method was given, by name; the first is part of the label.
+        num_patches: the number of patch tokens before the first stage.
+    """
+
+    method: str = "none"
+    stages: tuple[Stage, ...] = ()
+    settings: tuple[tuple[str, float], ...] = ()
+    num_patches: int = 0
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(stage.block for stage in self.stages)
+
+    @property
+    def keep_rate(self) -> float:
+        """The share of patch tokens that the first stage keeps: 1 if dense."""
+        if not self.stages:
+            return 1.0
+        return dict(self.settings).get("keep_rate", (self.stages[0].keep or 0) / max(1, self.num_patches))
+
+    def __str__(self) -> str:
+        if not self.stages:
+            return "dense"
+        named = " ".join([self.method, *(f"{value:g}" for _, value in self.settings[:1])])
+        counts = ",".join("?" if stage.keep is None else str(stage.keep) for stage in self.stages)
+        return f"{named}: {counts} of {self.num_patches}"
+
+
+@dataclass(frozen=True)
+class Body:
+    """What only one family knows about a model. Every family has a subclass.
+
+    Attributes:
+        patch_size: pixels per side of the patches among which a reduction chooses.
+        embed_dim: channels of their tokens.
+    """
+
+    patch_size: int
+    embed_dim: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A vision transformer, and which of its tokens stay.
+
+    Sizes are (height, width) in pixels. The position embedding was trained for `trained_size` and is resampled when
+    `image_size` is another.
+
+    Attributes:
+        arch: a name from `list_archs()`, or family-WIDTHxDEPTH for an unnamed size.
+        body: the facts of the family.
+        reduction: what runs.
+        learned: the reduction whose modules are among the weights, whether or not it runs.
+        crop_pct: share of an image's shorter side that evaluation keeps; None: the family's.
+        weights: which of a checkpoint's sets of weights is used.
+    """
+
+    arch: str
+    family: str
+    num_classes: int
+    image_size: Size
+    trained_size: Size
+    body: Body
+    reduction: Reduction = Reduction()
+    learned: Reduction = Reduction()
+    mean: Floats = IMAGENET_MEAN
+    std: Floats = IMAGENET_STD
+    crop_pct: float | None = None
+    weights: str | None = None
+
+    @property
+    def grid(self) -> Size:
         """The number of patches down and across."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        return grid(self.image_size, self.body)
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
     @property
-    def trained_grid(self) -> tuple[int, int]:
-        return self.trained_size[0] // self.patch_size, self.trained_size[1] // self.patch_size
+    def trained_grid(self) -> Size:
+        return grid(self.trained_size, self.body)
 
     @property
     def num_keep(self) -> tuple[int, ...]:
-        """The number of patch tokens kept at each stage; () when dense.
+        """The number of patch tokens kept at each stage; () when dense."""
+        return tuple(stage.keep or 0 for stage in self.reduction.stages)
 
-        The counts are `int(N * rate)` of the original N, with rates r, r**2, r**3 in double precision, as in
-        DynamicViT's own inference script (Rao et al. 2021, section 3.3, and `infer.py`): a rounded rate can change a
-        count.
-        """
-        if self.method == "none":
-            return ()
-        return tuple(int(self.num_patches * self.keep_rate ** (s + 1)) for s in range(len(self.prune_at)))
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of its parts by the names that Config had for them before it had parts (0.1.0)."""
+        owned = self.reduction if self.reduction.stages else self.learned
+        named = {"keep_rate": owned.keep_rate, **dict(owned.settings), "prune_at": owned.blocks}
+        return {**vars(self.body), **named, "method": self.reduction.method}
+
+    if not TYPE_CHECKING:  # our code names the part that it reads
+
+        def __getattr__(self, name: str) -> Any:
+            """Return one of the facts."""
+            if name.startswith("_") or "body" not in self.__dict__:  # being copied or unpickled
+                raise AttributeError(name)
+            facts = self.facts()
+            if name not in facts:
+                raise AttributeError(f"a Config has no {name!r}")
+            return facts[name]
+
+
+def grid(size: Size, body: Body) -> Size:
+    """Return the number of patches down and across an image of that size."""
+    return size[0] // body.patch_size, size[1] // body.patch_size

@@ -19,8 +19,7 @@ from dvit_infer.graph import Graph, Node, fold
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_reference, recognise
-from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.models.registry import build_graph, build_reference, recognise
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
 
@@ -78,7 +77,7 @@ class Engine(Classifier):
     @property
     def params(self) -> int:
         """The number of weights in the file, for a dense engine without the predictors (`Checkpoint.params`)."""
-        return self._checkpoint.params(dense=self.config.method == "none")
+        return self._checkpoint.params(dense=not self.config.reduction.stages)
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}

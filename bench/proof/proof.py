@@ -28,8 +28,8 @@ import dvit_infer as dvit
 from dvit_infer.benchmark.results import environment, read_results
 from dvit_infer.evaluate.accuracy import measure_accuracy
 from dvit_infer.images.classes import LabelledFolder, labelled_folder
-from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
+from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.training import saving
 from dvit_infer.utils.files import atomic_write_json
 

@@ -20,6 +20,7 @@ from dvit_infer.backends.torch import ALL, State, TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Branch, Node, NormNode, Prune
 from dvit_infer.ops import prune_tokens as op
+from dvit_infer.reduction.predictor import PredictorPrune
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
 PROBE_ROUNDS = 9
@@ -186,7 +187,7 @@ class CpuRunner(TorchRunner):
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._linear.dtype)
             large = name.removesuffix(".weight") in _LARGE
-            if isinstance(node, Prune):  # but for the mean half, one row per image
+            if isinstance(node, PredictorPrune):  # but for the mean half, one row per image
                 large = not self._native and w.ndim == 2 and name != "packed.4"
             return _pack(w) if large and self._linear.prepacked else w
 
@@ -196,6 +197,8 @@ class CpuRunner(TorchRunner):
         return super().prepare(images).to(self._linear.dtype)
 
     def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(node, PredictorPrune):
+            return super().select(node, x)
         if self._native:
             from dvit_infer.ops.native import prune_tokens  # here: not needed otherwise
 

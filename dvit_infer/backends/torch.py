@@ -13,6 +13,7 @@ from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Head, Mlp, Node, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
+from dvit_infer.reduction.predictor import PredictorPrune
 
 
 @dataclass(slots=True)
@@ -66,7 +67,8 @@ class TorchRunner:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
-        by = {op.backend_of(self.device, n.tokens - n.num_prefix, n.dim) for n in graph.nodes if isinstance(n, Prune)}
+        pruned = [node for node in graph.nodes if isinstance(node, PredictorPrune)]
+        by = {op.backend_of(self.device, node.tokens - node.num_prefix, node.dim) for node in pruned}
         self.prunes_by = " and ".join(sorted(by))
         self._runtime = self.describe(f"PyTorch ({why})" if why else "PyTorch", usually="PyTorch")
 
@@ -172,10 +174,15 @@ class TorchRunner:
 
     def head(self, node: Head, state: State) -> None:
         x = state.x
+        if node.reads == "mean":
+            # The mean of the logits is that of the normalised patches' logits: the head is linear.
+            patches = slice(node.num_prefix, None)
+            state.x = self.norm_linear(node, "head", x, patches, out_dtype=torch.float32).mean(dim=1)
+            return
         logits = self.norm_linear(node, "head", x, 0, out_dtype=torch.float32)
         if "head_dist.weight" in node.weights:
             logits = (logits + self.norm_linear(node, "head_dist", x, 1, out_dtype=torch.float32)) / 2
-        if node.reads_patches:
+        if node.reads == "all":
             logits = logits + 0.5 * self.norm_linear(node, "aux_head", x, slice(1, None)).amax(dim=1)
         state.x = logits
 
@@ -218,8 +225,7 @@ class TorchRunner:
 
     def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
-        kept_x, index = torch.ops.dvit.prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
-        return kept_x, index
+        return node.prune(x)
 
 
 _CUDNN: Any = torch.backends.cudnn  # its stubs lack the setting

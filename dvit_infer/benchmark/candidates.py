@@ -11,13 +11,12 @@ from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
+from dvit_infer.graph.graph import Graph
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_reference, recognise
-from dvit_infer.models.vit.graph import build_graph
-from dvit_infer.models.vit.layers import Attention
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.reference import Reference
+from dvit_infer.models.registry import build_graph, build_reference, recognise
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.memory import is_allocation_failure
 
@@ -30,7 +29,7 @@ class Candidate:
 
     Attributes:
         runtime, variant: its names in result files.
-        config: the config of the model it runs; method 'none' for the dense counterpart.
+        config: the config of the model it runs; without stages for the dense counterpart.
         call: takes images (B, 3, H, W) on the device, in the dtype; returns logits (B, K).
         gmacs: GMACs of the graph it runs.
         held_mib: returns the size of weights and buffers held between calls, or None if the runtime does not report it.
@@ -53,11 +52,16 @@ class Candidate:
 
     @property
     def is_dense(self) -> bool:
-        return self.config.method == "none"
+        return not self.config.reduction.stages
 
     @property
     def keep_rate(self) -> float:
-        return 1.0 if self.is_dense else self.config.keep_rate
+        return self.config.reduction.keep_rate
+
+    @property
+    def function(self) -> str:
+        """A key that is equal for candidates that compute the same function."""
+        return str(self.config.reduction)
 
 
 class Subject:
@@ -91,13 +95,17 @@ class Subject:
         return recognise(self.checkpoint, None, {"keep_rate": keep_rate}, {})[0]
 
     @functools.cached_property
-    def plain(self) -> VisionTransformer:
+    def plain(self) -> Reference:
         """The reference model, on the device and in the dtype."""
         return build_reference(self.config, self.checkpoint).to(self.device, self.dtype)
 
     @functools.cached_property
+    def plain_graph(self) -> Graph:
+        return build_graph(self.plain, self.config)
+
+    @property
     def plain_gmacs(self) -> float:
-        return build_graph(self.plain, self.config).gmacs
+        return self.plain_graph.gmacs
 
     def params(self, dense: bool) -> int:
         return self.checkpoint.params(dense)
@@ -125,13 +133,11 @@ def reference_candidate(subject: Subject) -> Candidate:
 
 def sdpa_candidate(subject: Subject) -> Candidate:
     fused = build_reference(subject.config, subject.checkpoint).to(subject.device, subject.dtype)
-    for module in fused.modules():
-        if isinstance(module, Attention):
-            module.fused = True
+    fused.fuse_attention()
     return _of_plain(subject, "sdpa", fused)
 
 
-def _of_plain(subject: Subject, runtime: str, model: VisionTransformer) -> Candidate:
+def _of_plain(subject: Subject, runtime: str, model: Reference) -> Candidate:
     weights = mib(model.parameters())
 
     def given(images: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:

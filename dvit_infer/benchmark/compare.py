@@ -16,12 +16,13 @@ from dvit_infer.benchmark.outcome import PruningSpeedup
 from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
 from dvit_infer.benchmark.timing import Row, Timing
 from dvit_infer.classifier import Source
-from dvit_infer.config import Config
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_reference
-from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.parity.agreement import Expected, check_approximate, check_exact, unchecked
 from dvit_infer.parity.verification import evaluate
 from dvit_infer.utils.memory import check_batch_fits
@@ -67,9 +68,8 @@ class Comparison(BaseComparison):
             raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(CANDIDATES)}")
         self.subject = subject = Subject(model, device, dtype)
         self.config, self.device, self.dtype_name = subject.config, subject.device, subject.dtype_name
-        stages = ",".join(map(str, self.config.num_keep)) or "all"
-        self.title = f"{self.config.arch}, keeping {stages} of {self.config.num_patches} patches; {self.dtype_name}"
-        is_dense = self.config.method == "none"
+        self.title = f"{self.config.arch}, {self.config.reduction}; {self.dtype_name}"
+        is_dense = not self.config.reduction.stages
         wanted = dict.fromkeys([*names, *(["dense"] if is_dense or keep_rates else [])])
         self._candidates: dict[str, Candidate] = {}
         for name in CANDIDATES:
@@ -78,11 +78,11 @@ class Comparison(BaseComparison):
                     self._candidates[name] = CANDIDATES[name](subject)
         configs = [subject.config_at(rate) for rate in keep_rates] or ([] if is_dense else [self.config])
         for config in configs:
-            name = f"engine at {config.keep_rate}" if keep_rates else "engine"
+            name = f"engine at {config.reduction.keep_rate}" if keep_rates else "engine"
             self._candidates[name] = candidates.engine_candidate(subject, config)
         self.baseline = next(iter(names), next(iter(self._candidates)))
-        # One reference model for each function; functions differ in the tokens they keep.
-        functions = {candidate.config.num_keep: candidate.config for candidate in self._candidates.values()}
+        # One reference model for each function; functions differ in their reduction.
+        functions = {candidate.function: candidate.config for candidate in self._candidates.values()}
         self._references = {key: build_reference(c, subject.checkpoint).to(self.device) for key, c in functions.items()}
         self._plain = self._references
         if subject.dtype != torch.float32:
@@ -119,12 +119,12 @@ class Comparison(BaseComparison):
             calls[name] = functools.partial(candidate.call, candidate.prepare(images))
             with _blaming(name):  # the first call compiles
                 logits = calls[name]().to(self.device, torch.float32, copy=True)  # the next one may overwrite it
-            checks[name] = self._check(candidate, images, logits, expected[candidate.config.num_keep])
+            checks[name] = self._check(candidate, images, logits, expected[candidate.function])
         return calls, checks
 
     def _check(self, candidate: Candidate, images: torch.Tensor, logits: torch.Tensor, expected: Expected) -> Check:
         target, dtype, given = expected.reference.logits, self.subject.dtype, None
-        if candidate.given is not None and candidate.config.num_keep:
+        if candidate.given is not None and not candidate.is_dense:
             given = candidate.given(images, expected.reference.kept).float()
         if candidate.approximate:
             mismatch, unclear = check_approximate(logits, target), False
@@ -135,7 +135,7 @@ class Comparison(BaseComparison):
         agreement = (logits.argmax(dim=1) == target.argmax(dim=1)).float().mean().item()
         return Check(mismatch, unclear, error, agreement)
 
-    def _expected(self, key: tuple[int, ...], images: torch.Tensor) -> Expected:
+    def _expected(self, key: str, images: torch.Tensor) -> Expected:
         reference = evaluate(self._references[key], images)
         if not torch.isfinite(reference.logits).all():
             name = self.subject.checkpoint.name
@@ -147,12 +147,12 @@ class Comparison(BaseComparison):
 
     def check_memory(self, batch: int) -> None:
         if self.device.type == "cpu":
-            check_batch_fits(batch, batch * _bytes_per_image(self.config))
+            check_batch_fits(batch, batch * _bytes_per_image(self.subject.plain_graph))
 
     @property
-    def reference(self) -> VisionTransformer:
+    def reference(self) -> Reference:
         """The reference of `engine`, in float32."""
-        return self._references[self.engine.config.num_keep]
+        return self._references[str(self.engine.config.reduction)]
 
     def time_nodes(
         self, batch: int, limits: Limits, seconds: float, progress: Callable[[float], None] = lambda share: None
@@ -203,12 +203,15 @@ class Comparison(BaseComparison):
         return f"all candidates{but} compute the same function: largest error of a logit {largest:.1e}{reduced}"
 
 
-def _bytes_per_image(config: Config) -> int:
+def _bytes_per_image(graph: Graph) -> int:
     """Estimate the memory that one image needs in the reference: its copies, and a block's largest tensors."""
-    tokens = config.num_prefix + config.num_patches
-    attention = 2 * config.num_heads * tokens + 5 * config.embed_dim
-    mlp = 2 * (config.mlp_dim + config.embed_dim)
-    return 4 * (4 * 3 * math.prod(config.image_size) + tokens * max(attention, mlp))
+    values = [0]
+    for node in graph.nodes:
+        if isinstance(node, Attention):
+            values.append(node.tokens * (2 * node.num_heads * node.tokens + 5 * node.dim))
+        elif isinstance(node, Mlp):
+            values.append(node.tokens * 2 * (node.weights["fc1.weight"].shape[0] + node.dim))
+    return 4 * (4 * 3 * math.prod(graph.config.image_size) + max(values))
 
 
 def _blaming(name: str) -> contextlib.AbstractContextManager[None]:

@@ -17,9 +17,8 @@ from dvit_infer.config import Config
 from dvit_infer.engine import folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_images
-from dvit_infer.models.registry import build_reference
-from dvit_infer.models.vit.graph import build_graph
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.reference import Reference
+from dvit_infer.models.registry import build_graph, build_reference, family_of
 from dvit_infer.onnx.session import open_session, run_session
 from dvit_infer.utils.packages import need
 
@@ -30,25 +29,14 @@ if TYPE_CHECKING:
 def timm_candidate(subject: Subject) -> Candidate:
     """timm's dense counterpart, with the checkpoint's weights."""
     config = subject.dense_config
-    if config.family != "deit":
+    in_timm = family_of(config).in_timm
+    if in_timm is None:
         raise InputError(f"compare: timm has no {config.family}; leave timm out")
     _need("timm")
     try:
-        from timm.models.deit import VisionTransformerDistilled
-        from timm.models.vision_transformer import VisionTransformer as TimmViT
+        model = in_timm(config)
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision built for another torch
         raise InputError(f"compare: timm cannot be imported here: {first_line(error)}") from None
-    kind = VisionTransformerDistilled if config.num_prefix == 2 else TimmViT
-    model = kind(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=config.num_classes,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_dim / config.embed_dim,
-        norm_layer=functools.partial(nn.LayerNorm, eps=config.eps),
-    )
     dense = build_reference(config, subject.checkpoint)
     model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
     model = model.eval().to(subject.device, subject.dtype)
@@ -152,7 +140,7 @@ def _exported(subject: Subject, dtype: torch.dtype) -> bytes:
 class _Logits(nn.Module):
     """A reference whose forward gives logits alone, for exporters."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: Reference) -> None:
         super().__init__()
         self.model = model
 
@@ -161,7 +149,7 @@ class _Logits(nn.Module):
 
 
 @torch.no_grad()
-def traced_onnx(model: VisionTransformer, config: Config) -> bytes:
+def traced_onnx(model: Reference, config: Config) -> bytes:
     """Export a reference by torch.onnx: input `images` (B, 3, H, W), output `logits` (B, K), any B."""
     from onnxscript import opset18 as op
 
@@ -171,7 +159,7 @@ def traced_onnx(model: VisionTransformer, config: Config) -> bytes:
         size = gather(op.Shape(x), op.Constant(value_ints=[dim]))
         return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
-    images = sample_images(2, config.image_size).to(model.pos_embed.dtype)
+    images = sample_images(2, config.image_size).to(next(model.parameters()).dtype)
     with _quiet():
         program = torch.onnx.export(
             _Logits(model).eval(),

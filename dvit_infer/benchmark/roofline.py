@@ -14,7 +14,7 @@ from dvit_infer.backends.cpu import time_linears
 from dvit_infer.benchmark.timing import rounds
 from dvit_infer.engine import Engine
 from dvit_infer.graph.nodes import Node
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.reference import Reference
 from dvit_infer.parity.verification import evaluate, node_outputs
 from dvit_infer.utils.devices import timed
 
@@ -88,7 +88,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 
 def time_nodes(
     engine: Engine,
-    reference: VisionTransformer,
+    reference: Reference,
     images: torch.Tensor,
     limits: Limits,
     seconds: float,
@@ -146,7 +146,7 @@ def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
 
 
-def _errors(engine: Engine, reference: VisionTransformer, images: torch.Tensor) -> dict[str, float]:
+def _errors(engine: Engine, reference: Reference, images: torch.Tensor) -> dict[str, float]:
     kept = evaluate(reference, images).kept
     found = node_outputs(engine, reference, images, kept)
     return {node.name: (out.float() - want).abs().max().item() for node, out, want in found}
@@ -166,7 +166,7 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
             "kind": t.node.kind,
             "runtime": "engine",
             "model": config.arch,
-            "keep_rate": 1.0 if config.method == "none" else config.keep_rate,
+            "keep_rate": config.reduction.keep_rate,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "batch": batch,
             "shape": [list(t.node.in_shape), list(t.node.out_shape)],

@@ -158,7 +158,7 @@ def _calibration(options: argparse.Namespace, engine: "Engine") -> "Iterator[np.
 
 def _found(engine: "Engine", report: "Report | None") -> dict[str, Any]:
     return {
-        "config": asdict(engine.config),
+        "config": {**asdict(engine.config), **engine.config.facts()},
         "notes": [asdict(note) for note in engine.notes],
         "gflops": engine.graph.gmacs,
         "parity": None if report is None else {"passed": report.passed, **asdict(report)},

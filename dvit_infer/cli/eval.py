@@ -72,11 +72,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _row(engine: "Classifier", found: "Accuracy") -> dict[str, Any]:
-    dense = engine.config.method == "none"
     row = {
         "model": engine.config.arch,
-        "keep_rate": 1.0 if dense else engine.config.keep_rate,
-        "runtime": "dense" if dense else "engine",
+        "keep_rate": engine.config.reduction.keep_rate,
+        "runtime": "engine" if engine.config.reduction.stages else "dense",
         "device": engine.device.type,
         "dtype": _name(engine.dtype),
         "batch": found.batch,

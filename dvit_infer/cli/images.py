@@ -34,8 +34,9 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
     """
     import dvit_infer as dvit
     from dvit_infer.images.classes import read_classes
-    from dvit_infer.images.preprocess import Preprocess, preprocess_for
+    from dvit_infer.images.preprocess import Preprocess
     from dvit_infer.images.stream import batch_size, check_fits, worker_count
+    from dvit_infer.models.preprocessing import preprocess_for
     from dvit_infer.onnx.engine import is_onnx, onnx_device
     from dvit_infer.utils.devices import resolve_device
 

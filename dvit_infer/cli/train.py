@@ -210,7 +210,7 @@ def _prepared(
         if note.how == "assumed":
             say(shown(f"assumed {note.what} {note.value}: {note.why}"))
     kept = ",".join(map(str, config.num_keep))
-    blocks = ",".join(map(str, config.prune_at))
+    blocks = ",".join(map(str, config.reduction.blocks))
     say(f"{config.arch}, keeping {kept} of {config.num_patches} patches before blocks {blocks}")
     say(shown(f"{len(image_files)} images of {len(found.labels)} classes; {augmentation}"))
     return training, settings

@@ -11,11 +11,12 @@ from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import checkpoint_of
 from dvit_infer.errors import InputError
 from dvit_infer.images.classes import LabelledFolder
-from dvit_infer.images.preprocess import Preprocess, preprocess_for
+from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running, worker_count
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.preprocessing import preprocess_for
+from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_reference
-from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.onnx.engine import is_onnx
 from dvit_infer.parity.verification import evaluate
 from dvit_infer.utils.devices import timed
@@ -84,7 +85,7 @@ class Accuracy:
         return "\n".join([table(("", ">engine"), rows), table(("", ">reference right", ">reference wrong"), sides)])
 
 
-def reference_of(engine: Classifier, source: Source) -> VisionTransformer:
+def reference_of(engine: Classifier, source: Source) -> Reference:
     """Return the engine's reference model, built from its source file, in float32, on its device.
 
     Raises:
@@ -102,7 +103,7 @@ def measure_accuracy(
     batch: int | None = None,
     preprocess: Preprocess | None = None,
     workers: int | None = None,
-    reference: VisionTransformer | None = None,
+    reference: Reference | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Accuracy:
     """Classify every image of a folder (`labelled_folder`) and measure accuracy and speed.
@@ -157,7 +158,7 @@ class _Counts:
         self.decode_seconds = self.model_seconds = 0.0
         self.unreadable: list[tuple[str, str]] = []
 
-    def take(self, group: Sequence[Decoded], engine: Classifier, reference: VisionTransformer | None) -> None:
+    def take(self, group: Sequence[Decoded], engine: Classifier, reference: Reference | None) -> None:
         self.decode_seconds += sum(image.seconds for image in group)
         self.unreadable += [(image.path, image.error) for image in group if image.error is not None]
         images = pixels(group)

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dvit_infer.classifier import Classifier, Source
-from dvit_infer.images.preprocess import Preprocess, preprocess_for
+from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
+from dvit_infer.models.preprocessing import preprocess_for
 
 TOP = 5
 VERSION = 1  # of predictions; increased when the same model may give a different output for the same image

@@ -14,7 +14,8 @@ from dvit_infer.classifier import Classifier
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.images.decode import ImageFileError, open_image
-from dvit_infer.images.preprocess import Preprocess, preprocess_for
+from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.models.preprocessing import preprocess_for
 
 ImageSource = Image.Image | str | Path
 

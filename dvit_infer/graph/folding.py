@@ -10,13 +10,12 @@ from typing import TypeVar
 import torch
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, Mlp, Node, NormNode, Prune, Weights
-from dvit_infer.ops.prune_tokens import pack_predictor
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, Mlp, Node, NormNode, Weights
 
 
 def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
-    """Apply all folds. `dtype` is the dtype the graph will run in: predictors are packed for it."""
-    nodes = [_batch_norm(_residual_scale(_softmax_scale(_layer_norm(_predictor(node, dtype))))) for node in graph.nodes]
+    """Apply all folds. `dtype` is the dtype the graph will run in."""
+    nodes = [_batch_norm(_residual_scale(_softmax_scale(_layer_norm(node.folded_for(dtype))))) for node in graph.nodes]
     return replace(graph, nodes=tuple(_leave_stats(_class_only(nodes))))
 
 
@@ -75,27 +74,19 @@ def _residual_scale(node: Node) -> Node:
     return replace(_noted(node, "1/skip_lam", scaled), residual_scale=1.0)
 
 
-def _predictor(node: Node, dtype: torch.dtype) -> Node:
-    """Pack a predictor: fold LayerNorm, one vector per image as mean half, one logit difference for two logits."""
-    if not isinstance(node, Prune) or "in_conv.0.weight" not in node.weights:
-        return node
-    packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(node.weights, dtype))}
-    return replace(node, weights=packed, folded=(*node.folded, "LayerNorm", "mean half", "logit difference"))
-
-
 def _class_only(nodes: list[Node]) -> list[Node]:
     """If the head reads only prefix tokens, compute queries, projection and MLP of the last block only for them."""
     *front, attention, mlp, head = nodes
-    if not isinstance(head, Head) or head.reads_patches:
+    if not isinstance(head, Head) or head.reads != "prefix":
         return nodes
     if not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
         return nodes
-    rows, note = head.num_prefix, "class rows only"
+    rows, note = head.rows, "class rows only"
     return [
         *front,
         replace(attention, rows=rows, weights=_queries_apart(attention), folded=(*attention.folded, note)),
         replace(mlp, tokens=rows, folded=(*mlp.folded, note)),
-        replace(head, tokens=rows, folded=(*head.folded, note)),
+        replace(head, tokens=rows, num_prefix=rows, folded=(*head.folded, note)),
     ]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dvit_infer.config import Config
-from dvit_infer.graph.nodes import Node, Prune
+from dvit_infer.graph.nodes import Node
 from dvit_infer.utils.tables import table
 
 
@@ -38,18 +38,11 @@ class Graph:
         return next(iter(self.nodes[0].weights.values())).dtype
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
-        """Return a copy with its own weights on `device`, in `dtype`; packed predictors keep their dtypes."""
-
-        def own(node: Node) -> Node:
-            if isinstance(node, Prune):
-                return node.with_weights(lambda w: w.to(device, copy=True))
-            return node.with_weights(lambda w: w.to(device, dtype, copy=True))
-
-        return replace(self, nodes=tuple(own(node) for node in self.nodes))
+        """Return a copy with its own weights on `device`, in `dtype`; those of a reduction keep their dtypes."""
+        return replace(self, nodes=tuple(node.to(device, dtype) for node in self.nodes))
 
     def __str__(self) -> str:
         c = self.config
-        pruned = f", keep {','.join(map(str, c.num_keep))} of {c.num_patches} patches" if c.num_keep else ", dense"
         rows, total_bytes = [], 0
         for node in self.nodes:
             moved = node.bytes_moved(1, next(iter(node.weights.values())).element_size())
@@ -58,7 +51,7 @@ class Graph:
             numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"
             rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
         total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one image")
-        title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}{pruned}"
+        title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}, {c.reduction}"
         columns = ("node", "kind", "in", "out", ">10^6 MACs", ">KiB moved", "folded")
         shown = table(columns, rows, title=title, total=total)
         return f"{shown}\nrun by {self.runtime}" if self.runtime else shown

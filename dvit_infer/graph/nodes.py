@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -51,6 +51,14 @@ class Node(ABC):
         """Return the least bytes read and written: input and output once per image, weights once per batch."""
         activations = math.prod(self.in_shape) + math.prod(self.out_shape)
         return batch * activations * itemsize + sum(w.numel() * w.element_size() for w in self.weights.values())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return a copy with its own weights on `device`, in `dtype`."""
+        return self.with_weights(lambda w: w.to(device, dtype, copy=True))
+
+    def folded_for(self, dtype: torch.dtype) -> Self:
+        """Return the node with what only it can fold, for a graph that runs in `dtype`; most have nothing."""
+        return self
 
     def with_weights(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         return replace(self, weights={name: change(w) for name, w in self.weights.items()})
@@ -194,32 +202,28 @@ class Mlp(Branch):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(TokenNode):
-    """The op dvit::prune_tokens: score, choose, gather. Weights are packed for the op, or the predictor's own."""
+    """Drops patch tokens. Each reduction has a subclass, which chooses; prefix tokens stay, in front."""
 
     kind = "prune"
     num_keep: int
     num_prefix: int
-    eps: float
+    channels: int
 
     @property
     def dim(self) -> int:
-        return next(w for w in self.weights.values() if w.ndim == 2).shape[1]  # of the first linear
+        return self.channels
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         return self.num_prefix + self.num_keep, self.dim
 
-    @property
-    def packed(self) -> list[torch.Tensor]:
-        return list(self.weights.values())
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return a copy on `device`; its weights are in the dtypes that the choice needs."""
+        return self.with_weights(lambda w: w.to(device, copy=True))
 
-    @property
-    def macs(self) -> int:
-        n, c = self.tokens - self.num_prefix, self.dim
-        if "in_conv.0.weight" in self.weights:
-            return n * (5 * c + c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2)
-        half = c // 2
-        return n * (4 * c + c * c + half * half + half * (c // 4) + c // 4) + half * half
+    @abstractmethod
+    def prune(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, P+N, C) -> the kept tokens (B, P+k, C), and their (B, k) ascending positions among the N."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,11 +231,17 @@ class Head(NormNode):
     """LayerNorm, then the logits of the class token.
 
     With a distillation token, the mean of both tokens' logits. LV-ViT adds, per class, half of the largest auxiliary
-    logit of the patches.
+    logit of the patches. Without prefix tokens, the logits of the patches' mean.
+
+    Attributes:
+        reads: the rows that it reads: the first prefix tokens, the mean of the patches, or all.
+        num_prefix: the number of prefix tokens in its input.
     """
 
     kind = "head"
     normed = ("head", "head_dist", "aux_head")
+    reads: Literal["prefix", "mean", "all"]
+    num_prefix: int
 
     @property
     def dim(self) -> int:
@@ -242,14 +252,10 @@ class Head(NormNode):
         return (self.weights["head.weight"].shape[0],)
 
     @property
-    def reads_patches(self) -> bool:
-        return "aux_head.weight" in self.weights
-
-    @property
-    def num_prefix(self) -> int:
-        return 2 if "head_dist.weight" in self.weights else 1
+    def rows(self) -> int:
+        """The number of rows that its linears multiply."""
+        return {"prefix": 2 if "head_dist.weight" in self.weights else 1, "mean": 1, "all": self.tokens}[self.reads]
 
     @property
     def macs(self) -> int:
-        rows = self.tokens if self.reads_patches else self.num_prefix
-        return _norm_macs(self.weights, self.tokens, self.dim) + rows * self.weights["head.weight"].numel()
+        return _norm_macs(self.weights, self.tokens, self.dim) + self.rows * self.weights["head.weight"].numel()

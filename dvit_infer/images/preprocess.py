@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 
 MAX_ASPECT = 8  # largest aspect ratio of the resized part, relative to that of the crop
@@ -67,18 +66,3 @@ def _shortened(image: Image.Image, rows: int, columns: int) -> Image.Image:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def preprocess_for(config: Config) -> Preprocess:
-    """Return the preprocessing in the config, else that with which the model's family was evaluated.
-
-    DynamicViT (Rao et al. 2021, `datasets.py`) crops 0.875 for all its models, and from 384 pixels on
-    warps without cropping; DeiT 0.875; LV-ViT (token labeling, `models/lvvit.py`) 0.9 for T and S, 1.0 for M and L.
-    """
-    if config.crop_pct is not None:
-        return Preprocess(config.image_size, config.crop_pct)
-    if config.prune_at:
-        return Preprocess(config.image_size, warp=min(config.image_size) >= 384)
-    if config.family == "lvvit":
-        return Preprocess(config.image_size, 0.9 if config.depth <= 16 else 1.0)
-    return Preprocess(config.image_size)

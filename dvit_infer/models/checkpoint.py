@@ -36,8 +36,12 @@ class Checkpoint:
     state: dict[str, torch.Tensor]
     weights: str | None = None  # the set that was taken; None: the file holds a bare state dict
     other_sets: tuple[str, ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args, or the saved config
-    is_saved_engine: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args
+    header: str | None = None  # the text under `HEADER_KEY` of a saved engine
+
+    @property
+    def is_saved_engine(self) -> bool:
+        return self.header is not None
 
     def params(self, dense: bool) -> int:
         """Return the number of weights: without the predictors if `dense`, and without BatchNorm's statistics."""
@@ -76,9 +80,11 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
         raise InputError(f"{name}: the file is empty")
     # A safetensors header may by chance begin with a pickle's first byte, so byte 8 decides first.
     if head[8:9] == b"{" or path.suffix == ".safetensors":
-        tensors, found = _load_safetensors(path)
+        tensors, header = _load_safetensors(path)
+        if header is not None:
+            read_header(name, header)  # a damaged one is named before a damaged tensor
         checkpoint = _take_weights(name, tensors, weights)
-        checkpoint.metadata, checkpoint.is_saved_engine = found or {}, found is not None
+        checkpoint.header = header
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
         return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
@@ -150,16 +156,14 @@ def _first_line(message: str) -> str:
     return line[:120]
 
 
-def _load_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _load_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
         raise InputError(f"{path}: damaged safetensors file ({_first_line(str(error))})") from None
-    if HEADER_KEY not in metadata:
-        return tensors, None
-    return tensors, read_header(str(path), metadata[HEADER_KEY])
+    return tensors, metadata.get(HEADER_KEY)
 
 
 def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:

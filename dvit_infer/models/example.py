@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvit_infer.config import Config
+from dvit_infer.config import Body, Config, Reduction, Stage
 from dvit_infer.errors import InputError
-from dvit_infer.models.arch import ARCHS
 from dvit_infer.models.fill import fill
-from dvit_infer.models.vit.read import DEIT, LVVIT
+from dvit_infer.models.registry import family_of
+from dvit_infer.models.vit.archs import ARCHS
+from dvit_infer.models.vit.body import ViT
 
 
 def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict[str, Any]:
@@ -39,25 +40,31 @@ def example_shapes(arch: str) -> dict[str, tuple[int, ...]]:
     if arch not in ARCHS:
         raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
     sizes = ARCHS[arch]
-    stages = range(1, sizes.num_predictors + 1)
-    config = Config(
-        arch=arch,
-        family=sizes.family,
-        image_size=(224, 224),
-        trained_size=(224, 224),
+    body = ViT(
         patch_size=16,
-        num_classes=1000,
         embed_dim=sizes.embed_dim,
         depth=sizes.depth,
         num_heads=sizes.num_heads,
         mlp_dim=sizes.embed_dim * sizes.mlp_ratio,
         eps=1e-6,
         num_prefix=sizes.num_prefix,
-        method="none",
-        prune_at=tuple(sizes.depth * stage // (sizes.num_predictors + 1) for stage in stages),
-        keep_rate=1.0,
         stem_dim=sizes.stem_dim,
     )
+    return shapes_of(sizes.family, body, size=224, num_classes=1000, stages=sizes.num_predictors)
+
+
+def shapes_of(family: str, body: Body, size: int, num_classes: int, stages: int) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a model's tensors with `stages` predictors for images of `size` x `size` pixels."""
+    learned = Reduction("predictor", tuple(map(Stage, range(stages))), (("predictor_eps", 1e-5),))
+    config = Config(
+        arch="example",
+        family=family,
+        num_classes=num_classes,
+        image_size=(size, size),
+        trained_size=(size, size),
+        body=body,
+        learned=learned if stages else Reduction(),
+    )
     with torch.device("meta"):
-        model = (LVVIT if sizes.family == LVVIT.name else DEIT).reference(config)
+        model = family_of(config).reference(config)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

@@ -1,11 +1,11 @@
 """Check each fact about a model that a file or a user states; the message names its origin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from dvit_infer.config import METHODS, Method
 from dvit_infer.errors import InputError
+from dvit_infer.reduction import METHODS
 
 MAX_PATCHES = 1 << 14  # one head's attention weights of one image are then 1 GiB
 
@@ -41,8 +41,8 @@ def keep_rate(what: str, value: Any) -> float:
     return float(value)
 
 
-def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, ...]:
-    """Return strictly increasing block indices, one per predictor."""
+def block_indices(what: str, value: Any, depth: int, count: int | None) -> tuple[int, ...]:
+    """Return strictly increasing block indices, one per predictor if there are `count` of them."""
     indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
         raise InputError(f"{what}: {value!r} is not a list of block indices")
@@ -52,7 +52,7 @@ def block_indices(what: str, value: Any, depth: int, count: int) -> tuple[int, .
             raise InputError(f"{what}: there is no block {index}; the model has blocks 0 to {depth - 1}")
     if list(indices) != sorted(set(indices)):
         raise InputError(f"{what}: {text_of(indices)} is not strictly increasing")
-    if len(indices) != count:
+    if count is not None and len(indices) != count:
         raise InputError(f"{what}: {len(indices)} given ({text_of(indices)}), but the weights hold {count} predictors")
     return indices
 
@@ -84,11 +84,13 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def method(what: str, value: Any, has_predictors: bool, name: str) -> Method:
-    if value == "none":
-        return "none"
-    if value != "predictor":
-        raise InputError(f"{what}: {value!r} is not one of {', '.join(METHODS)}")
-    if not has_predictors:
-        raise InputError(f"{what}: 'predictor' needs score predictors, and {name} holds none; 'none' runs it dense")
-    return "predictor"
+def method(what: str, value: Any, learned: str | None, name: str) -> str:
+    """Return a method that `name` can run, whose weights hold the modules of `learned`."""
+    if value != "none" and value not in METHODS:
+        raise InputError(f"{what}: {value!r} is not one of {', '.join([*METHODS, 'none'])}")
+    if value != "none" and METHODS[value].KEY is not None and value != learned:
+        raise InputError(f"{what}: {value!r} needs score predictors, and {name} holds none; 'none' runs it dense")
+    return str(value)
+
+
+SETTINGS: dict[str, Callable[[str, Any], float]] = {"keep_rate": keep_rate, "predictor_eps": positive_float}

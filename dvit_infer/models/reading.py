@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.facts import is_number, text_of
@@ -36,16 +37,23 @@ class Note:
 
 
 class Reading:
-    """Resolves facts one by one, from the caller, else from the metadata, else by assumption; notes each."""
+    """Resolves facts one by one, from the caller, else from the metadata, else by assumption; notes each.
 
-    def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any]) -> None:
+    Args:
+        checkpoint: its keys and shapes, and a trainer's arguments, are read.
+        given: the caller's facts.
+        stored: the config in the header of a saved engine.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, given: Mapping[str, Any], stored: Config | None = None) -> None:
         if unknown := [name for name in given if name not in ASSUMABLE]:
             raise InputError(f"assume: {unknown[0]!r} cannot be assumed; these can: {', '.join(ASSUMABLE)}")
         self.name = checkpoint.name
         self.shapes = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
         self.given = dict(given)
-        self.metadata = checkpoint.metadata if checkpoint.is_saved_engine else _of_a_trainer(checkpoint.metadata)
-        self.metadata_source = "the saved config" if checkpoint.is_saved_engine else "the file's args"
+        self.stored = stored
+        self.metadata = _of_a_trainer(checkpoint.metadata) if stored is None else _of_a_config(stored)
+        self.metadata_source = "the file's args" if stored is None else "the saved config"
         self.notes: list[Note] = []
         self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
 
@@ -96,6 +104,13 @@ class Reading:
             self.note("assumed", what, value, why)
         return value
 
+    def use_reduction(self, method: str) -> None:
+        """Read the facts of a reduction from the part of the saved config that has this method, if there is one."""
+        if self.stored is not None:
+            runs, learned = self.stored.reduction, self.stored.learned
+            found = runs if runs.stages and runs.method == method else learned
+            self.metadata |= {**dict(found.settings), "prune_at": found.blocks or None}
+
     def resolve_if_known(self, what: str) -> Any:
         """Return the given value, else that in the metadata, else None without a note."""
         if self.given.get(what) is None and self._stated(what, None) is None:
@@ -117,6 +132,13 @@ class Reading:
             if key is not None and self.metadata.get(key) is not None:
                 return key, self.metadata[key]
         return None
+
+
+def _of_a_config(config: Config) -> dict[str, Any]:
+    """Return the facts in a saved config by their own names; those of its reduction are added once it is chosen."""
+    parts = {"body", "reduction", "learned"}
+    facts = {name: value for name, value in vars(config).items() if name not in parts}
+    return {**facts, **vars(config.body), "method": config.reduction.method}
 
 
 def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,42 @@
-"""The registry of checkpoint families: recognise a checkpoint, read its config, build its reference model."""
+"""The registry of families: recognise a checkpoint, read its config, build its reference model and graph."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.models.arch import ARCHS
+from dvit_infer.graph.graph import Graph
 from dvit_infer.models.checkpoint import Checkpoint
-from dvit_infer.models.header import WEIGHT_SETS
+from dvit_infer.models.family import Family
+from dvit_infer.models.header import WEIGHT_SETS, read_header
 from dvit_infer.models.reading import Note, Reading
-from dvit_infer.models.vit.pos_embed import resample_pos_embed
-from dvit_infer.models.vit.read import DEIT, LVVIT
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.reference import Reference
+from dvit_infer.models.saved import saved_config
+from dvit_infer.models.vit.families import DEIT, LVVIT
 
-_FAMILIES = (LVVIT, DEIT)  # LV-ViT first: it has all keys of a DeiT
+FAMILIES: tuple[Family, ...] = (DEIT, LVVIT)
 
 
 def list_archs() -> list[str]:
     """Return the names that `arch` accepts."""
-    return list(ARCHS)
+    return [name for family in FAMILIES for name in family.archs]
+
+
+def family_of(config: Config) -> Family:
+    return next(family for family in FAMILIES if family.name == config.family)
+
+
+def config_of(name: str, header: str) -> Config:
+    """Return the config in the header of the file `name`.
+
+    Raises:
+        InputError: the header has another version, or its values are impossible.
+    """
+    return saved_config(name, read_header(name, header), {family.name: family.body for family in FAMILIES})
 
 
 def recognise(
@@ -41,67 +56,74 @@ def recognise(
     Raises:
         InputError: the keys belong to no known family, or a fact is impossible; the message names the key or option.
     """
-    if arch is not None and (not isinstance(arch, str) or arch not in ARCHS):
-        raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
-    reading = Reading(checkpoint, given)
+    if arch is not None and (not isinstance(arch, str) or arch not in list_archs()):
+        raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(list_archs())}")
+    stored = None if checkpoint.header is None else config_of(checkpoint.name, checkpoint.header)
+    reading = Reading(checkpoint, given, stored)
     if checkpoint.weights is not None:
         others = f"; also there: {', '.join(checkpoint.other_sets)}" if checkpoint.other_sets else ""
         reading.note(
             "given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}"
         )
-    family = next((f for f in _FAMILIES if f.matches(reading.shapes)), None)
+    family = next((f for f in FAMILIES if f.matches(reading.shapes)), None)
     if family is None:
         first = next(iter(reading.shapes))
-        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(ARCHS)}")
-    if arch is not None and ARCHS[arch].family != family.name:
+        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(list_archs())}")
+    if arch is not None and arch not in family.archs:
         raise InputError(f"arch: {arch} was requested, but the keys of {checkpoint.name} are those of {family.name}")
-    saved_as = checkpoint.metadata.get("weights") if checkpoint.is_saved_engine else None
+    saved_as = None if stored is None else stored.weights
     weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
     config = replace(family.read(reading, arch, options), weights=weights)
-    if checkpoint.is_saved_engine:
-        _check_header(checkpoint, config, {*given, *(name for name, value in options.items() if value is not None)})
+    if stored is not None:
+        overridden = {*given, *(name for name, value in options.items() if value is not None)}
+        _check_header(checkpoint.name, stored, config, overridden)
     return config, reading.notes
 
 
-def _check_header(checkpoint: Checkpoint, config: Config, overridden: set[str]) -> None:
+def _check_header(name: str, stored: Config, config: Config, overridden: set[str]) -> None:
     """Check that header and weights of a saved file agree in every fact that was not overridden.
 
     The name may differ: an unnamed size may get a name later.
     """
-    for name, value in asdict(config).items():
-        stated = checkpoint.metadata[name]
-        if name not in {"arch", *overridden} and value != (tuple(stated) if isinstance(stated, list) else stated):
-            raise InputError(
-                f"{checkpoint.name}: its header says {name} is {str(stated)[:40]}, its weights say {value}"
-            )
+    if overridden & {"method", "keep_rate", "prune_at", "predictor_eps", "image_size"}:
+        overridden = overridden | {"reduction", "learned"}
+    compared = [(f.name, getattr(stored, f.name), getattr(config, f.name)) for f in fields(Config) if f.name != "body"]
+    mine = vars(config.body)
+    compared += [(key, value, mine.get(key)) for key, value in vars(stored.body).items()]
+    for what, stated, found in compared:
+        if what not in {"arch", *overridden} and stated != found:
+            raise InputError(f"{name}: its header says {what} is {str(stated)[:40]}, its weights say {found}")
 
 
-def build_reference(config: Config, checkpoint: Checkpoint) -> VisionTransformer:
+def build_reference(config: Config, checkpoint: Checkpoint) -> Reference:
     """Return the reference model with the checkpoint's weights, in float32, on the CPU, in evaluation mode.
 
     Raises:
         InputError: a key is missing or unexpected, or its shape does not match the config.
     """
-    family = next(f for f in _FAMILIES if config.family == f.name)
+    family = family_of(config)
     with torch.device("meta"):
-        model: VisionTransformer = family.reference(config)
-    _check(checkpoint, {key: tuple(value.shape) for key, value in model.state_dict().items()}, config)
+        as_trained = family.reference(replace(config, image_size=config.trained_size))
+        model = family.reference(config)
+    _check(checkpoint, {key: tuple(value.shape) for key, value in as_trained.state_dict().items()}, config.arch)
     state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoint.state.items()}
-    state["pos_embed"] = resample_pos_embed(state["pos_embed"], config.num_prefix, config.trained_grid, config.grid)
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(family.resized(state, config), strict=True, assign=True)
     return model.eval()
 
 
-def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], config: Config) -> None:
+def build_graph(model: nn.Module, config: Config) -> Graph:
+    """Return the graph of a reference model in evaluation, with unchanged weights; nothing is folded yet."""
+    return Graph(config, tuple(family_of(config).graph(model, config)))
+
+
+def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], arch: str) -> None:
     found = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
-    rows, width = config.trained_grid[0] * config.trained_grid[1] + config.num_prefix, config.embed_dim
-    expected = {**expected, "pos_embed": (1, rows, width)}
     for key in expected:
         if key not in found:
-            raise InputError(f"{checkpoint.name}: missing key {key}, which {config.arch} has")
+            raise InputError(f"{checkpoint.name}: missing key {key}, which {arch} has")
     for key in found:
         if key not in expected:
-            raise InputError(f"{checkpoint.name}: unexpected key {key}, which {config.arch} does not have")
+            raise InputError(f"{checkpoint.name}: unexpected key {key}, which {arch} does not have")
     for key, shape in expected.items():
         if found[key] != shape:
             others = sorted(k for k in found if "head" in k and k != key and found[k][:1] == shape[:1])

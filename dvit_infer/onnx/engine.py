@@ -14,7 +14,8 @@ from dvit_infer.classifier import Classifier, Source
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
-from dvit_infer.models.header import HEADER_KEY, saved_config
+from dvit_infer.models.header import HEADER_KEY
+from dvit_infer.models.registry import config_of
 from dvit_infer.onnx.runner import OnnxRunner
 from dvit_infer.onnx.session import input_dtype, open_session
 from dvit_infer.utils.devices import resolve_device
@@ -43,7 +44,7 @@ class OnnxEngine(Classifier):
         facts = session.get_modelmeta().custom_metadata_map
         if HEADER_KEY not in facts:
             raise InputError(f"{path}: was not written by dvit-convert, so its preprocessing is unknown")
-        config = saved_config(str(path), facts[HEADER_KEY])
+        config = config_of(str(path), facts[HEADER_KEY])
         self.only_uint8 = input_dtype(session) == torch.uint8
         _check_shapes(str(path), session, config, self.only_uint8)
         self._precision = str(facts.get("dtype", "float32"))

@@ -115,7 +115,7 @@ def write_onnx(
 def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict[str, str]:
     """Return the metadata of a file, as text; values of more than one word are JSON."""
     from dvit_infer import __version__
-    from dvit_infer.images.preprocess import preprocess_for
+    from dvit_infer.models.preprocessing import preprocess_for
 
     config = engine.config
     preprocess = preprocess_for(config)
@@ -126,7 +126,7 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
         "version": __version__,
         "family": config.family,
         "arch": config.arch,
-        "keep_rate": str(config.keep_rate if config.num_keep else 1.0),
+        "keep_rate": str(config.reduction.keep_rate),
         "keep_rates": json.dumps(rates),
         "num_keep": json.dumps(config.num_keep),
         "preprocessing": json.dumps(preprocessing),

@@ -15,9 +15,9 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.images.find import find_images
-from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.preprocessing import preprocess_for
 
 CALIBRATE_WITH, AT_ONCE = 128, 16  # images in all, and in a batch
 

@@ -15,6 +15,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Prune
 from dvit_infer.onnx.prune_tokens import DOMAIN, NAME, prune_tokens_function
+from dvit_infer.reduction.predictor import PredictorPrune
 
 IR_VERSION = 10
 OPSETS = (20, 21)  # Gelu exists from 20 on
@@ -50,9 +51,9 @@ def onnx_model(
     if graph.dtype not in _ELEMENT:
         raise InputError(f"dtype: {str(graph.dtype)[6:]} cannot be written as ONNX; float32 and float16 can")
     domains, functions = [helper.make_opsetid("", opset)], []
-    if graph.config.num_keep:
+    if any(isinstance(node, PredictorPrune) for node in graph.nodes):
         domains.append(helper.make_opsetid(DOMAIN, 1))
-        functions.append(prune_tokens_function(opset, _ELEMENT[graph.dtype], graph.config.embed_dim))
+        functions.append(prune_tokens_function(opset, _ELEMENT[graph.dtype], graph.config.body.embed_dim))
     model: onnx.ModelProto = helper.make_model(
         _Writer(graph, uint8, kept).proto(),
         functions=functions,
@@ -209,6 +210,8 @@ class _Writer:
         return self._said(self._emit("Add", x, branch, out=node.name), node.tokens, node.dim)
 
     def _prune(self, node: Prune, x: str) -> str:
+        if not isinstance(node, PredictorPrune):
+            raise InputError(f"format: the reduction {self._config.reduction.method} cannot be written as ONNX")
         w1, _, *others = node.packed
         names = ("w1", "b1", "w2_own", "w2_mean", "b2", "w3", "b3", "w4", "b4")
         weights = [self._own(name, w.t() if w.ndim == 2 else w) for name, w in zip(names, (w1, *others), strict=True)]
@@ -228,11 +231,15 @@ class _Writer:
     def _head(self, node: Head, x: str) -> str:
         w = node.weights
         y = self._norm(x, node.eps, node.dim)
+        if node.reads == "mean":
+            y = self._emit("ReduceMean", self._tokens(y, node.num_prefix, node.tokens), self._ints(1), keepdims=0)
+            logits = self._linear(y, "head", w["head.weight"], w["head.bias"])
+            return self._emit("Cast", logits, to=TensorProto.FLOAT, out="logits")
         logits = self._of_token(node, y, 0, "head")
         if "head_dist.weight" in w:
             logits = self._emit("Add", logits, self._of_token(node, y, 1, "head_dist"))
             logits = self._emit("Mul", logits, self._half())
-        if node.reads_patches:
+        if node.reads == "all":
             patches = self._tokens(y, 1, node.tokens)
             aux = self._linear(patches, "aux_head", w["aux_head.weight"], w["aux_head.bias"])
             best = self._emit("ReduceMax", aux, self._ints(1), keepdims=0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.models.vit.reference import EvalOutput
+from dvit_infer.models.reference import EvalOutput
 from dvit_infer.parity.verification import MARGIN, MOST_RMS, RMS_FACTOR
 
 # Tolerances relative to the logits' rms. float32: the largest error; rounding is far below, another function far above.

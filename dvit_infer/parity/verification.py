@@ -12,8 +12,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.reference import EvalOutput, Reference
 from dvit_infer.models.registry import build_reference
-from dvit_infer.models.vit.reference import EvalOutput, VisionTransformer
 from dvit_infer.utils.devices import MICRO_BATCH
 from dvit_infer.utils.tables import table
 
@@ -182,9 +182,9 @@ def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
 
 
 @torch.no_grad()
-def evaluate(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
+def evaluate(model: Reference, images: torch.Tensor, kept: Sequence[torch.Tensor] = ()) -> EvalOutput:
     """Run the model in micro-batches; logits are returned in float32."""
-    like = model.pos_embed
+    like = next(model.parameters())
     size = MICRO_BATCH[like.device.type]
     parts = []
     for start in range(0, len(images), size):
@@ -262,7 +262,7 @@ def _rows_of(out: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
 
 
 def node_outputs(
-    engine: Engine, model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]
+    engine: Engine, model: Reference, images: torch.Tensor, kept: Sequence[torch.Tensor]
 ) -> list[tuple[Node, torch.Tensor, torch.Tensor]]:
     """Return every node with a counterpart in the model, its output, and the model's value there.
 
@@ -275,7 +275,7 @@ def node_outputs(
     return [(node, out, _rows_of(out, reference[node.equals])) for node, out in found if node.equals in reference]
 
 
-def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _record(model: Reference, images: torch.Tensor, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return inputs and outputs of the model's modules, by `module:in` and `module:out`."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -287,7 +287,8 @@ def _record(model: VisionTransformer, images: torch.Tensor, kept: Sequence[torch
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
     try:
-        inputs = images.to(model.pos_embed.device, model.pos_embed.dtype)
+        like = next(model.parameters())
+        inputs = images.to(like.device, like.dtype)
         with as_asked(inputs.device, inputs.dtype):
             seen[":out"] = model.evaluate(inputs, kept or None).logits.float()
     finally:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from dvit_infer.config import Config
-from dvit_infer.images.preprocess import preprocess_for
 from dvit_infer.images.stream import Entry, batches, decode, pixels
 from dvit_infer.images.tensors import normalise
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.preprocessing import preprocess_for
+from dvit_infer.models.reference import Reference
 from dvit_infer.training.distributed import World
 from dvit_infer.training.student import set_training
 
@@ -17,7 +17,7 @@ AT_ONCE = 64
 
 @torch.no_grad()
 def top1(
-    student: VisionTransformer,
+    student: Reference,
     weights: Mapping[str, torch.Tensor],
     config: Config,
     image_files: Sequence[tuple[str, int]],

@@ -49,7 +49,7 @@ class Run:
         self.pair, self.image_files, self.settings, self.out = pair, image_files, settings, out
         self.augmentation, self.device, self.held_out, self.workers = augmentation, device, held_out, workers
         config = pair.config
-        stages = len(config.prune_at)
+        stages = len(config.reduction.stages)
         self.loading = Loading(
             settings.batch,
             settings.accumulate,
@@ -63,8 +63,8 @@ class Run:
         )
         self.steps = steps_an_epoch(image_files, self.loading)
         self.objective = Objective(
-            tuple(config.keep_rate ** (stage + 1) for stage in range(stages)),
-            settings.token_loss or ("kl" if config.family == "lvvit" else "mse"),
+            tuple(config.reduction.keep_rate ** (stage + 1) for stage in range(stages)),
+            settings.token_loss or pair.student.token_loss,
             settings.per_image,
         )
         by = augmentation.torchvision and bool(settings.randaugment or settings.erase)

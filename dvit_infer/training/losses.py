@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.models.vit.reference import TrainOutput
+from dvit_infer.models.reference import TrainOutput
 
 TokenLoss = Literal["mse", "kl"]
 

@@ -14,9 +14,10 @@ from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.reading import Note
+from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_reference, recognise
-from dvit_infer.models.vit.layers import Attention, Predictor
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.vit.body import ViT
+from dvit_infer.reduction import predictor
 
 STAGES = 3
 
@@ -30,8 +31,8 @@ class Pair:
         notes: facts that were read, assumed or given when the dense model was recognised.
     """
 
-    student: VisionTransformer
-    teacher: VisionTransformer
+    student: Reference
+    teacher: Reference
     config: Config
     args: dict[str, Any]
     notes: list[Note]
@@ -65,23 +66,27 @@ def make_pair(
     if any(key.startswith("score_predictor.") for key in checkpoint.state):
         raise InputError(f"{dense}: holds score predictors already; a dense model is expected")
     config, notes = recognise(checkpoint, arch, given, {"image_size": image_size})
-    evenly = tuple(config.depth * stage // (STAGES + 1) for stage in range(1, STAGES + 1))
+    body = config.body
+    if not isinstance(body, ViT):
+        raise InputError(f"{dense}: models of the family {config.family} cannot be trained here")
+    evenly = tuple(body.depth * stage // (STAGES + 1) for stage in range(1, STAGES + 1))
     asked = evenly if prune_at is None else tuple(prune_at)
-    stages = check.block_indices("prune_at", asked, config.depth, len(asked))
+    stages = check.block_indices("prune_at", asked, body.depth, len(asked))
+    predictor_eps = given.get("predictor_eps") or predictor.SETTINGS["predictor_eps"][0]
     teacher = build_reference(config, checkpoint)
     args = {
         "model": config.arch,
         "base_rate": rate,
-        "num_heads": config.num_heads,
+        "num_heads": body.num_heads,
         "prune_at": list(stages),
-        "skip_lam": config.skip_lam,
+        "skip_lam": body.skip_lam,
         "mean": list(config.mean),
         "std": list(config.std),
         "crop_pct": config.crop_pct,
-        "dvit_infer": {"eps": config.eps, "predictor_eps": config.predictor_eps, "trained_size": config.image_size},
+        "dvit_infer": {"eps": body.eps, "predictor_eps": predictor_eps, "trained_size": config.image_size},
     }
     state = {key: value.clone() for key, value in teacher.state_dict().items()}
-    state |= _predictors(len(stages), config, seed)
+    state |= _predictors(len(stages), body.embed_dim, predictor_eps, seed)
     # Recognise the student as a reader of its file will, so that exactly that model is trained. (The file contains the
     # two given facts too; giving them makes error messages name the options.)
     content = Checkpoint(str(dense), state, "model", metadata=args)
@@ -90,20 +95,18 @@ def make_pair(
         raise InputError(f"keep_rate: {rate:g} drops none of the {student_config.num_patches} patches")
     student = build_reference(replace(student_config, weights=None), content)
     for model in (student, teacher):
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.fused = True
+        model.fuse_attention()
     return Pair(student, teacher, student_config, args, notes)
 
 
-def _predictors(count: int, config: Config, seed: int) -> dict[str, torch.Tensor]:
-    modules = nn.ModuleList(Predictor(config.embed_dim, config.predictor_eps) for _ in range(count))
+def _predictors(count: int, dim: int, eps: float, seed: int) -> dict[str, torch.Tensor]:
+    modules = predictor.modules(dim, {"predictor_eps": eps}, count)
     generator = torch.Generator().manual_seed(seed)
     for module in modules.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
             nn.init.zeros_(module.bias)
-    return {f"score_predictor.{key}": value for key, value in modules.state_dict().items()}
+    return {f"{predictor.KEY}.{key}": value for key, value in modules.state_dict().items()}
 
 
 def set_training(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from golden_cases import answers, case_images, official_checkpoint, options
 import dvit_infer as dvit
 from dvit_infer.backends import cpu
 from dvit_infer.backends.cpu import CpuRunner, Linear
-from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.models.registry import build_graph
 
 FLOAT32 = [Linear(torch.float32, prepacked=False), Linear(torch.float32, prepacked=True)]
 CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1", "timm-deit_tiny_patch16_224-at-192x256"]

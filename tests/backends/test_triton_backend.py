@@ -10,7 +10,7 @@ from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
 from dvit_infer.backends.triton import TritonRunner
-from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.models.registry import build_graph
 from dvit_infer.ops.choices import Choices, using
 
 pytestmark = [pytest.mark.interpreter, needs_loops]

@@ -148,7 +148,7 @@ def test_a_header_that_lies_is_found_out(checkpoint, capsys, tmp_path):
             '"patch_size": "16"',
             "is invalid: patch_size: '16' is not a positive integer",
         ),
-        ('"format": 1', '"format": 2', "its format is 2"),
+        ('"format": 2', '"format": 3', "its format is 3"),
         ('"patch_size": 16', '"patch_size": 1000000000', "is not a multiple of the patch size"),
         ('"depth": 4', '"depth": -1', "depth: -1"),
         ('"num_heads": 2', '"num_heads": 0', "num_heads: 0"),

@@ -13,8 +13,7 @@ from dvit_infer.graph import Graph, fold
 from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.models.checkpoint import read_checkpoint
 from dvit_infer.models.example import example_checkpoint
-from dvit_infer.models.registry import build_reference, recognise
-from dvit_infer.models.vit.graph import build_graph
+from dvit_infer.models.registry import build_graph, build_reference, recognise
 
 logging.getLogger("fvcore").setLevel(logging.ERROR)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import dvit_infer as dvit
 from dvit_infer.images.synthetic import image
 from dvit_infer.models.fill import fill
-from dvit_infer.models.vit.reference import TrainOutput
+from dvit_infer.models.reference import TrainOutput
 
 HERE = Path(__file__).parents[1] / "golden"
 OFFICIAL: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())

@@ -2,7 +2,7 @@
 
 import torch
 
-from dvit_infer.models.vit.layers import Predictor
+from dvit_infer.reduction.predictor import Predictor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -12,9 +12,10 @@ from golden_cases import official_checkpoint
 from PIL import Image
 
 import dvit_infer as dvit
-from dvit_infer.config import Config
+from dvit_infer.config import Config, Reduction
 from dvit_infer.images.decode import MAX_PIXELS, ImageFileError, open_image
-from dvit_infer.images.preprocess import Preprocess, preprocess_for
+from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.models.preprocessing import preprocess_for
 
 
 def fails(path) -> str:
@@ -246,9 +247,9 @@ def test_crop_pct_out_of_range(crop_pct):
 
 def test_the_settings_of_the_families():
     pruned = dvit.convert(official_checkpoint("tiny-deit-r0.7-s1"), assume={"num_heads": 2}, device="cpu").config
-    dense = replace(pruned, prune_at=(), method="none")
+    dense = replace(pruned, reduction=Reduction(), learned=Reduction())
     assert preprocess_for(pruned) == Preprocess((224, 224), 0.875)
-    assert preprocess_for(replace(pruned, method="none", image_size=(384, 384))).warp
+    assert preprocess_for(replace(pruned, reduction=Reduction(), image_size=(384, 384))).warp
     assert preprocess_for(replace(pruned, family="lvvit", image_size=(384, 384))).warp
     assert preprocess_for(replace(dense, image_size=(384, 384))) == Preprocess((384, 384), 0.875)
     depths = {12: 0.9, 16: 0.9, 20: 1.0, 24: 1.0}
@@ -256,4 +257,4 @@ def test_the_settings_of_the_families():
 
 
 def _of_lvvit(dense: Config, depth: int) -> Preprocess:
-    return preprocess_for(replace(dense, family="lvvit", depth=depth))
+    return preprocess_for(replace(dense, family="lvvit", body=replace(dense.body, depth=depth)))

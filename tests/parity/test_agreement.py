@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dvit_infer.models.vit.reference import EvalOutput
+from dvit_infer.models.reference import EvalOutput
 from dvit_infer.parity.agreement import Expected, check_exact, unchecked
 
 CLEAR, TIED = 0.1, 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_cases import training_case
 
-from dvit_infer.models.vit.reference import TrainOutput
+from dvit_infer.models.reference import TrainOutput
 from dvit_infer.training.losses import Objective, losses
 
 RATIOS = (0.7, 0.49, 0.343)

@@ -6,21 +6,17 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Config
-from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node, Prune
+from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Node
+from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.lvvit import ConvStem
 from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.reduction import METHODS
 
 
-def build_graph(model: nn.Module, config: Config) -> Graph:
-    """Return the graph of a reference model in evaluation, for one image size.
-
-    Raises:
-        TypeError: no graph is known for this class of model.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(f"no graph is known for a {type(model).__name__}")
-    return Graph(config, (*_embed(model, config), *_trunk(model, config)))
+def graph(model: VisionTransformer, config: Config) -> Iterator[Node]:
+    """Yield the nodes of a reference model in evaluation, for one image size."""
+    yield from _embed(model, config)
+    yield from _trunk(model, config)
 
 
 def _own(module: nn.Module, *names: str) -> dict[str, torch.Tensor]:
@@ -36,7 +32,7 @@ def _renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, 
 def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
     image = config.image_size
     # The input of a block can be recorded by a hook; that of a predictor before it lacks the prefix tokens.
-    equals = "" if config.num_keep and config.prune_at[0] == 0 else "blocks.0:in"
+    equals = "" if 0 in config.reduction.blocks else "blocks.0:in"
     stem = model.patch_embed
     if isinstance(stem, ConvStem):
         for conv, norm, follower in (("conv1", "bn1", "conv2"), ("conv2", "bn2", "conv3"), ("conv3", "bn3", "proj")):
@@ -57,21 +53,26 @@ def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
 
 
 def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
-    tokens = config.num_prefix + config.num_patches
+    body = config.body
+    assert isinstance(body, ViT)
+    prefix, residual = body.num_prefix, 1.0 / body.skip_lam
+    tokens = prefix + config.num_patches
+    modules = list(model.score_predictor or ())
     for i, block in enumerate(model.blocks):
-        if config.num_keep and i in config.prune_at:
-            stage = config.prune_at.index(i)
-            yield Prune(
+        if i in config.reduction.blocks:
+            stage = config.reduction.blocks.index(i)
+            keep = config.num_keep[stage]
+            yield METHODS[config.reduction.method].node(
+                stage,
+                modules,
                 name=f"prune.{stage}",
                 equals=f"blocks.{i}:in",
-                weights=_own(model.score_predictor[stage], ""),
                 tokens=tokens,
-                num_keep=config.num_keep[stage],
-                num_prefix=config.num_prefix,
-                eps=config.predictor_eps,
+                num_keep=keep,
+                num_prefix=prefix,
+                channels=body.embed_dim,
             )
-            tokens = config.num_prefix + config.num_keep[stage]
-        residual = 1.0 / config.skip_lam
+            tokens = prefix + keep
         attention = _renamed(_renamed(_own(block, "norm1", "attn"), "norm1", "norm"), "attn.", "")
         yield Attention(
             name=f"blocks.{i}.attn",
@@ -79,9 +80,9 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
             weights=attention,
             tokens=tokens,
             rows=tokens,
-            num_heads=config.num_heads,
-            eps=config.eps,
-            scale=(config.embed_dim // config.num_heads) ** -0.5,
+            num_heads=body.num_heads,
+            eps=body.eps,
+            scale=(body.embed_dim // body.num_heads) ** -0.5,
             residual_scale=residual,
         )
         yield Mlp(
@@ -89,9 +90,16 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
             equals=f"blocks.{i}:out",
             weights=_renamed(_renamed(_own(block, "norm2", "mlp"), "norm2", "norm"), "mlp.", ""),
             tokens=tokens,
-            eps=config.eps,
+            eps=body.eps,
             residual_scale=residual,
         )
+    weights = _own(model, "norm.", "head", "aux_head")
     yield Head(
-        name="head", equals=":out", weights=_own(model, "norm.", "head", "aux_head"), tokens=tokens, eps=config.eps
+        name="head",
+        equals=":out",
+        weights=weights,
+        tokens=tokens,
+        eps=body.eps,
+        reads="all" if "aux_head.weight" in weights else "prefix",
+        num_prefix=prefix,
     )

@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
-        self.fused = False
+        self.fused: bool = False
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -80,30 +80,4 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), policy) / self.skip_lam
         out: torch.Tensor = x + self.mlp(self.norm2(x)) / self.skip_lam
-        return out
-
-
-class Predictor(nn.Module):
-    """Scores patch tokens from their own features and the mean of the kept ones (Rao et al. 2021, section 3.2)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=eps), nn.Linear(dim, dim), nn.GELU())
-        self.out_conv = nn.Sequential(
-            nn.Linear(dim, dim // 2),
-            nn.GELU(),
-            nn.Linear(dim // 2, dim // 4),
-            nn.GELU(),
-            nn.Linear(dim // 4, 2),
-        )
-
-    def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, N, C) patch tokens, and in training their (B, N, 1) policy -> (B, N, 2) logits: keep, drop."""
-        own, shared = self.in_conv(x).chunk(2, dim=-1)
-        if policy is None:
-            mean = shared.mean(dim=1, keepdim=True)
-        else:
-            # At least 1: if all of a few patches are dropped by chance, the official 0 / 0 gives NaN.
-            mean = (shared * policy).sum(dim=1, keepdim=True) / policy.sum(dim=1, keepdim=True).clamp(min=1)
-        out: torch.Tensor = self.out_conv(torch.cat([own, mean.expand_as(shared)], dim=-1))
         return out

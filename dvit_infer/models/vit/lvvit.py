@@ -32,6 +32,8 @@ class ConvStem(nn.Module):
 class LVViT(VisionTransformer):
     """LV-ViT: class-token logits plus half of the largest auxiliary logit among the surviving patches, per class."""
 
+    token_loss = "kl"
+
     def __init__(self, *, patch_size: int, stem_dim: int, embed_dim: int, num_classes: int, **trunk: Any) -> None:
         super().__init__(embed_dim=embed_dim, num_classes=num_classes, qkv_bias=False, **trunk)
         self.patch_embed = ConvStem(patch_size, stem_dim, embed_dim)

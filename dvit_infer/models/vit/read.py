@@ -1,18 +1,17 @@
 """Recognise and read DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config, Method
+from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config, grid
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
-from dvit_infer.models.arch import ARCHS, Arch
 from dvit_infer.models.reading import Reading
-from dvit_infer.models.vit.deit import DeiT
-from dvit_infer.models.vit.lvvit import LVViT
-from dvit_infer.models.vit.reference import VisionTransformer
+from dvit_infer.models.reducing import check_counts, read_reductions
+from dvit_infer.models.vit.archs import ARCHS, Arch
+from dvit_infer.models.vit.body import ViT
 
 
 @dataclass(frozen=True)
@@ -67,106 +66,58 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         resolved = read.resolve("skip_lam", by_depth, f"LV-ViT's for {depth} blocks (12: 1, 16 and 20: 2, 24: 3)")
         skip_lam = check.positive_float(read.origin("skip_lam"), resolved)
     eps = read.resolve("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
-    rate, prune_at, predictor_eps = _pruning(read, depth, predictors)
-    method = _method(read, options.get("method"), predictors)
-    mean = read.resolve("mean", IMAGENET_MEAN, "ImageNet's; only uint8 images are normalised here")
-    std = read.resolve("std", IMAGENET_STD, "ImageNet's")
-    config = Config(
-        arch=name,
-        family=trunk.family,
-        image_size=image_size,
-        trained_size=trained_size,
+    body = ViT(
         patch_size=patch,
-        num_classes=classes,
         embed_dim=dim,
         depth=depth,
         num_heads=num_heads,
         mlp_dim=mlp_dim,
         eps=check.positive_float(read.origin("eps"), eps),
         num_prefix=num_prefix,
-        method=method,
-        prune_at=prune_at,
-        keep_rate=rate,
-        predictor_eps=predictor_eps,
         stem_dim=trunk.stem_dim,
         skip_lam=skip_lam,
+    )
+    rows, columns = grid(image_size, body)
+    learned_by = "predictor" if predictors else None
+    reduction, learned = read_reductions(read, options.get("method"), depth, rows * columns, learned_by, predictors)
+    mean = read.resolve("mean", IMAGENET_MEAN, "ImageNet's; only uint8 images are normalised here")
+    std = read.resolve("std", IMAGENET_STD, "ImageNet's")
+    config = Config(
+        arch=name,
+        family=trunk.family,
+        num_classes=classes,
+        image_size=image_size,
+        trained_size=trained_size,
+        body=body,
+        reduction=reduction,
+        learned=learned,
         mean=check.three_floats(read.origin("mean"), mean, positive=False),
         std=check.three_floats(read.origin("std"), std, positive=True),
         crop_pct=check.crop_pct(read.origin("crop_pct"), read.resolve_if_known("crop_pct")),
     )
     read.finish(name)
-    for stage, count in enumerate(config.num_keep):
-        if count == 0:
-            by_size = options.get("image_size") is not None and read.given.get("keep_rate") is None
-            what = "image_size" if by_size else read.origin("keep_rate")
-            counts = f"{config.num_patches} of a {image_size[0]}x{image_size[1]} image"
-            raise InputError(f"{what}: a keep rate of {rate:g} leaves no patch token of the {counts} at stage {stage}")
+    check_counts(read, reduction, image_size, options.get("image_size") is not None)
     return config
 
 
-def _trunk_arguments(config: Config) -> dict[str, Any]:
-    """Return the arguments that the reference models of both families share."""
-    return {
-        "patch_size": config.patch_size,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_dim": config.mlp_dim,
-        "num_classes": config.num_classes,
-        "num_patches": config.num_patches,
-        "eps": config.eps,
-        "prune_at": config.prune_at,
-        "num_keep": config.num_keep,
-        "predictor_eps": config.predictor_eps,
-    }
-
-
-class Family(NamedTuple):
-    """A family, as the registry needs it.
-
-    Attributes:
-        name: the name in `Config.family`.
-        matches: return whether keys and shapes are those of such a checkpoint.
-        read: return the config; takes a reading, the requested architecture and the options of `recognise`.
-        reference: return the reference model of a config.
-    """
-
-    name: str
-    matches: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Reading, str | None, Mapping[str, Any]], Config]
-    reference: Callable[[Config], VisionTransformer]
-
-
-def _has_blocks(shapes: Mapping[str, Any]) -> bool:
+def has_blocks(shapes: Mapping[str, Any]) -> bool:
     return any(key.startswith("blocks.") for key in shapes)
 
 
-def _has_stem(shapes: Mapping[str, Any]) -> bool:
+def has_stem(shapes: Mapping[str, Any]) -> bool:
     return any(key.startswith(("patch_embed.conv", "patch_embed.bn", "aux_head.")) for key in shapes)
 
 
-def _read_deit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
+def read_deit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
     trunk = Trunk("deit", 1e-6, patch_of_kernel=1, class_heads=("head", "head_dist"))
     return read_config(reading, trunk, arch, options)
 
 
-def _read_lvvit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
+def read_lvvit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
     places = [(f"patch_embed.{layer}.weight", 0) for layer in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")]
     stem_dim = reading.vote("the stem's width", places)
     trunk = Trunk("lvvit", 1e-5, 2, ("head", "aux_head"), stem_dim, has_skip_lam=True)
     return read_config(reading, trunk, arch, options)
-
-
-def _deit(config: Config) -> DeiT:
-    return DeiT(**_trunk_arguments(config), num_prefix=config.num_prefix)
-
-
-def _lvvit(config: Config) -> LVViT:
-    return LVViT(**_trunk_arguments(config), stem_dim=config.stem_dim, skip_lam=config.skip_lam)
-
-
-DEIT = Family("deit", _has_blocks, _read_deit, _deit)
-LVVIT = Family("lvvit", _has_stem, _read_lvvit, _lvvit)
 
 
 def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
@@ -182,19 +133,6 @@ def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
     kind = f"{'dynamicvit-' if found.num_predictors else ''}{found.family}"
     distilled = "-distilled" if found.num_prefix == 2 else ""
     return f"{kind}-{found.embed_dim}x{found.depth}{distilled}", next(iter(same.values()), None)
-
-
-def _method(read: Reading, given: Any, predictors: int) -> Method:
-    if given is not None:
-        method = check.method("method", given, bool(predictors), read.name)
-        read.note("given", "method", method, "by you")
-    elif (stated := read.metadata.get("method")) is not None:
-        method = check.method(f"{read.name}: method", stated, bool(predictors), read.name)
-        read.note("read", "method", method, f"{read.metadata_source}: method")
-    else:
-        method = "predictor" if predictors else "none"
-        read.note("read", "method", method, f"keys: {predictors or 'no'} score predictors")
-    return method
 
 
 def _patch_size(read: Reading, of_kernel: int) -> int:
@@ -251,19 +189,3 @@ def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
     if dim % heads:
         raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
     return heads
-
-
-def _pruning(read: Reading, depth: int, predictors: int) -> tuple[float, tuple[int, ...], float]:
-    """Return keep rate, stages and eps of the predictors; without predictors, pruning must not be requested."""
-    if not predictors:
-        for what in ("keep_rate", "prune_at"):
-            if read.given.get(what) is not None:
-                raise InputError(f"{what}: {read.name} holds no score predictors, so no tokens can be pruned")
-        return 1.0, (), 1e-5
-    rate = read.resolve("keep_rate", 0.7, "neither the weights nor the file's args say it", stored_as="base_rate")
-    rate = check.keep_rate(read.origin("keep_rate"), rate)
-    evenly = tuple(depth * (s + 1) // (predictors + 1) for s in range(predictors))
-    asked = read.resolve("prune_at", evenly, f"{depth} blocks in {predictors + 1} equal parts")
-    prune_at = check.block_indices(read.origin("prune_at"), asked, depth, predictors)
-    eps = read.resolve("predictor_eps", 1e-5, "LayerNorm's default, as in DynamicViT")
-    return rate, prune_at, check.positive_float(read.origin("predictor_eps"), eps)

@@ -1,50 +1,29 @@
 """The trunk that DeiT and LV-ViT share: embed, blocks with pruning between them, head."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dvit_infer.models.vit.layers import Block, Predictor
+from dvit_infer.models.reference import EvalOutput, Reference, TrainOutput
+from dvit_infer.models.vit.layers import Block
+
+# (patches (B, N, C), stage, keep, score_predictor) -> indices (B, keep), ascending, and the gap (B,) at the cut
+Choose = Callable[[torch.Tensor, int, int, Sequence[nn.Module]], tuple[torch.Tensor, torch.Tensor]]
 
 
-class EvalOutput(NamedTuple):
-    """The output of inference.
-
-    logits: (B, K). kept: one (B, k) int64 tensor of original patch positions per stage, ascending.
-    margin: (B, stages) gap between the scores of the last token kept and the first one dropped; inf if all stay.
-    """
-
-    logits: torch.Tensor
-    kept: list[torch.Tensor]
-    margin: torch.Tensor
-
-
-class TrainOutput(NamedTuple):
-    """The output of training, as that of the official models.
-
-    pred: (B, K) logits (`VisionTransformer.train_logits`). tokens: (B, N, C) patch features after the last norm (DeiT)
-    or (B, N, K) their auxiliary logits (LV-ViT). mask: (B, N), 1 for the patches that the last stage kept. decisions:
-    one (B, N) tensor per stage.
-    """
-
-    pred: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    decisions: list[torch.Tensor]
-
-
-class VisionTransformer(nn.Module, ABC):
-    """A vision transformer whose patch tokens are dropped, by learned scores, before the blocks `prune_at`.
+class VisionTransformer(Reference):
+    """A vision transformer whose patch tokens are dropped before the blocks `prune_at`.
 
     Args:
         num_patches: the number N of patch tokens at the image size it is built for.
         num_prefix: 1, or 2 with a distillation token; these are never dropped.
-        prune_at: one block index per predictor.
-        num_keep: the number of patch tokens kept at each stage; empty to run dense, with or without predictors.
+        prune_at: one block index per stage; empty to run dense, with or without predictors.
+        num_keep: the number of patch tokens kept at each stage.
+        choose: chooses them.
+        score_predictor: one module per stage, if the weights hold some.
     """
 
     patch_embed: nn.Module
@@ -64,9 +43,11 @@ class VisionTransformer(nn.Module, ABC):
         skip_lam: float = 1.0,
         prune_at: Sequence[int] = (),
         num_keep: Sequence[int] = (),
-        predictor_eps: float = 1e-5,
+        choose: Choose | None = None,
+        score_predictor: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
+        self.choose = choose
         self.num_prefix = num_prefix
         self.prune_at = tuple(prune_at)
         self.num_keep = tuple(num_keep)
@@ -77,8 +58,7 @@ class VisionTransformer(nn.Module, ABC):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         self.head = nn.Linear(embed_dim, num_classes)
-        if prune_at:
-            self.score_predictor = nn.ModuleList(Predictor(embed_dim, predictor_eps) for _ in prune_at)
+        self.score_predictor = score_predictor
 
     @abstractmethod
     def classify(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,32 +83,17 @@ class VisionTransformer(nn.Module, ABC):
         prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
         return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        return_kept: bool = False,
-        kept: Sequence[torch.Tensor] | None = None,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]] | TrainOutput:
-        """Return logits (B, K) in evaluation, with the kept positions if requested; a TrainOutput in training.
-
-        `return_kept` and `kept` are for evaluation (see `evaluate`), `noise` for training (see `forward_train`).
-        """
-        if self.training:
-            return self.forward_train(images, noise)
-        out = self.evaluate(images, kept)
-        return (out.logits, out.kept) if return_kept else out.logits
-
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
-        """Run inference: drop tokens at every stage; `kept` overrides the predictors' choice."""
+        """Run inference: drop tokens at every stage; `kept` overrides the choice."""
         x = self.embed(images)
         b, p = x.shape[0], self.num_prefix  # not len(): an exporter would take it for a constant
         positions = torch.arange(x.shape[1] - p, device=x.device).expand(b, -1)
         all_kept, margins = [], []
         for i, block in enumerate(self.blocks):
-            if self.num_keep and i in self.prune_at:
+            if i in self.prune_at:
                 stage = self.prune_at.index(i)
-                index, margin = self._choose(stage, x[:, p:])
+                assert self.choose is not None
+                index, margin = self.choose(x[:, p:], stage, self.num_keep[stage], list(self.score_predictor or ()))
                 if kept is not None:
                     index = torch.searchsorted(positions.contiguous(), kept[stage].to(x.device).contiguous())
                 rows = torch.cat([torch.arange(p, device=x.device).expand(b, -1), index + p], dim=1)
@@ -139,17 +104,6 @@ class VisionTransformer(nn.Module, ABC):
             x = block(x)
         margin = torch.stack(margins, dim=1) if margins else x.new_empty(b, 0)
         return EvalOutput(self.classify(self.norm(x)), all_kept, margin)
-
-    def _choose(self, stage: int, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the indices, ascending, of the best tokens, and the gap at the cut.
-
-        Tokens are ranked by the difference of the two logits: the order of log P(keep), without saturation.
-        """
-        logits = self.score_predictor[stage](patches).float()
-        score, order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True)
-        k = self.num_keep[stage]
-        gap = score[:, k - 1] - score[:, k] if k < score.shape[1] else torch.full_like(score[:, 0], torch.inf)
-        return order[:, :k].sort(dim=1).values, gap
 
     def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
         """Run with dropped tokens masked out of attention and decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
@@ -166,8 +120,9 @@ class VisionTransformer(nn.Module, ABC):
         policy = None  # before the first predictor nothing is masked
         decisions = []
         for i, block in enumerate(self.blocks):
-            if self.num_keep and i in self.prune_at:
+            if i in self.prune_at:
                 stage = self.prune_at.index(i)
+                assert self.score_predictor is not None
                 scores = self.score_predictor[stage](x[:, p:], keep).log_softmax(dim=-1)
                 keep = _decide(scores, None if noise is None else noise[stage])[..., :1] * keep
                 policy = torch.cat([keep.new_ones(len(x), p, 1), keep], dim=1)

@@ -1,4 +1,4 @@
-"""Named sizes. A model of another size is recognised too and is named by width and depth."""
+"""Named sizes of DeiT and LV-ViT. A model of another size is recognised too and is named by width and depth."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,11 @@
+"""The preprocessing with which a model is evaluated."""
+
+from dvit_infer.config import Config
+from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.models.registry import family_of
+
+
+def preprocess_for(config: Config) -> Preprocess:
+    """Return the preprocessing in the config, else that with which the model's family was evaluated."""
+    crop_pct = family_of(config).crop_pct(config) if config.crop_pct is None else config.crop_pct
+    return Preprocess(config.image_size, warp=True) if crop_pct is None else Preprocess(config.image_size, crop_pct)

@@ -1,0 +1,123 @@
+"""The config in the header of a saved file, with every value checked."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
+
+from dvit_infer.config import Body, Config, Reduction, Stage, grid
+from dvit_infer.errors import InputError
+from dvit_infer.models import facts as check
+from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS
+from dvit_infer.reduction import METHODS
+
+T = TypeVar("T")
+
+
+def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type[Body]]) -> Config:
+    """Return the config that a header states.
+
+    Args:
+        name: the file name, for messages.
+        header: as `read_header` returns it.
+        bodies: the body class of every family.
+
+    Raises:
+        InputError: a key is unknown or missing, or a value is impossible.
+    """
+    try:
+        values = _named(Config, header)
+        family = values["family"]
+        if not isinstance(family, str) or family not in bodies:
+            raise InputError(f"family: {family!r} is not known")
+        body = _body(bodies[family], values["body"])
+        image_size, trained_size = (
+            check.image_size(key, values[key], body.patch_size) for key in ("image_size", "trained_size")
+        )
+        rows, columns = grid(image_size, body)
+        reductions = {
+            key: _reduction(key, values[key], getattr(body, "depth", 1), rows * columns)
+            for key in ("reduction", "learned")
+        }
+        if values["weights"] not in (None, *WEIGHT_SETS):
+            raise InputError(f"weights: {values['weights']!r} is not known")
+        return Config(
+            arch=_text("arch", values["arch"]),
+            family=family,
+            num_classes=check.positive_int("num_classes", values["num_classes"]),
+            image_size=image_size,
+            trained_size=trained_size,
+            body=body,
+            **reductions,
+            mean=check.three_floats("mean", values["mean"], positive=False),
+            std=check.three_floats("std", values["std"], positive=True),
+            crop_pct=check.crop_pct("crop_pct", values["crop_pct"]),
+            weights=values["weights"],
+        )
+    except InputError as error:
+        raise InputError(f"{name}: its {HEADER_KEY} header is invalid: {error}") from None
+
+
+def _named(kind: type[Any], values: Any) -> dict[str, Any]:
+    """Return the values of a dataclass's fields by name; missing ones take the default, unknown ones are refused."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{kind.__name__.lower()}: {str(values)[:40]!r} is not an object")
+    defaults = {f.name: f.default for f in fields(kind)}
+    if unknown := sorted(map(str, values.keys() - defaults.keys())):
+        raise InputError(f"{unknown[0][:40]!r} is not known")
+    for key, default in defaults.items():
+        if default is MISSING and values.get(key) is None:
+            raise InputError(f"it does not say {key}")
+    return {key: values[key] if values.get(key) is not None else default for key, default in defaults.items()}
+
+
+def _body(kind: type[Body], values: Any) -> Body:
+    """Check the facts of a family by the types of its fields: counts and numbers are positive, or the default."""
+    checked: dict[str, Any] = {}
+    types = get_type_hints(kind)
+    for f in fields(kind):
+        value = _named(kind, values)[f.name]
+        if f.default is not MISSING and value == f.default and type(value) is type(f.default):
+            checked[f.name] = value
+        elif types[f.name] is bool:
+            checked[f.name] = _flag(f.name, value)
+        else:
+            checks = {int: check.positive_int, float: check.positive_float}
+            checked[f.name] = checks.get(types[f.name], _text)(f.name, value)
+    return kind(**checked)
+
+
+def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction:
+    if isinstance(header, Reduction):  # the default
+        return header
+    values = _named(Reduction, header)
+    method, stages, settings = (values[name] for name in ("method", "stages", "settings"))
+    if method == "none":
+        return Reduction()
+    if method not in METHODS:
+        raise InputError(f"method: {str(method)[:40]!r} is not one of {', '.join([*METHODS, 'none'])}")
+    if not isinstance(stages, list | tuple) or not isinstance(settings, list | tuple):
+        raise InputError(f"{key}: its stages and settings are not lists")
+    stated = [_named(Stage, stage) for stage in stages]
+    given = {item[0]: item[1] for item in settings if isinstance(item, list) and len(item) == 2}
+    if given.keys() != METHODS[method].SETTINGS.keys() or len(given) != len(settings):
+        raise InputError(f"{key}: its settings are not {', '.join(METHODS[method].SETTINGS)}")
+    known = {name: check.SETTINGS[name](name, value) for name, value in given.items()}
+    blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], depth, None)
+    counted = METHODS[method].stages(known, blocks, num_patches)
+    if values["num_patches"] not in (0, num_patches) or any(
+        stage["keep"] not in (None, other.keep) for stage, other in zip(stated, counted, strict=True)
+    ):
+        raise InputError(f"{key}: its stages do not keep what its settings say")
+    return Reduction(method, counted, tuple(known.items()), num_patches)
+
+
+def _text(what: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not value:
+        raise InputError(f"{what}: {str(value)[:40]!r} is not a name")
+    return value
+
+
+def _flag(what: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{what}: {str(value)[:40]!r} is not true or false")
+    return value

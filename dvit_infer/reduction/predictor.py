@@ -1,0 +1,106 @@
+"""DynamicViT's reduction: score predictors, trained with the model, in front of some blocks (Rao et al. 2021)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from dvit_infer.config import Stage
+from dvit_infer.graph.nodes import Prune
+from dvit_infer.ops.prune_tokens import pack_predictor
+
+SETTINGS: Mapping[str, tuple[float, str]] = {
+    "keep_rate": (0.7, "neither the weights nor the file's args say it"),
+    "predictor_eps": (1e-5, "LayerNorm's default, as in DynamicViT"),
+}
+KEY: str | None = "score_predictor"
+
+
+class Predictor(nn.Module):
+    """Scores patch tokens from their own features and the mean of the kept ones (Rao et al. 2021, section 3.2)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=eps), nn.Linear(dim, dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
+        )
+
+    def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, N, C) patch tokens, and in training their (B, N, 1) policy -> (B, N, 2) logits: keep, drop."""
+        own, shared = self.in_conv(x).chunk(2, dim=-1)
+        if policy is None:
+            mean = shared.mean(dim=1, keepdim=True)
+        else:
+            # At least 1: if all of a few patches are dropped by chance, the official 0 / 0 gives NaN.
+            mean = (shared * policy).sum(dim=1, keepdim=True) / policy.sum(dim=1, keepdim=True).clamp(min=1)
+        out: torch.Tensor = self.out_conv(torch.cat([own, mean.expand_as(shared)], dim=-1))
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorPrune(Prune):
+    """The op dvit::prune_tokens: score, choose, gather. Weights are the predictor's own, or packed for the op."""
+
+    eps: float
+
+    @property
+    def packed(self) -> list[torch.Tensor]:
+        return list(self.weights.values())
+
+    @property
+    def macs(self) -> int:
+        n, c = self.tokens - self.num_prefix, self.dim
+        if "in_conv.0.weight" in self.weights:
+            return n * (5 * c + c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2)
+        half = c // 2
+        return n * (4 * c + c * c + half * half + half * (c // 4) + c // 4) + half * half
+
+    def folded_for(self, dtype: torch.dtype) -> Self:
+        """Pack the predictor: LayerNorm folded, one vector per image as mean half, one logit difference for two."""
+        if "in_conv.0.weight" not in self.weights:
+            return self
+        packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(self.weights, dtype))}
+        return replace(self, weights=packed, folded=(*self.folded, "LayerNorm", "mean half", "logit difference"))
+
+    def prune(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept_x, index = torch.ops.dvit.prune_tokens(x, self.packed, self.num_keep, self.num_prefix, self.eps)
+        return kept_x, index
+
+
+def stages(settings: Mapping[str, float], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
+    """Return stages that keep r, r**2, r**3 of the original tokens.
+
+    The counts are `int(N * rate)` in double precision, as in DynamicViT's own inference script (Rao et al. 2021,
+    section 3.3, and `infer.py`): a rounded rate can change a count.
+    """
+    rate = settings["keep_rate"]
+    return tuple(Stage(block, int(num_patches * rate ** (s + 1))) for s, block in enumerate(blocks))
+
+
+def modules(dim: int, settings: Mapping[str, float], count: int) -> nn.ModuleList:
+    return nn.ModuleList(Predictor(dim, settings["predictor_eps"]) for _ in range(count))
+
+
+def choose(
+    patches: torch.Tensor, stage: int, keep: int, modules: Sequence[nn.Module]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best tokens by the difference of the two logits: the order of log P(keep), without saturation."""
+    logits = modules[stage](patches).float()
+    score, order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True)
+    gap = score[:, keep - 1] - score[:, keep] if keep < score.shape[1] else torch.full_like(score[:, 0], torch.inf)
+    return order[:, :keep].sort(dim=1).values, gap
+
+
+def node(stage: int, modules: Sequence[nn.Module], **facts: Any) -> PredictorPrune:
+    predictor = modules[stage]
+    assert isinstance(predictor, Predictor)
+    weights = {name: weight.detach() for name, weight in predictor.state_dict().items()}
+    return PredictorPrune(weights=weights, eps=predictor.eps, **facts)
