@@ -20,11 +20,14 @@ _REDUCTION_1 = ("method", "prune_at", "keep_rate", "predictor_eps")
 
 def header_text(config: Config) -> str:
     """Return the text that a file of this project holds under `HEADER_KEY`."""
-    return json.dumps({"format": FORMAT, "config": asdict(config)})
+    parts = asdict(config)
+    for part in ("reduction", "learned"):
+        parts[part]["settings"] = dict(parts[part]["settings"])
+    return json.dumps({"format": FORMAT, "config": parts})
 
 
 def read_header(name: str, text: str) -> dict[str, Any]:
-    """Return what `header_text` wrote into the file `name`, as `asdict` of a config; its values are not checked.
+    """Return what `header_text` wrote into the file `name`, the config's fields as JSON; its values are not checked.
 
     Raises:
         InputError: the text is no such header, or has another version.
@@ -50,7 +53,7 @@ def _from_version_1(name: str, old: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{name}: its {HEADER_KEY} header is damaged at 'prune_at'")
     learned: dict[str, Any] = {}
     if old["prune_at"]:
-        settings = [[key, old[key]] for key in ("keep_rate", "predictor_eps")]
+        settings = {key: old[key] for key in ("keep_rate", "predictor_eps")}
         learned = {"method": "predictor", "stages": [{"block": b} for b in old["prune_at"]], "settings": settings}
     new = {key: value for key, value in old.items() if key not in (*_BODY_1, *_REDUCTION_1)}
     runs = {"method": old["method"]} if old["method"] == "none" else {**learned, "method": old["method"]}

@@ -95,13 +95,12 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
         return Reduction()
     if method not in METHODS:
         raise InputError(f"method: {str(method)[:40]!r} is not one of {', '.join([*METHODS, 'none'])}")
-    if not isinstance(stages, list | tuple) or not isinstance(settings, list | tuple):
-        raise InputError(f"{key}: its stages and settings are not lists")
+    if not isinstance(stages, list) or not isinstance(settings, dict):
+        raise InputError(f"{key}: its stages are not a list, or its settings not an object")
     stated = [_named(Stage, stage) for stage in stages]
-    given = {item[0]: item[1] for item in settings if isinstance(item, list) and len(item) == 2}
-    if given.keys() != METHODS[method].SETTINGS.keys() or len(given) != len(settings):
+    if settings.keys() != METHODS[method].SETTINGS.keys():
         raise InputError(f"{key}: its settings are not {', '.join(METHODS[method].SETTINGS)}")
-    known = {name: check.SETTINGS[name](name, value) for name, value in given.items()}
+    known = {name: check.SETTINGS[name](name, settings[name]) for name in METHODS[method].SETTINGS}
     blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], depth, None)
     counted = METHODS[method].stages(known, blocks, num_patches)
     if values["num_patches"] not in (0, num_patches) or any(
