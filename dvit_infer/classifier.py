@@ -1,13 +1,13 @@
 """The base class of all models that classify images: input checks, micro-batches, kept sets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 
-from dvit_infer.backends.torch import Hook, State
+from dvit_infer.backends.torch import Hook, State, Wanted
 from dvit_infer.config import Config
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain
@@ -31,6 +31,7 @@ class Runner(Protocol):
         given: Sequence[torch.Tensor] | None = None,
         hook: Hook | None = None,
         return_choices: bool = True,
+        output: Wanted = "logits",
     ) -> State: ...
 
     def release(self) -> None: ...
@@ -69,22 +70,6 @@ class Classifier(ABC):
     def precision(self) -> str:
         """The name of the dtype it computes in."""
         return str(self.dtype).removeprefix("torch.")
-
-    # For `verify` and for result files.
-
-    @abstractmethod
-    def own_tensors(self) -> dict[str, torch.Tensor]:
-        """Return every tensor it runs with, by name."""
-
-    @abstractmethod
-    def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
-        """Return the tensors it would run with if it were built from `graph`."""
-
-    @abstractmethod
-    def node_values(
-        self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
-    ) -> list[tuple[Node, torch.Tensor]]:
-        """Return the output of every node, computed with the given kept sets (none: the model is dense)."""
 
     @abstractmethod
     def digest(self, source: Source) -> Iterator[bytes]:
@@ -126,6 +111,45 @@ class Classifier(ABC):
     def run(self, images: torch.Tensor, given: Sequence[torch.Tensor] | None = None) -> Output:
         """Return logits and choices; arguments and errors are as for a call, `given` as its `kept`."""
         return Output(*self(images, return_kept=True, kept=given))
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the classifier reads, (B, D) float32: the last norm's output for the class token.
+
+        With a distillation token, the mean of both tokens, as timm's `forward_head(pre_logits=True)`; without prefix
+        tokens, that of the patches. Arguments and errors are as for a call.
+
+        Raises:
+            InputError: the model gives logits only.
+        """
+        return self._in_parts(images, None, lambda part, _: self.runner.run(part, None, None, False, "features")).x
+
+    @torch.no_grad()
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all tokens after the last norm, and where the patches among them were.
+
+        Returns:
+            (B, P+k, D) float32 with the prefix tokens in front, and (B, k) int64 original positions of the patch
+            tokens, in the same order, ascending.
+
+        Raises:
+            InputError: the model gives logits only.
+        """
+        out = self._in_parts(images, None, lambda part, _: self.runner.run(part, output="tokens"))
+        if out.choices:
+            return out.x, out.choices[-1]
+        return out.x, torch.arange(self.config.num_patches, device=out.x.device).expand(len(out.x), -1)
+
+    def warm_up(self, batches: Iterable[int] = (1,), *, uint8: bool = False) -> None:
+        """Run batches of these sizes, so that kernels are compiled and forwards captured before images arrive.
+
+        Args:
+            batches: numbers of images.
+            uint8: for uint8 images; else for floating-point ones.
+        """
+        dtype = torch.uint8 if uint8 or self.only_uint8 else self.dtype
+        for batch in batches:
+            self(torch.zeros(1, 3, *self.config.image_size, dtype=dtype).expand(batch, -1, -1, -1))
 
     def _in_parts(
         self,
@@ -169,6 +193,24 @@ class Classifier(ABC):
                 f"{free / 2**20:.0f} MiB; other programs may hold the rest"
             )
         self.micro_batch = (images + 1) // 2
+
+
+class Verifiable(Classifier):
+    """A classifier that `verify` can compare with its reference: its weights and the values inside it can be read."""
+
+    @abstractmethod
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor it runs with, by name."""
+
+    @abstractmethod
+    def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
+        """Return the tensors it would run with if it were built from `graph`."""
+
+    @abstractmethod
+    def node_values(
+        self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
+    ) -> list[tuple[Node, torch.Tensor]]:
+        """Return the output of every node, computed with the given kept sets (none: the model is dense)."""
 
 
 def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvit_infer.backends import runner_for
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Classifier, Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node, fold
@@ -20,27 +20,38 @@ from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import build_graph, build_reference, recognise
+from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
 
 
-class Engine(Classifier):
+class Engine(Verifiable):
     """A converted model, to be called with images. `convert` and `load` return one.
+
+    It holds the folded weights alone: `save` and exporters read its source again, and refuse if that has changed.
 
     Attributes:
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and their runtime.
         notes: the facts read, assumed or given when the checkpoint was recognised.
+        params: the number of weights in the file, for a dense engine without the predictors (`Checkpoint.params`).
         config, runner, device, dtype, micro_batch: as for every `Classifier`.
     """
 
     def __init__(
-        self, config: Config, checkpoint: Checkpoint, notes: Sequence[Note], device: torch.device, dtype: torch.dtype
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        notes: Sequence[Note],
+        device: torch.device,
+        dtype: torch.dtype,
+        source: WeightSource,
     ) -> None:
         graph = folded_graph(config, checkpoint, device, dtype)
         super().__init__(config, runner_for(graph), device, dtype)
         self.notes = list(notes)
         self._graph = graph
-        self._checkpoint = checkpoint
+        self._source = source
+        self.params = checkpoint.params(dense=not config.reduction.stages)
 
     @property
     def graph(self) -> Graph:
@@ -54,7 +65,8 @@ class Engine(Classifier):
         reference.
 
         Raises:
-            InputError: the file cannot be written. No partial file is left.
+            InputError: the file cannot be written, or the source of the weights is gone or has changed. No partial file
+                is left.
         """
         with atomic_write(check_output(path, "save"), "save") as part:
             self.write(part)
@@ -65,19 +77,24 @@ class Engine(Classifier):
         Raises:
             OSError: for example, the disk is full.
         """
+        state = self._read().state
         try:
-            save_file(self._checkpoint.state, path, {HEADER_KEY: header_text(self.config)})
+            save_file(state, path, {HEADER_KEY: header_text(self.config)})
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None
 
     def graph_in(self, dtype: torch.dtype) -> Graph:
         """Return the graph folded again on the CPU in another dtype, for exporters."""
-        return folded_graph(self.config, self._checkpoint, torch.device("cpu"), dtype)
+        return folded_graph(self.config, self._read(), torch.device("cpu"), dtype)
 
-    @property
-    def params(self) -> int:
-        """The number of weights in the file, for a dense engine without the predictors (`Checkpoint.params`)."""
-        return self._checkpoint.params(dense=not self.config.reduction.stages)
+    def _read(self) -> Checkpoint:
+        """Read the source again; raise InputError if other weights are there now."""
+        checkpoint, unchanged = self._source.read()
+        if not unchanged:
+            again = self.tensors(folded_graph(self.config, checkpoint, self.device, self.dtype))
+            if not all(torch.equal(tensor, again[name]) for name, tensor in self.own_tensors().items()):
+                raise InputError(f"{checkpoint.name}: has changed since the engine was made of it; convert it again")
+        return checkpoint
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
@@ -132,7 +149,7 @@ def convert(
     where = resolve_device(device)
     what = resolve_dtype(dtype, where)
     checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
-    return Engine(config, checkpoint, notes, where, what)
+    return Engine(config, checkpoint, notes, where, what, WeightSource(source, (assume or {}).get("weights")))
 
 
 def load(
@@ -155,7 +172,7 @@ def load(
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
     given = {} if keep_rate is None else {"keep_rate": keep_rate}
     config, notes = recognise(checkpoint, None, given, {"method": method})
-    return Engine(config, checkpoint, notes, where, what)
+    return Engine(config, checkpoint, notes, where, what, WeightSource(path, None))
 
 
 def load_reference(

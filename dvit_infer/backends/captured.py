@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from dvit_infer.backends.torch import Hook, State, TorchRunner
+from dvit_infer.backends.torch import Hook, State, TorchRunner, Wanted
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding
@@ -169,12 +169,14 @@ class CapturedRunner:
         given: Sequence[torch.Tensor] | None = None,
         hook: Hook | None = None,
         return_choices: bool = True,
+        output: Wanted = "logits",
     ) -> State:
         """Run the graph, as `TorchRunner.run`; at most `BUCKETS[-1]` images. Choices are returned if wanted."""
         on_gpu = self.runner.device.type == "cuda"
         with torch.cuda.device(self.runner.device if on_gpu else -1):
-            if given is not None or hook is not None or (on_gpu and torch.cuda.is_current_stream_capturing()):
-                return self.runner.run(images, given, hook)
+            plain = given is None and hook is None and output == "logits"
+            if not plain or (on_gpu and torch.cuda.is_current_stream_capturing()):
+                return self.runner.run(images, given, hook, output=output)
             if images.dtype == torch.uint8 and not self.runner.takes_uint8:
                 images = self.runner.prepare(images)
             dtype = torch.uint8 if images.dtype == torch.uint8 else self.runner.dtype  # copying converts other dtypes

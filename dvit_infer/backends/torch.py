@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -36,6 +36,7 @@ class State:
 
 
 Hook = Callable[[Node, torch.Tensor], None]
+Wanted = Literal["logits", "features", "tokens"]
 ALL = slice(None)  # tokens
 
 
@@ -102,6 +103,7 @@ class TorchRunner:
         given: Sequence[torch.Tensor] | None = None,
         hook: Hook | None = None,
         return_choices: bool = True,
+        output: Wanted = "logits",
     ) -> State:
         """Run the graph.
 
@@ -110,12 +112,25 @@ class TorchRunner:
             given: one (B, k) tensor per stage: original patch positions to keep instead of the graph's choice.
             hook: called with every node and its output, which is valid until the next node runs.
             return_choices: whether they are wanted; if not, a runner may leave them out to save time.
+            output: what x is in the end: logits (B, K), or in float32 after the last norm the features (B, D) that the
+                classifier reads or all tokens (B, P+k, D).
 
         Returns:
-            The state after the last node: logits and choices.
+            The state after the last node.
         """
         self.check(len(images), images.dtype)
-        return self.run_nodes(State(self.prepare(images), given), self.nodes, hook)
+        state = State(self.prepare(images), given)
+        if output == "logits":
+            return self.run_nodes(state, self.nodes, hook)
+        *body, head = self.nodes
+        assert isinstance(head, Head)
+        if output == "tokens":
+            body = [node.for_all_rows() for node in body]
+        state = self.run_nodes(state, body, hook)
+        with as_asked(self.device, self.dtype):
+            x = self.last_norm(head, state.x[:, ALL if output == "tokens" else head.feature_rows])
+        state.x = x if output == "tokens" else x.mean(dim=1)
+        return state
 
     def run_nodes(self, state: State, nodes: Sequence[Node], hook: Hook | None = None) -> State:
         """Run nodes in order on a state, which they change."""
@@ -133,6 +148,11 @@ class TorchRunner:
     def from_tokens(self, tokens: torch.Tensor) -> State:
         """Run all nodes after the first on its output, (B, P+N, C)."""
         return self.run_nodes(State(tokens), self.nodes[1:])
+
+    def last_norm(self, head: Head, x: torch.Tensor) -> torch.Tensor:
+        """Return the last LayerNorm of rows (..., C), gain and shift included, in float32."""
+        gain, shift = (w.float() for w in head.last_norm)
+        return F.layer_norm(x.float(), x.shape[-1:], gain, shift, head.eps)
 
     # The node kinds.
 

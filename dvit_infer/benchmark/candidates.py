@@ -17,6 +17,7 @@ from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_graph, build_reference, recognise
+from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.memory import is_allocation_failure
 
@@ -77,9 +78,9 @@ class Subject:
     def __init__(self, model: Source | None, device: str | None, dtype: str | None) -> None:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.checkpoint: Checkpoint = read_checkpoint(
-            example_checkpoint("dynamicvit-deit-s") if model is None else model
-        )
+        source = example_checkpoint("dynamicvit-deit-s") if model is None else model
+        self.source = WeightSource(source, None)
+        self.checkpoint: Checkpoint = read_checkpoint(source)
         self.config, self.notes = recognise(self.checkpoint, None, {}, {})
 
     @property
@@ -114,7 +115,7 @@ class Subject:
 def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") -> Candidate:
     """The engine, converted by the given config."""
     notes: Sequence[Note] = subject.notes
-    engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype)
+    engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype, subject.source)
     weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
     held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731

@@ -13,7 +13,7 @@ from dvit_infer.cli.common import Parser, add_model_options, progress, run
 if TYPE_CHECKING:
     import numpy as np
 
-    from dvit_infer.classifier import Classifier
+    from dvit_infer.classifier import Verifiable
     from dvit_infer.engine import Engine
     from dvit_infer.parity.verification import Report
 
@@ -108,7 +108,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
 
 
 @contextlib.contextmanager
-def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
+def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Verifiable]":
     """Write the engine's weights and yield the engine loaded from them; the file is kept if the block succeeds."""
     import dvit_infer as dvit
     from dvit_infer.utils.files import atomic_write
@@ -119,7 +119,7 @@ def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "I
 
 
 @contextlib.contextmanager
-def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Classifier]":
+def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator[Verifiable]":
     """Write an ONNX file and yield it loaded; the file is kept if the block succeeds."""
     import dvit_infer as dvit
     from dvit_infer.images.classes import read_classes

@@ -50,6 +50,8 @@ def _layer_norm(node: Node) -> Node:
             weight, shift = w[f"{linear}.weight"], w[f"{linear}.weight"] @ w["norm.bias"]
             folded[f"{linear}.weight"] = weight * w["norm.weight"]
             folded[f"{linear}.bias"] = shift + w[f"{linear}.bias"] if f"{linear}.bias" in w else shift
+    if isinstance(node, Head):
+        folded |= {f"kept_{name}": node.weights[name] for name in ("norm.weight", "norm.bias")}
     return _noted(node, "LayerNorm", folded, drop="norm")
 
 

@@ -56,6 +56,10 @@ class Node(ABC):
         """Return a copy with its own weights on `device`, in `dtype`."""
         return self.with_weights(lambda w: w.to(device, dtype, copy=True))
 
+    def for_all_rows(self) -> Self:
+        """Return the node with all rows computed, also those that a head does not read."""
+        return self
+
     def folded_for(self, dtype: torch.dtype) -> Self:
         """Return the node with what only it can fold, for a graph that runs in `dtype`; most have nothing."""
         return self
@@ -176,6 +180,9 @@ class Attention(Branch):
     def out_shape(self) -> tuple[int, ...]:
         return self.rows, self.dim
 
+    def for_all_rows(self) -> Self:
+        return replace(self, rows=self.tokens)
+
     @property
     def macs(self) -> int:
         n, r, c = self.tokens, self.rows, self.dim
@@ -252,6 +259,19 @@ class Head(NormNode):
         return (self.weights["head.weight"].shape[0],)
 
     @property
+    def last_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gain and shift of the LayerNorm. They are kept for features when they are folded into the linears."""
+        prefix = "kept_norm" if "kept_norm.weight" in self.weights else "norm"
+        return self.weights[f"{prefix}.weight"], self.weights[f"{prefix}.bias"]
+
+    @property
+    def feature_rows(self) -> slice:
+        """The rows whose mean after the LayerNorm are the features of an image."""
+        if self.reads == "mean":
+            return slice(self.num_prefix, None)
+        return slice(0, self.rows if self.reads == "prefix" else 1)
+
+    @property
     def rows(self) -> int:
         """The number of rows that its linears multiply."""
         return {"prefix": 2 if "head_dist.weight" in self.weights else 1, "mean": 1, "all": self.tokens}[self.reads]
@@ -259,3 +279,7 @@ class Head(NormNode):
     @property
     def macs(self) -> int:
         return _norm_macs(self.weights, self.tokens, self.dim) + self.rows * self.weights["head.weight"].numel()
+
+    def bytes_moved(self, batch: int, itemsize: int) -> int:
+        kept = [w for name, w in self.weights.items() if name.startswith("kept_norm.")]  # not read for logits
+        return super().bytes_moved(batch, itemsize) - sum(w.numel() * w.element_size() for w in kept)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
@@ -27,7 +27,7 @@ def is_onnx(source: object) -> bool:
     return isinstance(source, str | Path) and Path(source).suffix.lower() == ".onnx"
 
 
-class OnnxEngine(Classifier):
+class OnnxEngine(Verifiable):
     """A model in an ONNX file, with the interface of `Engine`. `load_onnx` makes one.
 
     Attributes:

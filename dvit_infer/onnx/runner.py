@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from dvit_infer.backends.torch import Hook, State
+from dvit_infer.backends.torch import Hook, State, Wanted
 from dvit_infer.config import Config
+from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import normalise
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 
@@ -45,12 +46,16 @@ class OnnxRunner:
         given: Sequence[torch.Tensor] | None = None,
         hook: Hook | None = None,
         return_choices: bool = True,
+        output: Wanted = "logits",
     ) -> State:
         """Run the model; arguments and result are as for every runner.
 
         Raises:
             ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
+            InputError: features or tokens are wanted.
         """
+        if output != "logits":
+            raise InputError(f"{output}: {self._path.name} gives logits only; convert the checkpoint to have {output}")
         if hook is not None:
             raise ValueError("hook: ONNX Runtime does not report node outputs; use node_values")
         if given is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dvit_infer.backends.torch import as_asked
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Source, Verifiable
 from dvit_infer.engine import Engine, checkpoint_of, folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
@@ -83,7 +83,7 @@ class Report:
 
 
 @torch.no_grad()
-def verify(engine: Classifier, source: Source, num_images: int = 64) -> Report:
+def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
     """Compare an engine, or an ONNX file, with the reference model built from `source` and the engine's config.
 
     It passes if every engine weight follows from the file's and, over `num_images` random images: in float32,
@@ -225,7 +225,7 @@ def _standard_error(first: float, second: float, count: int) -> float:
     return float(sum(p * (1 - p) / (count + 2) for p in shares) ** 0.5)
 
 
-def _wrong_weight(engine: Classifier, anew: Graph) -> str | None:
+def _wrong_weight(engine: Verifiable, anew: Graph) -> str | None:
     """Return the first tensor of the engine that differs from folding the checkpoint again, or None."""
     found, expected = engine.own_tensors(), engine.tensors(anew)
     if odd := sorted(found.keys() ^ expected.keys()):
