@@ -135,7 +135,8 @@ def convert(
         keep_rate: the share r of the original patch tokens that the first stage keeps; the second keeps r**2, and so
             on. None: from the file's args, else 0.7.
         prune_at: 0-based indices of the blocks before which tokens are dropped; None: from the file or its depth.
-        method: 'predictor', or 'none' for the dense model; None: 'predictor' if the weights hold predictors.
+        method: 'predictor', 'random' (a control that needs no training), or 'none' for the dense model; None:
+            'predictor' if the weights hold predictors, else 'none'.
         image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
             resamples the position embedding.
         assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size, mean, std,
@@ -181,15 +182,16 @@ def load_reference(
     arch: str | None = None,
     keep_rate: float | None = None,
     prune_at: Sequence[int] | None = None,
+    method: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     assume: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the reference model of a checkpoint: plain PyTorch, official names, float32, CPU, evaluation mode.
 
     Its forward returns logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it returns a
-    `TrainOutput` (models/vit/reference.py). Arguments and errors are as for `convert`.
+    `TrainOutput` (models/reference.py). Arguments and errors are as for `convert`.
     """
-    checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, None, image_size, assume)
+    checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
     return build_reference(config, checkpoint)
 
 

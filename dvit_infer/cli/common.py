@@ -198,7 +198,7 @@ _MODEL_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "arch": (str, "A", "default: recognised from keys and shapes"),
     "keep-rate": (float, "R", "default: the model's own, else 0.7"),
     "prune-at": (integers, "3,6,9", "prune before these blocks, 0-based; default: the file's, else evenly spaced"),
-    "method": (str, "M", "predictor or none (dense)"),
+    "method": (str, "M", "predictor, random (a control) or none (dense)"),
     "image-size": (size, "S|HxW", "default: the model's own"),
     "assume": (assumptions, "num_heads=6,skip_lam=2", "facts that the file does not contain"),
     "device": (str, "D", "default: cuda if available, else cpu"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from dvit_infer.config import Stage
 from dvit_infer.graph.nodes import Prune
-from dvit_infer.reduction import predictor
+from dvit_infer.reduction import predictor, random
 
 
 class Method(Protocol):
@@ -51,4 +51,4 @@ class Method(Protocol):
         """Return the node that does the same in a graph; `facts` are the fields of every `Prune`."""
 
 
-METHODS: dict[str, Method] = {"predictor": predictor}
+METHODS: dict[str, Method] = {"predictor": predictor, "random": random}
