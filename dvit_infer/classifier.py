@@ -1,7 +1,7 @@
 """The base class of all models that classify images: input checks, micro-batches, kept sets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -104,7 +104,7 @@ class Classifier(ABC):
             ValueError: images or kept have an invalid rank, size, dtype or content.
             MemoryError: the GPU has no memory for even one image.
         """
-        out = self._in_parts(images, kept, lambda part, given: self.runner.run(part, given, None, return_kept))
+        out = self._in_parts(images, kept, return_kept, "logits")
         return (out.x, out.choices) if return_kept else out.x
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class Classifier(ABC):
         Raises:
             InputError: the model gives logits only.
         """
-        return self._in_parts(images, None, lambda part, _: self.runner.run(part, None, None, False, "features")).x
+        return self._in_parts(images, None, False, "features").x
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,7 @@ class Classifier(ABC):
         Raises:
             InputError: the model gives logits only.
         """
-        out = self._in_parts(images, None, lambda part, _: self.runner.run(part, output="tokens"))
+        out = self._in_parts(images, None, True, "tokens")
         if out.choices:
             return out.x, out.choices[-1]
         return out.x, torch.arange(self.config.num_patches, device=out.x.device).expand(len(out.x), -1)
@@ -152,10 +152,7 @@ class Classifier(ABC):
             self(torch.zeros(1, 3, *self.config.image_size, dtype=dtype).expand(batch, -1, -1, -1))
 
     def _in_parts(
-        self,
-        images: torch.Tensor,
-        kept: Sequence[torch.Tensor] | None,
-        run: Callable[[torch.Tensor, list[torch.Tensor] | None], State],
+        self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None, return_choices: bool, output: Wanted
     ) -> State:
         """Check the arguments of a call, run micro-batches, and return their x and choices together."""
         check_images(images, self.config)
@@ -164,8 +161,9 @@ class Classifier(ABC):
         start = 0
         while start < len(images):
             part = slice(start, start + self.micro_batch)
+            given = None if stages is None else [stage[part] for stage in stages]
             try:
-                out = run(images[part], None if stages is None else [stage[part] for stage in stages])
+                out = self.runner.run(images[part], given, None, return_choices, output)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -90,15 +90,15 @@ class CapturedForward:
 
     def _forward(self, sizes: list[int], stream: torch.cuda.Stream, beside: torch.cuda.Stream) -> State:
         """Run the input, or two halves of it side by side: where one leaves multiprocessors idle, the other fills."""
-        run = self._runner.from_tokens if self._embeds_apart else self._runner.run
+        run, nodes = self._runner.run_nodes, self._runner.nodes[int(self._embeds_apart) :]
         if len(sizes) == 1:
-            return run(self._input)
+            return run(State(self._input), nodes)
         head, tail = self._input[: sizes[0]], self._input[sizes[0] :]
         beside.wait_stream(stream)
         try:
             with torch.cuda.stream(beside):
-                second = run(tail)
-            first = run(head)
+                second = run(State(tail), nodes)
+            first = run(State(head), nodes)
         finally:  # also when memory runs out: branches must be joined before a capture can end
             stream.wait_stream(beside)
         stages = zip(first.choices, second.choices, strict=True)
@@ -183,22 +183,21 @@ class CapturedRunner:
             key = next(size for size in BUCKETS if size >= len(images)), dtype
             with self._lock:
                 if key not in self._forwards:
-                    self._add(*key)
+                    # Tensors that outlive this call must not be created in the caller's inference mode.
+                    with _CAPTURING, torch.inference_mode(False), torch.no_grad():
+                        while len(self._forwards) >= MAX_GRAPHS:
+                            self._drop(next(iter(self._forwards)))
+                        if self._capture is None:
+                            self._forwards[key] = CapturedForward(self.runner, *key, self._memory())
+                        else:
+                            self._forwards[key] = self._capture(*key)
                 self._forwards.move_to_end(key)
                 return self._forwards[key](images, return_choices)
 
-    def _add(self, batch: int, dtype: torch.dtype) -> None:
-        # Tensors that outlive this call must not be created in the caller's inference mode.
-        with _CAPTURING, torch.inference_mode(False), torch.no_grad():
-            while len(self._forwards) >= MAX_GRAPHS:
-                self._drop(next(iter(self._forwards)))
-            if self._capture is not None:
-                forward = self._capture(batch, dtype)
-            else:
-                if self._shared is None or not self._forwards:  # a pool is freed with its last graph
-                    self._shared = _Shared(self.runner.device)
-                forward = CapturedForward(self.runner, batch, dtype, self._shared)
-            self._forwards[batch, dtype] = forward
+    def _memory(self) -> _Shared:
+        if self._shared is None or not self._forwards:  # a pool is freed with its last graph
+            self._shared = _Shared(self.runner.device)
+        return self._shared
 
     def _drop(self, key: tuple[int, torch.dtype]) -> None:
         if self.runner.device.type == "cuda":

@@ -145,10 +145,6 @@ class TorchRunner:
         """Write the first node's output for images (B, 3, H, W) into `tokens` (B, P+N, C)."""
         tokens.copy_(self.run_nodes(State(self.prepare(images)), self.nodes[:1]).x)
 
-    def from_tokens(self, tokens: torch.Tensor) -> State:
-        """Run all nodes after the first on its output, (B, P+N, C)."""
-        return self.run_nodes(State(tokens), self.nodes[1:])
-
     def last_norm(self, head: Head, x: torch.Tensor) -> torch.Tensor:
         """Return the last LayerNorm of rows (..., C), gain and shift included, in float32."""
         gain, shift = (w.float() for w in head.last_norm)

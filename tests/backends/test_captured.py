@@ -161,7 +161,7 @@ class Small:
     def __init__(self, runner, room):
         self.runner, self.room, self.sizes, self.released = runner, room, [], 0
 
-    def run(self, images, given=None, hook=None, return_choices=True):
+    def run(self, images, given=None, hook=None, return_choices=True, output="logits"):
         self.sizes.append(len(images))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -11,6 +11,7 @@ from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
 from dvit_infer.backends.kernel_check import check_kernels
+from dvit_infer.backends.torch import State
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.errors import InputError, KernelError
 from dvit_infer.ops import fallback
@@ -236,12 +237,12 @@ def test_a_captured_forward_may_begin_at_the_tokens():
         for given in (images.double().transpose(2, 3).contiguous().transpose(2, 3), raw):
             expected = runner.run(given)
             runner.embed_into(given, tokens)
-            found = runner.from_tokens(tokens)
+            found = runner.run_nodes(State(tokens), runner.nodes[1:])
             torch.testing.assert_close(found.x, expected.x, atol=1e-6, rtol=0)
             assert all(torch.equal(a, b) for a, b in zip(found.choices, expected.choices, strict=True))
     plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
     plain.runner.embed_into(images, tokens)
-    assert torch.equal(plain.runner.from_tokens(tokens).x, plain(images))
+    assert torch.equal(plain.runner.run_nodes(State(tokens), plain.runner.nodes[1:]).x, plain(images))
 
 
 @pytest.mark.parametrize("fault", [does_not_compile, one_percent_off])
