@@ -1,4 +1,4 @@
-"""CapturedForward without a GPU: streams and events that do nothing, and a graph whose replay runs the forward again."""
+"""CapturedForward without a GPU: streams and events that do nothing, and graphs whose replay runs it again."""
 
 import contextlib
 
