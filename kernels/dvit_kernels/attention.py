@@ -159,7 +159,19 @@ def supports(head_dim: int) -> bool:
     return MIN_HEAD <= head_dim <= MAX_HEAD and head_dim % HEAD_STEP == 0
 
 
-def attention_launch(
+def _addressable(x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return x, or a copy if its channels are not contiguous or offsets within an image exceed 32 bits."""
+    return x if x.stride(-1) == 1 and tokens * _strides(x)[1] < 2**31 else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Return strides of image, token, head in (B, N, H, D), of token, token, head in (T, H, D); 0 for a size of 1."""
+    n, h = (0 if x.shape[d] == 1 else x.stride(d) for d in (-3, -2))
+    b = n if x.ndim == 3 else 0 if x.shape[0] == 1 else x.stride(0)
+    return b, n, h
+
+
+def launch_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -168,8 +180,17 @@ def attention_launch(
     cu_seqlens: torch.Tensor | None = None,
     max_tokens: int = 0,
     tile: AttentionTile | None = None,
-) -> tuple[Launch, torch.Tensor]:
-    """Return the launch and its output tensor. Arguments as for `launch_attention`."""
+) -> torch.Tensor:
+    """Run `dvit::attention` as one Triton launch on q's device and current stream, without synchronising.
+
+    Arguments and result are as for `dvit_infer.ops.attention.attention`; heads have 16 to 128 channels, in steps of 4;
+    `tile` fixes the block sizes.
+
+    Raises:
+        ValueError: the head size is not supported.
+    """
+    if not supports(q.shape[-1]):
+        raise ValueError(f"launch_attention: heads of {q.shape[-1]} channels; 16 to 128 in steps of 4 are supported")
     ragged, full_rate = cu_seqlens is not None, q.dtype != torch.float32
     images = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
@@ -203,53 +224,15 @@ def attention_launch(
         programs = min(tiles, tile.programs or triton.cdiv(ENOUGH_PROGRAMS, max(1, images * heads)))
         chunks = {"CHUNK_A": tile.chunk_a, "CHUNK_B": tile.chunk_b, "CHUNK_C": tile.chunk_c}
         grid = (programs * heads * images,)
-        return Launch.of(_attention_kernel, grid, **given, programs=programs, **chunks, **warps_and_stages), out
+        run([Launch.of(_attention_kernel, grid, **given, programs=programs, **chunks, **warps_and_stages)], q.device)
+        return out
     rest = tile.chunk_a if ragged else keys % tile.chunk_a
-    launch = Launch.of(
-        _attention_online_kernel,
-        (tiles * heads * images,),
-        **given,
-        programs=tiles,
-        BLOCK_N=tile.chunk_a,
-        REST=max(16, triton.next_power_of_2(rest)) if rest else 0,
-        SLICE=0 if full_rate else 16,
-        **warps_and_stages,
-    )
-    return launch, out
-
-
-def _addressable(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return x, or a copy if its channels are not contiguous or offsets within an image exceed 32 bits."""
-    return x if x.stride(-1) == 1 and tokens * _strides(x)[1] < 2**31 else x.contiguous()
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Return strides of image, token, head in (B, N, H, D), of token, token, head in (T, H, D); 0 for a size of 1."""
-    n, h = (0 if x.shape[d] == 1 else x.stride(d) for d in (-3, -2))
-    b = n if x.ndim == 3 else 0 if x.shape[0] == 1 else x.stride(0)
-    return b, n, h
-
-
-def launch_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    bias: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_tokens: int = 0,
-    tile: AttentionTile | None = None,
-) -> torch.Tensor:
-    """Run `dvit::attention` as one Triton launch on q's device and current stream, without synchronising.
-
-    Arguments and result are as for `dvit_infer.ops.attention.attention`; heads have 16 to 128 channels, in steps of 4;
-    `tile` fixes the block sizes.
-
-    Raises:
-        ValueError: the head size is not supported.
-    """
-    if not supports(q.shape[-1]):
-        raise ValueError(f"launch_attention: heads of {q.shape[-1]} channels; 16 to 128 in steps of 4 are supported")
-    launch, out = attention_launch(q, k, v, scale, bias, cu_seqlens, max_tokens, tile)
-    run([launch], q.device)
+    blocks = {
+        "programs": tiles,
+        "BLOCK_N": tile.chunk_a,
+        "REST": max(16, triton.next_power_of_2(rest)) if rest else 0,
+        "SLICE": 0 if full_rate else 16,
+    }
+    grid = (tiles * heads * images,)
+    run([Launch.of(_attention_online_kernel, grid, **given, **blocks, **warps_and_stages)], q.device)
     return out

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from attention_inputs import INF, exact, make_bias, make_qkv, make_ragged
-from dvit_kernels.attention import AttentionTile, attention_launch, key_chunks, launch_attention
-from kernel_helpers import QUICK, SLOW, WHERE, needs_loops, rms, run_guarded
+from dvit_kernels.attention import AttentionTile, key_chunks, launch_attention
+from kernel_helpers import QUICK, SLOW, WHERE, collected, needs_loops, rms, run_guarded
 
 from dvit_infer.ops import attention as op
 from dvit_infer.ops.attention import attention, attention_ref
@@ -57,8 +57,7 @@ def check(got: torch.Tensor, given: tuple, ends: torch.Tensor | None = None) -> 
 
 
 def run_one(*arguments, tile: AttentionTile | None = None) -> torch.Tensor:
-    launch, _ = attention_launch(*arguments, tile=tile)
-    return run_guarded([launch], ["out_ptr"])["out_ptr"]
+    return run_guarded(collected(launch_attention, *arguments, tile=tile), ["out_ptr"])["out_ptr"]
 
 
 @pytest.mark.parametrize(("b", "m", "n", "heads", "head_dim"), SHAPES)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dvit_kernels.prune_tokens import launch_prune_tokens, prune_tokens_launches
-from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, bits, guarded, rms, run_guarded
+from dvit_kernels.prune_tokens import launch_prune_tokens
+from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, bits, collected, guarded, rms, run_guarded
 from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
@@ -33,7 +33,7 @@ def predictor_on(device: str, dim: int, dtype: torch.dtype) -> list[torch.Tensor
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_scores_sets_and_rows(device, dtype, b, n, p, c, k):
     x, packed = make_x(b, n, p, c, dtype).to(device), predictor_on(device, c, dtype)
-    outputs = run_guarded(prune_tokens_launches(x, packed, k, p, 1e-5)[0], OUTPUTS)
+    outputs = run_guarded(collected(launch_prune_tokens, x, packed, k, p, 1e-5), OUTPUTS)
     logits = make_predictor(c).double()(x[:, p:].cpu().double())
     right = logits[..., 0] - logits[..., 1]
     score, index, kept_x = (outputs[name].cpu() for name in ("score_ptr", "index_ptr", "kept_ptr"))
@@ -80,7 +80,7 @@ def test_selection_of_any_scores(n, device):
     x = torch.arange(len(score) * n * 64, dtype=torch.float32, device=device).view(len(score), n, 64)
     for k in sorted({1, (n + 1) // 2, n}) if n <= 257 else [n // 3]:
         packed = predictor_on(device, 64, torch.float32)
-        (*_, select), outputs, _ = guarded(prune_tokens_launches(x, packed, k, 0, 1e-5)[0], OUTPUTS)
+        (*_, select), outputs, _ = guarded(collected(launch_prune_tokens, x, packed, k, 0, 1e-5), OUTPUTS)
         outputs["score_ptr"].copy_(score)
         select.run()
         right = select_tokens_ref(score, k)
@@ -128,7 +128,7 @@ def test_a_image_does_not_feel_its_batch(device, dtype):
 def test_tokens_far_from_zero(device, dtype):
     """The folded LayerNorm subtracts a mean that dwarfs the deviations; rounding counts mean/std times."""
     x, packed = (make_x(2, 40, 1, 64) + 50).to(device, dtype), predictor_on(device, 64, dtype)
-    launches, outputs, _ = guarded(prune_tokens_launches(x, packed, 20, 1, 1e-5)[0], OUTPUTS)
+    launches, outputs, _ = guarded(collected(launch_prune_tokens, x, packed, 20, 1, 1e-5), OUTPUTS)
     for launch in launches:
         launch.run()
     logits = make_predictor(64).double()(x[:, 1:].cpu().double())

@@ -356,16 +356,14 @@ def _on_cuda(built_with_cuda, monkeypatch):
     [(64, 196, 1, 384, 137), (3, 50, 1, 96, 35), (70, 1, 1, 64, 1), (9, 3, 5, 160, 2), (2, 1024, 1, 1024, 700)],
 )
 def test_on_cuda_it_chooses_as_triton_does(b, n, p, c, k, dtype):
-    from dvit_kernels.prune_tokens import prune_tokens_launches
+    from dvit_kernels.prune_tokens import launch_prune_tokens
 
     x, predictor = make_x(b, n, p, c, dtype).cuda(), make_predictor(c)
     packed = [t.cuda() for t in dvit.pack_predictor(predictor, dtype)]
     assert backend_of(x.device, n, c) == "native (CUDA)"
     kept_x, index = dvit.prune_tokens(x, packed, k, p)
     check_against_float64(x.cpu(), k, p, kept_x.cpu(), index.cpu(), predictor)
-    launches, their_x, theirs = prune_tokens_launches(x, packed, k, p, 1e-5)
-    for launch in launches:
-        launch.run()
+    their_x, theirs = launch_prune_tokens(x, packed, k, p, 1e-5)
     assert differ_only_at_the_cut(index, theirs, *float64_scores(x.cpu(), p, predictor))
     assert torch.equal(bits(kept_x[:, :p]), bits(their_x[:, :p]))
     image, ours, other = (index[:, :, None] == theirs[:, None]).nonzero(as_tuple=True)
