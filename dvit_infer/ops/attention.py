@@ -113,7 +113,7 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
         raise ValueError(f"attention: cu_seqlens is {_found(cu_seqlens)}; (B+1,) in torch.int32 is expected")
     if ragged and max_tokens < 1:
         raise ValueError(f"attention: max_tokens is {max_tokens}; a ragged batch needs that of its largest image")
-    for name, tensor in call._asdict().items():
+    for name, tensor in zip(call._fields, call, strict=True):
         if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
             raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}")
     return call
@@ -178,11 +178,4 @@ def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
-register(
-    OP,
-    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, int max_tokens=0)"
-    " -> Tensor",
-    _anywhere,
-    _fake,
-    "Train with torch.nn.functional.scaled_dot_product_attention.",
-)
+register(OP, attention_ref, _anywhere, _fake, "Train with torch.nn.functional.scaled_dot_product_attention.")
