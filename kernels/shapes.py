@@ -1,5 +1,7 @@
 """The launches of the models, on tensors without memory, for `make aot` to compile."""
 
+import functools
+
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import launch_attention
@@ -132,15 +134,24 @@ def patch_embedding() -> None:
 def attention() -> None:
     """Launch every length of the models, the class token, other head sizes and dtypes, masked keys, ragged batches."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    empty = functools.partial(torch.empty, device="meta")
     of_models = [(n, n, 64, bf16) for n in (197, 138, 97, 68, 577, 1025)] + [(1, n, 64, bf16) for n in (197, 68)]
     other_heads = [(197, 197, d, bf16) for d in (32, 48, 60, 72, 80, 88, 96, 104, 128)] + [(577, 577, 128, bf16)]
     other_dtypes = [(197, 197, 64, f16), (197, 197, 64, f32), (197, 197, 128, f32)]
     for m, n, head_dim, dtype in (*of_models, *other_heads, *other_dtypes):
-        q, k, v = torch.empty(256, n, 3, 6, head_dim, dtype=dtype, device="meta").unbind(2)
+        q, k, v = empty(256, n, 3, 6, head_dim, dtype=dtype).unbind(2)
         launch_attention(q[:, :m], k, v, 0.125)
-    qkv = torch.empty(256, 197, 3, 6, 64, dtype=bf16, device="meta")
-    launch_attention(*qkv.unbind(2), 0.125, torch.empty(256, 197, device="meta"))
-    ends = torch.empty(257, dtype=torch.int32, device="meta")
+    qkv = empty(256, 197, 3, 6, 64, dtype=bf16)
+    launch_attention(*qkv.unbind(2), 0.125, empty(256, 197))
+    # Windows of Swin, with masks and without; relative positions of BEiT and MViT; a bias per key as well.
+    windows = [(64, 49, 49, 32, bf16), (1, 49, 49, 32, bf16), (1, 49, 49, 32, f16), (1, 49, 49, 32, f32)]
+    pairs = [*windows, (16, 144, 144, 32, bf16), *((1, n, n, 64, bf16) for n in (64, 197, 577)), (1, 1, 197, 64, bf16)]
+    for groups, m, n, head_dim, dtype in (*pairs, (256, 784, 196, 96, bf16), (1, 577, 577, 128, bf16)):
+        q, (k, v) = empty(256, m, 6, head_dim, dtype=dtype), empty(256, n, 2, 6, head_dim, dtype=dtype).unbind(2)
+        pair_bias = empty(groups, 6, m, n)
+        launch_attention(q, k, v, 0.125, pair_bias=pair_bias)
+        launch_attention(q, k, v, 0.125, empty(256, n), pair_bias=pair_bias)
+    ends = empty(257, dtype=torch.int32)
     launch_attention(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)
 
 
