@@ -78,8 +78,10 @@ def attention_ref(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if bias is None and pair_bias is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
-    # Not by scaled_dot_product_attention, which would round the bias to q's dtype.
     added = _added(bias, pair_bias, len(q))
+    if q.dtype == torch.float32 and q.device.type == "cpu":  # two to four times as fast; a masked row gives 0 there
+        return F.scaled_dot_product_attention(q, k, v, added, scale=scale).transpose(1, 2).contiguous()
+    # Elsewhere not by scaled_dot_product_attention, which would round the biases to q's dtype.
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * scale + added
     weights = scores.softmax(dim=-1).masked_fill((added == -math.inf).all(dim=-1, keepdim=True), 0.0)
@@ -87,11 +89,12 @@ def attention_ref(
 
 
 def _added(bias: torch.Tensor | None, pair_bias: torch.Tensor | None, images: int) -> torch.Tensor:
-    """Return the sum of the biases, in a shape that broadcasts to (B, H, M, N)."""
+    """Return the sum of the biases, in four dimensions that broadcast to (B, H, M, N)."""
     terms = [] if bias is None else [bias[:, None, None]]
     if pair_bias is not None:
-        grouped = pair_bias.ndim == 4 and len(pair_bias) not in (1, images)
-        terms.append(pair_bias.repeat(images // len(pair_bias), 1, 1, 1) if grouped else pair_bias)
+        pair_bias = pair_bias[None] if pair_bias.ndim == 3 else pair_bias
+        groups = len(pair_bias)
+        terms.append(pair_bias if groups in (1, images) else pair_bias.repeat(images // groups, 1, 1, 1))
     return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
