@@ -92,7 +92,3 @@ def assert_same_sums(got: torch.Tensor, expected: torch.Tensor) -> None:
     """
     tolerance = 4 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
