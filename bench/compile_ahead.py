@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from candidates import Attention, Linear, Shape, Tile, tiles_of
-from dvit_kernels.attention import attention_launch
-from dvit_kernels.launch import Launch
-from dvit_kernels.linear import linear_launch
+from dvit_kernels.attention import launch_attention
+from dvit_kernels.launch import Launch, collecting
+from dvit_kernels.linear import launch_linear
 
 
 def compile_ahead(pool: multiprocessing.pool.Pool, shapes: Sequence[Shape], dtype: torch.dtype) -> Callable[[], None]:
@@ -43,19 +43,22 @@ def launch_of(shape: Shape, tile: Tile, dtype: torch.dtype) -> Launch:
     def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    if isinstance(shape, Attention):
-        qkv = empty(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
-        return attention_launch(*qkv.unbind(2), shape.head_dim**-0.5, tile=tile)[0]
-    parts = shape.dim_in // (128 if shape.dim_in % 128 == 0 else 32)
-    return linear_launch(
-        empty(shape.rows, shape.dim_in),
-        empty(shape.dim_out, shape.dim_in),
-        empty(shape.dim_out),
-        empty(shape.rows, shape.dim_out) if shape.residual else None,
-        empty(shape.dim_out, dtype=torch.float32) if shape.norm else None,
-        empty(shape.rows, parts, 2, dtype=torch.float32) if shape.norm else None,
-        1e-6,
-        shape.activation,
-        stats_block=tile.block_n if shape.residual else 0,
-        tile=tile,
-    )[0]
+    with collecting() as launches:
+        if isinstance(shape, Attention):
+            qkv = empty(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+            launch_attention(*qkv.unbind(2), shape.head_dim**-0.5, tile=tile)
+        else:
+            parts = shape.dim_in // (128 if shape.dim_in % 128 == 0 else 32)
+            launch_linear(
+                empty(shape.rows, shape.dim_in),
+                empty(shape.dim_out, shape.dim_in),
+                empty(shape.dim_out),
+                empty(shape.rows, shape.dim_out) if shape.residual else None,
+                empty(shape.dim_out, dtype=torch.float32) if shape.norm else None,
+                empty(shape.rows, parts, 2, dtype=torch.float32) if shape.norm else None,
+                1e-6,
+                shape.activation,
+                stats_block=tile.block_n if shape.residual else 0,
+                tile=tile,
+            )
+    return launches[0]

@@ -17,7 +17,7 @@ from dvit_infer.ops import native
 
 Say = Callable[[str], None]
 WITH_GPU_TESTS = re.compile(r"mark\.gpu|WHERE|def test_\w+\([^)]*\bdevice\b")
-NATIVE_TESTS = ROOT / "tests" / "ops" / "test_native.py"
+NATIVE_TESTS = ROOT / "tests" / "ops" / "test_native_cuda.py"
 FIRST = ("test_gpu_engine.py", "test_linear_kernels.py", "test_attention_kernels.py", "test_prune_tokens_kernels.py")
 SMALL, SMALL_NATIVE = "(neighbours or strides) and float16", "strides"  # what pytest selects for compute-sanitizer
 DRY_TESTS = ["tests/kernels/test_layer_norm_kernels.py", "-k", "strides and float16"]

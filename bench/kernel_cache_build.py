@@ -27,8 +27,8 @@ import triton
 from aot import source
 from candidates import PLAN, linears, shapes_of, tiles_of
 from compile_ahead import compile_launch, launch_of
-from dvit_kernels.launch import Launch, programmatic_launches
-from dvit_kernels.linear import linear_launch
+from dvit_kernels.launch import Launch, collecting, programmatic_launches
+from dvit_kernels.linear import launch_linear
 from forwards import checkpoint
 from kernel_cache import PACKED, fingerprint, pack, short
 from torch.nn import functional as F
@@ -146,8 +146,10 @@ def candidates() -> Iterator[Launch]:
         fc1 = linears(256, 197, c, 4 * c, BF16)[2]
         x, weight = (torch.empty(rows, c, dtype=BF16, device="meta") for rows in (fc1.rows, fc1.dim_out))
         stats, sums = torch.empty(fc1.rows, c // 64, 2, device="meta"), torch.empty(fc1.dim_out, device="meta")
-        for form in ("none", "gelu", "gelu_poly", "gelu_tanh", "gelu_tanh_approx"):
-            yield linear_launch(x, weight, weight[:, 0], None, sums, stats, 1e-6, form)[0]
+        with collecting() as launches:
+            for form in ("none", "gelu", "gelu_poly", "gelu_tanh", "gelu_tanh_approx"):
+                launch_linear(x, weight, weight[:, 0], None, sums, stats, 1e-6, form)
+        yield from launches
 
 
 def distinct() -> list[Launch]:

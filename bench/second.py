@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from dvit_kernels.launch import Launch
-from dvit_kernels.linear import LinearTile, linear_launch
+from dvit_kernels.launch import Launch, collecting
+from dvit_kernels.linear import LinearTile, launch_linear
 from dvit_kernels.linear_tma import PAIRED
-from dvit_kernels.patch_embedding import patch_embedding_launch
-from dvit_kernels.prune_tokens import prune_tokens_launches
+from dvit_kernels.patch_embedding import launch_patch_embedding
+from dvit_kernels.prune_tokens import launch_prune_tokens
 from launches import microseconds
 from layers import DRY as DRY_LAYERS
 from layers import Sizes as LayerSizes
@@ -76,9 +76,10 @@ def linears(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     for (name, c), (layer, wide) in itertools.product(sizes.channels.items(), (("proj", 1), ("fc2", 4))):
         x, residual = (torch.randn(rows, size, device=device).to(sizes.dtype) for size in (wide * c, c))
         weight = (torch.randn(c, wide * c, device=device) * (wide * c) ** -0.5).to(sizes.dtype)
-        launch, *_ = linear_launch(x, weight, weight[:, 0].clone(), residual, stats_block=tile.block_n, tile=tile)
+        with collecting() as launches:
+            launch_linear(x, weight, weight[:, 0].clone(), residual, stats_block=tile.block_n, tile=tile)
         yield from by_registers(
-            f"{layer} of DeiT-{name}, two programs a multiprocessor", launch, "y_ptr", device, sizes
+            f"{layer} of DeiT-{name}, two programs a multiprocessor", launches[0], "y_ptr", device, sizes
         )
 
 
@@ -93,7 +94,9 @@ def predictor(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         weights = packed(c, device, sizes.dtype)
         for batch in dict.fromkeys((sizes.batch, 1)):
             x = torch.randn(batch, n + 1, c, device=device).to(sizes.dtype)
-            *before, project, score, _ = prune_tokens_launches(x, weights, keep, 1, 1e-5)[0]
+            with collecting() as launches:
+                launch_prune_tokens(x, weights, keep, 1, 1e-5)
+            *before, project, score, _ = launches
             for launch in before:
                 launch.run()
             where = f"of DeiT-{name}, {n} tokens, batch {batch}"
@@ -150,8 +153,9 @@ def patch_embedding(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     images = torch.randn(sizes.batch, 3, sizes.pixels, sizes.pixels, device=device)
     weight = (torch.randn(c, 768, device=device) * 0.03).to(sizes.dtype)
     table = torch.randn(tokens, c, device=device)
-    launch, _ = patch_embedding_launch(images, weight, table, 16, False)
-    yield from by_registers("patch embedding of DeiT-S from float32", launch, "out_ptr", device, sizes)
+    with collecting() as launches:
+        launch_patch_embedding(images, weight, table, 16)
+    yield from by_registers("patch embedding of DeiT-S from float32", launches[0], "out_ptr", device, sizes)
 
 
 def main() -> int:

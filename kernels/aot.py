@@ -73,14 +73,15 @@ def name(launch: Launch) -> str:
     tensors = (v.base if isinstance(v, TensorDescriptor) else v for v in given.values())
     matrices = [v for v in tensors if isinstance(v, torch.Tensor) and v.ndim > 1]
     dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
-    pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr"))
+    # A pair bias is labelled where it is present, by its PAIR_UNIT.
+    pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr") and p.name != "pair_ptr")
     without = [f"no-{name.removesuffix('_ptr')}" for name in pointers if given[name] is None]
     linear = "residual_tokens" in given  # whose strides may be None, for adjacent rows
     strides = [
         n for n in ("x_tokens", "stride_xn", "residual_tokens", "stride_rn") if linear and given.get(n) is not None
     ]
     constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
-    values = [f"{c}={given[c]}" for c in constants] + ["PDL"] * bool(given["PDL"])
+    values = [f"{c}={given[c]}" for c in constants if given[c] is not None] + ["PDL"] * bool(given["PDL"])
     words = [launch.kernel.__name__, *dtypes, *without, *strides, *values]
     words += [f"warps={launch.num_warps}", f"stages={launch.num_stages}"]
     return " ".join([*words, f"maxnreg={launch.maxnreg}"] if launch.maxnreg else words)

@@ -1,24 +1,24 @@
 """The launches of the models, on tensors without memory, for `make aot` to compile."""
 
-from collections.abc import Iterator
+import functools
 
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
-from dvit_kernels.attention import attention_launch
-from dvit_kernels.launch import Launch, programmatic_launches
-from dvit_kernels.layer_norm import layer_norm_launch, row_stats_launch
-from dvit_kernels.linear import LinearTile, default_stats_block, linear_launch
+from dvit_kernels.attention import launch_attention
+from dvit_kernels.launch import Launch, collecting, programmatic_launches
+from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats
+from dvit_kernels.linear import LinearTile, default_stats_block, launch_linear
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
-from dvit_kernels.patch_embedding import patch_embedding_launch
-from dvit_kernels.prune_tokens import prune_tokens_launches
+from dvit_kernels.patch_embedding import launch_patch_embedding
+from dvit_kernels.prune_tokens import launch_prune_tokens
 
 # (C, (N, K) per stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
 STAGES_224 = ((196, 137), (137, 96), (96, 67))
 MODELS = ((192, STAGES_224), (384, STAGES_224), (512, STAGES_224), (768, STAGES_224), (384, ((576, 403), (403, 282))))
 
 
-def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> list[Launch]:
-    """Return the launches of one pruning stage."""
+def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> None:
+    """Launch one pruning stage."""
     half, quarter = c // 2, c // 4
     matrices = {0: (c, c), 3: (half, half), 4: (half, half), 6: (quarter, half)}
     vectors = {1: (c,), 2: (c,), 5: (half,), 7: (quarter,), 8: (quarter,), 9: (1,)}
@@ -29,146 +29,160 @@ def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) 
         for i in range(10)
     ]
     x = torch.empty(batch, n + 1, c, dtype=dtype, device="meta")
-    return prune_tokens_launches(x, packed, num_keep, 1, 1e-5)[0]
+    launch_prune_tokens(x, packed, num_keep, 1, 1e-5)
 
 
-def layer_norm() -> Iterator[Launch]:
-    """Yield LayerNorm of every width, and row statistics for a folded one."""
+def layer_norm() -> None:
+    """Launch LayerNorm of every width, and row statistics for a folded one."""
     for c, dtype in (*((c, torch.bfloat16) for c in (192, 384, 512, 768)), (384, torch.float32)):
         x, vector = torch.empty(256, 197, c, dtype=dtype, device="meta"), torch.empty(c, dtype=dtype, device="meta")
-        yield layer_norm_launch(x, vector, vector, 1e-6)[0]
-        yield row_stats_launch(x)[0]
+        launch_layer_norm(x, vector, vector, 1e-6)
+        launch_row_stats(x)
 
 
-def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Yield the linears of a block: qkv with and without statistics, proj, fc1, fc2."""
+def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> None:
+    """Launch the linears of a block: qkv with and without statistics, proj, fc1, fc2."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def normalised(dim_out: int, with_stats: bool, activation: str = "none") -> Launch:
+    def normalised(dim_out: int, with_stats: bool, activation: str = "none") -> None:
         given = empty(dim_out, c), empty(dim_out), None, empty(dim_out, dtype=torch.float32)
         stats = empty(rows, c // block, 2, dtype=torch.float32) if with_stats else None
-        return linear_launch(empty(rows, c), *given, stats, 1e-6, activation)[0]
+        launch_linear(empty(rows, c), *given, stats, 1e-6, activation)
 
-    def added(dim_in: int) -> Launch:
-        return linear_launch(empty(rows, dim_in), empty(c, dim_in), empty(c), empty(rows, c), stats_block=block)[0]
+    def added(dim_in: int) -> None:
+        launch_linear(empty(rows, dim_in), empty(c, dim_in), empty(c), empty(rows, c), stats_block=block)
 
     block = default_stats_block(rows, c, dtype)
-    yield from (normalised(3 * c, True), normalised(3 * c, False), added(c))
-    yield from (normalised(hidden, True, CHEAPEST_GELU[dtype]), added(hidden))
+    normalised(3 * c, True)
+    normalised(3 * c, False)
+    added(c)
+    normalised(hidden, True, CHEAPEST_GELU[dtype])
+    added(hidden)
 
 
-def linear_tma(rows: int, c: int, hidden: int) -> Iterator[Launch]:
-    """Yield the linears of a block by TMA, for each variant of its kernel, in tiles that fit in registers."""
+def linear_tma(rows: int, c: int, hidden: int) -> None:
+    """Launch the linears of a block by TMA, for each variant of its kernel, in tiles that fit in registers."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def normalised(dim_out: int, activation: str, tile: LinearTile) -> Launch:
+    def normalised(dim_out: int, activation: str, tile: LinearTile) -> None:
         given = empty(dim_out, c), empty(dim_out), None, empty(dim_out, dtype=torch.float32)
         stats = empty(rows, c // 128, 2, dtype=torch.float32)
-        return linear_launch(empty(rows, c), *given, stats, 1e-6, activation, tile=tile)[0]
+        launch_linear(empty(rows, c), *given, stats, 1e-6, activation, tile=tile)
 
-    def added(tile: LinearTile) -> Launch:
+    def added(tile: LinearTile) -> None:
         given = empty(rows, hidden), empty(c, hidden), empty(c), empty(rows, c)
-        return linear_launch(*given, stats_block=tile.block_n, tile=tile)[0]
+        launch_linear(*given, stats_block=tile.block_n, tile=tile)
 
-    yield normalised(3 * c, "none", LinearTile(128, 128, 64, 8, 4, PREFETCHING))
-    yield normalised(hidden, "gelu_tanh", LinearTile(128, 128, 64, 8, 3, PAIRED))
-    yield added(LinearTile(128, 128, 64, 8, 4, PREFETCHING))
-    yield added(LinearTile(128, 128, 64, 8, 2, PAIRED, 128))
+    normalised(3 * c, "none", LinearTile(128, 128, 64, 8, 4, PREFETCHING))
+    normalised(hidden, "gelu_tanh", LinearTile(128, 128, 64, 8, 3, PAIRED))
+    added(LinearTile(128, 128, 64, 8, 4, PREFETCHING))
+    added(LinearTile(128, 128, 64, 8, 2, PAIRED, 128))
 
 
-def candidates() -> Iterator[Launch]:
-    """Yield launches not measured yet: GELU with the GPU's tanh instruction."""
+def candidates() -> None:
+    """Launch what was not measured yet: GELU with the GPU's tanh instruction."""
     x, weight = (torch.empty(size, 384, dtype=torch.bfloat16, device="meta") for size in (256 * 197, 1536))
     stats, sums = torch.empty(256 * 197, 3, 2, device="meta"), torch.empty(1536, device="meta")
-    yield linear_launch(x, weight, weight[:, 0], None, sums, stats, 1e-6, "gelu_tanh_approx")[0]
+    launch_linear(x, weight, weight[:, 0], None, sums, stats, 1e-6, "gelu_tanh_approx")
 
 
-def class_row(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Yield the launches for the class token alone: its queries, and the head."""
+def class_row(batch: int, c: int, dtype: torch.dtype) -> None:
+    """Launch the linears of the class token alone: its queries, and the head."""
     x = torch.empty(batch, 68, c, dtype=dtype, device="meta")[:, :1]
     for dim_out, out_dtype in ((c, None), (1000, torch.float32)):
         weight, sums = torch.empty(dim_out, c, dtype=dtype, device="meta"), torch.empty(dim_out, device="meta")
         bias = torch.empty(dim_out, dtype=dtype, device="meta")
-        yield linear_launch(x, weight, bias, None, sums, None, 1e-6, out_dtype=out_dtype)[0]
+        launch_linear(x, weight, bias, None, sums, None, 1e-6, out_dtype=out_dtype)
 
 
-def apart(batch: int, c: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Yield launches whose rows, in x or the residual, are not adjacent: prefix rows, an auxiliary head, by TMA."""
+def apart(batch: int, c: int, dtype: torch.dtype) -> None:
+    """Launch linears whose rows, in x or the residual, are not adjacent: prefix rows, an auxiliary head, by TMA."""
     x = torch.empty(batch, 69, c, dtype=dtype, device="meta")
     block = default_stats_block(2 * batch, c, dtype)
     for rows in (1, 2):
         weight, some = torch.empty(c, c, dtype=dtype, device="meta"), x[:, :rows]
         done = torch.empty(batch, rows, c, dtype=dtype, device="meta")
-        yield linear_launch(done, weight, weight[:, 0], some, stats_block=block)[0]
-        yield linear_launch(some, weight, weight[:, 0], None, torch.empty(c, device="meta"))[0]
+        launch_linear(done, weight, weight[:, 0], some, stats_block=block)
+        launch_linear(some, weight, weight[:, 0], None, torch.empty(c, device="meta"))
     weight = torch.empty(1000, c, dtype=dtype, device="meta")
     sums = torch.empty(1000, device="meta")
-    yield linear_launch(x[:, 2:], weight, weight[:, 0], None, sums, None, 1e-6, out_dtype=torch.float32)[0]
+    launch_linear(x[:, 2:], weight, weight[:, 0], None, sums, None, 1e-6, out_dtype=torch.float32)
     for tile in (LinearTile(128, 128, 64, 8, 3, PREFETCHING), LinearTile(128, 128, 64, 8, 2, PAIRED, 128)):
         weight = torch.empty(c, 4 * c, dtype=dtype, device="meta")
         hidden = torch.empty(batch, 67, 4 * c, dtype=dtype, device="meta")
-        yield linear_launch(hidden, weight, weight[:, 0], x[:, 2:], stats_block=128, tile=tile)[0]
+        launch_linear(hidden, weight, weight[:, 0], x[:, 2:], stats_block=128, tile=tile)
 
 
-def patch_embedding() -> Iterator[Launch]:
-    """Yield 224-pixel images with patches of 16, in every dtype; LV-ViT's stem, with 64 channels at half that size."""
+def patch_embedding() -> None:
+    """Launch 224-pixel images with patches of 16, in every dtype; LV-ViT's stem, with 64 channels at half that size."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     several = [(256, c, given, bf16) for c in (192, 384, 768) for given in (bf16, torch.uint8)]
     few = [(1, 384, given, bf16) for given in (bf16, torch.uint8)]
     for batch, c, given, dtype in [*several, *few, (256, 384, f32, bf16), (256, 384, f16, f16), (256, 384, f32, f32)]:
         images = torch.empty(batch, 3, 224, 224, dtype=given, device="meta")
         weight, table = torch.empty(c, 768, dtype=dtype, device="meta"), torch.empty(197, c, device="meta")
-        yield patch_embedding_launch(images, weight, table, 16, False)[0]
+        launch_patch_embedding(images, weight, table, 16, False)
     stem = torch.empty(256, 64, 112, 112, dtype=bf16, device="meta").contiguous(memory_format=torch.channels_last)
     weight, table = torch.empty(384, 4096, dtype=bf16, device="meta"), torch.empty(197, 384, device="meta")
-    yield patch_embedding_launch(stem, weight, table, 8, True)[0]
+    launch_patch_embedding(stem, weight, table, 8, True)
 
 
-def attention() -> Iterator[Launch]:
-    """Yield every length of the models, the class token, other head sizes and dtypes, masked keys, ragged batches."""
+def attention() -> None:
+    """Launch every length of the models, the class token, other head sizes and dtypes, masked keys, ragged batches."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    empty = functools.partial(torch.empty, device="meta")
     of_models = [(n, n, 64, bf16) for n in (197, 138, 97, 68, 577, 1025)] + [(1, n, 64, bf16) for n in (197, 68)]
     other_heads = [(197, 197, d, bf16) for d in (32, 48, 60, 72, 80, 88, 96, 104, 128)] + [(577, 577, 128, bf16)]
     other_dtypes = [(197, 197, 64, f16), (197, 197, 64, f32), (197, 197, 128, f32)]
     for m, n, head_dim, dtype in (*of_models, *other_heads, *other_dtypes):
-        q, k, v = torch.empty(256, n, 3, 6, head_dim, dtype=dtype, device="meta").unbind(2)
-        yield attention_launch(q[:, :m], k, v, 0.125)[0]
-    qkv = torch.empty(256, 197, 3, 6, 64, dtype=bf16, device="meta")
-    yield attention_launch(*qkv.unbind(2), 0.125, torch.empty(256, 197, device="meta"))[0]
-    ends = torch.empty(257, dtype=torch.int32, device="meta")
-    yield attention_launch(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)[0]
+        q, k, v = empty(256, n, 3, 6, head_dim, dtype=dtype).unbind(2)
+        launch_attention(q[:, :m], k, v, 0.125)
+    qkv = empty(256, 197, 3, 6, 64, dtype=bf16)
+    launch_attention(*qkv.unbind(2), 0.125, empty(256, 197))
+    # Windows of Swin, with masks and without; relative positions of BEiT and MViT; a bias per key as well.
+    windows = [(64, 49, 49, 32, bf16), (1, 49, 49, 32, bf16), (1, 49, 49, 32, f16), (1, 49, 49, 32, f32)]
+    pairs = [*windows, (16, 144, 144, 32, bf16), *((1, n, n, 64, bf16) for n in (64, 197, 577)), (1, 1, 197, 64, bf16)]
+    for groups, m, n, head_dim, dtype in (*pairs, (256, 784, 196, 96, bf16), (1, 577, 577, 128, bf16)):
+        q, (k, v) = empty(256, m, 6, head_dim, dtype=dtype), empty(256, n, 2, 6, head_dim, dtype=dtype).unbind(2)
+        pair_bias = empty(groups, 6, m, n)
+        launch_attention(q, k, v, 0.125, pair_bias=pair_bias)
+        launch_attention(q, k, v, 0.125, empty(256, n), pair_bias=pair_bias)
+    ends = empty(257, dtype=torch.int32)
+    launch_attention(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)
 
 
-def launches() -> Iterator[Launch]:
-    """Yield the models' launches at batch 1 and 256 in bfloat16; for DeiT-S and DeiT-B also in float16 and float32."""
-    for batch in (1, 256):
-        for c, stages in MODELS:
-            for n, num_keep in stages:
-                yield from prune_tokens(batch, n, c, num_keep, torch.bfloat16)
-        n, num_keep = STAGES_224[0]
-        for dtype in (torch.float16, torch.float32):
-            for c in (384, 768):
-                yield from prune_tokens(batch, n, c, num_keep, dtype)
-    yield from layer_norm()
-    for batch, n, c, ratio in ((256, 197, 384, 4), (1, 197, 384, 4), (256, 197, 768, 4), (1, 68, 768, 4)):
-        yield from linear(batch * n, c, ratio * c, torch.bfloat16)
-    for c, ratio in ((192, 4), (512, 3)):
-        yield from linear(256 * 197, c, ratio * c, torch.bfloat16)
-    yield from linear(256 * 197, 384, 1536, torch.float16)
-    yield from linear(256 * 197, 384, 1536, torch.float32)
-    yield from linear_tma(256 * 197, 384, 1536)
-    yield from candidates()
-    yield from class_row(256, 384, torch.bfloat16)
-    yield from class_row(1, 384, torch.bfloat16)
-    yield from apart(256, 384, torch.bfloat16)
-    yield from patch_embedding()
-    yield from attention()
-    with programmatic_launches(True):
-        yield from prune_tokens(1, 196, 384, 137, torch.bfloat16)
-        yield from linear(197, 384, 1536, torch.bfloat16)
-        qkv = torch.empty(1, 197, 3, 6, 64, dtype=torch.bfloat16, device="meta")
-        yield attention_launch(*qkv.unbind(2), 0.125)[0]
+def launches() -> list[Launch]:
+    """Return the models' launches at batch 1 and 256 in bfloat16; for DeiT-S and DeiT-B also in float16 and float32."""
+    with collecting() as found:
+        for batch in (1, 256):
+            for c, stages in MODELS:
+                for n, num_keep in stages:
+                    prune_tokens(batch, n, c, num_keep, torch.bfloat16)
+            n, num_keep = STAGES_224[0]
+            for dtype in (torch.float16, torch.float32):
+                for c in (384, 768):
+                    prune_tokens(batch, n, c, num_keep, dtype)
+        layer_norm()
+        for batch, n, c, ratio in ((256, 197, 384, 4), (1, 197, 384, 4), (256, 197, 768, 4), (1, 68, 768, 4)):
+            linear(batch * n, c, ratio * c, torch.bfloat16)
+        for c, ratio in ((192, 4), (512, 3)):
+            linear(256 * 197, c, ratio * c, torch.bfloat16)
+        linear(256 * 197, 384, 1536, torch.float16)
+        linear(256 * 197, 384, 1536, torch.float32)
+        linear_tma(256 * 197, 384, 1536)
+        candidates()
+        class_row(256, 384, torch.bfloat16)
+        class_row(1, 384, torch.bfloat16)
+        apart(256, 384, torch.bfloat16)
+        patch_embedding()
+        attention()
+        with programmatic_launches(True):
+            prune_tokens(1, 196, 384, 137, torch.bfloat16)
+            linear(197, 384, 1536, torch.bfloat16)
+            qkv = torch.empty(1, 197, 3, 6, 64, dtype=torch.bfloat16, device="meta")
+            launch_attention(*qkv.unbind(2), 0.125)
+    return found

@@ -1,4 +1,7 @@
-"""The fused ops, one file each: reference, schema, fake kernel, registration, public function.
+"""The fused ops, one file each: reference, fake kernel, registration, public function.
+
+The reference, `<op>_ref`, is plain PyTorch and checks nothing. Its signature is the op's schema, and that of the public
+function with the docstring, unless that function takes other arguments than the op.
 
 Importing any of them registers all as `torch.ops.dvit.<name>`.
 """

@@ -18,7 +18,20 @@ OP, STATS_OP = "dvit::layer_norm", "dvit::row_stats"
 def layer_norm_ref(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """Run the op in plain PyTorch; arguments as `layer_norm`."""
+    """Normalise rows to mean 0 and variance 1, then scale and shift: LayerNorm, with statistics in float32.
+
+    Args:
+        x: (..., C) in float32, float16 or bfloat16, any strides.
+        weight, bias: gain and shift (C,), in any floating-point dtype, or None.
+        eps: added to the variance, 0 or more.
+
+    Returns:
+        (..., C) in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape, a dtype, a device or eps is invalid.
+        RuntimeError: on backward.
+    """
     if all(t is None or t.dtype == x.dtype for t in (weight, bias)):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps).contiguous()
     gain, shift = (None if t is None else t.float() for t in (weight, bias))
@@ -26,7 +39,18 @@ def layer_norm_ref(
 
 
 def row_stats_ref(x: torch.Tensor) -> torch.Tensor:
-    """Run the op in plain PyTorch; arguments as `row_stats`."""
+    """Return mean and sum of squared deviations of every row.
+
+    Args:
+        x: (..., C) in float32, float16 or bfloat16, any strides.
+
+    Returns:
+        (rows, 1, 2) float32: [mean, sum of squared deviations], one part per row. The variance is that sum / C.
+
+    Raises:
+        ValueError: a shape or a dtype is invalid.
+        RuntimeError: on backward.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # so that the order of the sum does not depend on strides
     rows = rows if x.dtype == torch.float64 else rows.float()
     mean = rows.mean(dim=1, keepdim=True)
@@ -116,43 +140,5 @@ def _stats_fake(x: torch.Tensor) -> torch.Tensor:
 
 
 _ADVICE = "Train with torch.nn.LayerNorm."
-register(OP, "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor", _run, _fake, _ADVICE)
-register(STATS_OP, "(Tensor x) -> Tensor", _run_stats, _stats_fake, _ADVICE)
-
-
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
-) -> torch.Tensor:
-    """Normalise rows to mean 0 and variance 1, then scale and shift: LayerNorm, with statistics in float32.
-
-    Args:
-        x: (..., C) in float32, float16 or bfloat16, any strides.
-        weight, bias: gain and shift (C,), in any floating-point dtype, or None.
-        eps: added to the variance, 0 or more.
-
-    Returns:
-        (..., C) in x's dtype, contiguous.
-
-    Raises:
-        ValueError: a shape, a dtype, a device or eps is invalid.
-        RuntimeError: on backward.
-    """
-    y: torch.Tensor = torch.ops.dvit.layer_norm.default(x, weight, bias, eps)
-    return y
-
-
-def row_stats(x: torch.Tensor) -> torch.Tensor:
-    """Return mean and sum of squared deviations of every row.
-
-    Args:
-        x: (..., C) in float32, float16 or bfloat16, any strides.
-
-    Returns:
-        (rows, 1, 2) float32: [mean, sum of squared deviations], one part per row. The variance is that sum / C.
-
-    Raises:
-        ValueError: a shape or a dtype is invalid.
-        RuntimeError: on backward.
-    """
-    stats: torch.Tensor = torch.ops.dvit.row_stats.default(x)
-    return stats
+layer_norm = register(OP, layer_norm_ref, _run, _fake, _ADVICE)
+row_stats = register(STATS_OP, row_stats_ref, _run_stats, _stats_fake, _ADVICE)

@@ -22,7 +22,12 @@ ROW_STATS_FROM = 1024
 ACTIVATIONS = ("none", "gelu", "gelu_poly", "gelu_tanh")
 
 
-def linear(
+def row_sums(weight: torch.Tensor) -> torch.Tensor:
+    """(K, C) -> (K,) float32 row sums of the weight as stored, the `weight_sum` of `linear`."""
+    return weight.double().sum(dim=1).float()
+
+
+def linear_ref(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -35,6 +40,8 @@ def linear(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return residual + activation(LayerNorm(x) weight^T + bias); LayerNorm, activation and residual are optional.
+
+    The reference computes statistics itself, without reading `stats`.
 
     Args:
         x: (..., C) in float32, float16 or bfloat16, any strides.
@@ -57,30 +64,6 @@ def linear(
         ValueError: a shape, a dtype or a name is invalid.
         RuntimeError: on backward.
     """
-    y, y_stats = torch.ops.dvit.linear(
-        x, weight, bias, residual, weight_sum, stats, eps, activation, stats_block, out_dtype
-    )
-    return y, y_stats
-
-
-def row_sums(weight: torch.Tensor) -> torch.Tensor:
-    """(K, C) -> (K,) float32 row sums of the weight as stored, the `weight_sum` of `linear`."""
-    return weight.double().sum(dim=1).float()
-
-
-def linear_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    weight_sum: torch.Tensor | None = None,
-    stats: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str = "none",
-    stats_block: int = 0,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the op in plain PyTorch; arguments as `linear`. It computes statistics itself: `stats` is not read."""
     if weight_sum is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=eps)
     bias = None if bias is None else bias.to(x.dtype)
@@ -142,7 +125,7 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
     rows = x.numel() // x.shape[-1]
     if stats is not None and (stats.shape[0] != rows or stats.shape[2] != 2 or x.shape[-1] % stats.shape[1]):
         raise ValueError(f"linear: stats has shape {tuple(stats.shape)}, which is not that of x's rows")
-    for name, tensor in call._asdict().items():
+    for name, tensor in zip(call._fields, call, strict=True):
         if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
             raise ValueError(f"linear: {name} is on {tensor.device}, x on {x.device}")
     if activation not in ACTIVATIONS:
@@ -176,12 +159,6 @@ def does_what(norm: bool, residual: bool, activation: str) -> str:
     """Return the name in choices.py for the operations fused with a linear."""
     words = ["norm"] * norm + ["residual"] * residual + [activation] * (activation != "none")
     return "+".join(words) or "plain"
-
-
-_SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_sum=None, Tensor? stats=None, "
-    "float eps=1e-5, str activation='none', int stats_block=0, ScalarType? out_dtype=None) -> (Tensor, Tensor)"
-)
 
 
 def _run(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,4 +222,4 @@ def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return y, x.new_empty(parts, dtype=torch.float32)
 
 
-register(OP, _SCHEMA, _run, _fake, "Train with torch.nn.functional.linear.")
+linear = register(OP, linear_ref, _run, _fake, "Train with torch.nn.functional.linear.")

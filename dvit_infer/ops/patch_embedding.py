@@ -88,7 +88,25 @@ def pack_patch_embedding(
 def patch_embedding_ref(
     images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
 ) -> torch.Tensor:
-    """Run the op in plain PyTorch, the product in float32 (float64 if the weight is); arguments as the op's."""
+    """Cut images into patches, embed them, add positions, put the prefix tokens before.
+
+    Args:
+        images: (B, channels, H, W), any strides. uint8 images enter the product less 128: with `weight` and `table`
+            packed with mean and std they are normalised. Those in float32, float16 or bfloat16 are normalised already
+            and rounded to the weight's dtype.
+        weight: (C, channels * p * p), as `pack_patch_embedding` returned it.
+        table: (P+N, C) float32, as `pack_patch_embedding` returned it.
+        patch_size: p, which divides H and W; N is H/p * W/p patches, row by row.
+        channels_last: as the weight was packed.
+
+    Returns:
+        (B, P+N, C) in the weight's dtype: the first P rows of `table`; then patches times `weight`, summed in float32,
+        plus the other rows.
+
+    Raises:
+        ValueError: a shape, a dtype or a device is invalid.
+        RuntimeError: on backward.
+    """
     b, channels, height, width = images.shape
     p = patch_size
     # Rounded to the weight's dtype, as for the product; it represents bytes exactly.
@@ -102,7 +120,13 @@ def patch_embedding_ref(
     return torch.cat([table[:first].expand(b, -1, -1), tokens], dim=1).to(weight.dtype)
 
 
-def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int) -> None:
+def _check(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    table: torch.Tensor,
+    patch_size: int,
+    out: torch.Tensor | None = None,
+) -> None:
     if images.ndim != 4 or images.dtype not in (torch.uint8, *DTYPES):
         found, dtypes = f"{images.dtype} of shape {tuple(images.shape)}", "uint8, float32, float16 or bfloat16"
         raise ValueError(f"patch_embedding: images is {found}; (B, channels, H, W) in {dtypes} is expected")
@@ -120,6 +144,12 @@ def _check(images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patc
     for name, tensor in (("weight", weight), ("table", table)):
         if tensor.device != images.device:
             raise ValueError(f"patch_embedding: {name} is on {tensor.device}, images on {images.device}")
+    if out is None:
+        return
+    shape = images.shape[0], table.shape[0], weight.shape[0]
+    if out.shape != shape or out.dtype != weight.dtype or not out.is_contiguous() or out.device != images.device:
+        found = f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        raise ValueError(f"patch_embedding: out is {found}; {shape} in {weight.dtype}, contiguous, is expected")
 
 
 def backend_of(device: torch.device, channels: int, height: int, width: int) -> str:
@@ -132,21 +162,15 @@ def backend_of(device: torch.device, channels: int, height: int, width: int) -> 
 
 
 def _run(
-    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
-) -> torch.Tensor:
-    _check(images, weight, table, patch_size)
-    return _embedded(images, weight, table, patch_size, channels_last, None)
-
-
-def _embedded(
     images: torch.Tensor,
     weight: torch.Tensor,
     table: torch.Tensor,
     patch_size: int,
-    channels_last: bool,
-    out: torch.Tensor | None,
+    channels_last: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the op, by the kernel or by PyTorch; write into `out` if given."""
+    _check(images, weight, table, patch_size, out)
 
     def plain() -> torch.Tensor:
         tokens = patch_embedding_ref(images, weight, table, patch_size, channels_last)
@@ -177,35 +201,7 @@ def _fake(
     return weight.new_empty(images.shape[0], table.shape[0], weight.shape[0])
 
 
-_SCHEMA = "(Tensor images, Tensor weight, Tensor table, int patch_size, bool channels_last=False) -> Tensor"
-register(OP, _SCHEMA, _run, _fake, "Train with the reference model.")
-
-
-def patch_embedding(
-    images: torch.Tensor, weight: torch.Tensor, table: torch.Tensor, patch_size: int, channels_last: bool = False
-) -> torch.Tensor:
-    """Cut images into patches, embed them, add positions, put the prefix tokens before.
-
-    Args:
-        images: (B, channels, H, W), any strides. uint8 images enter the product less 128: with `weight` and `table`
-            packed with mean and std they are normalised. Those in float32, float16 or bfloat16 are normalised already
-            and rounded to the weight's dtype.
-        weight: (C, channels * p * p), as `pack_patch_embedding` returned it.
-        table: (P+N, C) float32, as `pack_patch_embedding` returned it.
-        patch_size: p, which divides H and W; N is H/p * W/p patches, row by row.
-        channels_last: as the weight was packed.
-
-    Returns:
-        (B, P+N, C) in the weight's dtype: the first P rows of `table`; then patches times `weight`, summed in float32,
-        plus the other rows.
-
-    Raises:
-        ValueError: a shape, a dtype or a device is invalid.
-        RuntimeError: on backward.
-    """
-    op = torch.ops.dvit.patch_embedding.default
-    tokens: torch.Tensor = op(images, weight, table, patch_size, channels_last)
-    return tokens
+patch_embedding = register(OP, patch_embedding_ref, _run, _fake, "Train with the reference model.")
 
 
 def patch_embedding_into(
@@ -220,9 +216,4 @@ def patch_embedding_into(
 
     For captured forwards, which read `out` at a fixed address; it can be neither traced nor exported.
     """
-    _check(images, weight, table, patch_size)
-    shape = images.shape[0], table.shape[0], weight.shape[0]
-    if out.shape != shape or out.dtype != weight.dtype or not out.is_contiguous() or out.device != images.device:
-        found = f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
-        raise ValueError(f"patch_embedding: out is {found}; {shape} in {weight.dtype}, contiguous, is expected")
-    _embedded(images, weight, table, patch_size, channels_last, out)
+    _run(images, weight, table, patch_size, channels_last, out)

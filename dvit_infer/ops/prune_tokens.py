@@ -234,12 +234,11 @@ def _fake(
     return kept, x.new_empty(x.shape[0], num_keep, dtype=torch.int64)
 
 
-_SCHEMA = "(Tensor x, Tensor[] packed, int num_keep, int num_prefix=1, float eps=1e-5) -> (Tensor, Tensor)"
 _ADVICE = (
     "Which tokens stay is a hard choice: train with the reference model, whose training forward masks tokens instead "
     "of dropping them."
 )
-register(OP, _SCHEMA, _run, _fake, _ADVICE)
+register(OP, prune_tokens_ref, _run, _fake, _ADVICE)
 
 
 def prune_tokens(

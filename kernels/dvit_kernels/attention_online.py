@@ -3,7 +3,18 @@
 import triton
 import triton.language as tl
 
-from dvit_kernels.attention_parts import STRIDES, find_program, load_rows, mask_scores, shift_of, store_rows, weigh
+from dvit_kernels.attention_parts import (
+    PAIR_STRIDES,
+    STRIDES,
+    find_program,
+    load_rows,
+    mask_scores,
+    pair_bias_of,
+    pair_rows_of,
+    shift_of,
+    store_rows,
+    weigh,
+)
 from dvit_kernels.launch import wait_for_inputs
 
 
@@ -22,22 +33,23 @@ def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, 
 
 
 @triton.jit
-def _add(s, v, acc, total, top, bias_ptr, factor):
+def _add(s, v, acc, total, top, BIASED: tl.constexpr, factor):
     """Add a block of keys to the running sum, total weight and maximum."""
     higher = tl.maximum(top, tl.max(s, axis=1))
-    shift = shift_of(higher, bias_ptr, factor)
-    rescale = weigh(top, shift, bias_ptr, factor)
-    p = weigh(s, shift[:, None], bias_ptr, factor)
+    shift = shift_of(higher, BIASED, factor)
+    rescale = weigh(top, shift, BIASED, factor)
+    p = weigh(s, shift[:, None], BIASED, factor)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, total * rescale + tl.sum(p, axis=1), higher
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", *STRIDES])
+@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", "n_pair", *STRIDES, *PAIR_STRIDES])
 def _attention_online_kernel(
     q_ptr,  # all arguments as in _attention_kernel
     k_ptr,
     v_ptr,
     bias_ptr,
+    pair_ptr,
     cu_seqlens_ptr,
     out_ptr,
     stride_qb,
@@ -53,6 +65,10 @@ def _attention_online_kernel(
     stride_on,
     stride_oh,
     stride_bias,
+    stride_pb,
+    stride_ph,
+    stride_pm,
+    n_pair,
     n_queries,
     n_heads,
     programs,
@@ -60,6 +76,7 @@ def _attention_online_kernel(
     N_KEYS: tl.constexpr,
     HEAD: tl.constexpr,
     UNIT: tl.constexpr,
+    PAIR_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -77,11 +94,16 @@ def _attention_online_kernel(
     k_ptr += (at * stride_kb + head * stride_kh) * UNIT
     v_ptr += (at * stride_vb + head * stride_vh) * UNIT
     out_ptr += (at * stride_ob + head * stride_oh) * UNIT
+    biased: tl.constexpr = bias_ptr is not None or pair_ptr is not None
     if bias_ptr is not None:
         bias_ptr += at * stride_bias
+    if pair_ptr is not None:
+        pair_ptr = pair_bias_of(pair_ptr, at, head, n_pair, stride_pb * PAIR_UNIT, stride_ph * PAIR_UNIT)
+        stride_pm *= PAIR_UNIT
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
+    pair_rows = pair_rows_of(pair_ptr, row, n_queries, stride_pm)
     stride_qn *= UNIT
     stride_kn *= UNIT
     stride_vn *= UNIT
@@ -93,14 +115,14 @@ def _attention_online_kernel(
     for start in range(0, whole, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         s = _scores(q, q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, dim, HEAD, SLICE)
-        if bias_ptr is not None:
-            s = mask_scores(s, bias_ptr, key, whole, factor)
+        if biased:
+            s = mask_scores(s, bias_ptr, pair_rows, key, whole, factor)
         v = load_rows(v_ptr, key, whole, stride_vn, dim, HEAD)
-        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
+        acc, total, top = _add(s, v, acc, total, top, biased, factor)
     if REST:
         key = whole + tl.arange(0, REST)
         s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
         v = load_rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
-        s = mask_scores(s, bias_ptr, key, n_keys, factor)
-        acc, total, top = _add(s, v, acc, total, top, bias_ptr, factor)
-    store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, bias_ptr, HEAD)
+        s = mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor)
+        acc, total, top = _add(s, v, acc, total, top, biased, factor)
+    store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, biased, HEAD)

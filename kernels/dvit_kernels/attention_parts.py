@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnh")
+PAIR_STRIDES = ("stride_pb", "stride_ph", "stride_pm")
 
 
 @triton.jit
@@ -22,6 +23,21 @@ def find_program(cu_seqlens_ptr, n_queries, n_heads, programs):
 
 
 @triton.jit
+def pair_bias_of(pair_ptr, at, head, n_pair, stride_pb, stride_ph):
+    """Return a pointer to the pair bias of an image and a head: image i has that of index i modulo n_pair."""
+    return pair_ptr + (at.to(tl.int32) % n_pair).to(tl.int64) * stride_pb + head * stride_ph
+
+
+@triton.jit
+def pair_rows_of(pair_ptr, row, n_queries, stride_pm):
+    """Return pointers (rows, 1) to rows of a pair bias, or None; past the last query to the last row."""
+    rows = None
+    if pair_ptr is not None:
+        rows = pair_ptr + (tl.minimum(row, n_queries - 1) * stride_pm)[:, None]
+    return rows
+
+
+@triton.jit
 def load_rows(x_ptr, row, n_rows, stride, dim, HEAD: tl.constexpr):
     """Load rows of a head, zeros past the end, where memory may hold anything, even NaN."""
     at = x_ptr + row[:, None] * stride + dim[None, :]
@@ -29,20 +45,23 @@ def load_rows(x_ptr, row, n_rows, stride, dim, HEAD: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(s, bias_ptr, key, n_keys, factor):
+def mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor):
     """Set scores past the last key to minus infinity; with a bias, scale and add it: the result is exponents."""
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf"))
         s = s * factor + (bias * LOG2E)[None, :]
-    else:
+    if pair_rows is not None:
+        pair = tl.load(pair_rows + key[None, :], mask=(key < n_keys)[None, :], other=float("-inf"))
+        s = (s if bias_ptr is not None else s * factor) + pair * LOG2E
+    if bias_ptr is None and pair_rows is None:
         s = tl.where((key < n_keys)[None, :], s, float("-inf"))
     return s
 
 
 @triton.jit
-def shift_of(top, bias_ptr, factor):
+def shift_of(top, BIASED: tl.constexpr, factor):
     """Return the largest exponent, to be subtracted. If a bias makes all infinite, all weights become 0."""
-    if bias_ptr is not None:
+    if BIASED:
         shift = tl.where(top == float("-inf"), 0.0, top)
     else:
         shift = top * factor
@@ -50,9 +69,9 @@ def shift_of(top, bias_ptr, factor):
 
 
 @triton.jit
-def weigh(s, shift, bias_ptr, factor):
+def weigh(s, shift, BIASED: tl.constexpr, factor):
     """Return the weights 2^(score - shift); without a bias, scale and shift are one instruction per score."""
-    if bias_ptr is not None:
+    if BIASED:
         p = tl.math.exp2(s - shift)
     else:
         p = tl.math.exp2(s * factor - shift)
@@ -60,8 +79,8 @@ def weigh(s, shift, bias_ptr, factor):
 
 
 @triton.jit
-def store_rows(out_ptr, acc, total, row, n_queries, stride, dim, bias_ptr, HEAD: tl.constexpr):
-    if bias_ptr is not None:
+def store_rows(out_ptr, acc, total, row, n_queries, stride, dim, BIASED: tl.constexpr, HEAD: tl.constexpr):
+    if BIASED:
         total = tl.where(total == 0.0, 1.0, total)  # no key is left: 0, not 0/0
     out = acc * (1.0 / total)[:, None]
     at = out_ptr + row[:, None] * stride + dim[None, :]

@@ -114,8 +114,28 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options_for(_capability()))
 
 
+_collected: ContextVar[list[Launch] | None] = ContextVar("collected", default=None)
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Launch]]:
+    """Collect the launches of the launchers called inside the block, in order, instead of running them.
+
+    The launchers return their output tensors uninitialised. With tensors on the device "meta" nothing is allocated.
+    """
+    launches: list[Launch] = []
+    before = _collected.set(launches)
+    try:
+        yield launches
+    finally:
+        _collected.reset(before)
+
+
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run launches in order on the device's current stream; skip those without programs."""
+    """Run launches in order on the device's current stream, or collect them; skip those without programs."""
+    if (collected := _collected.get()) is not None:
+        collected.extend(launches)
+        return
     with torch.cuda.device(device if device.type == "cuda" else -1):  # Triton launches on the current device
         for launch in launches:
             if all(launch.grid):

@@ -104,25 +104,6 @@ def _common(x: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
     return (triton.cdiv(b * n, rows_each),), {"x_ptr": x, "stride_xb": x.stride(0), "stride_xn": x.stride(1), **shape}
 
 
-def layer_norm_launch(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[Launch, torch.Tensor]:
-    """Return the launch and its output tensor. Arguments as for `launch_layer_norm`."""
-    y = x.new_empty(x.shape)
-    grid, common = _common(_in_rows(x))
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    given: dict[str, Any] = {"weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "eps": eps}
-    return Launch.of(_layer_norm_kernel, grid, num_warps=4, num_stages=1, **common, **given), y
-
-
-def row_stats_launch(x: torch.Tensor) -> tuple[Launch, torch.Tensor]:
-    """Return the launch and its output tensor. Arguments as for `launch_row_stats`."""
-    x = _in_rows(x)
-    stats = x.new_empty(x.shape[0] * x.shape[1], 1, 2, dtype=torch.float32)
-    grid, common = _common(x)
-    return Launch.of(_row_stats_kernel, grid, num_warps=4, num_stages=1, **common, stats_ptr=stats), stats
-
-
 def launch_layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
@@ -141,8 +122,11 @@ def launch_layer_norm(
         ValueError: the width is not supported.
     """
     _check_width("launch_layer_norm", x)
-    launch, y = layer_norm_launch(x, weight, bias, eps)
-    run([launch], x.device)
+    y = x.new_empty(x.shape)
+    grid, common = _common(_in_rows(x))
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    given: dict[str, Any] = {"weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "eps": eps}
+    run([Launch.of(_layer_norm_kernel, grid, num_warps=4, num_stages=1, **common, **given)], x.device)
     return y
 
 
@@ -159,8 +143,10 @@ def launch_row_stats(x: torch.Tensor) -> torch.Tensor:
         ValueError: the width is not supported.
     """
     _check_width("launch_row_stats", x)
-    launch, stats = row_stats_launch(x)
-    run([launch], x.device)
+    x = _in_rows(x)
+    stats = x.new_empty(x.shape[0] * x.shape[1], 1, 2, dtype=torch.float32)
+    grid, common = _common(x)
+    run([Launch.of(_row_stats_kernel, grid, num_warps=4, num_stages=1, **common, stats_ptr=stats)], x.device)
     return stats
 
 

@@ -194,7 +194,23 @@ def _plain(tile: LinearTile, dtype: torch.dtype) -> LinearTile:
     return LinearTile(rows, tile.block_n, most.block_k, most.num_warps, most.num_stages)
 
 
-def linear_launch(
+def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int | None]:
+    """Return x (..., C), or a copy, with rows per image and the two strides that `row_offset` needs.
+
+    The first two are None if all rows are one stride apart, and all three if that stride is C.
+    """
+    if x.stride(-1) != 1 or x.ndim not in (2, 3):
+        x = x.contiguous()
+    if x.is_contiguous():
+        return x, None, None, None
+    if x.ndim == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1):
+        return x, None, None, x.stride(-2)
+    if x.shape[1] == 1:  # the row of the class token of every image
+        return x, None, None, x.stride(0)
+    return x, x.shape[1], x.stride(0), x.stride(1)
+
+
+def launch_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -206,8 +222,12 @@ def linear_launch(
     stats_block: int = 0,
     out_dtype: torch.dtype | None = None,
     tile: LinearTile | None = None,
-) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """Return the launch and its output tensors, y and its statistics. Arguments as for `launch_linear`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `dvit::linear` as one Triton launch on x's device and its current stream.
+
+    Arguments and results are as for `dvit_infer.ops.linear.linear`; `tile` fixes the block sizes, and its columns must
+    equal `stats_block` if that is given.
+    """
     dim_out, dim_in = weight.shape
     rows = x.numel() // dim_in
     tile = tile or default_tile(rows, dim_out, x.dtype, stats_block)
@@ -259,45 +279,5 @@ def linear_launch(
     else:
         read = {"x_ptr": x, "w_ptr": weight, "stride_xb": stride_xb, "stride_xn": stride_xn, "x_tokens": x_tokens}
         launch = Launch.of(_linear_kernel, (count,), **read, **common)
-    return launch, y, y_stats
-
-
-def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int | None, int | None, int | None]:
-    """Return x (..., C), or a copy, with rows per image and the two strides that `row_offset` needs.
-
-    The first two are None if all rows are one stride apart, and all three if that stride is C.
-    """
-    if x.stride(-1) != 1 or x.ndim not in (2, 3):
-        x = x.contiguous()
-    if x.is_contiguous():
-        return x, None, None, None
-    if x.ndim == 2 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1):
-        return x, None, None, x.stride(-2)
-    if x.shape[1] == 1:  # the row of the class token of every image
-        return x, None, None, x.stride(0)
-    return x, x.shape[1], x.stride(0), x.stride(1)
-
-
-def launch_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    weight_sum: torch.Tensor | None = None,
-    stats: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    activation: str = "none",
-    stats_block: int = 0,
-    out_dtype: torch.dtype | None = None,
-    tile: LinearTile | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `dvit::linear` as one Triton launch on x's device and its current stream.
-
-    Arguments and results are as for `dvit_infer.ops.linear.linear`; `tile` fixes the block sizes, and its columns must
-    equal `stats_block` if that is given.
-    """
-    launch, y, y_stats = linear_launch(
-        x, weight, bias, residual, weight_sum, stats, eps, activation, stats_block, out_dtype, tile
-    )
     run([launch], x.device)
     return y, y_stats

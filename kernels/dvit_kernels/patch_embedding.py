@@ -134,20 +134,44 @@ def _tile(rows: int, c: int, given: torch.dtype, dtype: torch.dtype) -> LinearTi
     return next(enough, tiles[-1])
 
 
-def patch_embedding_launch(
+def launch_patch_embedding(
     images: torch.Tensor,
     weight: torch.Tensor,
     table: torch.Tensor,
     patch_size: int,
-    channels_last: bool,
+    channels_last: bool = False,
     out: torch.Tensor | None = None,
-) -> tuple[Launch, torch.Tensor]:
-    """Return the launch and its output tensor. Arguments as for `launch_patch_embedding`."""
+) -> torch.Tensor:
+    """Run `dvit::patch_embedding` as one Triton launch on the images' device and its current stream.
+
+    Args:
+        images: (B, channels, H, W) in uint8, float32, float16 or bfloat16, any strides.
+        weight, table: the result of `pack_patch_embedding`, on the images' device.
+        patch_size: p, which divides H and W.
+        channels_last: as for packing the weight; meant for images whose channel stride is 1.
+        out: a contiguous tensor for the result; None: a new one.
+
+    Returns:
+        (B, P+N, C) in the weight's dtype, as `dvit::patch_embedding`.
+
+    Raises:
+        ValueError: a size is not supported.
+    """
     b, channels, height, width = images.shape
-    (c, k), p = weight.shape, patch_size
+    p = patch_size
+    if p < 1 or height < p or width < p or height % p or width % p:
+        raise ValueError(f"launch_patch_embedding: patch_size {p} does not divide images of {height} x {width}")
+    if not supports(channels, height, width):
+        raise ValueError(f"launch_patch_embedding: images have {channels} x {height} x {width} elements, 2^31 or more")
+    k = channels * p * p
+    if weight.ndim != 2 or weight.shape[1] != k:
+        raise ValueError(f"launch_patch_embedding: weight has shape {tuple(weight.shape)}, (C, {k}) fits")
     patches_x = width // p
     n = height // p * patches_x
-    tokens = table.shape[0]
+    if table.ndim != 2 or table.shape[0] < n or table.shape[1] != weight.shape[0]:
+        fits = f"at least {n} rows of {weight.shape[0]} fit"
+        raise ValueError(f"launch_patch_embedding: table has shape {tuple(table.shape)}, {fits}")
+    c, tokens = weight.shape[0], table.shape[0]
     out = weight.new_empty(b, tokens, c) if out is None else out
 
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
@@ -190,45 +214,5 @@ def patch_embedding_launch(
         num_stages=tile.num_stages,
         maxnreg=tile.maxnreg,
     )
-    return launch, out
-
-
-def launch_patch_embedding(
-    images: torch.Tensor,
-    weight: torch.Tensor,
-    table: torch.Tensor,
-    patch_size: int,
-    channels_last: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Run `dvit::patch_embedding` as one Triton launch on the images' device and its current stream.
-
-    Args:
-        images: (B, channels, H, W) in uint8, float32, float16 or bfloat16, any strides.
-        weight, table: the result of `pack_patch_embedding`, on the images' device.
-        patch_size: p, which divides H and W.
-        channels_last: as for packing the weight; meant for images whose channel stride is 1.
-        out: a contiguous tensor for the result; None: a new one.
-
-    Returns:
-        (B, P+N, C) in the weight's dtype, as `dvit::patch_embedding`.
-
-    Raises:
-        ValueError: a size is not supported.
-    """
-    _, channels, height, width = images.shape
-    p = patch_size
-    if p < 1 or height < p or width < p or height % p or width % p:
-        raise ValueError(f"launch_patch_embedding: patch_size {p} does not divide images of {height} x {width}")
-    if not supports(channels, height, width):
-        raise ValueError(f"launch_patch_embedding: images have {channels} x {height} x {width} elements, 2^31 or more")
-    k = channels * p * p
-    if weight.ndim != 2 or weight.shape[1] != k:
-        raise ValueError(f"launch_patch_embedding: weight has shape {tuple(weight.shape)}, (C, {k}) fits")
-    n = (height // p) * (width // p)
-    if table.ndim != 2 or table.shape[0] < n or table.shape[1] != weight.shape[0]:
-        fits = f"at least {n} rows of {weight.shape[0]} fit"
-        raise ValueError(f"launch_patch_embedding: table has shape {tuple(table.shape)}, {fits}")
-    launch, tokens = patch_embedding_launch(images, weight, table, patch_size, channels_last, out)
     run([launch], images.device)
-    return tokens
+    return out

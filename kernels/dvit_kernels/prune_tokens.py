@@ -9,7 +9,7 @@ import torch
 import triton
 
 from dvit_kernels.launch import Launch, run
-from dvit_kernels.layer_norm import row_stats_launch
+from dvit_kernels.layer_norm import launch_row_stats
 from dvit_kernels.linear import ENOUGH_PROGRAMS, WGMMA_ROWS, LinearTile
 from dvit_kernels.score_tokens import _project_kernel, _score_kernel
 from dvit_kernels.select_tokens import RANK_TOKENS, _select_kernel
@@ -26,11 +26,47 @@ def supports(n: int, c: int) -> bool:
     return n <= MAX_TOKENS and MIN_DIM <= c <= MAX_DIM and c % 32 == 0
 
 
-def prune_tokens_launches(
+def _project_tile(rows: int, c: int, dtype: torch.dtype) -> LinearTile:
+    """Return the largest tile of the first product with enough programs for the GPU."""
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    tiles = TILES if c >= 256 else TILES[1:]  # for narrow models half of the widest tile would be padding
+    enough = (t for t in tiles if triton.cdiv(rows, t.block_m) * triton.cdiv(c, t.block_n) >= ENOUGH_PROGRAMS)
+    return next(enough, tiles[-1])
+
+
+def _divisor(size: int, most: int) -> int:
+    """Return the largest power of two, at most `most`, that divides `size`, so that blocks have no tail."""
+    return min(most, size & -size)
+
+
+def launch_prune_tokens(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
-) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
-    """Return the launches in order and their outputs, kept_x and index. Arguments as for `launch_prune_tokens`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `dvit::prune_tokens` as three or four Triton launches on x's device and its current stream.
+
+    Args:
+        x: (B, P+N, C) tokens in float32, float16 or bfloat16; N up to 1024, C from 64 to 1024 in multiples of 32; any
+            strides (one other than 1 in the last dimension costs a copy).
+        packed: the result of `pack_predictor` for x.dtype, on x's device.
+        num_keep: the number of the N patch tokens to keep, 1 to N.
+        num_prefix: the number P of leading tokens, always kept.
+        eps: of the predictor's LayerNorm.
+
+    Returns:
+        kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
+
+    Raises:
+        ValueError: a size is not supported, or packed weights have another width or dtype.
+    """
     b, n, c = x.shape[0], x.shape[1] - num_prefix, x.shape[2]
+    if len(packed) != 10 or packed[0].shape != (c, c) or packed[0].dtype != x.dtype:
+        raise ValueError(f"launch_prune_tokens: packed does not fit x, with {c} channels in {x.dtype}")
+    if num_prefix < 0 or not supports(n, c) or not 1 <= num_keep <= n:
+        raise ValueError(
+            f"launch_prune_tokens: {num_keep} of {n} tokens with {c} channels behind {num_prefix}; 1 to N of N up to "
+            f"{MAX_TOKENS} tokens with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
+        )
     half = c // 2
     w1, w1_sum, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = (t.contiguous() for t in packed)
     if x.stride(2) != 1:
@@ -46,10 +82,8 @@ def prune_tokens_launches(
     index = x.new_empty(b, num_keep, dtype=torch.int64)
 
     # Not computed beside an asynchronous product, for the reason given in linear.py.
-    before, stats = [], None
-    if tile_m >= WGMMA_ROWS and x.dtype != torch.float32:
-        launch, stats = row_stats_launch(x[:, num_prefix:])
-        before = [launch]
+    with_stats = tile_m >= WGMMA_ROWS and x.dtype != torch.float32
+    stats = launch_row_stats(x[:, num_prefix:]) if with_stats else None
     project = Launch.of(
         _project_kernel,
         (tiles * triton.cdiv(c, tile.block_n),),
@@ -134,50 +168,5 @@ def prune_tokens_launches(
         num_warps=4 if block_tokens <= 128 else 8,
         num_stages=1,
     )
-    return [*before, project, score_tokens, select], kept_x, index
-
-
-def launch_prune_tokens(
-    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `dvit::prune_tokens` as three or four Triton launches on x's device and its current stream.
-
-    Args:
-        x: (B, P+N, C) tokens in float32, float16 or bfloat16; N up to 1024, C from 64 to 1024 in multiples of 32; any
-            strides (one other than 1 in the last dimension costs a copy).
-        packed: the result of `pack_predictor` for x.dtype, on x's device.
-        num_keep: the number of the N patch tokens to keep, 1 to N.
-        num_prefix: the number P of leading tokens, always kept.
-        eps: of the predictor's LayerNorm.
-
-    Returns:
-        kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
-
-    Raises:
-        ValueError: a size is not supported, or packed weights have another width or dtype.
-    """
-    n, c = x.shape[1] - num_prefix, x.shape[2]
-    if len(packed) != 10 or packed[0].shape != (c, c) or packed[0].dtype != x.dtype:
-        raise ValueError(f"launch_prune_tokens: packed does not fit x, with {c} channels in {x.dtype}")
-    if num_prefix < 0 or not supports(n, c) or not 1 <= num_keep <= n:
-        raise ValueError(
-            f"launch_prune_tokens: {num_keep} of {n} tokens with {c} channels behind {num_prefix}; 1 to N of N up to "
-            f"{MAX_TOKENS} tokens with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
-        )
-    launches, kept_x, index = prune_tokens_launches(x, packed, num_keep, num_prefix, eps)
-    run(launches, x.device)
+    run([project, score_tokens, select], x.device)
     return kept_x, index
-
-
-def _project_tile(rows: int, c: int, dtype: torch.dtype) -> LinearTile:
-    """Return the largest tile of the first product with enough programs for the GPU."""
-    if dtype == torch.float32:
-        return FLOAT32_TILE
-    tiles = TILES if c >= 256 else TILES[1:]  # for narrow models half of the widest tile would be padding
-    enough = (t for t in tiles if triton.cdiv(rows, t.block_m) * triton.cdiv(c, t.block_n) >= ENOUGH_PROGRAMS)
-    return next(enough, tiles[-1])
-
-
-def _divisor(size: int, most: int) -> int:
-    """Return the largest power of two, at most `most`, that divides `size`, so that blocks have no tail."""
-    return min(most, size & -size)

@@ -36,13 +36,13 @@ def converted(case_id, dtype="float32", **more):
     ids=["deit-kernels", "lvvit-kernels", "deit-pytorch"],
 )
 def test_agrees_with_the_golden_case(case_id, choices):
-    engine, (right, right_kept, margin) = converted(case_id), answers(case_id)
-    count = 1 if choices is TRITON else len(right)  # the interpreter is slow
+    engine, (expected, expected_kept, margin) = converted(case_id), answers(case_id)
+    count = 1 if choices is TRITON else len(expected)  # the interpreter is slow
     with using(choices):
         logits, kept = engine(case_images(case_id)[:count], return_kept=True)
     assert logits.dtype == torch.float32
-    assert (logits - right[:count]).abs().max() < 2e-5
-    assert same_kept(kept, [stage[:count] for stage in right_kept], margin[:count])
+    assert (logits - expected[:count]).abs().max() < 2e-5
+    assert same_kept(kept, [stage[:count] for stage in expected_kept], margin[:count])
 
 
 @pytest.mark.slow
@@ -50,11 +50,11 @@ def test_agrees_with_the_golden_case(case_id, choices):
 def test_float16_strays_no_further_than_plain_pytorch(case_id):
     checkpoint, images = official_checkpoint(case_id), case_images(case_id)[:1]
     reference = dvit.load_reference(checkpoint, **options(case_id))
-    right, kept = reference(images, return_kept=True)
+    expected, kept = reference(images, return_kept=True)
     plain = reference.half()(images.half(), kept=kept).float()
     with using(TRITON):
         logits = converted(case_id, "float16")(images, kept=kept)
-    assert (logits - right).square().mean().sqrt() <= 2 * (plain - right).square().mean().sqrt()
+    assert (logits - expected).square().mean().sqrt() <= 2 * (plain - expected).square().mean().sqrt()
 
 
 @pytest.mark.slow

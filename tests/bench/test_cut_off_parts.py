@@ -82,7 +82,7 @@ def test_a_part_without_time_says_so(parts_made_of):
 def test_tests_for_a_gpu_are_found_the_most_telling_first():
     names = [path.name for path in gpu_tests.test_files()]
     assert names[: len(gpu_tests.FIRST)] == list(gpu_tests.FIRST)
-    assert "test_native.py" not in names  # it would be built first: its own part, the last
+    assert "test_native_cuda.py" not in names  # it would be built first: its own part, the last
     assert {"test_linear_tma_kernels.py", "test_patch_embedding_kernels.py"} < {*names}
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
-from dvit_kernels.attention import AttentionTile, attention_launch
-from dvit_kernels.launch import Launch
-from dvit_kernels.layer_norm import layer_norm_launch
-from dvit_kernels.linear import LinearTile, linear_launch
+from dvit_kernels.attention import AttentionTile, launch_attention
+from dvit_kernels.launch import Launch, collecting
+from dvit_kernels.layer_norm import launch_layer_norm
+from dvit_kernels.linear import LinearTile, launch_linear
 from dvit_kernels.linear_tma import PREFETCHING
 from emulate.errors import EmulationError
 from emulate.launching import OUTPUTS, compiled_for, run
@@ -19,30 +20,35 @@ from shapes import launches
 pytestmark = [pytest.mark.emulated, pytest.mark.quick]
 
 
-def linear() -> tuple[Launch, torch.Tensor]:
+def linear() -> torch.Tensor:
     x, weight = torch.randn(100, 200, dtype=torch.bfloat16), torch.randn(80, 200, dtype=torch.bfloat16)
-    launch, y, _ = linear_launch(x, weight, tile=LinearTile(64, 64, 32, 4, 3))
-    return launch, y
+    return launch_linear(x, weight, tile=LinearTile(64, 64, 32, 4, 3))[0]
 
 
-def single_pass() -> tuple[Launch, torch.Tensor]:
-    return attention_launch(*torch.randn(1, 70, 3, 2, 64, dtype=torch.bfloat16).unbind(2), 0.125)
+def single_pass() -> torch.Tensor:
+    return launch_attention(*torch.randn(1, 70, 3, 2, 64, dtype=torch.bfloat16).unbind(2), 0.125)
 
 
-def online() -> tuple[Launch, torch.Tensor]:
+def online() -> torch.Tensor:
     tile = AttentionTile(64, 32, num_stages=3)
-    return attention_launch(*torch.randn(1, 70, 3, 2, 64, dtype=torch.bfloat16).unbind(2), 0.125, tile=tile)
+    return launch_attention(*torch.randn(1, 70, 3, 2, 64, dtype=torch.bfloat16).unbind(2), 0.125, tile=tile)
 
 
-def layer_norm() -> tuple[Launch, torch.Tensor]:
-    return layer_norm_launch(torch.randn(5, 384, dtype=torch.bfloat16), None, None, 1e-6)
+def layer_norm() -> torch.Tensor:
+    return launch_layer_norm(torch.randn(5, 384, dtype=torch.bfloat16))
 
 
-def by_tma() -> tuple[Launch, torch.Tensor]:
-    """Three programs for six tiles."""
+def by_tma() -> torch.Tensor:
     x, weight = torch.randn(300, 192, dtype=torch.bfloat16), torch.randn(256, 192, dtype=torch.bfloat16)
-    launch, y, _ = linear_launch(x, weight, weight[:, 0], tile=LinearTile(128, 128, 64, 8, 4, PREFETCHING))
-    return dataclasses.replace(launch, grid=(3,)), y
+    return launch_linear(x, weight, weight[:, 0], tile=LinearTile(128, 128, 64, 8, 4, PREFETCHING))[0]
+
+
+def made(make: Callable[[], torch.Tensor]) -> tuple[Launch, torch.Tensor]:
+    """The launch, and the tensor it writes; of a persistent kernel three programs for six tiles."""
+    with collecting() as found:
+        out = make()
+    [launch] = found
+    return (dataclasses.replace(launch, grid=(3,)) if make is by_tma else launch), out
 
 
 KERNELS = [*itertools.product([linear, single_pass, online, layer_norm], [80, 90]), (by_tma, 90)]
@@ -51,7 +57,7 @@ KERNELS = [*itertools.product([linear, single_pass, online, layer_norm], [80, 90
 @pytest.mark.parametrize(("make", "capability"), KERNELS)
 def test_the_bits_depend_neither_on_the_order_of_warps_nor_on_when_copies_land(make, capability):
     torch.manual_seed(1)
-    launch, out = make()
+    launch, out = made(make)
     answers = []
     for order, early_copies in itertools.product(ORDERS, (False, True)):
         out.fill_(float("nan"))
@@ -96,7 +102,7 @@ IN_LOOP = r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", COPYING
     ],
 )
 def test_a_weakened_wait_or_a_dropped_fence_is_caught(make, capability, pattern, weaker, message):
-    launch, _ = make()
+    launch, _ = made(make)
     ptx = compiled_for(launch, capability).ptx
     run(launch, capability, ptx=ptx)
     weakened = mutants(ptx, pattern, weaker)
@@ -111,7 +117,7 @@ def test_a_weakened_wait_or_a_dropped_fence_is_caught(make, capability, pattern,
 @pytest.mark.parametrize(("make", "redundant"), [(linear, 1), (single_pass, 1), (online, 2), (layer_norm, 0)])
 def test_a_dropped_barrier_is_a_race(make, capability, redundant):
     torch.manual_seed(1)
-    launch, out = make()
+    launch, out = made(make)
     run(launch, capability)
     expected, caught = out.clone(), []
     barrierless = mutants(compiled_for(launch, capability).ptx, r"bar\.sync\s+0;", "")
@@ -129,7 +135,7 @@ def test_a_dropped_barrier_is_a_race(make, capability, redundant):
 
 def test_rows_outside_a_view_are_neither_loaded_nor_stored():
     """Also where the memory is there."""
-    launch, y = linear()
+    launch, y = made(linear)
     x = launch.arguments["x_ptr"]
     for name, view, message in (("x_ptr", x[:99], "load of 16 bytes"), ("y_ptr", y[:99], "store of 16 bytes")):
         given = dataclasses.replace(launch, arguments=launch.arguments | {name: view})
@@ -138,7 +144,7 @@ def test_rows_outside_a_view_are_neither_loaded_nor_stored():
 
 
 def test_an_unknown_instruction_raises():
-    launch, _ = layer_norm()
+    launch, _ = made(layer_norm)
     ptx = compiled_for(launch, 80).ptx
     with pytest.raises(EmulationError, match=r"_layer_norm_kernel: rsqrt.rn.f64 .* float32 only"):
         run(launch, ptx=ptx.replace("rsqrt.approx.ftz.f32", "rsqrt.rn.f64"))

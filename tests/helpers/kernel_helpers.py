@@ -1,13 +1,14 @@
 """What tests of kernels share: where they run, outputs inside buffers of sentinels, the measure of an error."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton
-from dvit_kernels.launch import Launch
+from dvit_kernels.launch import Launch, collecting
 
 WHERE = [
     pytest.param("cpu", torch.float32, id="interpreter-float32", marks=pytest.mark.interpreter),
@@ -35,6 +36,13 @@ QUICK = pytest.mark.quick  # the shape of a kernel that `--emulate quick` runs
 SLOW = pytest.mark.slow
 GUARD = 4096  # elements before and after every output
 SENTINEL = -77
+
+
+def collected(launcher: Callable[..., Any], *arguments: Any, **named: Any) -> list[Launch]:
+    """What a launcher would run."""
+    with collecting() as launches:
+        launcher(*arguments, **named)
+    return launches
 
 
 def guarded(
@@ -84,7 +92,3 @@ def assert_same_sums(got: torch.Tensor, expected: torch.Tensor) -> None:
     """
     tolerance = 4 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats, layer_norm_launch, row_stats_launch
-from kernel_helpers import QUICK, WHERE, assert_same_sums, rms, run_guarded
+from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats
+from kernel_helpers import QUICK, WHERE, assert_same_sums, collected, rms, run_guarded
 from layer_norm_inputs import exact_norm, exact_stats, make_rows, make_vectors
 
 from dvit_infer.ops.layer_norm import layer_norm_ref, row_stats_ref
@@ -26,8 +26,7 @@ SHAPES = [
 def test_normalised_rows(device, dtype, leading, c):
     x = make_rows(*leading, c).to(device, dtype)
     for weight, bias in make_vectors(c, dtype, device):
-        launch, _ = layer_norm_launch(x, weight, bias, 1e-6)
-        y = run_guarded([launch], ["y_ptr"])["y_ptr"]
+        y = run_guarded(collected(launch_layer_norm, x, weight, bias, 1e-6), ["y_ptr"])["y_ptr"]
         assert y.shape == x.shape
         assert y.dtype == dtype
         expected, plain = exact_norm(x, weight, bias, 1e-6), layer_norm_ref(x, weight, bias, 1e-6)
@@ -38,8 +37,7 @@ def test_normalised_rows(device, dtype, leading, c):
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_statistics(device, dtype, leading, c):
     x = make_rows(*leading, c).to(device, dtype)
-    launch, _ = row_stats_launch(x)
-    stats = run_guarded([launch], ["stats_ptr"])["stats_ptr"].cpu()
+    stats = run_guarded(collected(launch_row_stats, x), ["stats_ptr"])["stats_ptr"].cpu()
     expected, plain = exact_stats(x), row_stats_ref(x).cpu()
     assert stats.shape == expected.shape
     for i in range(2):

@@ -11,9 +11,8 @@ from dvit_kernels.linear import (
     default_stats_block,
     default_tile,
     launch_linear,
-    linear_launch,
 )
-from kernel_helpers import QUICK, SLOW, WHERE, assert_same_sums, check, rms, run_guarded
+from kernel_helpers import QUICK, SLOW, WHERE, assert_same_sums, check, collected, rms, run_guarded
 from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 from torch.nn import functional as F
 
@@ -41,8 +40,7 @@ def test_every_epilogue(device, dtype, leading, dim_in, dim_out):
     for norm, with_bias, with_residual in itertools.product([False, True], repeat=3):
         given = weight, bias if with_bias else None, residual if with_residual else None
         sums, activation = row_sums(weight) if norm else None, next(activations)
-        launch, *_ = linear_launch(x, *given, sums, None, 1e-6, activation)
-        y = run_guarded([launch], ["y_ptr"])["y_ptr"]
+        y = run_guarded(collected(launch_linear, x, *given, sums, None, 1e-6, activation), ["y_ptr"])["y_ptr"]
         plain, _ = linear_ref(x, *given, sums, None, 1e-6, activation)
         check(y, exact_linear(x, *given, norm, 1e-6, activation), plain)
         if dim_in == 1:
@@ -81,8 +79,8 @@ def test_every_tile_and_its_statistics(device, dtype, tile):
     dim_out = 2 * tile.block_n
     x, residual = make_rows(2, 37, 96).to(device, dtype), (make_rows(2, 37, dim_out) + 3).to(device, dtype)
     weight, bias = (t.to(device) for t in make_linear(96, dim_out, dtype))
-    launch, *_ = linear_launch(x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
-    y, stats = run_guarded([launch], ["y_ptr", "y_stats_ptr"]).values()
+    launches = collected(launch_linear, x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
+    y, stats = run_guarded(launches, ["y_ptr", "y_stats_ptr"]).values()
     plain, _ = linear_ref(x, weight, bias, residual)
     check(y, exact_linear(x, weight, bias, residual), plain)
     expected = exact_stats(y, tile.block_n)

@@ -8,10 +8,9 @@ from dvit_kernels.linear import (
     TILES,
     LinearTile,
     launch_linear,
-    linear_launch,
 )
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
-from kernel_helpers import EMULATED, QUICK, WHERE, check, needs_loops, rms, run_guarded
+from kernel_helpers import EMULATED, QUICK, WHERE, check, collected, needs_loops, rms, run_guarded
 from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 
 from dvit_infer.ops.linear import ACTIVATIONS, linear_ref, row_sums
@@ -53,7 +52,7 @@ def test_tma_does_as_the_plain_kernel(device, dtype, variant):
             epilogues += [(weight, bias, residual, sums, stats, 1e-6, "gelu")]
             for given in epilogues:
                 block = 0 if dim_out % tile.block_n else tile.block_n
-                launch, *_ = linear_launch(x, *given, stats_block=block, tile=tile)
+                [launch] = collected(launch_linear, x, *given, stats_block=block, tile=tile)
                 assert of_tma(launch)
                 few = dataclasses.replace(launch, grid=(3,))
                 outputs = run_guarded([few], ["y_ptr", "y_stats_ptr"] if block else ["y_ptr"])
@@ -97,14 +96,14 @@ def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
     for name, (x, described) in cases.items():
         some = make_rows(*x.shape[:-2], x.shape[-2] + 1, dim_out + 8).to(device, dtype)
         residual = some[..., :-1, 8:] if described else some[..., :-1, 8:].contiguous()
-        launch, *_ = linear_launch(x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
+        [launch] = collected(launch_linear, x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
         assert of_tma(launch) == (described and dtype != torch.float32), name
         y, stats = launch_linear(x, weight, bias, residual, stats_block=tile.block_n, tile=tile)
         if x.numel():
             check(y, exact_linear(x, weight, bias, residual), linear_ref(x, weight, bias, residual)[0])
             assert rms((stats.cpu() - exact_stats(y, tile.block_n)) / exact_stats(y, tile.block_n)) <= 1e-5
     x, sums = wide[..., :c].contiguous(), row_sums(weight)
-    launch, *_ = linear_launch(x, weight, bias, None, sums, tile=tile)  # finds its statistics itself
+    [launch] = collected(launch_linear, x, weight, bias, None, sums, tile=tile)  # finds its statistics itself
     assert not of_tma(launch)
     check(
         launch_linear(x, weight, bias, None, sums, tile=tile)[0],
@@ -112,7 +111,7 @@ def test_what_tma_cannot_read_takes_the_plain_kernel(device, dtype):
         linear_ref(x, weight, bias, None, sums)[0],
     )
     x, (weight, bias) = x[..., : c - 8].contiguous(), (t.to(device) for t in make_linear(c - 8, dim_out, dtype))
-    assert not of_tma(linear_launch(x, weight, bias, tile=tile)[0])
+    assert not of_tma(*collected(launch_linear, x, weight, bias, tile=tile))
     check(launch_linear(x, weight, bias, tile=tile)[0], exact_linear(x, weight, bias), linear_ref(x, weight, bias)[0])
 
 

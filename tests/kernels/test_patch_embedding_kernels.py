@@ -7,9 +7,8 @@ from dvit_kernels.patch_embedding import (
     FLOAT32_IMAGE_TILES,
     TILES,
     launch_patch_embedding,
-    patch_embedding_launch,
 )
-from kernel_helpers import QUICK, WHERE, rms, run_guarded
+from kernel_helpers import QUICK, WHERE, collected, rms, run_guarded
 from patch_embedding_inputs import MEAN, STD, convolved, make_images, make_weights
 
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding_ref
@@ -41,8 +40,8 @@ def test_tokens(device, dtype, b, channels, height, width, p, c, num_prefix, cha
     images = make_images(b, channels, height, width, given).to(device)
     if channels_last:
         images = images.contiguous(memory_format=NHWC)
-    launch, _ = patch_embedding_launch(images, *packed, p, channels_last)
-    tokens = run_guarded([launch], ["out_ptr"])["out_ptr"]
+    launches = collected(launch_patch_embedding, images, *packed, p, channels_last)
+    tokens = run_guarded(launches, ["out_ptr"])["out_ptr"]
     expected = convolved(images.double(), weights, torch.float64)
     assert tokens.shape == expected.shape
     assert tokens.dtype == dtype
@@ -61,8 +60,8 @@ def test_bytes(device, dtype, b, height, width, p, channels_last):
     images = make_images(b, 3, height, width).to(device)
     if channels_last:
         images = images.contiguous(memory_format=NHWC)
-    launch, _ = patch_embedding_launch(images, *packed, p, channels_last)
-    tokens = run_guarded([launch], ["out_ptr"])["out_ptr"]
+    launches = collected(launch_patch_embedding, images, *packed, p, channels_last)
+    tokens = run_guarded(launches, ["out_ptr"])["out_ptr"]
     expected, plain = convolved(images, weights, torch.float64, True), convolved(images, weights, dtype, True)
     assert rms(tokens - expected) <= rms(plain - expected) + 1e-6
     assert rms(tokens - expected) <= 2 * rms(patch_embedding_ref(images, *packed, p, channels_last) - expected) + 1e-6
@@ -166,7 +165,7 @@ def test_strides_too_wide_for_the_kernel_cost_a_copy():
     far = torch.empty(1, 3, 2**14, 2**16, dtype=torch.uint8, device="meta")[..., ::1024, ::4096]
     weight, table = torch.empty(8, 192, device="meta"), torch.empty(5, 8, device="meta")
     for one, copied in ((near, False), (far, True)):
-        launch, _ = patch_embedding_launch(one, weight, table, 8, False)
+        [launch] = collected(launch_patch_embedding, one, weight, table, 8)
         assert (launch.arguments["images_ptr"].stride() == one.stride()) is not copied
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_inputs import DTYPES, INF, exact, make_bias, make_qkv, make_ragged
+from attention_inputs import DTYPES, INF, exact, make_bias, make_pair_bias, make_qkv, make_ragged
 
 from dvit_infer.ops.attention import attention, attention_ref
 
@@ -50,6 +50,44 @@ def test_queries_that_see_no_key_get_zero(dtype):
     assert (out - exact(q, k, v, 32**-0.5, bias)).abs().max() < worst(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "groups", "m", "n"), [(2, 0, 9, 9), (6, 3, 7, 11), (2, 2, 1, 5), (3, 1, 4, 4), (0, 0, 3, 3), (0, 2, 3, 3)]
+)
+def test_a_bias_per_pair_of_query_and_key(b, groups, m, n, dtype):
+    q, k, v = make_qkv(b, m, n, 2, 32, dtype)
+    pair_bias = make_pair_bias(2, m, n, groups)
+    for bias in (None, make_bias(b, n)):
+        out = attention(q, k, v, bias=bias, pair_bias=pair_bias)
+        assert out.shape == q.shape
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+        error = (out - exact(q, k, v, 32**-0.5, bias, pair_bias=pair_bias)).abs()
+        assert not error.numel() or error.max() < worst(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_whose_pairs_are_all_masked_gets_zero(dtype):
+    """Also where only the two biases together mask its last key."""
+    q, k, v = make_qkv(2, 5, 5, 2, 32, dtype)
+    pair_bias, bias = make_pair_bias(2, 5, 5), torch.zeros(2, 5)
+    pair_bias[1, 3] = -INF
+    pair_bias[0, 2, 1:] = -INF
+    bias[1, 0] = -INF
+    out = attention(q, k, v, bias=bias, pair_bias=pair_bias)
+    assert (out[:, 3, 1] == 0).all()
+    assert (out[1, 2, 0] == 0).all()
+    assert (out[0, 2, 0] != 0).any()
+    assert (out - exact(q, k, v, 32**-0.5, bias, pair_bias=pair_bias)).abs().max() < worst(dtype)
+
+
+def test_the_exact_result_that_kernels_are_checked_against_is_in_float64():
+    q, k, v = make_qkv(2, 5, 5, 2, 32, torch.float64)
+    bias, pair_bias = make_bias(2, 5).double(), make_pair_bias(2, 5, 5, 2).double()
+    out = attention_ref(q, k, v, 0.2, bias, pair_bias=pair_bias)
+    torch.testing.assert_close(out, exact(q, k, v, 0.2, bias, pair_bias=pair_bias), rtol=0, atol=1e-13)
+
+
 def test_a_bias_is_not_rounded():
     """The logarithm of how many tokens one stands for, as merging needs it, differs by less than bfloat16 holds."""
     q, k, v = make_qkv(1, 30, 30, 1, 32, torch.bfloat16)
@@ -66,12 +104,13 @@ def _arguments(kind: str, dtype: torch.dtype, device: torch.device) -> tuple:
     else:
         given = (*make_qkv(2, 1 if "class" in kind else 9, 9, 2, 32, dtype), 0.2)
         given += (make_bias(2, 9),) if kind.endswith("bias") else ()
+        given += (None, None, 0, make_pair_bias(2, 9, 9, 2)) if kind.endswith("pairs") else ()
     return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["dense", "dense class", "dense bias", "ragged", "ragged bias"])
+@pytest.mark.parametrize("kind", ["dense", "dense class", "dense bias", "dense pairs", "ragged", "ragged bias"])
 def test_opcheck(kind, dtype, device):
     torch.library.opcheck(torch.ops.dvit.attention.default, _arguments(kind, dtype, device))
 
@@ -79,7 +118,7 @@ def test_opcheck(kind, dtype, device):
 def test_schema_is_the_published_one():
     assert str(torch.ops.dvit.attention.default._schema) == (
         "dvit::attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias=None, Tensor? cu_seqlens=None, "
-        "int max_tokens=0) -> Tensor"
+        "int max_tokens=0, Tensor? pair_bias=None) -> Tensor"
     )
 
 
@@ -127,6 +166,17 @@ ROWS = torch.zeros(6, 2, 32)
         ({"scale": float("nan")}, "scale is nan"),
         ({"bias": torch.zeros(2, 5)}, "bias is"),
         ({"bias": torch.zeros(2, 6).half()}, "bias is torch.float16"),
+        ({"pair_bias": torch.zeros(2, 6, 5)}, "pair_bias is"),
+        ({"pair_bias": torch.zeros(2, 6, 6).half()}, "pair_bias is torch.float16"),
+        ({"pair_bias": torch.zeros(6, 6)}, "pair_bias is"),
+        ({"pair_bias": torch.zeros(3, 2, 6, 6)}, r"pair_bias is .*\(2, 6, 6\) .* G divides 2"),
+        ({"pair_bias": torch.zeros(0, 2, 6, 6)}, "pair_bias is"),
+        ({"pair_bias": torch.zeros(1, 2, 2, 6, 6)}, "pair_bias is"),
+        ({"pair_bias": torch.zeros(2, 6, 6, device="meta")}, "pair_bias is on meta"),
+        (
+            {"q": ROWS, "k": ROWS, "v": ROWS, "cu_seqlens": ENDS, "max_tokens": 6, "pair_bias": torch.zeros(2, 6, 6)},
+            "pair_bias is for dense batches",
+        ),
         ({"cu_seqlens": ENDS, "max_tokens": 6}, "q is"),
         ({"q": ROWS, "k": ROWS, "v": ROWS}, "q is"),
         ({"q": ROWS, "k": ROWS, "v": ROWS, "cu_seqlens": ENDS}, "max_tokens is 0"),

@@ -57,6 +57,12 @@ def call_attention(dtype):
     return attention(*make_rows(2, 7, 3 * 2 * 16).to(dtype).view(2, 7, 3, 2, 16).unbind(2))
 
 
+def call_pair_attention(dtype):
+    """Images take turns with three biases; the check looks at the first two images and the last two."""
+    qkv = make_rows(6, 7, 3 * 2 * 16).to(dtype).view(6, 7, 3, 2, 16).unbind(2)
+    return attention(*qkv, bias=make_rows(6, 7, seed=2), pair_bias=make_rows(3, 2, 7, 7, seed=3))
+
+
 def call_patch_embedding(dtype):
     weight, table = (make_rows(*size) for size in ((32, 3, 4, 4), (1, 7, 32)))
     packed = pack_patch_embedding(weight, None, make_rows(1, 1, 32), table, dtype)
@@ -82,6 +88,7 @@ OPS = [
     pytest.param("linear", "linear", call_linear, 0, id="linear"),
     pytest.param("linear", "linear", call_statistics, 1, id="statistics"),
     pytest.param("attention", "attention", call_attention, None, id="attention"),
+    pytest.param("attention", "attention", call_pair_attention, None, id="pair_bias"),
     pytest.param("layer_norm", "layer_norm", lambda d: layer_norm(make_rows(3, 5, 40).to(d)), None, id="layer_norm"),
     pytest.param("row_stats", "layer_norm", lambda d: row_stats(make_rows(7, 5, 40).to(d)), None, id="row_stats"),
     pytest.param("patch_embedding", "patch_embedding", call_patch_embedding, None, id="patch_embedding"),

@@ -1,10 +1,12 @@
 """The op linear: its reference against float64, bad input, the compiler."""
 
+import inspect
+
 import pytest
 import torch
 from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 
-from dvit_infer.ops.linear import ACTIVATIONS, linear, row_sums
+from dvit_infer.ops.linear import ACTIVATIONS, linear, linear_ref, row_sums
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -61,6 +63,20 @@ def test_opcheck(shape, named):
     x, (weight, bias) = make_rows(*shape, dtype=dtype), make_linear(48, 64, dtype)
     sums = row_sums(weight)
     torch.library.opcheck(torch.ops.dvit.linear.default, (x, weight, bias, None, sums), named)
+
+
+def test_schema_is_the_published_one():
+    assert str(torch.ops.dvit.linear.default._schema) == (
+        "dvit::linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_sum=None, "
+        'Tensor? stats=None, float eps=1.0000000000000001e-05, str activation="none", int stats_block=0, '
+        "ScalarType? out_dtype=None) -> (Tensor, Tensor)"
+    )
+
+
+def test_the_function_has_the_name_and_the_arguments_of_the_reference():
+    assert linear.__name__ == "linear"
+    assert linear.__doc__ == linear_ref.__doc__
+    assert inspect.signature(linear) == inspect.signature(linear_ref)
 
 
 class Layer(torch.nn.Module):

@@ -123,9 +123,9 @@ def test_unclear_cuts_are_excused(monkeypatch):
         if key.startswith("score_predictor") and key.endswith("out_conv.4.weight"):
             checkpoint["model"][key] = torch.zeros_like(checkpoint["model"][key])
     engine = dvit.convert(checkpoint, device="cpu", assume={"num_heads": 2})
-    right = dvit.verify(engine, checkpoint, num_images=4)
-    assert right.passed
-    assert right.kept_compared == (0, 0, 0)
+    report = dvit.verify(engine, checkpoint, num_images=4)
+    assert report.passed
+    assert report.kept_compared == (0, 0, 0)
 
     def last(score: torch.Tensor, num_keep: int) -> torch.Tensor:
         return torch.arange(score.shape[1] - num_keep, score.shape[1]).expand(len(score), -1)
