@@ -172,11 +172,11 @@ def test_large_scores(device, dtype, keys):
 
 # B, groups, M, N, H, D: the windows of Swin; a tile and a row; blocks of keys with a rest and without; one query.
 PAIRS = [
-    pytest.param(4, 2, 49, 49, 2, 32, marks=QUICK),
-    (2, 0, 65, 64, 1, 48),
+    pytest.param(4, 2, 49, 49, 2, 32, marks=(QUICK, SLOW)),
+    pytest.param(2, 0, 65, 64, 1, 48, marks=SLOW),
     (3, 3, 2, 40, 2, 104),
     (3, 1, 1, 17, 2, 64),
-    pytest.param(2, 0, 33, 130, 2, 64, marks=QUICK),
+    pytest.param(2, 0, 33, 130, 2, 64, marks=(QUICK, SLOW)),
     (1, 0, 20, 144, 1, 32),
     pytest.param(2, 2, 18, 100, 1, 128, marks=SLOW),
     (1, 0, 20, 33, 1, 60),
@@ -211,6 +211,7 @@ def test_masked_pairs(device, dtype, tile):
     check(out, given, pair_bias=pair_bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides_of_a_pair_bias(device, dtype):
     q, k, v = on(device, *make_qkv(4, 9, 9, 2, 32, dtype))
