@@ -138,7 +138,7 @@ class Classifier(ABC):
         out = self._in_parts(images, None, True, "tokens")
         if out.choices:
             return out.x, out.choices[-1]
-        return out.x, torch.arange(self.config.num_patches, device=out.x.device).expand(len(out.x), -1)
+        return out.x, torch.arange(self.config.num_patches, device=out.x.device).repeat(len(out.x), 1)
 
     def warm_up(self, batches: Iterable[int] = (1,), *, uint8: bool = False) -> None:
         """Run batches of these sizes, so that kernels are compiled and forwards captured before images arrive.
@@ -146,9 +146,14 @@ class Classifier(ABC):
         Args:
             batches: numbers of images.
             uint8: for uint8 images; else for floating-point ones.
+
+        Raises:
+            ValueError: a number is not a positive integer.
         """
         dtype = torch.uint8 if uint8 or self.only_uint8 else self.dtype
         for batch in batches:
+            if not isinstance(batch, int) or batch < 1:
+                raise ValueError(f"batches: {batch!r} is not a positive number of images")
             self(torch.zeros(1, 3, *self.config.image_size, dtype=dtype).expand(batch, -1, -1, -1))
 
     def _in_parts(

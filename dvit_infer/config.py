@@ -69,10 +69,12 @@ class Body:
     Attributes:
         patch_size: pixels per side of the patches among which a reduction chooses.
         embed_dim: channels of their tokens.
+        depth: the number of blocks before or in which it may choose.
     """
 
     patch_size: int
     embed_dim: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Config:
     def facts(self) -> dict[str, Any]:
         """Return the facts of its parts by the names that Config had for them before it had parts (0.1.0)."""
         owned = self.reduction if self.reduction.stages else self.learned
-        named = {"keep_rate": owned.keep_rate, **dict(owned.settings), "prune_at": owned.blocks}
+        settings = {**dict(self.learned.settings), **dict(owned.settings)}
+        named = {"keep_rate": owned.keep_rate, **settings, "prune_at": owned.blocks}
         return {**vars(self.body), **named, "method": self.reduction.method}
 
     if not TYPE_CHECKING:  # our code names the part that it reads

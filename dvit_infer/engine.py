@@ -19,7 +19,7 @@ from dvit_infer.graph import Graph, Node, fold
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_graph, build_reference, recognise
+from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
@@ -33,7 +33,7 @@ class Engine(Verifiable):
     Attributes:
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and their runtime.
         notes: the facts read, assumed or given when the checkpoint was recognised.
-        params: the number of weights in the file, for a dense engine without the predictors (`Checkpoint.params`).
+        params: the number of weights in the file, for a dense engine without modules that do not run.
         config, runner, device, dtype, micro_batch: as for every `Classifier`.
     """
 
@@ -51,7 +51,7 @@ class Engine(Verifiable):
         self.notes = list(notes)
         self._graph = graph
         self._source = source
-        self.params = checkpoint.params(dense=not config.reduction.stages)
+        self.params = checkpoint.params(unused_key(config))
 
     @property
     def graph(self) -> Graph:
@@ -77,7 +77,7 @@ class Engine(Verifiable):
         Raises:
             OSError: for example, the disk is full.
         """
-        state = self._read().state
+        state = self._source.read().state
         try:
             save_file(state, path, {HEADER_KEY: header_text(self.config)})
         except SafetensorError as error:
@@ -85,16 +85,7 @@ class Engine(Verifiable):
 
     def graph_in(self, dtype: torch.dtype) -> Graph:
         """Return the graph folded again on the CPU in another dtype, for exporters."""
-        return folded_graph(self.config, self._read(), torch.device("cpu"), dtype)
-
-    def _read(self) -> Checkpoint:
-        """Read the source again; raise InputError if other weights are there now."""
-        checkpoint, unchanged = self._source.read()
-        if not unchanged:
-            again = self.tensors(folded_graph(self.config, checkpoint, self.device, self.dtype))
-            if not all(torch.equal(tensor, again[name]) for name, tensor in self.own_tensors().items()):
-                raise InputError(f"{checkpoint.name}: has changed since the engine was made of it; convert it again")
-        return checkpoint
+        return folded_graph(self.config, self._source.read(), torch.device("cpu"), dtype)
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
@@ -110,9 +101,7 @@ class Engine(Verifiable):
         return found
 
     def digest(self, source: Source) -> Iterator[bytes]:
-        for name, tensor in sorted(checkpoint_of(self, source).state.items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return checkpoint_of(self, source).content()
 
 
 def convert(
@@ -150,7 +139,7 @@ def convert(
     where = resolve_device(device)
     what = resolve_dtype(dtype, where)
     checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
-    return Engine(config, checkpoint, notes, where, what, WeightSource(source, (assume or {}).get("weights")))
+    return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint))
 
 
 def load(
@@ -173,7 +162,7 @@ def load(
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
     given = {} if keep_rate is None else {"keep_rate": keep_rate}
     config, notes = recognise(checkpoint, None, given, {"method": method})
-    return Engine(config, checkpoint, notes, where, what, WeightSource(path, None))
+    return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint))
 
 
 def load_reference(

@@ -1,15 +1,19 @@
 """Features and tokens of an engine against its reference; what it holds, saves and takes along."""
 
 import copy
+import gc
 import os
 import pickle
 import shutil
+import weakref
 
 import pytest
 import torch
 from golden_cases import case_images, official_checkpoint, options
+from safetensors.torch import load_file
 
 import dvit_infer as dvit
+from dvit_infer import engine as engine_module
 from dvit_infer.images.synthetic import sample_images
 
 CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"]
@@ -83,19 +87,26 @@ def test_run_returns_logits_and_choices_and_warm_up_runs_every_size():
     assert sizes == [(1, torch.float32), (3, torch.float32), (2, torch.uint8)]
 
 
-def held(engine):
-    """The bytes of all distinct storages that a pickled engine has in it."""
-    return len(pickle.dumps(engine))
-
-
 def test_an_engine_holds_one_copy_of_its_weights(checkpoint):
     """Pickled, it is as large as its folded graph; a state dict stays with its owner."""
     for source in (checkpoint, official_checkpoint(CASES[0])):
         engine = dvit.convert(source, device="cpu", assume={"num_heads": 2})
         weights = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
-        assert weights < held(engine) < 1.2 * weights + 100_000
-    shared = engine._source._state["model"]
+        assert weights < len(pickle.dumps(engine)) < 1.2 * weights + 100_000
+    shared = engine._source._state
     assert all(tensor is official_checkpoint(CASES[0])["model"][name] for name, tensor in shared.items())
+
+
+def test_of_a_training_checkpoint_only_the_weights_are_kept_alive():
+    class Moments(dict):
+        pass
+
+    content = {"model": dict(official_checkpoint(CASES[0])["model"]), "optimizer": Moments()}
+    engine, moments = dvit.convert(content, device="cpu", assume={"num_heads": 2}), weakref.ref(content["optimizer"])
+    del content
+    gc.collect()
+    assert moments() is None
+    assert engine.features(sample_images(1, (224, 224))).shape == (1, 64)
 
 
 def test_a_pickled_engine_saves_from_its_file_but_carries_no_state_dict(checkpoint, tmp_path):
@@ -127,9 +138,56 @@ def test_a_source_that_changed_is_not_saved(checkpoint, tmp_path):
     path.unlink()
     with pytest.raises(dvit.InputError, match=r"ckpt\.pth: No such file"):
         engine.save(tmp_path / "n.safetensors")
-    state = {key: value.clone() for key, value in content["model"].items()}
-    engine = dvit.convert(state, device="cpu", assume={"num_heads": 2})
-    state["head.bias"] += 1
+    assert sorted(os.listdir(tmp_path)) == ["m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["head.bias"].add_(1),
+        lambda state: state["head.bias"].data.numpy().__iadd__(1),
+        lambda state: state["score_predictor.0.out_conv.4.bias"].add_(1),  # of modules that a dense engine lacks
+    ],
+)
+def test_a_state_dict_that_changed_is_not_saved(change, tmp_path):
+    state = {key: value.clone() for key, value in official_checkpoint(CASES[0])["model"].items()}
+    engine = dvit.convert({"model": state}, device="cpu", method="none", dtype="bfloat16", assume={"num_heads": 2})
+    change(state)
     with pytest.raises(dvit.InputError, match="state dict: has changed since"):
         engine.save(tmp_path / "n.safetensors")
-    assert sorted(os.listdir(tmp_path)) == ["m.safetensors"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tensor_that_was_replaced_leaves_the_engine_its_own(tmp_path):
+    state = {key: value.clone() for key, value in official_checkpoint(CASES[0])["model"].items()}
+    engine = dvit.convert(state, device="cpu", assume={"num_heads": 2})
+    expected = state["head.bias"].clone()
+    state["head.bias"] = expected + 1
+    engine.save(tmp_path / "m.safetensors")
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["head.bias"], expected)
+
+
+def test_a_file_that_is_replaced_while_it_is_converted_is_not_saved(checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pth"
+    shutil.copy(checkpoint, path)
+    recognise = engine_module.recognise
+
+    def meanwhile(*given):
+        content = torch.load(path, weights_only=False)
+        content["model"]["head.bias"] += 1
+        torch.save(content, path)
+        return recognise(*given)
+
+    monkeypatch.setattr(engine_module, "recognise", meanwhile)
+    engine = dvit.convert(path, device="cpu", assume={"num_heads": 2})
+    with pytest.raises(dvit.InputError, match=r"ckpt\.pth: has changed since"):
+        engine.save(tmp_path / "n.safetensors")
+
+
+def test_positions_of_dense_tokens_are_the_callers_own_and_warm_up_takes_numbers_of_images():
+    engine = converted(CASES[0], method="none")
+    _, positions = engine.tokens(case_images(CASES[0]))
+    positions += 1
+    for batches in ([0], [-1], [2.0]):
+        with pytest.raises(ValueError, match="batches: "):
+            engine.warm_up(batches)

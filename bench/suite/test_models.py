@@ -43,7 +43,7 @@ def test_model(size, runtime, subject, batch, timed):
         device=subject.device.type,
         batch=count,
         gmacs=candidate.gmacs,
-        params=subject.params(candidate.is_dense),
+        params=subject.params(candidate.config),
         peak_mib=None,
         top1_agreement=agreement,
     )

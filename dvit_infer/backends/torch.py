@@ -191,9 +191,10 @@ class TorchRunner:
     def head(self, node: Head, state: State) -> None:
         x = state.x
         if node.reads == "mean":
-            # The mean of the logits is that of the normalised patches' logits: the head is linear.
-            patches = slice(node.num_prefix, None)
-            state.x = self.norm_linear(node, "head", x, patches, out_dtype=torch.float32).mean(dim=1)
+            w, patches = node.weights, x[:, node.num_prefix :]
+            y = F.layer_norm(patches, patches.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
+            y = y.float().mean(dim=1).to(x.dtype)
+            state.x = F.linear(y, w["head.weight"], w["head.bias"]).float()
             return
         logits = self.norm_linear(node, "head", x, 0, out_dtype=torch.float32)
         if "head_dist.weight" in node.weights:

@@ -16,7 +16,7 @@ from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
 from dvit_infer.models.reference import Reference
-from dvit_infer.models.registry import build_graph, build_reference, recognise
+from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.memory import is_allocation_failure
@@ -79,8 +79,8 @@ class Subject:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         source = example_checkpoint("dynamicvit-deit-s") if model is None else model
-        self.source = WeightSource(source, None)
         self.checkpoint: Checkpoint = read_checkpoint(source)
+        self.source = WeightSource(source, self.checkpoint)
         self.config, self.notes = recognise(self.checkpoint, None, {}, {})
 
     @property
@@ -108,8 +108,8 @@ class Subject:
     def plain_gmacs(self) -> float:
         return self.plain_graph.gmacs
 
-    def params(self, dense: bool) -> int:
-        return self.checkpoint.params(dense)
+    def params(self, config: Config) -> int:
+        return self.checkpoint.params(unused_key(config))
 
 
 def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") -> Candidate:

@@ -186,7 +186,7 @@ class Comparison(BaseComparison):
             "runtime": candidate.runtime,
             "variant": candidate.variant,
             "gmacs": candidate.gmacs,
-            "params": self.subject.params(candidate.is_dense),
+            "params": self.subject.params(candidate.config),
             "peak_mib": None if timing.peak_mib is None or held is None else timing.peak_mib + held,
         }
 

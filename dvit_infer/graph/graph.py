@@ -45,7 +45,7 @@ class Graph:
         c = self.config
         rows, total_bytes = [], 0
         for node in self.nodes:
-            moved = node.bytes_moved(1, next(iter(node.weights.values())).element_size())
+            moved = node.bytes_moved(1, self.dtype.itemsize)
             total_bytes += moved
             shapes = ("x".join(map(str, shape)) for shape in (node.in_shape, node.out_shape))
             numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"

@@ -6,7 +6,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,23 @@ class Checkpoint:
     other_sets: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args
     header: str | None = None  # the text under `HEADER_KEY` of a saved engine
+    origin: dict[str, torch.Tensor] | None = None  # of a state dict: the caller's own tensors, by the caller's names
 
     @property
     def is_saved_engine(self) -> bool:
         return self.header is not None
 
-    def params(self, dense: bool) -> int:
-        """Return the number of weights: without the predictors if `dense`, and without BatchNorm's statistics."""
+    def content(self) -> Iterator[bytes]:
+        """Yield names, dtypes, shapes and values of all tensors, for digests."""
+        for name, tensor in sorted(self.state.items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    def params(self, unused: str | None) -> int:
+        """Return the number of weights, without those of the module `unused` and without BatchNorm's statistics."""
         buffers = ("running_mean", "running_var", "num_batches_tracked")
         weights = {key: w.numel() for key, w in self.state.items() if not key.endswith(buffers)}
-        return sum(n for key, n in weights.items() if not (dense and key.startswith("score_predictor.")))
+        return sum(n for key, n in weights.items() if unused is None or not key.startswith(f"{unused}."))
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None = None) -> Checkpoint:
@@ -62,7 +69,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
             dense, floating-point and finite.
     """
     if isinstance(source, Mapping):
-        return _take_weights("state dict", dict(source), weights)
+        return _take_weights("state dict", dict(source), weights, shared=True)
     if not isinstance(source, str | Path):
         raise InputError(f"a path or a state dict is expected, not a {type(source).__name__}")
     path = check_name(source)
@@ -166,8 +173,11 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
     return tensors, metadata.get(HEADER_KEY)
 
 
-def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
-    """Find the state dict in a loaded object, strip the wrappers' prefixes and check every tensor."""
+def _take_weights(name: str, content: Any, weights: str | None, shared: bool = False) -> Checkpoint:
+    """Find the state dict in a loaded object, strip the wrappers' prefixes and check every tensor.
+
+    With `shared`, the caller holds on to the tensors, and the checkpoint refers to them.
+    """
     if not isinstance(content, Mapping):
         raise InputError(f"{name}: holds a {type(content).__name__}, no state dict")
     sets = [key for key in WEIGHT_SETS if _has_tensors(content.get(key))]
@@ -189,7 +199,7 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
             raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(PREFIXES)} are stripped")
         clean[short] = _checked(name, key, value)
     others = tuple(key for key in sets if key != chosen)
-    return Checkpoint(name, clean, chosen, others, dict(found))
+    return Checkpoint(name, clean, chosen, others, dict(found), origin=state if shared else None)
 
 
 def _has_tensors(value: Any) -> bool:

@@ -47,6 +47,8 @@ def block_indices(what: str, value: Any, depth: int, count: int | None) -> tuple
     if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
         raise InputError(f"{what}: {value!r} is not a list of block indices")
     indices = tuple(map(int, indices))
+    if not indices and count != 0:
+        raise InputError(f"{what}: no block is given")
     for index in indices:
         if not 0 <= index < depth:
             raise InputError(f"{what}: there is no block {index}; the model has blocks 0 to {depth - 1}")
@@ -86,7 +88,7 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
 
 def method(what: str, value: Any, learned: str | None, name: str) -> str:
     """Return a method that `name` can run, whose weights hold the modules of `learned`."""
-    if value != "none" and value not in METHODS:
+    if not isinstance(value, str) or (value != "none" and value not in METHODS):
         raise InputError(f"{what}: {value!r} is not one of {', '.join([*METHODS, 'none'])}")
     if value != "none" and METHODS[value].KEY is not None and value != learned:
         raise InputError(f"{what}: {value!r} needs score predictors, and {name} holds none; 'none' runs it dense")

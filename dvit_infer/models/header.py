@@ -46,9 +46,11 @@ def read_header(name: str, text: str) -> dict[str, Any]:
 
 def _from_version_1(name: str, old: dict[str, Any]) -> dict[str, Any]:
     """Return the config of a file of format 1 in the parts that it has now."""
-    for key in (*_BODY_1, *_REDUCTION_1):
+    for key in (*_BODY_1, *_REDUCTION_1, "mean", "std"):
         if old.get(key) is None:
             raise InputError(f"{name}: its {HEADER_KEY} header does not say {key}")
+    if later := old.keys() & {"body", "reduction", "learned"}:
+        raise InputError(f"{name}: its {HEADER_KEY} header is damaged at {min(later)!r}")
     if not isinstance(old["prune_at"], list):
         raise InputError(f"{name}: its {HEADER_KEY} header is damaged at 'prune_at'")
     learned: dict[str, Any] = {}

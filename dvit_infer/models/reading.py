@@ -96,7 +96,7 @@ class Reading:
         if self.given.get(what) is not None:
             value = self.given[what]
             self.note("given", what, value, "by you")
-        elif (found := self._stated(what, stored_as)) is not None:
+        elif (found := self._found(what, stored_as)) is not None:
             value = found[1]
             self.note("read", what, value, f"{self.metadata_source}: {found[0]}")
         else:
@@ -113,7 +113,7 @@ class Reading:
 
     def resolve_if_known(self, what: str) -> Any:
         """Return the given value, else that in the metadata, else None without a note."""
-        if self.given.get(what) is None and self._stated(what, None) is None:
+        if self.given.get(what) is None and self._found(what, None) is None:
             self._used.add(what)
             return None
         return self.resolve(what, None, "")
@@ -127,7 +127,12 @@ class Reading:
         """Return a name for a value in messages: the option that gave it, or the file that holds it."""
         return what if self.given.get(what) is not None else f"{self.name}: {what}"
 
-    def _stated(self, what: str, stored_as: str | None) -> tuple[str, Any] | None:
+    def stated(self, what: str, stored_as: str | None = None) -> Any:
+        """Return the value in the metadata (under `what` or `stored_as`), or None, without a note."""
+        found = self._found(what, stored_as)
+        return None if found is None else found[1]
+
+    def _found(self, what: str, stored_as: str | None) -> tuple[str, Any] | None:
         for key in (what, stored_as):
             if key is not None and self.metadata.get(key) is not None:
                 return key, self.metadata[key]

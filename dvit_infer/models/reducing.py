@@ -54,6 +54,11 @@ def _method(read: Reading, given: Any, learned: str | None, count: int) -> str:
     return method
 
 
+def _stored_as(name: str) -> str | None:
+    """Return the name of a setting in the official trainer's args, where it is another."""
+    return "base_rate" if name == "keep_rate" else None
+
+
 def _evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(depth * (s + 1) // (count + 1) for s in range(count))
 
@@ -62,7 +67,7 @@ def _resolved(read: Reading, method: str, depth: int, num_patches: int, count: i
     """Return a reduction by given facts, else by the file's, else by defaults; `count`: stages there have to be."""
     stages = STAGES if count is None else count
     found = {
-        name: read.resolve(name, *default, stored_as="base_rate" if name == "keep_rate" else None)
+        name: read.resolve(name, *default, stored_as=_stored_as(name))
         for name, default in METHODS[method].SETTINGS.items()
     }
     asked = read.resolve("prune_at", _evenly(depth, stages), f"{depth} blocks in {stages + 1} equal parts")
@@ -73,11 +78,19 @@ def _resolved(read: Reading, method: str, depth: int, num_patches: int, count: i
 
 def _unasked(read: Reading, method: str, depth: int, num_patches: int, count: int) -> Reduction:
     """Return the reduction of the weights' own modules while another one runs: by the file, without notes."""
-    if read.stored is not None and read.stored.learned.stages:
+    if read.stored is not None and read.stored.learned.method == method:
         learned = read.stored.learned
         return _reduction(method, dict(learned.settings), learned.blocks, num_patches)
-    settings = {name: value for name, (value, _) in METHODS[method].SETTINGS.items()}
-    return _reduction(method, settings, _evenly(depth, count), num_patches)
+    defaults = {name: default for name, (default, _) in METHODS[method].SETTINGS.items()}
+    found = {name: read.stated(name, _stored_as(name)) for name in defaults}
+    settings = {
+        name: default if found[name] is None else check.SETTINGS[name](f"{read.name}: {name}", found[name])
+        for name, default in defaults.items()
+    }
+    blocks = read.stated("prune_at") or _evenly(depth, count)
+    return _reduction(
+        method, settings, check.block_indices(f"{read.name}: prune_at", blocks, depth, count), num_patches
+    )
 
 
 def _reduction(method: str, settings: Mapping[str, float], blocks: tuple[int, ...], num_patches: int) -> Reduction:

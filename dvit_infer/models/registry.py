@@ -17,6 +17,7 @@ from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
 from dvit_infer.models.vit.families import DEIT, LVVIT
+from dvit_infer.reduction import METHODS
 
 FAMILIES: tuple[Family, ...] = (DEIT, LVVIT)
 
@@ -85,8 +86,10 @@ def _check_header(name: str, stored: Config, config: Config, overridden: set[str
 
     The name may differ: an unnamed size may get a name later.
     """
-    if overridden & {"method", "keep_rate", "prune_at", "predictor_eps", "image_size"}:
-        overridden = overridden | {"reduction", "learned"}
+    if counts := overridden & {"keep_rate", "prune_at", "predictor_eps", "image_size"}:
+        overridden = overridden | {"learned"}
+    if counts or "method" in overridden:
+        overridden = overridden | {"reduction"}
     compared = [(f.name, getattr(stored, f.name), getattr(config, f.name)) for f in fields(Config) if f.name != "body"]
     mine = vars(config.body)
     compared += [(key, value, mine.get(key)) for key, value in vars(stored.body).items()]
@@ -109,6 +112,12 @@ def build_reference(config: Config, checkpoint: Checkpoint) -> Reference:
     state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoint.state.items()}
     model.load_state_dict(family.resized(state, config), strict=True, assign=True)
     return model.eval()
+
+
+def unused_key(config: Config) -> str | None:
+    """Return the prefix of the weights of a reduction that does not run, or None if there are none."""
+    learned = config.learned.method
+    return None if learned == "none" or learned == config.reduction.method else METHODS[learned].KEY
 
 
 def build_graph(model: nn.Module, config: Config) -> Graph:

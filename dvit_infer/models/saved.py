@@ -34,10 +34,7 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             check.image_size(key, values[key], body.patch_size) for key in ("image_size", "trained_size")
         )
         rows, columns = grid(image_size, body)
-        reductions = {
-            key: _reduction(key, values[key], getattr(body, "depth", 1), rows * columns)
-            for key in ("reduction", "learned")
-        }
+        reductions = {key: _reduction(key, values[key], body.depth, rows * columns) for key in ("reduction", "learned")}
         if values["weights"] not in (None, *WEIGHT_SETS):
             raise InputError(f"weights: {values['weights']!r} is not known")
         return Config(
@@ -92,8 +89,11 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
     values = _named(Reduction, header)
     method, stages, settings = (values[name] for name in ("method", "stages", "settings"))
     if method == "none":
+        if stages or settings:
+            raise InputError(f"{key}: a dense model has no stages")
         return Reduction()
-    if method not in METHODS:
+    learns = isinstance(method, str) and method in METHODS and METHODS[method].KEY is not None
+    if not isinstance(method, str) or method not in METHODS or (key == "learned" and not learns):
         raise InputError(f"method: {str(method)[:40]!r} is not one of {', '.join([*METHODS, 'none'])}")
     if not isinstance(stages, list) or not isinstance(settings, dict):
         raise InputError(f"{key}: its stages are not a list, or its settings not an object")
@@ -103,8 +103,11 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
     known = {name: check.SETTINGS[name](name, settings[name]) for name in METHODS[method].SETTINGS}
     blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], depth, None)
     counted = METHODS[method].stages(known, blocks, num_patches)
-    if values["num_patches"] not in (0, num_patches) or any(
-        stage["keep"] not in (None, other.keep) for stage, other in zip(stated, counted, strict=True)
+    if not check.is_number(values["num_patches"]) or values["num_patches"] not in (0, num_patches):
+        raise InputError(f"{key}: num_patches is {str(values['num_patches'])[:20]}, the image has {num_patches}")
+    if any(
+        stage["keep"] not in (None, other.keep) or stage["where"] != other.where
+        for stage, other in zip(stated, counted, strict=True)
     ):
         raise InputError(f"{key}: its stages do not keep what its settings say")
     return Reduction(method, counted, tuple(known.items()), num_patches)

@@ -1,5 +1,6 @@
 """The source of a model's weights, read again when they are needed: an engine keeps no second copy of them."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,20 +13,20 @@ from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 
 
 class WeightSource:
-    """A file, or a state dict, whose tensors are shared with the caller and not copied.
+    """A file, or the tensors of a state dict, which are shared with the caller and not copied.
 
     Copies share it; a pickled one still names its file, but holds no state dict.
 
     Args:
         source: the path of a checkpoint or saved engine, or a state dict.
-        weights: which of several sets of weights was taken; None: the first.
+        checkpoint: what was read from it.
     """
 
-    def __init__(self, source: str | Path | Mapping[str, Any], weights: str | None) -> None:
-        self._weights = weights
-        self._path = None if isinstance(source, Mapping) else Path(os.path.abspath(source))
-        self._state = dict(source) if isinstance(source, Mapping) else None
-        self._seen = self._identity()
+    def __init__(self, source: str | Path | Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        self._path = None if isinstance(source, Mapping) else os.path.abspath(source)
+        self._state: dict[str, torch.Tensor] | None = checkpoint.origin
+        self._weights = checkpoint.weights
+        self._digest = _digest(checkpoint)
 
     def __deepcopy__(self, memo: object) -> "WeightSource":
         return self
@@ -33,33 +34,25 @@ class WeightSource:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_state": None}
 
-    def read(self) -> tuple[Checkpoint, bool]:
-        """Return the checkpoint, and whether it cannot have changed since.
+    def read(self) -> Checkpoint:
+        """Read it again.
 
         Raises:
-            InputError: it cannot be read any more.
+            InputError: it cannot be read any more, or holds other weights than before.
         """
-        source = self._path or self._state
-        if source is None:
-            raise InputError("the weights came from a state dict, which is not part of a pickled engine")
-        unchanged = self._identity() == self._seen
-        return read_checkpoint(source, self._weights), unchanged
-
-    def _identity(self) -> object:
         if self._state is not None:
-            return [_version(tensor) for part in (self._state, *self._state.values()) for tensor in _tensors(part)]
-        try:
-            found = os.stat(self._path or "")
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+            checkpoint = read_checkpoint(self._state)
+        elif self._path is not None:
+            checkpoint = read_checkpoint(self._path, self._weights)
+        else:
+            raise InputError("the weights came from a state dict, which is not part of a pickled engine")
+        if _digest(checkpoint) != self._digest:
+            raise InputError(f"{checkpoint.name}: has changed since the engine was made of it; convert it again")
+        return checkpoint
 
 
-def _tensors(part: object) -> list[torch.Tensor]:
-    values = part.values() if isinstance(part, Mapping) else ()
-    return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _version(tensor: torch.Tensor) -> object:
-    """Return a number that grows with every change in place; an inference tensor has none, and compares as changed."""
-    return object() if tensor.is_inference() else tensor._version
+def _digest(checkpoint: Checkpoint) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in checkpoint.content():
+        digest.update(part)
+    return digest.digest()

@@ -232,7 +232,8 @@ class _Writer:
         w = node.weights
         y = self._norm(x, node.eps, node.dim)
         if node.reads == "mean":
-            y = self._emit("ReduceMean", self._tokens(y, node.num_prefix, node.tokens), self._ints(1), keepdims=0)
+            patches = self._float32(self._tokens(y, node.num_prefix, node.tokens))
+            y = self._in_dtype(self._emit("ReduceMean", patches, self._ints(1), keepdims=0))
             logits = self._linear(y, "head", w["head.weight"], w["head.bias"])
             return self._emit("Cast", logits, to=TensorProto.FLOAT, out="logits")
         logits = self._of_token(node, y, 0, "head")

@@ -33,7 +33,8 @@ class RandomPrune(Prune):
 
 def indices(tokens: int, keep: int) -> torch.Tensor:
     """Return which of `tokens` patch tokens a stage keeps, (keep,) int64, ascending."""
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(SEED))[:keep].sort().values
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    return torch.randperm(tokens, generator=generator, device="cpu")[:keep].sort().values
 
 
 def modules(dim: int, settings: Mapping[str, float], count: int) -> nn.ModuleList:

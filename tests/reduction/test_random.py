@@ -1,5 +1,6 @@
 """The reduction 'random': drawn once, the same for every image and batch; with any weights; saved and loaded."""
 
+import argparse
 import itertools
 import json
 
@@ -58,6 +59,37 @@ def test_keep_rate_and_blocks_reach_it_and_a_file_of_it_keeps_its_own_predictors
     assert str(dense.config.reduction) == "dense"
 
 
+def test_the_files_own_reduction_survives_while_another_runs(tmp_path):
+    args = argparse.Namespace(base_rate=0.5, prune_at=[0, 2, 3], num_heads=2, dvit_infer={"predictor_eps": 1e-6})
+    content = {"model": official_checkpoint(PRUNED)["model"], "args": args}
+    dvit.convert(content, device="cpu", method="random", keep_rate=0.8).save(tmp_path / "m.safetensors")
+    found = dvit.load(tmp_path / "m.safetensors", device="cpu", method="predictor").config
+    assert found.reduction == dvit.convert(content, device="cpu").config.reduction
+    assert (str(found.reduction), found.reduction.blocks) == ("predictor 0.5: 98,49,24 of 196", (0, 2, 3))
+    assert found.predictor_eps == 1e-6
+
+
+def test_weights_of_predictors_that_do_not_run_are_not_counted_and_not_trained():
+    engine, dense = (
+        converted(PRUNED),
+        dvit.convert(official_checkpoint(PRUNED), device="cpu", method="none", **options(PRUNED)),
+    )
+    assert (
+        engine.params
+        == dense.params
+        < dvit.convert(official_checkpoint(PRUNED), device="cpu", **options(PRUNED)).params
+    )
+    reference = dvit.load_reference(official_checkpoint(PRUNED), method="random", **options(PRUNED))
+    with pytest.raises(NotImplementedError, match="cannot be trained"):
+        reference.train()(sample_images(1, (224, 224)))
+
+
+def test_under_another_default_device():
+    with torch.device("meta"):
+        engine = converted(PRUNED)
+    assert engine(sample_images(1, (224, 224))).isfinite().all()
+
+
 def test_the_reference_has_it_too():
     reference = dvit.load_reference(official_checkpoint(DENSE), method="random", keep_rate=0.6)
     images = sample_images(2, (224, 224))
@@ -73,6 +105,11 @@ def test_bad_input_is_named():
         converted(LVVIT, keep_rate=0.1)
     with pytest.raises(dvit.InputError, match="prune_at: there is no block 4"):
         converted(PRUNED, prune_at=(1, 4))
+    with pytest.raises(dvit.InputError, match="prune_at: no block is given"):
+        converted(PRUNED, prune_at=())
+    for method in ([], ["random"], 3):
+        with pytest.raises(dvit.InputError, match="method: .* is not one of predictor, random, none"):
+            dvit.convert(official_checkpoint(PRUNED), device="cpu", method=method, **options(PRUNED))
     with pytest.raises(dvit.InputError, match="'predictor' needs score predictors"):
         dvit.convert(official_checkpoint(DENSE), device="cpu", method="predictor")
     with pytest.raises(dvit.InputError, match="keep_rate: state dict holds no score predictors"):

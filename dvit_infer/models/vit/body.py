@@ -13,14 +13,12 @@ class ViT(Body):
     """A plain vision transformer: patches, equal blocks, a head.
 
     Attributes:
-        depth: the number of blocks.
         eps: for every LayerNorm in the blocks and for the last one.
         num_prefix: class token, and distillation token if present: never pruned.
         stem_dim: channels of LV-ViT's convolutional stem; 0: patches are projected directly.
         skip_lam: residual branches are divided by this (LV-ViT).
     """
 
-    depth: int
     num_heads: int
     mlp_dim: int
     eps: float

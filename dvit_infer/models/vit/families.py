@@ -49,6 +49,7 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
         "num_patches": config.num_patches,
         "eps": body.eps,
         "score_predictor": modules,
+        "trainable": runs.method == learned.method,
         "prune_at": runs.blocks,
         "num_keep": config.num_keep,
         "choose": METHODS[runs.method].choose if runs.stages else None,

@@ -24,6 +24,7 @@ class VisionTransformer(Reference):
         num_keep: the number of patch tokens kept at each stage.
         choose: chooses them.
         score_predictor: one module per stage, if the weights hold some.
+        trainable: whether these modules choose.
     """
 
     patch_embed: nn.Module
@@ -45,9 +46,10 @@ class VisionTransformer(Reference):
         num_keep: Sequence[int] = (),
         choose: Choose | None = None,
         score_predictor: nn.ModuleList | None = None,
+        trainable: bool = True,
     ) -> None:
         super().__init__()
-        self.choose = choose
+        self.choose, self.trainable = choose, trainable
         self.num_prefix = num_prefix
         self.prune_at = tuple(prune_at)
         self.num_keep = tuple(num_keep)
@@ -114,6 +116,8 @@ class VisionTransformer(Reference):
             images: (B, 3, H, W).
             noise: (stages, B, N, 2) float32 Gumbel samples to decide by; None: PyTorch draws them.
         """
+        if self.prune_at and not self.trainable:
+            raise NotImplementedError("a reduction without predictors cannot be trained")
         x = self.embed(images)
         p = self.num_prefix
         keep = x.new_ones(len(x), x.shape[1] - p, 1)

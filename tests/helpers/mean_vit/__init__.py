@@ -1,9 +1,23 @@
 """A made-up family, as a stranger would add one: a ViT without class token; its head reads the patches' mean."""
 
+from dvit_infer.config import Config
 from dvit_infer.models.family import Family
+from dvit_infer.reduction import METHODS
 from mean_vit.graph import graph
 from mean_vit.read import MeanViT, matches, read, resized
-from mean_vit.reference import reference
+from mean_vit.reference import MeanViTModel
+
+
+def reference(config: Config) -> MeanViTModel:
+    reduction = config.reduction
+    return MeanViTModel(
+        **vars(config.body),
+        num_patches=config.num_patches,
+        num_classes=config.num_classes,
+        stages=[(stage.block, stage.keep) for stage in reduction.stages],
+        choose=METHODS[reduction.method].choose if reduction.stages else None,
+    )
+
 
 FAMILY = Family(
     name="meanvit",

@@ -14,7 +14,6 @@ from dvit_infer.models.vit.pos_embed import resample_pos_embed
 class MeanViT(Body):
     """Equal blocks of `num_heads` heads."""
 
-    depth: int
     num_heads: int
     mlp_dim: int
 
