@@ -59,16 +59,8 @@ def _name(graph: Graph, batch: int, uint8: bool, programmatic: bool) -> str:
     facts = [
         *_system(graph.device).values(),
         *(str(graph.dtype), batch, uint8, programmatic),
-        [
-            (
-                type(node).__qualname__,
-                node.in_shape,
-                node.out_shape,
-                getattr(node, "num_heads", 0),
-                sorted(node.weights),
-            )
-            for node in graph.nodes
-        ],
+        [(type(node).__qualname__, node.in_shape, node.out_shape, sorted(node.weights)) for node in graph.nodes],
+        [getattr(node, "num_heads", 0) for node in graph.nodes],
         [dict(row) for row in choices_for(graph.device).rows],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -87,10 +87,9 @@ def _unasked(read: Reading, method: str, depth: int, num_patches: int, count: in
         name: default if found[name] is None else check.SETTINGS[name](f"{read.name}: {name}", found[name])
         for name, default in defaults.items()
     }
-    blocks = read.stated("prune_at") or _evenly(depth, count)
-    return _reduction(
-        method, settings, check.block_indices(f"{read.name}: prune_at", blocks, depth, count), num_patches
-    )
+    stated = read.stated("prune_at") or _evenly(depth, count)
+    blocks = check.block_indices(f"{read.name}: prune_at", stated, depth, count)
+    return _reduction(method, settings, blocks, num_patches)
 
 
 def _reduction(method: str, settings: Mapping[str, float], blocks: tuple[int, ...], num_patches: int) -> Reduction:
