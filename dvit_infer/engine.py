@@ -149,6 +149,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     method: str | None = None,
     keep_rate: float | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Engine:
     """Make an engine from a file that `Engine.save` wrote. Arguments are as for `convert`; defaults are as saved.
 
@@ -161,7 +162,7 @@ def load(
     if not checkpoint.is_saved_engine:
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
     given = {} if keep_rate is None else {"keep_rate": keep_rate}
-    config, notes = recognise(checkpoint, None, given, {"method": method})
+    config, notes = recognise(checkpoint, None, given, {"method": method, "image_size": image_size})
     return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint))
 
 

@@ -242,3 +242,15 @@ def test_autocast_around_the_call_changes_nothing(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tiny(images), expected)
         assert dvit.verify(tiny, official_checkpoint(TINY), num_images=2).passed
+
+
+def test_a_saved_file_is_loaded_for_another_size(tmp_path):
+    checkpoint = official_checkpoint("tiny-deit-r0.7-s1")
+    dvit.convert(checkpoint, device="cpu", assume={"num_heads": 2}).save(tmp_path / "m.safetensors")
+    engine = dvit.load(tmp_path / "m.safetensors", device="cpu", image_size=(96, 128))
+    expected = dvit.convert(checkpoint, device="cpu", image_size=(96, 128), assume={"num_heads": 2})
+    assert (engine.config.image_size, engine.config.num_keep) == ((96, 128), (33, 23, 16))
+    images = sample_images(2, (96, 128))
+    assert torch.equal(engine(images), expected(images))
+    with pytest.raises(dvit.InputError, match="image_size: 100x100 is not a multiple"):
+        dvit.load(tmp_path / "m.safetensors", device="cpu", image_size=100)
