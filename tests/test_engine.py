@@ -8,6 +8,7 @@ import torch
 from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, options, same_kept
 
 import dvit_infer as dvit
+from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.checkpoint import read_checkpoint
 from dvit_infer.utils.devices import micro_batch
 
