@@ -43,8 +43,8 @@ def _eval(options: argparse.Namespace) -> int:
     folder = labelled_images(
         options.folder, class_count(engine.config), classes=classes, own=engine.labels, labels=options.labels
     )
-    warn(folder.warnings)
     reference = reference_of(engine, options.model) if options.against_reference else None
+    warn(folder.warnings)
     with counting("evaluating", lambda: sum(1 for _ in folder.images(ordered=False))) as progress:
         found = measure_accuracy(
             engine,
