@@ -169,12 +169,13 @@ class _Forward:
     """A stream that tarfile reads forward, in small pieces: sizes and offsets in headers may be hostile."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+        self._stream, self.last = stream, b""
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._stream.read(size)
+        self.last = self._stream.read(size)
+        return self.last
 
     def seek(self, position: int) -> int:
         if position < self._stream.tell() - 1:  # tarfile reads the last byte before a header again
@@ -197,6 +198,8 @@ def _tarred(path: str, packing: str) -> Iterator[ArchivedFile]:
                 member = Member(path, packing, info.offset_data, info.size, info.size)
                 if file := _file(info.name, member, forward.read):
                     yield file
+        if any(forward.last):  # tarfile takes a header that it cannot read for the end
+            raise tarfile.ReadError("a header that cannot be read")
 
 
 def _zipped(path: str) -> Iterator[ArchivedFile]:

@@ -32,6 +32,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 10
+
+
 class Resolver:
     """Finds the classes of names.
 
@@ -47,7 +51,8 @@ class Resolver:
         self, where: str, noun: str, num_classes: int, given: ClassMap | None, own: Mapping[int, str] | None
     ) -> None:
         self.where, self.noun, self.num_classes, self.given = where, noun, num_classes, given
-        self.own = None if own is None else ClassMap.of_labels("the model's own labels", own)
+        is_named = own is not None and any(name != f"LABEL_{index}" for index, name in own.items())  # of Hugging Face
+        self.own = ClassMap.of_labels("the model's own labels", own) if own is not None and is_named else None
 
     def resolve(self, names: Sequence[str], others: Sequence[str] = ()) -> Resolved:
         """Return the classes of the names.
@@ -62,9 +67,12 @@ class Resolver:
         Raises:
             InputError: Names are unknown, more than the model has classes, or may stand for several classes.
         """
-        numbers = all(name.isascii() and name.isdigit() and len(name) < 10 for name in names)
+        numbers = all(map(_is_number, names))
         if self.given is not None:
             if not numbers or any(name in self.given.folders for name in names):
+                if unknown := [name for name in names if not self.given.of_name(name)]:
+                    count = f"{len(unknown)} of {plural(len(names), self.noun)}"
+                    raise InputError(f"classes: {self.given.path}: does not name {count}: {listed(unknown)}")
                 return Resolved({name: self.given.of_folder(name) for name in names}, f"by {self.given.path}")
             if self.given.numbers:
                 return self._by_ilsvrc(names, self.given)
@@ -74,6 +82,10 @@ class Resolver:
                 return Resolved({name: self.own.of_folder(name) for name in names}, f"by {self.own.path}")
             if len(unknown) < len(names) or not (numbers or self._all_of_wordnet(names, others)):
                 self._refuse(names, f"{len(unknown)} not among the model's own labels: {listed(unknown)}")
+        for kind, is_kind in (("whole numbers", _is_number), ("WordNet ids", WORDNET.fullmatch)):
+            odd = [name for name in names if not is_kind(name)]
+            if odd and 2 * len(odd) <= len(names):
+                self._refuse(names, f"most are {kind}, but not {listed(odd)}")
         if len(names) > self.num_classes:
             raise InputError(
                 f"{self.where}: {plural(len(names), self.noun)}, but the model has {self.num_classes} classes{_REMEDY}"
@@ -121,6 +133,11 @@ class Resolver:
             warnings.append(
                 f"{self.where}: no {self.noun} is called 0: if their numbers begin at 1, all are taken as the wrong "
                 "class; --classes maps them"
+            )
+        elif most == _ILSVRC_CLASSES and found[0] > 0:
+            warnings.append(
+                f"{self.where}: no {self.noun} is 0: if the numbers are ILSVRC's own, from 1 to 1000, all are taken as "
+                "the wrong class; --classes map_clsloc.txt translates them"
             )
         return Resolved(values, "their numbers are the classes", tuple(warnings))
 

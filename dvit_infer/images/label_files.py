@@ -17,6 +17,8 @@ _CLASS = {
     *("category_id", "index", "wnid", "synset", "ground_truth", "predictionstring"),
 }
 _DELIMITERS = ",;\t "
+# Kaggle's ILSVRC solution has an id and its boxes; tables of numbers with gaps have 3.0 for 3.
+_FIRST_OF = re.compile(rf"({WORDNET.pattern})\s|(\d+)\.0+$")
 _NUMBER_AT_END = re.compile(r"(\d{1,12})(?:\.\w+)?$")
 
 
@@ -136,8 +138,10 @@ def _table(path: str | Path, lines: Sequence[str], first: str) -> Iterator[tuple
                     continue
             if len(cells) <= max(file_at, class_at) or not cells[file_at] or not cells[class_at]:
                 raise InputError(f"labels: {path}: line {reader.line_num} has no file and class")
-            label = cells[class_at]  # Kaggle's ILSVRC solution: an id and its boxes
-            yield reader.line_num, cells[file_at], label.split()[0] if WORDNET.match(label) else label
+            label = cells[class_at]
+            if match := _FIRST_OF.match(label):
+                label = match[1] or match[2]
+            yield reader.line_num, cells[file_at], label
     except csv.Error as error:
         raise InputError(f"labels: {path}: line {reader.line_num}: {error}") from None
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
 _SAMPLES_PER_PIXEL, _PHOTOMETRIC, _EXTRA, _S_MAX, _BITS = 277, 262, 338, 341, 258  # TIFF tags
-_COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}  # bands that a photometric interpretation has (RGB, CMYK, YCbCr, Lab); others: 1
+_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # bands of grey, RGB, palette, mask, CMYK, YCbCr, Lab
 _ALPHA = (1, 2)
 _12_BITS = 4095
 
@@ -20,8 +20,8 @@ def check_bands(image: Image.Image) -> None:
     """Raise UnclearSamplesError if a TIFF has bands beside its colours and alpha: Pillow would drop them."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
-        bands, extra = tags.get(_SAMPLES_PER_PIXEL, 1), _values(tags.get(_EXTRA))
-        colours = _COLOURS.get(tags.get(_PHOTOMETRIC, 1), 1)
+        bands, extra = int(tags.get(_SAMPLES_PER_PIXEL, 1)), _values(tags.get(_EXTRA))
+        colours = _COLOURS.get(int(tags.get(_PHOTOMETRIC, 1)), bands)
         if bands > colours + 1 or (extra and extra[0] not in _ALPHA):
             raise UnclearSamplesError(f"has {bands} bands: which of them are red, green and blue is not certain")
 
@@ -84,8 +84,8 @@ def eight_bits(image: Image.Image, white: int | None) -> Image.Image:
     """
     samples = np.asarray(image).astype(np.int64)
     highest = int(samples.max())
-    if image.format == "TIFF" and image.mode == "I" and white is None:  # 32 bits, or 16 with a sign
-        raise UnclearSamplesError(f"has 32-bit samples, {_NO_WHITE}")
+    if image.format == "TIFF" and image.mode == "I" and white is None:
+        raise UnclearSamplesError(f"has 32-bit samples, or signed ones, {_NO_WHITE}")
     if image.format in ("TIFF", "PNG") and white is None and 0 < highest <= _12_BITS:
         raise UnclearSamplesError(f"has 16-bit samples up to {highest}, {_NO_WHITE} (12 bits in 16?)")
     if white is None or (image.format == "PNG" and highest > white):

@@ -160,6 +160,17 @@ def test_an_archive_cut_short(name):
         labelled_images(name, 10)
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_header_in_the_middle_that_is_spoiled_is_no_end(name):
+    pack("a.tar", {f"{at}.png": bytes(512) for at in range(3)})
+    content = bytearray(Path("a.tar").read_bytes())
+    content[2 * 1024 + 3] ^= 255
+    Path(name).write_bytes(content if name == "a.tar" else gzip.compress(content))
+    entries = list(find_entries([name]))
+    assert [entry.path for entry in entries] == [f"{name}/0.png", f"{name}/1.png", name]
+    assert entries[-1].error == "damaged archive: a header that cannot be read"
+
+
 def test_changed_bytes_of_a_zip_are_noticed():
     pack("stored.zip", {"a.png": png()})
     content = bytearray(Path("stored.zip").read_bytes())

@@ -72,6 +72,26 @@ def test_numbers_of_ilsvrc_need_its_own_list():
     assert "ILSVRC's own" in refused(1000)
 
 
+def test_a_name_among_numbers_or_wordnet_ids():
+    folders("0", "1", "x")
+    assert "3 class folders for 3 classes: most are whole numbers, but not 'x'" in refused(3)
+    os.rename("d", "numbers")
+    folders(*WORDNET[:9], "misc")
+    assert "most are WordNet ids, but not 'misc'" in refused(10)
+
+
+def test_names_that_the_map_lacks_are_counted():
+    folders("ant", "bee", "cat")
+    Path("names.txt").write_text("ant\ndog")
+    given = read_classes("names.txt", 10)
+    assert refused(classes=given) == "classes: names.txt: does not name 2 of 3 class folders: 'bee', 'cat'"
+
+
+def test_placeholders_are_no_labels():
+    folders("ant", "bee")
+    assert found(2, own={0: "LABEL_0", 1: "LABEL_1"}) == {"ant": 0, "bee": 1}
+
+
 def test_numbers_that_are_equal():
     folders("1", "01")
     assert "two of them are the same number" in refused()

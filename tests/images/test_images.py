@@ -76,7 +76,7 @@ def test_16_bits_are_scaled_not_clipped(suffix, tmp_path):
 def test_32_bits_are_refused_as_floating_point_is(tmp_path):
     for white in (255, 65535, 65536):
         Image.fromarray(np.full((4, 4), white, np.int32)).save(tmp_path / "wide.tif")
-        assert "32-bit samples, of which nothing says what white is" in fails(tmp_path / "wide.tif")
+        assert "32-bit samples, or signed ones, of which nothing says what white is" in fails(tmp_path / "wide.tif")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
     assert "floating point" in fails(tmp_path / "float.tif")
 

@@ -42,6 +42,7 @@ def refused(*arguments, **options) -> str:
         "000.png 4\n001.jpg 0\n002.webp 9",
         "image_id\tsplit\tclass_id\n002\tval\t9\n001\tval\t0\n000\tval\t4\n",
         '"filename","note","target"\n"other.png","a, b","1"\n"./000.png","",4\n001.jpg,,0\n002.webp,,9\n',
+        "file,class\n000.png,4.0\n001.jpg,0.0\n002.webp,9.0",
         "4\n0\n9\n",
     ],
 )
@@ -94,6 +95,7 @@ def test_ground_truth_with_ilsvrcs_own_numbers():
     Path("map_clsloc.txt").write_text("n02119789 1 kit_fox\nn02100735 2 English_setter\nn01440764 3 tench\n")
     given = read_classes("map_clsloc.txt", 3)
     assert classes("2\n3\n1\n", "v", num_classes=3, classes=given) == [1, 0, 2]
+    assert "if the numbers are ILSVRC's own" in found("2\n3\n1\n", "v", num_classes=1000).warnings[0]
     assert classes("n02119789\nn01440764\nn01440764", "v", num_classes=3, classes=given) == [2, 0, 0]
 
 
