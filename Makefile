@@ -34,7 +34,7 @@ demo: $(READY)
 	$(BIN)/dvit-convert $(DIGITS) -o build/demo/digits.dvit.safetensors
 	$(BIN)/dvit-eval build/demo/digits.dvit.safetensors build/demo/pictures
 	$(BIN)/dvit-bench build/demo/digits.dvit.safetensors --batch 64 --json build/demo/bench.json --report build/demo/bench.html
-	$(BIN)/dvit-viz build/demo/digits.dvit.safetensors build/demo/pictures/[147]/0000*.png -o build/demo/kept.png
+	$(BIN)/dvit-viz build/demo/digits.dvit.safetensors build/demo/pictures/*/0000[0-2].png -o build/demo/kept.png
 
 proof: $(READY)
 	$(BIN)/python bench/proof/proof.py $(if $(UPDATE),--update)

@@ -1,4 +1,4 @@
-"""dvit-eval: measure top-1, top-5 and images/s on a folder of class folders."""
+"""dvit-eval: measure top-1, top-5 and images/s on class folders, archives, or images with a file of labels."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, shown
+from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, one_logit, shown, warn
 
 if TYPE_CHECKING:
     from dvit_infer.classifier import Classifier
@@ -17,10 +17,11 @@ NAMED = 10  # unreadable images that are printed; the JSON lists all
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-eval", description="Measure accuracy on a folder of class folders.")
+    parser = Parser(prog="dvit-eval", description="Measure accuracy on labelled images.")
     parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
-    parser.add_argument("folder", metavar="FOLDER", help="contains one folder per class, like ImageNet")
+    parser.add_argument("folder", metavar="FOLDER", help="one folder per class, like ImageNet; or a tar or zip of it")
     add_options(parser)
+    parser.add_argument("--labels", metavar="FILE", help="the class of each image: CSV (file, class), or one a line")
     parser.add_argument("--against-reference", action="store_true", help="run the reference on the same images")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     return parser
@@ -33,14 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from dvit_infer.benchmark.results import environment, write_json
     from dvit_infer.evaluate.accuracy import measure_accuracy, reference_of
-    from dvit_infer.images.classes import labelled_folder
+    from dvit_infer.evaluate.one_logit import class_count
+    from dvit_infer.images.labelled import labelled_images
     from dvit_infer.utils.files import check_output
 
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.model)
     engine, preprocess, classes = model_of(options)
-    folder = labelled_folder(options.folder, engine.config.num_classes, classes)
+    folder = labelled_images(
+        options.folder, class_count(engine.config), classes=classes, own=engine.labels, labels=options.labels
+    )
     reference = reference_of(engine, options.model) if options.against_reference else None
-    with counting("evaluating", lambda: sum(1 for _ in folder.entries(ordered=False))) as progress:
+    warn(folder.warnings)
+    with counting("evaluating", lambda: sum(1 for _ in folder.images(ordered=False))) as progress:
         found = measure_accuracy(
             engine,
             folder,
@@ -54,7 +59,9 @@ def _eval(options: argparse.Namespace) -> int:
     stages = ",".join(map(str, engine.config.num_keep)) or "all"
     print(f"{engine.config.arch}, keeping {stages} of {engine.config.num_patches} patches; ", end="")
     print(f"{_name(engine.dtype)} on {where['machine']}, torch {where['torch']}; images {preprocess}")
-    print(folder)
+    print(shown(str(folder)))
+    if note := one_logit(engine.config):
+        print(note)
     print(found)
     for path, why in found.unreadable[:NAMED]:
         print(shown(f"cannot be read: {path}: {why}"))

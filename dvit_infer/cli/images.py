@@ -1,12 +1,15 @@
 """Shared by the commands that read images: options for model and images, and loading by them."""
 
 import argparse
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, add_model_options, progress
 
 if TYPE_CHECKING:
     from dvit_infer.classifier import Classifier
+    from dvit_infer.config import Config
     from dvit_infer.images.classes import ClassMap
     from dvit_infer.images.preprocess import Preprocess
 
@@ -16,7 +19,9 @@ MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 def add_options(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
     add_model_options(parser, "device", "dtype", "keep-rate", "method", "image-size", "assume")
-    parser.add_argument("--classes", metavar="FILE.json", help="class names: a list, or a map from name to class")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="class names: one a line, a class and a name a line, or JSON (list or map)"
+    )
     parser.add_argument(
         "--crop-pct",
         type=float,
@@ -33,6 +38,7 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
         InputError: One of these options is invalid.
     """
     import dvit_infer as dvit
+    from dvit_infer.evaluate.one_logit import class_count
     from dvit_infer.images.classes import read_classes
     from dvit_infer.images.preprocess import Preprocess
     from dvit_infer.images.stream import batch_size, check_fits, worker_count
@@ -56,10 +62,21 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
     preprocess = preprocess_for(engine.config)
     if options.crop_pct is not None:
         preprocess = Preprocess(engine.config.image_size, options.crop_pct)
-    classes = None if options.classes is None else read_classes(options.classes, engine.config.num_classes)
+    classes = None if options.classes is None else read_classes(options.classes, class_count(engine.config))
     return engine, preprocess, classes
 
 
 def shown(text: str) -> str:
     """Return text that contains file names, made printable on one line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print warnings on stderr, one line each."""
+    for line in lines:
+        print(shown(f"warning: {line}"), file=sys.stderr, flush=True)
+
+
+def one_logit(config: "Config") -> str | None:
+    """Return how a model with one logit is read; None if it has more."""
+    return None if config.num_classes > 1 else "one logit: class 1 with probability sigmoid(logit), else class 0"

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, shown
+from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, one_logit, shown
 
 if TYPE_CHECKING:
+    from dvit_infer.images.entry import Entry
     from dvit_infer.images.path_set import Names
 
 
 def _parser() -> Parser:
     parser = Parser(prog="dvit-predict", description="Classify images: one JSON line each with the top five classes.")
     parser.add_argument("model", metavar="MODEL", help="saved file, checkpoint or ONNX file")
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, or patterns in quotes")
+    parser.add_argument(
+        "images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, archives, or patterns in quotes"
+    )
     parser.add_argument("-o", "--out", metavar="FILE", help="append to FILE; images that are in it already are skipped")
     parser.add_argument("--kept", action="store_true", help="add the positions of the kept patches of every stage")
     add_options(parser)
@@ -32,14 +35,16 @@ def _predict(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
     from dvit_infer.evaluate.predictions import model_id, predict
     from dvit_infer.evaluate.results_file import results
-    from dvit_infer.images.find import find_images
+    from dvit_infer.images.archives import find_entries
     from dvit_infer.utils.files import check_output
 
     out = None if options.out is None else check_output(options.out, "out", not_this=options.model)
-    found = find_images(options.images)
+    found = find_entries(options.images)
     engine, preprocess, classes = model_of(options)
     model = model_id(engine, options.model, preprocess)
     labels = engine.labels if classes is None else classes.labels
+    if note := one_logit(engine.config):
+        print(f"note: {note}", file=sys.stderr)
     tally, told = _Tally(), 0
     with contextlib.ExitStack() as stack:
         write: Callable[[list[str]], None] = _print
@@ -49,7 +54,7 @@ def _predict(options: argparse.Namespace) -> int:
         # No progress bar if the lines themselves go to the terminal.
         shows = out is not None or not sys.stdout.isatty()
         progress = stack.enter_context(
-            counting("predicting", lambda: sum(1 for _ in find_images(options.images)), shown=shows)
+            counting("predicting", lambda: sum(1 for _ in find_entries(options.images)), shown=shows)
         )
         groups = predict(
             engine,
@@ -88,15 +93,15 @@ class _Tally:
             self.unreadable += 1
             self.first, self.why = (self.first, self.why) if self.first else (image, why)
 
-    def new(self, found: Iterator[str], done: "Names") -> Iterator[str]:
+    def new(self, found: "Iterator[Entry]", done: "Names") -> "Iterator[Entry]":
         """Yield images that are not in the file yet, each once; count the others by their entry in the file."""
-        for path in found:
-            failed = done.get(path)
+        for image in found:
+            failed = done.get(image.path)
             if failed is None:
-                done.add([(path, False)])
-                yield path
+                done.add([(image.path, False)])
+                yield image
             else:
-                self.count(path, "could not be read, by the results file" if failed else None)
+                self.count(image.path, "could not be read, by the results file" if failed else None)
 
 
 def _print(lines: list[str]) -> None:

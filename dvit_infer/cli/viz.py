@@ -15,6 +15,7 @@ from dvit_infer.cli.images import add_options, model_of, shown
 if TYPE_CHECKING:
     import torch
 
+    from dvit_infer.images.entry import Entry
     from dvit_infer.images.stream import Decoded
 
 TRAINED = Path(__file__).resolve().parent.parent / "digits-0.7.pth"  # trained by `make proof`
@@ -41,33 +42,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _viz(options: argparse.Namespace) -> int:
     from dvit_infer.errors import InputError
     from dvit_infer.evaluate.visualize import check_drops, draw_seen, draw_shares, keep_shares, look
-    from dvit_infer.images.find import find_images
-    from dvit_infer.images.stream import Entry, batch_size, batches, decode, running
+    from dvit_infer.images.archives import find_entries
+    from dvit_infer.images.stream import batch_size, batches, decode, running
     from dvit_infer.utils.files import atomic_write, check_output
 
     options.model, options.images = _model_and_images(options.names)
-    found = find_images(options.images)
+    found = find_entries(options.images)
     some = list(itertools.islice(found, MOST + 1))
     if len(some) > MOST and not options.heat_map:
         raise InputError(f"more than {MOST} images do not fit in a grid; --heat-map takes any number")
-    name = _default_out(options, some[0]) if options.out is None else options.out
+    name = _default_out(options, some[0].path) if options.out is None else options.out
     if not name.lower().endswith(".png"):
         raise InputError(f"out: {name}: a name that ends in .png is expected")
-    for source in (options.model, *([] if options.classes is None else [options.classes]), *some):
+    for source in (
+        options.model,
+        *([] if options.classes is None else [options.classes]),
+        *(image.path for image in some),
+    ):
         out = check_output(name, "out", not_this=source)
     engine, preprocess, classes = model_of(options)
     config = engine.config
     check_drops(config)
     batch = batch_size(options.batch, engine.device)
-    paths = itertools.chain(some, _not_replaced(found, out))
+    images = itertools.chain(some, _not_replaced(found, out))
     kept = f"kept {', '.join(map(str, config.num_keep))} of {config.num_patches}"
     tally = _Tally()
 
     def total() -> int:
-        return sum(1 for _ in find_images(options.images))
+        return sum(1 for _ in find_entries(options.images))
 
     with counting("looking at images", total) as progress, running(batch):
-        decoded = batches(decode((Entry(path) for path in paths), preprocess, options.workers), batch)
+        decoded = batches(decode(images, preprocess, options.workers), batch)
         if options.heat_map:
             shares, count = keep_shares(engine, tally.readable(decoded, progress))
             sheet = draw_shares(shares, count, config)
@@ -77,7 +82,7 @@ def _viz(options: argparse.Namespace) -> int:
             seen = look(engine, tally.readable(decoded, progress, all_of_them=True), labels)
             sheet = draw_seen(seen, config)
             pairs = zip(some, seen, strict=True)
-            lines = [f"{path}: {one.label} {one.probability:.1%}, {kept}" for path, one in pairs]
+            lines = [f"{image.path}: {one.label} {one.probability:.1%}, {kept}" for image, one in pairs]
     with atomic_write(out, "out") as part:
         sheet.save(part, format="PNG")
     if options.model == str(TRAINED):
@@ -140,15 +145,15 @@ class _Tally:
         return [*named, f"cannot be read: {more} more"] if more else named
 
 
-def _not_replaced(paths: Iterable[str], out: Path) -> Iterator[str]:
-    """Yield the paths; raise InputError if one is the output file."""
+def _not_replaced(images: "Iterable[Entry]", out: Path) -> "Iterator[Entry]":
+    """Yield the images; raise InputError if one is the output file."""
     from dvit_infer.utils.files import check_output
 
     there = out.exists()
-    for path in paths:
+    for image in images:
         if there:
-            check_output(out, "out", not_this=path)
-        yield path
+            check_output(out, "out", not_this=image.path)
+        yield image
 
 
 def _default_out(options: argparse.Namespace, first: str) -> str:

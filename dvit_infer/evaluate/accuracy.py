@@ -10,9 +10,10 @@ import torch
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import checkpoint_of
 from dvit_infer.errors import InputError
-from dvit_infer.images.classes import LabelledFolder
+from dvit_infer.evaluate.one_logit import as_classes
+from dvit_infer.images.labelled import Labelled
 from dvit_infer.images.preprocess import Preprocess
-from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running, worker_count
+from dvit_infer.images.stream import Decoded, batch_size, batches, decode, pixels, running, worker_count
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reference import Reference
@@ -98,7 +99,7 @@ def reference_of(engine: Classifier, source: Source) -> Reference:
 
 def measure_accuracy(
     engine: Classifier,
-    folder: LabelledFolder,
+    folder: Labelled,
     *,
     batch: int | None = None,
     preprocess: Preprocess | None = None,
@@ -106,7 +107,7 @@ def measure_accuracy(
     reference: Reference | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Accuracy:
-    """Classify every image of a folder (`labelled_folder`) and measure accuracy and speed.
+    """Classify every image of a folder or archive (`labelled_images`) and measure accuracy and speed.
 
     Args:
         batch: images at a time; None: 256 on CUDA, 16 on a CPU.
@@ -120,8 +121,7 @@ def measure_accuracy(
     """
     batch = batch_size(batch, engine.device)
     workers = worker_count(workers)
-    entries = (Entry(path, label) for path, label in folder.entries())
-    stream = decode(entries, preprocess or preprocess_for(engine.config), workers)
+    stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers)
     counts = _Counts()
     with running(batch):
         # The first call selects linears or captures a graph; exclude it from the timing.
@@ -183,7 +183,7 @@ class _Counts:
 
 def _top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the (B, 5) best classes (or all, if fewer), and (B,) whether the logits are finite."""
-    logits = logits.cpu()
+    logits = as_classes(logits.cpu())
     return logits.topk(min(5, logits.shape[1])).indices, torch.isfinite(logits).all(dim=1)
 
 

@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dvit_infer.classifier import Classifier, Source
+from dvit_infer.evaluate.one_logit import as_classes
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 from dvit_infer.models.preprocessing import preprocess_for
 
 TOP = 5
-VERSION = 1  # of predictions; increased when the same model may give a different output for the same image
+VERSION = 2  # of predictions; increased when the same model may give a different output for the same image
 _IN_NAME_ONLY = ("arch", "weights", "crop_pct")  # config fields that do not affect outputs, given the preprocessing
 
 
@@ -66,7 +67,7 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
 
 def predict(
     engine: Classifier,
-    paths: Iterable[str],
+    images: Iterable[str | Entry],
     *,
     kept: bool = False,
     batch: int | None = None,
@@ -76,7 +77,7 @@ def predict(
     """Classify images in order; yield one list per batch. Memory does not grow with their number.
 
     Args:
-        paths: paths of images (`find_images`); may be endless.
+        images: paths, or images in files and archives (`find_entries`); may be endless.
         kept: also return the kept patches.
         batch: images at a time; None: 256 on CUDA, 16 on a CPU.
         preprocess: None: `preprocess_for`, as the model's family was evaluated.
@@ -86,7 +87,8 @@ def predict(
         InputError: `batch` or `workers` is out of range, or a batch does not fit in memory.
     """
     batch = batch_size(batch, engine.device)
-    stream = decode(map(Entry, paths), preprocess or preprocess_for(engine.config), workers)
+    entries = (Entry(image) if isinstance(image, str) else image for image in images)
+    stream = decode(entries, preprocess or preprocess_for(engine.config), workers)
     groups = batches(stream, batch)
     while True:
         with running(batch):  # not around the yield: errors of the caller must pass unchanged
@@ -107,7 +109,8 @@ def _predictions(engine: Classifier, group: Sequence[Decoded], kept: bool) -> li
 def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, kept: bool) -> Iterator[Prediction]:
     logits, chosen = engine(images, return_kept=True) if kept else (engine(images), [])
     finite = torch.isfinite(logits).all(dim=1).tolist()
-    best = logits.cpu().softmax(dim=1).topk(min(TOP, logits.shape[1]))
+    logits = as_classes(logits.cpu())
+    best = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]))
     stages = [stage.tolist() for stage in chosen]
     predictions = zip(paths, finite, best.indices.tolist(), best.values.tolist(), strict=True)
     for row, (path, is_finite, classes, probabilities) in enumerate(predictions):

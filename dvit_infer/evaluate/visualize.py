@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dvit_infer.classifier import Classifier
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
+from dvit_infer.evaluate.one_logit import as_classes
 from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.models.preprocessing import preprocess_for
@@ -90,7 +91,7 @@ def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[in
     seen: list[Seen] = []
     for images in batches:
         logits, kept = engine(images, return_kept=True)
-        probabilities, classes = (found.tolist() for found in logits.softmax(dim=1).max(dim=1))
+        probabilities, classes = (found.tolist() for found in as_classes(logits).softmax(dim=1).max(dim=1))
         stages = [_mask(stage, config) for stage in kept]
         for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
             label = (labels or {}).get(classes[place], f"class {classes[place]}")

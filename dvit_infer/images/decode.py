@@ -1,15 +1,30 @@
 """Decode an image file to upright 8-bit RGB, safely."""
 
+import contextlib
+import functools
+import importlib
+import io
 import os
 import re
 import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from dvit_infer.images.samples import (
+    UnclearSamplesError,
+    check_bands,
+    check_depth,
+    eight_bits,
+    is_deep,
+    stated_white,
+    unread_tiff,
+)
 
 MAX_PIXELS, MAX_SIDE = (
     89_478_485,
@@ -17,6 +32,8 @@ MAX_PIXELS, MAX_SIDE = (
 )  # Pillow's own limit, beyond which it only warns; and a limit for extremely elongated images
 # Pure pixel formats. Pillow supports others, one of which starts a program (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_HEIF = "HEIF"  # read by pillow-heif, if that is installed
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # Errors that Pillow's parsers raise for damaged files; MemoryError and the like are not among them.
 _DAMAGE = (
@@ -53,17 +70,34 @@ def open_image(path: str | Path) -> Image.Image:
     are scaled to 8 bits; Pillow's `convert` would clip them.
 
     Raises:
-        ImageFileError: The file does not exist, is no image, is damaged or truncated, or has more than `MAX_PIXELS`
-            pixels or `MAX_SIDE` a side, which is read from its header before decoding.
+        ImageFileError: The file does not exist, is no image, is damaged or truncated, has more than `MAX_PIXELS`
+            pixels or `MAX_SIDE` a side, which is read from its header before decoding, or has samples or bands of which
+            nothing says what they mean.
     """
-    try:
+
+    def opened() -> IO[bytes]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ImageFileError(path, "is not a regular file")
-        with warnings.catch_warnings():  # about decompression bombs, which are refused below, and harmless damage
-            warnings.simplefilter("ignore")
-            return _read(path)
-    except UnidentifiedImageError:
-        raise ImageFileError(path, f"is not a readable image ({', '.join(FORMATS)})") from None
+        return open(path, "rb")
+
+    return _read(path, opened)
+
+
+def open_bytes(path: str | Path, content: bytes) -> Image.Image:
+    """Read an image from its bytes, like `open_image`; errors name `path`."""
+    return _read(path, lambda: io.BytesIO(content))
+
+
+def _read(path: str | Path, opened: Callable[[], IO[bytes]]) -> Image.Image:
+    try:
+        with opened() as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about decompression bombs, which are refused, and harmless damage
+            try:
+                return _decoded(path, file)
+            except UnidentifiedImageError:
+                raise ImageFileError(path, _unidentified(file)) from None
+    except UnclearSamplesError as error:
+        raise ImageFileError(path, str(error)) from None
     except Image.DecompressionBombError as error:  # Pillow itself refuses images over twice its limit
         count = re.search(r"\d+ pixels", str(error))
         raise ImageFileError(path, _too_large(count[0] if count else "it")) from None
@@ -72,29 +106,57 @@ def open_image(path: str | Path) -> Image.Image:
         raise ImageFileError(path, said) from None
 
 
-def _read(path: str | Path) -> Image.Image:
-    Image.init()
-    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+def _decoded(path: str | Path, file: IO[bytes]) -> Image.Image:
+    with Image.open(file, formats=_formats()) as image:
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise ImageFileError(path, _too_large(f"{width}x{height}"))
+        check_bands(image)
+        white, deep = stated_white(image), is_deep(image)
         image.load()
-        return _upright(image, _rgb(path, image))
+        rgb = _rgb(image, white)
+        if deep:
+            check_depth(rgb)
+        return _upright(image, rgb)
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return [name for name in (*FORMATS, _HEIF) if name in Image.OPEN]
+
+
+def _unidentified(file: IO[bytes]) -> str:
+    """Return why Pillow cannot tell what a file is."""
+    file.seek(0)
+    start = file.read(12)
+    if start[4:8] == b"ftyp":
+        if start[8:] in _HEIC_BRANDS:
+            return _needs("HEIC", _HEIF, "pillow-heif")
+        if start[8:] in (b"avif", b"avis"):
+            return _needs("AVIF", "AVIF", "'pillow>=11.3'")
+    try:
+        tiff = unread_tiff(file)
+    except _DAMAGE:
+        tiff = None
+    return tiff or f"is not a readable image ({', '.join(FORMATS)})"
+
+
+def _needs(kind: str, plugin: str, package: str) -> str:
+    return f"damaged {kind}" if plugin in _formats() else f"is {kind}; to read it, run pip install {package}"
 
 
 def _too_large(size: str) -> str:
     return f"{size} is a decompression bomb: at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side are read"
 
 
-def _rgb(path: str | Path, image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, white: int | None) -> Image.Image:
     if image.mode == "F":
-        raise ImageFileError(path, "has samples in floating point, of which nothing says what white is")
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image.convert("RGB")
-    samples = np.asarray(image).astype(np.int64)
-    if samples.min() < 0 or samples.max() > 65535:
-        raise ImageFileError(path, "has 32-bit samples, of which nothing says what white is")
-    return Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        raise UnclearSamplesError("has samples in floating point, of which nothing says what white is")
+    deep = image.mode == "I" or image.mode.startswith("I;16")
+    return (eight_bits(image, white) if deep else image).convert("RGB")
 
 
 def _upright(source: Image.Image, image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from dvit_infer.images.path_set import Names
 SUFFIXES = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".hif"),
     )
 )
 IN_MEMORY = 10_000  # folder entries sorted in memory; more are sorted in a temporary database
@@ -40,7 +40,7 @@ def find_images(arguments: Sequence[str]) -> Iterator[str]:
 
 def images_below(folder: str, *, ordered: bool = True) -> Iterator[str]:
     """Yield paths of the images in a folder and below it, like `find_images`; an empty folder is no error."""
-    return _below(folder, (None, _is_image), ordered=ordered)
+    return _below(folder, (None, is_image), ordered=ordered)
 
 
 def _found(arguments: Sequence[str], searches: Sequence[tuple[str, tuple[_Part, ...]] | None]) -> Iterator[str]:
@@ -56,11 +56,12 @@ def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
     if "\0" in argument or not argument:
         raise InputError(f"{argument!a}: is not a file name")
     if os.path.isdir(argument):
-        return argument, (None, _is_image)
+        return argument, (None, is_image)
     if os.path.lexists(argument):
         return None
     if not re.search(r"[*?[]", argument):
         raise InputError(f"{argument}: there is no such file or folder")
+    argument = argument.replace(os.altsep or os.sep, os.sep)  # Windows has two separators
     parts = [part for part in argument.split(os.sep) if part]
     first = next(i for i, part in enumerate(parts) if re.search(r"[*?[]", part))
     folder = os.sep.join(parts[:first])
@@ -71,7 +72,7 @@ def _search(argument: str) -> tuple[str, tuple[_Part, ...]] | None:
         elif not wanted or wanted[-1] is not None:
             wanted.append(None)
     if wanted[-1] is None:
-        wanted.append(_is_image)
+        wanted.append(is_image)
     return (os.sep if argument.startswith(os.sep) else "") + folder, tuple(wanted)
 
 
@@ -80,7 +81,8 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: matches(name) is not None and (pattern[0] == "." or name[0] != ".")
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether a file name has the suffix of an image and is not hidden."""
     return name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
@@ -117,7 +119,7 @@ def _below(
         if at_any_depth:
             yield from _below(path, parts, above, ordered=ordered)
         elif len(here) == 1:  # a pattern that matches a folder stands for the images in it
-            yield from _below(path, (None, _is_image), above, ordered=ordered)
+            yield from _below(path, (None, is_image), above, ordered=ordered)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -15,25 +15,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
-from dvit_infer.images.decode import ImageFileError, open_image
+from dvit_infer.images.archives import read_member
+from dvit_infer.images.decode import ImageFileError, open_bytes, open_image
+from dvit_infer.images.entry import Entry as Entry
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.utils.memory import check_batch_fits, is_allocation_failure
 
 AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usually open
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+# Forked workers start at once and need no main module that can be imported again; other systems spawn theirs.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 AHEAD = 4  # groups of AT_ONCE per worker, so that a batch is assembled while the model runs
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The path of an image; `label` is its class, if known."""
-
-    path: str
-    label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,19 @@ class _Decoder(Dataset[Decoded]):
 
     def __getitem__(self, entry: Entry) -> Decoded:
         start = time.perf_counter()
-        pixels, why = None, None
+        pixels, why = None, entry.error
         try:
-            pixels = self.preprocess(open_image(entry.path))
+            if why is None:
+                pixels = self.preprocess(_opened(entry))
         except ImageFileError as error:
             why = error.why
         return Decoded(entry.path, entry.label, pixels, why, time.perf_counter() - start)
+
+
+def _opened(entry: Entry) -> Image.Image:
+    if entry.member is None:
+        return open_image(entry.path)
+    return open_bytes(entry.path, read_member(entry.path, entry.member))
 
 
 def worker_count(workers: int | None) -> int:
@@ -102,8 +106,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
             worker_init_fn=first_in_worker(),
             prefetch_factor=AHEAD if workers else None,
             generator=torch.Generator(),  # otherwise it would draw from the process's generator
-            # Forked workers start at once and need no main module that can be imported again.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context=START_METHOD if workers else None,
         )
         results = iter(loader)
     for decoded in results:
@@ -120,8 +123,12 @@ def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 def interrupts_held() -> Iterator[None]:
     """Block signals, so that workers started in this block never receive them; this process ends its workers.
 
-    Ctrl-C reaches every process of a terminal, and SIGTERM of a batch system every process of a job.
+    Ctrl-C reaches every process of a terminal, and SIGTERM of a batch system every process of a job. Windows cannot
+    block signals; there, `first_in_worker` lets workers ignore Ctrl-C.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
     try:
         yield
@@ -133,11 +140,17 @@ def first_in_worker() -> Callable[[int], None] | None:
     """Return a worker initialiser: it asks the kernel to kill the worker when this process is killed.
 
     Otherwise a worker that waits to hand over its images would wait forever. Linux binds this to the thread that
-    forked, so it is used only in the main thread, which lives as long as the process.
+    forked, so it is used only in the main thread, which lives as long as the process. Other systems have no such call.
     """
+    if not hasattr(signal, "pthread_sigmask"):
+        return _ignore_interrupts
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         return None
     return lambda worker: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _ignore_interrupts(worker: int) -> None:  # a function of the module: workers of Windows are sent its name
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:

@@ -73,11 +73,10 @@ def test_16_bits_are_scaled_not_clipped(suffix, tmp_path):
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / f"16.{suffix}")), np.stack([grey] * 3, axis=2))
 
 
-def test_32_bits_are_taken_where_their_range_is_clear(tmp_path):
-    Image.fromarray(np.full((4, 4), 65535, np.int32)).save(tmp_path / "narrow.tif")
-    assert open_image(tmp_path / "narrow.tif").getpixel((0, 0)) == (255, 255, 255)
-    Image.fromarray(np.full((4, 4), 65536, np.int32)).save(tmp_path / "wide.tif")
-    assert "32-bit" in fails(tmp_path / "wide.tif")
+def test_32_bits_are_refused_as_floating_point_is(tmp_path):
+    for white in (255, 65535, 65536):
+        Image.fromarray(np.full((4, 4), white, np.int32)).save(tmp_path / "wide.tif")
+        assert "32-bit samples, or signed ones, of which nothing says what white is" in fails(tmp_path / "wide.tif")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
     assert "floating point" in fails(tmp_path / "float.tif")
 

@@ -1,0 +1,14 @@
+"""`make demo`: its drawing has several images."""
+
+import re
+from fnmatch import fnmatch
+
+from commands import ROOT
+
+
+def test_the_drawing_of_the_demo_has_three_images():
+    """pictures.py names the images of a test set by their number, in a folder for each of the ten classes."""
+    pattern = re.search(r"dvit-viz \S+ build/demo/pictures/(\S+)", (ROOT / "Makefile").read_text())[1]
+    for first in range(10):  # whatever their classes are
+        written = [f"{(first + 7 * at) % 10}/{at:05}.png" for at in range(1000)]
+        assert sum(fnmatch(name, pattern) for name in written) == 3
