@@ -9,6 +9,10 @@ from torch import nn
 
 from dvit_infer.errors import InputError
 from dvit_infer.training.losses import TokenLoss
+from dvit_infer.utils.bounds import check_bound
+
+MOST_EPOCHS = 1_000_000
+BOUND = 1e6  # of rates, norms and decays: beyond, no training makes sense, and products may overflow
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,15 @@ class Settings:
     def __post_init__(self) -> None:
         whole = {"epochs": 1, "freeze_epochs": 0}
         for name, least in whole.items():
-            if not least <= getattr(self, name) <= 1_000_000:
+            check_bound(name, getattr(self, name), MOST_EPOCHS)
+            if getattr(self, name) < least:
                 raise InputError(f"{name}: {getattr(self, name)} is not a number of epochs from {least} on")
         above = {"lr": self.lr, "clip": self.clip}
         for name, value in above.items():
-            if value is not None and not 0 < value < 1e6:
+            if value is not None and not value > 0:
                 raise InputError(f"{name}: {value:g} is not a positive number")
+            if value is not None:
+                check_bound(name, value, BOUND, excluded=True)
         shares = ("backbone_lr_scale", "smoothing")
         for name in shares:
             if not 0 <= getattr(self, name) <= 1:
@@ -75,8 +82,9 @@ class Settings:
         if not 0 <= self.ema < 1:
             raise InputError(f"ema: {self.ema:g} is not from 0 to below 1")
         for name in ("weight_decay", "warmup_epochs", "min_lr"):
-            if not 0 <= getattr(self, name) < 1e6:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name}: {getattr(self, name):g} is negative or not a number")
+            check_bound(name, getattr(self, name), BOUND, excluded=True)
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype: {self.dtype} is not one of float32, bfloat16")
         if not 0 <= self.seed < 1 << 63:
