@@ -34,7 +34,7 @@ def has_num_outputs(opset: int) -> bool:
 def needs_norm_bias(opset: int) -> bool:
     """Return whether LayerNormalization gets a bias of zeros.
 
-    It is optional, but without it ONNX Runtime 1.15 to 1.18 abort while they fuse the residual's addition with the norm.
+    It is optional, but without it ONNX Runtime 1.15 to 1.18 abort while they fuse a residual's addition with the norm.
     The opsets for those versions are written with it.
     """
     return opset < 20

@@ -12,7 +12,7 @@ from torch import nn
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import load_torch
 from dvit_infer.training.settings import Settings
-from dvit_infer.utils.files import atomic_write
+from dvit_infer.utils.files import atomic_write, write_error
 
 KEY = "training"  # a finished file has no such key
 
@@ -44,8 +44,8 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_write(path, "out") as part:
         try:
             torch.save(dict(content), part)
-        except RuntimeError as error:  # torch's writer raises this for a full disk
-            raise OSError(f"cannot be written ({str(error).splitlines()[0]})") from None
+        except RuntimeError as error:  # torch's writer raises this for a full disk, and does not say so
+            raise write_error(part) or OSError(f"cannot be written ({str(error).splitlines()[0]})") from None
 
 
 def unfinished(path: str | Path) -> dict[str, Any] | None:
