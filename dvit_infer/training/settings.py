@@ -1,7 +1,7 @@
 """Training settings, the optimiser, and the learning rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +20,17 @@ class Settings:
     """The settings that determine a run's outcome, beside model and images. Defaults: Rao et al. 2021, section 4.1.
 
     Attributes:
-        keep_rate: share of the patches that the first stage keeps.
+        keep_rate: share of the patches that the first stage keeps; None: the model's own.
         batch: images per optimiser step, over all processes and accumulation steps.
         accumulate: parts into which a process splits its share of a step, to save memory. Losses are averaged over the
             parts, so a mean over the batch (ratio loss without `per_image`, token loss) becomes one over a part.
-        lr: learning rate of the predictors; None: 0.001 for a batch of 1024, scaled linearly for others.
+        lr: learning rate of the predictors and of a new head; None: 0.001 for a batch of 1024, scaled linearly for
+            others.
         backbone_lr_scale: learning rate of all other weights, relative to `lr`.
-        freeze_epochs: epochs in which only the predictors are trained.
+        freeze_epochs: epochs in which only the predictors and a new head are trained.
         clip: gradient norm at which gradients are clipped.
         ema: decay of the averaged weights, which are then written to the file; 0: none.
-        per_image, token_loss: `Objective`.
+        per_image, token_loss: `Objective`; `ratio_weight` is its `ratio`.
         mixup, cutmix: parameters of their beta distributions; 0: off.
         scale, flip, randaugment, erase: `Augmentation`.
         dtype: 'float32', or 'bfloat16' by autocast.
@@ -38,7 +39,7 @@ class Settings:
         InputError: A number is out of range.
     """
 
-    keep_rate: float
+    keep_rate: float | None = None
     epochs: int = 30
     batch: int = 128
     accumulate: int = 1
@@ -53,6 +54,7 @@ class Settings:
     ema: float = 0.0
     per_image: bool = True
     token_loss: TokenLoss | None = None
+    ratio_weight: float = 2.0
     smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -81,7 +83,7 @@ class Settings:
                 raise InputError(f"{name}: {getattr(self, name):g} is not between 0 and 1")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema: {self.ema:g} is not from 0 to below 1")
-        for name in ("weight_decay", "warmup_epochs", "min_lr"):
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "ratio_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name}: {getattr(self, name):g} is negative or not a number")
             check_bound(name, getattr(self, name), BOUND, excluded=True)
@@ -107,29 +109,27 @@ class Settings:
         return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def is_predictor(name: str) -> bool:
-    return name.startswith("score_predictor.")
-
-
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> list[dict[str, object]]:
-    """Group parameters by predictor or other, and by matrix (with weight decay) or other (without).
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], settings: Settings, is_new: Callable[[str], bool]
+) -> list[dict[str, object]]:
+    """Group parameters by new or old, and by matrix (with weight decay) or other (without).
 
     Every group has a `scale`, its share of the learning rate.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "dist_token"))
-        groups.setdefault((is_predictor(name), decays), []).append(parameter)
+        groups.setdefault((is_new(name), decays), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": settings.weight_decay if decays else 0.0,
-            "scale": 1.0 if predictor else settings.backbone_lr_scale,
+            "scale": 1.0 if new else settings.backbone_lr_scale,
         }
-        for (predictor, decays), parameters in groups.items()
+        for (new, decays), parameters in groups.items()
     ]
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    groups = parameter_groups(model.named_parameters(), settings)
+def make_optimizer(model: nn.Module, settings: Settings, is_new: Callable[[str], bool]) -> torch.optim.Optimizer:
+    groups = parameter_groups(model.named_parameters(), settings, is_new)
     return torch.optim.AdamW(groups, lr=settings.peak_lr, fused=True)
