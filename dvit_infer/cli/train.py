@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from dvit_infer.errors import InputError
     from dvit_infer.images.stream import running
     from dvit_infer.training.distributed import joined, world_of_environment
     from dvit_infer.training.reports import NotFiniteError
@@ -120,6 +121,8 @@ def _train(options: argparse.Namespace) -> int:
 
         name = f"cuda:{world.local_rank}" if torch.cuda.is_available() or name else "cpu"
     device = resolve_device(name)
+    if world.size > 1 and device.type == "mps":
+        raise InputError("device: mps trains in one process; start dvit-train without torchrun")
     say: Callable[[str], None] = print if world.is_first else lambda line: None
     training, settings = _prepared(options, device, world, say)
     if options.resume is not None:

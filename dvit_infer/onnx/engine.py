@@ -117,7 +117,10 @@ def onnx_device(device: str | torch.device | None) -> torch.device:
         import onnxruntime
 
         device = None if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
-    return resolve_device(device)
+    resolved = resolve_device(device)
+    if resolved.type == "mps":
+        raise InputError("device: ONNX Runtime runs on cpu or cuda here, not on mps; convert the checkpoint for that")
+    return resolved
 
 
 def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> None:
