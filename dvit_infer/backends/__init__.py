@@ -21,6 +21,8 @@ def runner_for(graph: Graph) -> TorchRunner | CapturedRunner:
     why_not = why_not_triton(graph.device)
     if why_not and asked == "require":
         raise InputError(f"{SETTING}: {asked} is impossible here: {why_not}")
+    if graph.device.type != "cuda":  # no kernels, and nothing to capture
+        return TorchRunner(graph)
     if why_not:
         return CapturedRunner(TorchRunner(graph, why_not))
     from dvit_infer.backends.triton import TritonRunner

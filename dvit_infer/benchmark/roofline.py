@@ -13,6 +13,7 @@ import torch
 from dvit_infer.backends.cpu import time_linears
 from dvit_infer.benchmark.timing import rounds
 from dvit_infer.engine import Engine
+from dvit_infer.errors import InputError
 from dvit_infer.graph.nodes import Node
 from dvit_infer.models.reference import Reference
 from dvit_infer.parity.verification import evaluate, node_outputs
@@ -66,7 +67,13 @@ class NodeTime:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measure the best matrix product and copy of this machine, each the fastest of several calls."""
+    """Measure the best matrix product and copy of this machine, each the fastest of several calls.
+
+    Raises:
+        InputError: Nodes cannot be timed on such a device.
+    """
+    if device.type not in COPY_BYTES:
+        raise InputError(f"nodes: are timed on {' and '.join(COPY_BYTES)}, not on {device.type}; leave it out")
     if device.type == "cpu":
         found = {
             (shape, candidate): seconds

@@ -161,6 +161,9 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if device.type != "cpu":
+        call()
+        return None
     try:
         ctypes.CDLL(None).malloc_trim(0)  # return memory that earlier calls freed, or reusing it would go unnoticed
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark

@@ -54,6 +54,7 @@ def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.cli.bench_tables import heading, report_of
     from dvit_infer.errors import InputError
     from dvit_infer.onnx.engine import is_onnx
+    from dvit_infer.utils.bounds import check_bound
     from dvit_infer.utils.files import check_output
 
     outs = {
@@ -63,8 +64,10 @@ def _bench(options: argparse.Namespace) -> int:
     }
     if len(set(outs.values())) < len(outs):
         raise InputError(f"report: {options.report} is also the JSON file; choose another name")
-    if wrong := [batch for batch in options.batch or () if not 1 <= batch <= 1 << 24]:
-        raise InputError(f"batch: {wrong[0]} images cannot be measured; 1 or more can")
+    for batch in options.batch or ():
+        check_bound("batch", batch, 1 << 24)
+        if batch < 1:
+            raise InputError(f"batch: {batch} images cannot be measured; 1 or more can")
     if not 0 <= options.seconds <= 86400:
         raise InputError(f"seconds: {options.seconds:g}; 0 to 86400 can be measured")
     batches = list(dict.fromkeys(options.batch or ()))

@@ -201,7 +201,7 @@ _MODEL_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "method": (str, "M", "predictor, random (a control) or none (dense)"),
     "image-size": (size, "S|HxW", "default: the model's own"),
     "assume": (assumptions, "num_heads=6,skip_lam=2", "facts that the file does not contain"),
-    "device": (str, "D", "default: cuda if available, else cpu"),
+    "device": (str, "D", "cpu, cuda, cuda:1, mps (Apple); default: cuda if available, else cpu"),
     "dtype": (str, "T", "default: bfloat16 on CUDA, float32 on a CPU"),
 }
 

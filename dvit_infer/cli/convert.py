@@ -31,12 +31,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", help="write config, notes and parity results as JSON")
     onnx = parser.add_argument_group("ONNX files", "with --format onnx")
-    onnx.add_argument("--opset", type=int, metavar="N", help="20 (the default) or 21")
+    onnx.add_argument("--opset", type=int, metavar="N", help="17 to 21, for older runtimes (README); default: 20")
     onnx.add_argument(
         "--kept", action="store_true", help="add outputs kept_0, kept_1, ...: positions of the kept patches"
     )
     onnx.add_argument("--uint8", action="store_true", help="take uint8 images (B, H, W, 3) and normalise them inside")
-    onnx.add_argument("--inline", action="store_true", help="inline functions, as OpenVINO and TensorRT need")
+    inline = "inline functions, as OpenVINO and TensorRT need; compile in OpenVINO with INFERENCE_PRECISION_HINT=f32"
+    onnx.add_argument("--inline", action="store_true", help=inline)
     onnx.add_argument(
         "--quantize", metavar="int8", help="int8 weights and matrix products for CPUs; scores stay float32"
     )
@@ -87,6 +88,10 @@ def _convert(options: argparse.Namespace) -> int:
         )
         return 1
     print(f"wrote {name} ({out.stat().st_size / 2**20:.1f} MiB)")
+    if options.inline:
+        from dvit_infer.onnx.export import OPENVINO_HINT
+
+        print(f"in OpenVINO: compile it with {OPENVINO_HINT}; its default may be bfloat16, which keeps other patches")
     return 0
 
 

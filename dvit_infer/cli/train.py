@@ -20,21 +20,26 @@ if TYPE_CHECKING:
     from dvit_infer.training.settings import Settings
 
 
+MOST_CLASSES = 1 << 24
+
 # For all processes but the first.
 _SILENT: Show = (lambda step: None), (lambda epoch: None), (lambda done, total: None)
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-train", description="Fine-tune a dense DeiT or LV-ViT into a DynamicViT.")
+    parser = Parser(prog="dvit-train", description="Fine-tune a DeiT or LV-ViT into a DynamicViT.")
     add = parser.add_argument
-    add("dense", metavar="DENSE", help="checkpoint of a dense model, recognised as by dvit-convert")
+    add(
+        "dense",
+        metavar="DENSE",
+        help="checkpoint of a dense model, recognised as by dvit-convert; or of a dynamic one, to train it further",
+    )
     add("folder", metavar="FOLDER", help="contains one folder per class, or train/ and val/ with such folders")
     add(
         "--keep-rate",
         type=float,
         metavar="R",
-        required=True,
-        help="share of patches kept by the first stage; the next keep its powers",
+        help="share of patches kept by the first stage; the next keep its powers; default: a dynamic DENSE's own",
     )
     add(
         "-o",
@@ -43,7 +48,12 @@ def _parser() -> Parser:
         required=True,
         help="output file, written after every epoch; on a disk that all machines share",
     )
-    add("--resume", nargs="?", const=True, metavar="FILE", help="resume the run of FILE, by default OUT")
+    resume = "resume the run of FILE, by default OUT; also for more --epochs, if it is finished"
+    add("--resume", nargs="?", const=True, metavar="FILE", help=resume)
+    new_head = "begin with a new head; done unasked if FOLDER has another number of classes than DENSE"
+    add("--new-head", action="store_true", help=new_head)
+    teacher = "the dense model to distil; default: DENSE, without its predictors"
+    add("--teacher", metavar="FILE", help=teacher)
     add("--val", metavar="FOLDER", help="class folders for measuring top-1 after every epoch; default: FOLDER/val")
     model = parser.add_argument_group("model")
     add_model_options(model, "arch", "prune-at", "image-size", "assume")
@@ -62,13 +72,18 @@ def _add_settings(parser: Parser) -> None:
         ("epochs", int, "default: 30"),
         ("batch", int, "images per step, over all processes; default: 128"),
         ("accumulate", int, "parts into which a process splits its share of a step; losses are averaged; default: 1"),
-        ("lr", float, "learning rate of the predictors; default: 0.001 for batch 1024, scaled linearly"),
+        (
+            "lr",
+            float,
+            "learning rate of the predictors and of a new head; default: 0.001 for batch 1024, scaled linearly",
+        ),
         ("min-lr", float, "final learning rate of the cosine; default: 1e-6"),
         ("backbone-lr-scale", float, "learning rate of all other weights, relative to --lr; default: 0.01"),
-        ("freeze-epochs", int, "epochs in which only the predictors are trained; default: 5"),
+        ("freeze-epochs", int, "epochs in which only the predictors and a new head are trained; default: 5"),
         ("warmup-epochs", float, "epochs of linear warm-up; default: 1"),
         ("weight-decay", float, "default: 0.05"),
         ("clip", float, "gradient norm at which gradients are clipped; default: 1"),
+        ("ratio-weight", float, "weight of the loss of the keep ratios; default: 2"),
         ("ema", float, "decay of averaged weights, which are then written; default: 0 (none)"),
         ("smoothing", float, "label smoothing; default: 0.1"),
         ("mixup", float, "parameter of its beta distribution, 0: off; default: 0.8"),
@@ -96,6 +111,7 @@ def _train(options: argparse.Namespace) -> int:
     from dvit_infer.images.stream import running
     from dvit_infer.training.distributed import joined, world_of_environment
     from dvit_infer.training.reports import NotFiniteError
+    from dvit_infer.training.resuming import resume
     from dvit_infer.utils.devices import resolve_device
 
     world = world_of_environment()
@@ -105,13 +121,16 @@ def _train(options: argparse.Namespace) -> int:
 
         name = f"cuda:{world.local_rank}" if torch.cuda.is_available() or name else "cpu"
     device = resolve_device(name)
+    if world.size > 1 and device.type == "mps":
+        raise InputError("device: mps trains in one process; start dvit-train without torchrun")
     say: Callable[[str], None] = print if world.is_first else lambda line: None
     training, settings = _prepared(options, device, world, say)
     if options.resume is not None:
         source = options.out if options.resume is True else options.resume
-        if not training.resume(source):
-            raise InputError(f"resume: {source}: holds no unfinished training; there is nothing to resume")
+        lines = resume(training, source)
         say(f"resuming from {source}: epoch {training.epoch + 1}, step {training.step + 1}")
+        for line in lines:
+            say(line)
     quiet: contextlib.AbstractContextManager[Show] = contextlib.nullcontext(_SILENT)
     show = showing(settings.epochs, options.logdir) if world.is_first else quiet
     with show as said, joined(world, device), stopping_gently() as stop:
@@ -135,7 +154,7 @@ def _prepared(
     options: argparse.Namespace, device: "torch.device", world: "World", say: Callable[[str], None]
 ) -> "tuple[Run, Settings]":
     """Check everything before the first step; raise InputError if an option or file is invalid."""
-    from dataclasses import fields
+    from dataclasses import fields, replace
 
     from dvit_infer.errors import InputError
     from dvit_infer.images.classes import labelled_folder
@@ -157,8 +176,14 @@ def _prepared(
     if options.out.endswith(".safetensors"):
         raise InputError(f"out: {options.out}: the output is not a safetensors file; choose a name that ends in .pth")
     out = check_output(options.out, "out", not_this=options.dense)
+    if options.teacher is not None:
+        check_output(options.out, "out", not_this=options.teacher)
     if options.logdir is not None:
         check_logdir(options.logdir)
+    folder, held_out = _folders(options)
+    found = labelled_folder(folder, MOST_CLASSES)
+    if len(found.labels) < 2:
+        raise InputError(f"{folder}: has only one class folder; at least two are needed")
     pair = make_pair(
         options.dense,
         settings.keep_rate,
@@ -167,15 +192,12 @@ def _prepared(
         image_size=options.image_size,
         assume=options.assume,
         seed=settings.seed,
+        classes=list(found.labels),
+        new_head=options.new_head,
+        teacher=options.teacher,
     )
     config = pair.config
-    folder, held_out = _folders(options)
-    found = labelled_folder(folder, config.num_classes)
-    if len(found.labels) < 2:
-        raise InputError(f"{folder}: has only one class folder; at least two are needed")
-    if len(found.labels) != config.num_classes:
-        count = f"{len(found.labels)} class folders"
-        raise InputError(f"{folder}: {count}, but {options.dense} has {config.num_classes} classes")
+    settings = replace(settings, keep_rate=config.reduction.keep_rate)
     with progress("listing images") if world.is_first else contextlib.nullcontext():
         image_files = ImageFiles(found.entries(), found.path)
         tests = [] if held_out is None else _same_classes(labelled_folder(held_out, config.num_classes), found)
@@ -211,6 +233,8 @@ def _prepared(
             say(shown(f"assumed {note.what} {note.value}: {note.why}"))
     kept = ",".join(map(str, config.num_keep))
     blocks = ",".join(map(str, config.reduction.blocks))
+    for remark in pair.remarks:
+        say(shown(remark))
     say(f"{config.arch}, keeping {kept} of {config.num_patches} patches before blocks {blocks}")
     say(shown(f"{len(image_files)} images of {len(found.labels)} classes; {augmentation}"))
     return training, settings

@@ -59,6 +59,8 @@ def showing(epochs: int, logdir: str | None) -> Iterator[Show]:
                 for path, why in epoch.unreadable[:_NAMED]:
                     print(shown(f"cannot be read, skipped: {path}: {why}"))
                 print(_line(epoch, epochs), flush=True)
+                for warning in epoch.warnings:
+                    print(f"warning: {warning}", file=sys.stderr)
             if epoch.top1 is not None:
                 log(_at(epoch.last), {"val/top-1": epoch.top1})
 

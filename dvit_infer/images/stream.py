@@ -23,6 +23,7 @@ from dvit_infer.images.archives import read_member
 from dvit_infer.images.decode import ImageFileError, open_bytes, open_image
 from dvit_infer.images.entry import Entry as Entry
 from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.utils.bounds import check_bound
 from dvit_infer.utils.memory import check_batch_fits, is_allocation_failure
 
 AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
@@ -174,7 +175,8 @@ def batch_size(batch: int | None, device: torch.device) -> int:
     """
     if batch is None:
         return 256 if device.type == "cuda" else 16
-    if not 1 <= batch <= 1 << 24:
+    check_bound("batch", batch, 1 << 24)
+    if batch < 1:
         raise InputError(f"batch: {batch} images at a time cannot be run; 1 or more can")
     return batch
 

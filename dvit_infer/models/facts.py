@@ -1,11 +1,13 @@
 """Check each fact about a model that a file or a user states; the message names its origin."""
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from dvit_infer.errors import InputError
 from dvit_infer.reduction import METHODS
+from dvit_infer.utils.bounds import check_bound
 
 MAX_PATCHES = 1 << 14  # one head's attention weights of one image are then 1 GiB
 
@@ -24,14 +26,18 @@ def is_number(value: Any) -> bool:
 
 def positive_int(what: str, value: Any) -> int:
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or not 1 <= value < 1 << 40:
+    if isinstance(value, bool) or not whole or value < 1:
         raise InputError(f"{what}: {value!r} is not a positive integer")
+    check_bound(what, int(value), 1 << 40, excluded=True)
     return int(value)
 
 
 def positive_float(what: str, value: Any) -> float:
-    if not is_number(value) or not 1e-30 < value < 1e30:
+    if not is_number(value) or not value > 0:
         raise InputError(f"{what}: {value!r} is not a positive number")
+    check_bound(what, value, 1e30, excluded=True)
+    if value <= 1e-30:
+        raise InputError(f"{what}: {value:g} is under the bound; a number above 1e-30 is expected")
     return float(value)
 
 
@@ -80,9 +86,11 @@ def crop_pct(what: str, value: Any) -> float | None:
 
 def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else ()
-    good = all(is_number(v) and abs(v) < 1e30 and (v > 0 or not positive) for v in values)
+    good = all(is_number(v) and not math.isnan(v) and (v > 0 or not positive) for v in values)
     if len(values) != 3 or not good:
         raise InputError(f"{what}: {value!r} is not three {'positive ' if positive else ''}numbers, one per channel")
+    for v in values:
+        check_bound(what, abs(v), 1e30, excluded=True)
     return tuple(map(float, values))
 
 

@@ -39,9 +39,12 @@ class Reference(nn.Module, ABC):
     Attributes:
         token_loss: how training compares a student's `TrainOutput.tokens` with a teacher's: by mean squared error, or
             by KL divergence if they are logits.
+        distil_features: whether training distils features, because the teacher's classes are others: then
+            `TrainOutput.tokens` are features, and its `pred` the logits of evaluation, so that all heads learn.
     """
 
     token_loss: Literal["mse", "kl"] = "mse"
+    distil_features: bool = False
 
     def fuse_attention(self) -> None:
         """Use PyTorch's fused attention from now on, which FLOP counters do not see."""

@@ -64,10 +64,10 @@ class OnnxEngine(Verifiable):
         return weights_of(onnx.load(os.fspath(self.path)))  # int8 weights are dequantised
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
-        from dvit_infer.onnx.probe import weights_of
+        from dvit_infer.onnx.probe import opset_of, weights_of
         from dvit_infer.onnx.writer import onnx_model
 
-        return weights_of(onnx_model(graph, uint8=self.only_uint8))
+        return weights_of(onnx_model(graph, opset=opset_of(self.path), uint8=self.only_uint8))
 
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
@@ -117,7 +117,10 @@ def onnx_device(device: str | torch.device | None) -> torch.device:
         import onnxruntime
 
         device = None if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
-    return resolve_device(device)
+    resolved = resolve_device(device)
+    if resolved.type == "mps":
+        raise InputError("device: ONNX Runtime runs on cpu or cuda here, not on mps; convert the checkpoint for that")
+    return resolved
 
 
 def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> None:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+# OpenVINO's default on a CPU with bfloat16 units is bfloat16, scores included, so it may keep other patches. Its reader
+# copies a file's metadata to the model's rt_info (under `framework`), but compiles by none of it: the caller has to
+# give this property.
+OPENVINO_HINT = "INFERENCE_PRECISION_HINT=f32"
+
 
 def export_onnx(
     engine: Engine,
@@ -45,7 +50,7 @@ def export_onnx(
         engine: on any device, in any dtype.
         path: the output file, replaced atomically.
         dtype: float32 or float16; in float16 LayerNorm, softmax and scores stay float32.
-        opset: 20 or 21.
+        opset: 17 to 21 (`onnx.opsets`: with IR version 8 to 10); below 20 GELU is written out, in float32.
         inline: inline the function `dvit.prune_tokens`, for runtimes without functions.
         quantize: 'int8' for int8 weights and matrix products on CPUs (`quantize_int8`); scores stay float32.
         calibration: batches of `images` for static quantisation; None: dynamic.
@@ -133,6 +138,7 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
         "dtype": dtype,
         "gflops": str(engine.graph.gmacs),
         "params": str(engine.params),
+        "openvino_hint": OPENVINO_HINT,
     }
     return facts | ({} if labels is None else {"labels": json.dumps({str(k): v for k, v in sorted(labels.items())})})
 

@@ -80,6 +80,14 @@ def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | 
         yield Path(folder) / "probe.onnx"
 
 
+def opset_of(path: Path) -> int:
+    """Return the version of the default opset of a file."""
+    import onnx
+
+    domains = onnx.load(os.fspath(path), load_external_data=False).opset_import
+    return next(int(entry.version) for entry in domains if entry.domain in ("", "ai.onnx"))
+
+
 def weights_of(model: "onnx.ModelProto") -> dict[str, torch.Tensor]:
     """Return a model's floating-point weights by name; quantised ones are dequantised: scale * (q - zero point)."""
     import numpy as np

@@ -1,11 +1,14 @@
 """prune_tokens as a model-local ONNX function: one box in viewers, standard operators for runtimes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from dvit_infer.onnx.opsets import axes_are_input, has_gelu, has_num_outputs, needs_norm_bias
 
 DOMAIN, NAME = "dvit", "prune_tokens"
 INPUTS = ("x", "w1", "b1", "w2_own", "w2_mean", "b2", "w3", "b3", "w4", "b4")
@@ -21,10 +24,11 @@ def prune_tokens_function(opset: int, element: int, dim: int) -> onnx.FunctionPr
 
     Args:
         opset: opset version of the default domain.
-        element: ONNX element type of x and the matrices; float32 is used for LayerNorm, the mean and the scores.
+        element: ONNX element type of x and the matrices; float32 is used for LayerNorm, the mean and the scores, and
+            below opset 20 for GELU.
         dim: channels C.
     """
-    body = _Body(element)
+    body = _Body(opset, element)
     body.scores(dim)
     body.select()
     body.gather()
@@ -41,8 +45,8 @@ def prune_tokens_function(opset: int, element: int, dim: int) -> onnx.FunctionPr
 
 
 class _Body:
-    def __init__(self, element: int) -> None:
-        self._element = element
+    def __init__(self, opset: int, element: int) -> None:
+        self._opset, self._element = opset, element
         self.nodes: list[onnx.NodeProto] = []
 
     def _emit(self, op: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> None:
@@ -74,6 +78,20 @@ class _Body:
         self._emit("Cast", [x], out, to=to)
         return out
 
+    def _gelu(self, x: str, out: str) -> None:
+        """Emit GELU, written out in float32 where there is no such operator, as the writer of the graph does."""
+        if has_gelu(self._opset):
+            self._emit("Gelu", [x], out)
+            return
+        y, whole = self._float32(x), self._element == TensorProto.FLOAT
+        self._emit("Div", [y, "gelu_root"], f"{out}_scaled")
+        self._emit("Erf", [f"{out}_scaled"], f"{out}_erf")
+        self._emit("Add", [f"{out}_erf", "gelu_one"], f"{out}_shifted")
+        self._emit("Mul", [y, f"{out}_shifted"], f"{out}_doubled")
+        self._emit("Mul", [f"{out}_doubled", "gelu_half"], out if whole else f"{out}_exact")
+        if not whole:
+            self._emit("Cast", [f"{out}_exact"], out, to=self._element)
+
     def scores(self, dim: int) -> None:
         """Emit score (B, N) float32, the difference of the keep and drop logits."""
         self._constant("zero", 0)
@@ -84,25 +102,37 @@ class _Body:
         self._emit("Slice", ["x", "start", "end", "one"], "patches")
 
         self._tensor("gain", np.ones(dim, np.float32))
+        affine = ["gain"]
+        if needs_norm_bias(self._opset):
+            self._tensor("shift", np.zeros(dim, np.float32))
+            affine.append("shift")
         norm = helper.make_node(
-            "LayerNormalization", [self._float32("patches"), "gain"], ["normed"], "LayerNorm", axis=-1
+            "LayerNormalization", [self._float32("patches"), *affine], ["normed"], "LayerNorm", axis=-1
         )
         norm.attribute.append(onnx.AttributeProto(name="epsilon", ref_attr_name="eps", type=onnx.AttributeProto.FLOAT))
         self.nodes.append(norm)
+        if not has_gelu(self._opset):
+            for name, value in (("gelu_root", math.sqrt(2)), ("gelu_one", 1.0), ("gelu_half", 0.5)):
+                self._tensor(name, np.array(value, np.float32))
         self._emit("MatMul", [self._in_dtype("normed"), "w1"], "project")
         self._emit("Add", ["project", self._in_dtype("b1")], "project_b")
-        self._emit("Gelu", ["project_b"], "hidden")
+        self._gelu("project_b", "hidden")
         # The mean half is equal for all tokens of an image, so its part of the layer is computed once.
-        self._emit("Split", ["hidden"], "own", "averaged", axis=-1, num_outputs=2)
-        self._emit("ReduceMean", [self._float32("averaged"), "one"], "mean", keepdims=1)
+        halves = {"num_outputs": 2} if has_num_outputs(self._opset) else {}
+        self._emit("Split", ["hidden"], "own", "averaged", axis=-1, **halves)
+        averaged = self._float32("averaged")
+        if axes_are_input(self._opset):
+            self._emit("ReduceMean", [averaged, "one"], "mean", keepdims=1)
+        else:
+            self._emit("ReduceMean", [averaged], "mean", axes=(1,), keepdims=1)
         self._emit("MatMul", ["mean", self._float32("w2_mean")], "mean_part")
         self._emit("Add", ["mean_part", "b2"], "shared")
         self._emit("MatMul", ["own", "w2_own"], "own_part")
         self._emit("Add", ["own_part", self._in_dtype("shared")], "second")
-        self._emit("Gelu", ["second"], "second_gelu")
+        self._gelu("second", "second_gelu")
         self._emit("MatMul", ["second_gelu", "w3"], "third")
         self._emit("Add", ["third", self._in_dtype("b3")], "third_b")
-        self._emit("Gelu", ["third_b"], "third_gelu")
+        self._gelu("third_b", "third_gelu")
         self._emit("MatMul", [self._float32("third_gelu"), "w4"], "last")
         self._emit("Add", ["last", "b4"], "score")
 

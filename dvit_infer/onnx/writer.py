@@ -4,6 +4,7 @@ A node's output has the node's name in the ONNX graph (`blocks.3.attn`), and the
 `prune.0/index`, so that both can be read or given by name.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Convolution, Embed, Head, Mlp, Prune
+from dvit_infer.onnx.opsets import DEFAULT, IR_VERSIONS, axes_are_input, check_opset, has_gelu, needs_norm_bias
 from dvit_infer.onnx.prune_tokens import DOMAIN, NAME, prune_tokens_function
 from dvit_infer.reduction.predictor import PredictorPrune
 
-IR_VERSION = 10
-OPSETS = (20, 21)  # Gelu exists from 20 on
 _ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 _FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight")
 
@@ -26,7 +26,7 @@ _FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight")
 def onnx_model(
     graph: Graph,
     *,
-    opset: int = OPSETS[0],
+    opset: int = DEFAULT,
     uint8: bool = False,
     kept: bool = False,
 ) -> onnx.ModelProto:
@@ -34,11 +34,11 @@ def onnx_model(
 
     Input `images` (B, 3, H, W), normalised, in the graph's dtype; outputs `logits` (B, K) float32 and, with `kept`,
     `kept_0` and so on, (B, k) int64 original patch positions, ascending. In a float16 model LayerNorm, softmax, the
-    mean over patches and the scores are float32.
+    mean over patches and the scores are float32, below opset 20 also GELU, which is then written out.
 
     Args:
         graph: folded, in float32 or float16.
-        opset: opset version of the default domain, one of `OPSETS`.
+        opset: opset version of the default domain, one of `IR_VERSIONS`.
         uint8: take uint8 (B, H, W, 3) images instead and normalise them by the config's mean and std.
         kept: also output the kept positions.
 
@@ -46,8 +46,7 @@ def onnx_model(
         InputError: A node kind, the dtype or the opset is not supported.
         ValueError: The graph is not folded.
     """
-    if type(opset) is not int or opset not in OPSETS:
-        raise InputError(f"opset: {opset!r}; {' or '.join(map(str, OPSETS))} can be written")
+    check_opset(opset)
     if graph.dtype not in _ELEMENT:
         raise InputError(f"dtype: {str(graph.dtype)[6:]} cannot be written as ONNX; float32 and float16 can")
     domains, functions = [helper.make_opsetid("", opset)], []
@@ -55,10 +54,10 @@ def onnx_model(
         domains.append(helper.make_opsetid(DOMAIN, 1))
         functions.append(prune_tokens_function(opset, _ELEMENT[graph.dtype], graph.config.body.embed_dim))
     model: onnx.ModelProto = helper.make_model(
-        _Writer(graph, uint8, kept).proto(),
+        _Writer(graph, opset, uint8, kept).proto(),
         functions=functions,
         opset_imports=domains,
-        ir_version=IR_VERSION,
+        ir_version=IR_VERSIONS[opset],
         producer_name="dvit_infer",
     )
     return model
@@ -67,7 +66,8 @@ def onnx_model(
 class _Writer:
     """Writes the nodes in order, with a method for each kind, like a runner."""
 
-    def __init__(self, graph: Graph, uint8: bool, kept: bool) -> None:
+    def __init__(self, graph: Graph, opset: int, uint8: bool, kept: bool) -> None:
+        self._opset = opset
         self._config, self._dtype, self._kept = graph.config, graph.dtype, kept
         self._element = _ELEMENT[graph.dtype]
         self._nodes: list[onnx.NodeProto] = []
@@ -144,8 +144,24 @@ class _Writer:
 
     def _norm(self, x: str, eps: float, dim: int) -> str:
         """Emit a LayerNorm whose gain and shift are folded into the following linear."""
-        gain = self._weight(f"ones/{dim}", torch.ones(dim))
-        return self._in_dtype(self._emit("LayerNormalization", self._float32(x), gain, axis=-1, epsilon=eps))
+        affine = [self._weight(f"ones/{dim}", torch.ones(dim))]
+        if needs_norm_bias(self._opset):
+            affine.append(self._weight(f"zeros/{dim}", torch.zeros(dim)))
+        return self._in_dtype(self._emit("LayerNormalization", self._float32(x), *affine, axis=-1, epsilon=eps))
+
+    def _gelu(self, x: str) -> str:
+        """Emit GELU; where there is no such operator, x / sqrt(2), Erf, + 1, * x, * 0.5, which runtimes recognise."""
+        if has_gelu(self._opset):
+            return self._emit("Gelu", x)
+        x = self._float32(x)
+        root, one, half = (self._weight(f"float32/{v:g}", torch.tensor(v)) for v in (math.sqrt(2), 1.0, 0.5))
+        y = self._emit("Add", self._emit("Erf", self._emit("Div", x, root)), one)
+        return self._in_dtype(self._emit("Mul", self._emit("Mul", x, y), half))
+
+    def _reduce(self, op: str, x: str, axis: int) -> str:
+        if axes_are_input(self._opset):
+            return self._emit(op, x, self._ints(axis), keepdims=0)
+        return self._emit(op, x, axes=(axis,), keepdims=0)
 
     def _tokens(self, x: str, first: int, end: int) -> str:
         return self._emit("Slice", x, self._ints(first), self._ints(end), self._ints(1))
@@ -206,7 +222,7 @@ class _Writer:
     def _mlp(self, node: Mlp, x: str) -> str:
         w = node.weights
         hidden = self._linear(self._norm(x, node.eps, node.dim), "fc1", w["fc1.weight"], w["fc1.bias"])
-        branch = self._linear(self._emit("Gelu", hidden), "fc2", w["fc2.weight"], w["fc2.bias"])
+        branch = self._linear(self._gelu(hidden), "fc2", w["fc2.weight"], w["fc2.bias"])
         return self._said(self._emit("Add", x, branch, out=node.name), node.tokens, node.dim)
 
     def _prune(self, node: Prune, x: str) -> str:
@@ -233,7 +249,7 @@ class _Writer:
         y = self._norm(x, node.eps, node.dim)
         if node.reads == "mean":
             patches = self._float32(self._tokens(y, node.num_prefix, node.tokens))
-            y = self._in_dtype(self._emit("ReduceMean", patches, self._ints(1), keepdims=0))
+            y = self._in_dtype(self._reduce("ReduceMean", patches, 1))
             logits = self._linear(y, "head", w["head.weight"], w["head.bias"])
             return self._emit("Cast", logits, to=TensorProto.FLOAT, out="logits")
         logits = self._of_token(node, y, 0, "head")
@@ -243,7 +259,7 @@ class _Writer:
         if node.reads == "all":
             patches = self._tokens(y, 1, node.tokens)
             aux = self._linear(patches, "aux_head", w["aux_head.weight"], w["aux_head.bias"])
-            best = self._emit("ReduceMax", aux, self._ints(1), keepdims=0)
+            best = self._reduce("ReduceMax", aux, 1)
             logits = self._emit("Add", logits, self._emit("Mul", best, self._half()))
         return self._emit("Cast", logits, to=TensorProto.FLOAT, out="logits")
 

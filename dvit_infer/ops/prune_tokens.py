@@ -46,8 +46,12 @@ def pack_predictor(
     names = [f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias")]
     if missing := [name for name in names if name not in state]:
         raise ValueError(f"pack_predictor: missing {missing[0]}")
-    # Folded in double precision: a gain times a weight is then rounded once, to `dtype`.
-    gain, shift, w1, b1, w2, b2, w3, b3, w4, b4 = (state[name].detach().double() for name in names)
+    # Folded in double precision: a gain times a weight is then rounded once, to `dtype`. MPS has none: on the CPU then.
+    where = state[names[0]].device
+    weights = [state[name].detach() for name in names]
+    if where.type == "mps":
+        return [w.to(where) for w in pack_predictor({n: w.cpu() for n, w in zip(names, weights, strict=True)}, dtype)]
+    gain, shift, w1, b1, w2, b2, w3, b3, w4, b4 = (weight.double() for weight in weights)
     c = gain.numel()
     expected = [(c,), (c,), (c, c), (c,), (c // 2, c), (c // 2,), (c // 4, c // 2), (c // 4,), (2, c // 4), (2,)]
     for name, tensor, shape in zip(names, (gain, shift, w1, b1, w2, b2, w3, b3, w4, b4), expected, strict=True):

@@ -22,6 +22,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.stream import first_in_worker, interrupts_held
 from dvit_infer.training.augment import Augmentation
+from dvit_infer.utils.bounds import check_bound
 
 # Purposes of an image's generators. Not 0: [seed, epoch, 0, 0] seeds like [seed, epoch], which is used for the order.
 _AUGMENT, _NOISE, _MIX = 1, 2, 3
@@ -88,11 +89,13 @@ class Loading:
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate"):
-            if not 1 <= getattr(self, name) <= 1 << 24:
+            check_bound(name, getattr(self, name), 1 << 24)
+            if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} is not possible; 1 or more is")
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < 1e6:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name}: {getattr(self, name):g} is negative or not a number")
+            check_bound(name, getattr(self, name), 1e6, excluded=True)
         if self.batch % self.world:
             count = f"{self.batch} images a step cannot be shared by {self.world} processes"
             raise InputError(f"batch: {count}; use a multiple of {self.world}")

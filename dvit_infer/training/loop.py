@@ -17,8 +17,8 @@ from dvit_infer.training.data import Batch, ImageFiles, Loading, batches, mixed,
 from dvit_infer.training.distributed import World
 from dvit_infer.training.held_out import top1
 from dvit_infer.training.losses import Losses, Objective, losses
-from dvit_infer.training.reports import Epoch, NotFiniteError, Step
-from dvit_infer.training.settings import Settings, is_predictor, make_optimizer
+from dvit_infer.training.reports import Epoch, NotFiniteError, Step, collapse_warnings
+from dvit_infer.training.settings import Settings, make_optimizer
 from dvit_infer.training.student import Pair, official_content, set_training
 
 
@@ -64,16 +64,18 @@ class Run:
         self.steps = steps_an_epoch(image_files, self.loading)
         self.objective = Objective(
             tuple(config.reduction.keep_rate ** (stage + 1) for stage in range(stages)),
-            settings.token_loss or pair.student.token_loss,
+            settings.token_loss or (pair.student.token_loss if pair.distils_logits else "mse"),
             settings.per_image,
+            ratio=settings.ratio_weight,
+            logits=0.5 if pair.distils_logits else 0.0,
         )
         by = augmentation.torchvision and bool(settings.randaugment or settings.erase)
-        self.identity = saving.identity(settings, pair.args, pair.teacher, image_files.digest, by)
+        self.identity = saving.identity(settings, pair.args, pair.origin, image_files.digest, by)
         self.student = pair.student.to(device)
         self.teacher = pair.teacher.to(device).requires_grad_(False)
         for model in (self.student, self.teacher):
             set_training(model)
-        self.optimizer = make_optimizer(self.student, settings)
+        self.optimizer = make_optimizer(self.student, settings, pair.is_new)
         self.averaged = {k: v.clone() for k, v in self.student.state_dict().items()} if settings.ema else None
         self.epoch = self.step = 0  # the next epoch, and the next step within it
         self.has_saved = False  # whether the file was written by this run
@@ -97,41 +99,18 @@ class Run:
         self.has_saved = True
 
     def _content(self) -> dict[str, object]:
-        content = official_content(self.weights(), self.pair.args, self.epoch)
+        args = dict(self.pair.args)
         if self.epoch < self.settings.epochs:
-            content[saving.KEY] = {
+            state = {
                 "identity": self.identity,
                 "epoch": self.epoch,
                 "step": self.step,
                 "student": None if self.averaged is None else self.student.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
-        return content
-
-    def resume(self, path: str | Path) -> bool:
-        """Resume the file's run; return False if it is finished.
-
-        Raises:
-            InputError: The file is of another run (the message names the difference), or damaged.
-        """
-        content = saving.unfinished(path)
-        if content is None:
-            return False
-        state = content[saving.KEY]
-        saving.check_same(path, state, self.identity)
-        try:
-            self.student.load_state_dict(content["model"] if state["student"] is None else state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.averaged is not None:
-                self.averaged = {k: content["model"][k].to(self.device) for k in self.averaged}
-            self.epoch, self.step = int(state["epoch"]), int(state["step"])
-            if not (0 <= self.epoch < self.settings.epochs and 0 <= self.step < self.steps):
-                raise ValueError(f"step {self.step} of epoch {self.epoch} is out of range")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"resume: {path}: does not fit this run: {first}") from None
-        self.has_saved = Path(path).resolve() == self.out
-        return True
+            return official_content(self.weights(), args, self.epoch) | {saving.KEY: state}
+        args["dvit_infer"] = {**args["dvit_infer"], "run": self.identity}
+        return official_content(self.weights(), args, self.epoch)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -163,7 +142,7 @@ class Run:
     def _wrapped(self, frozen: bool) -> nn.Module:
         """Return the student wrapped for all processes; called again when the set of trained parameters changes."""
         for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(is_predictor(name) or not frozen)
+            parameter.requires_grad_(self.pair.is_new(name) or not frozen)
             parameter.grad = None
         if self.world.size == 1:
             return self.student
@@ -201,7 +180,8 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
         self.save()
         accuracy = self._top1(on_counted, stop) if self.held_out else None
-        on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, accuracy))
+        warnings = collapse_warnings(means[5:], self.objective.ratios, self.settings)
+        on_epoch(Epoch(last, tuple(means[:5]), tuple(means[5:]), tuple(unreadable), count, accuracy, warnings))
         return self.epoch == self.settings.epochs or not self._any(stop())
 
     def _top1(self, on_counted: Callable[[int, int], None], stop: Callable[[], bool]) -> float | None:
@@ -233,7 +213,7 @@ class Run:
             self.steps,
             values[:5],
             values[5:],
-            self.optimizer.param_groups[0]["lr"],
+            max(group["lr"] for group in self.optimizer.param_groups),
             done * self.settings.batch / seconds,
             left * seconds / done,
         )

@@ -21,6 +21,8 @@ class Objective:
         token_loss: 'mse' of features (DeiT) or 'kl' of auxiliary logits (LV-ViT), on the patches the last stage kept.
         per_image: whether each image has to keep that share; if False, only the batch has to on average (the official
             `dynamic` loss).
+        cross_entropy, ratio, logits, tokens: weights of the terms; with `logits` 0 the teacher's logits are not read,
+            and may be of other classes.
     """
 
     ratios: tuple[float, ...]
@@ -73,11 +75,15 @@ def losses(
         all_reduce: sums a vector over all processes. Means are taken over all of them, so the losses do not depend on
             the distribution of images.
     """
-    pred, wanted = out.pred.float(), teacher.pred.float()
+    pred = out.pred.float()
     counts = pred.new_ones(len(pred)) if weights is None else weights
     log_pred = pred.log_softmax(dim=-1)
     entropy = F.cross_entropy(pred, targets, reduction="none")
-    logits = F.kl_div(log_pred, wanted.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
+    if objective.logits:
+        wanted = teacher.pred.float().log_softmax(dim=-1)
+        logits = F.kl_div(log_pred, wanted, reduction="none", log_target=True).sum(dim=-1)
+    else:
+        logits = torch.zeros_like(entropy)
     mask = out.mask.float() * counts[:, None]
     tokens = _token_distances(objective.token_loss, out.tokens.float(), teacher.tokens.float())
     kept = [decision.float().mean(dim=1) for decision in out.decisions]

@@ -1,6 +1,11 @@
 """Reports of a run: after a step, after an epoch, and when it fails."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from dvit_infer.training.settings import Settings
+
+COLLAPSED = 0.005  # a mean share of patches over an epoch that is this close to none or all
 
 
 class NotFiniteError(Exception):
@@ -36,6 +41,7 @@ class Epoch:
 
     Attributes:
         unreadable: some of the unreadable image files with reasons; `unreadable_count` is their number.
+        warnings: what is going wrong, one line each.
         top1: top-1 accuracy of the pruned model on the held-out images, in percent; None: there are none, or the run
             was stopped before.
     """
@@ -46,3 +52,25 @@ class Epoch:
     unreadable: tuple[tuple[str, str], ...]
     unreadable_count: int
     top1: float | None
+    warnings: tuple[str, ...] = ()
+
+
+def collapse_warnings(kept: Sequence[float], ratios: Sequence[float], settings: Settings) -> tuple[str, ...]:
+    """Return a warning for stages whose keep ratio was zero, and for those where it was one, for a whole epoch.
+
+    A ratio of nearly 0 or 1 means scores so large that hardly a decision changes: their gradient has vanished.
+
+    Args:
+        kept: mean share of patches that each stage kept, of those in the image.
+        ratios: the shares that they are to keep.
+    """
+    none = [stage for stage, share in enumerate(kept) if share <= COLLAPSED < ratios[stage]]
+    every = [stage for stage, share in enumerate(kept) if share >= 1 - COLLAPSED > ratios[stage]]
+    cure = f"a lower --lr (now {settings.peak_lr:g}) or a higher --ratio-weight (now {settings.ratio_weight:g})"
+    found = []
+    for stages, what in ((none, "no patch"), (every, "every patch")):
+        if stages:
+            which = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
+            wanted = ", ".join(f"{ratios[stage]:.3g}" for stage in stages)
+            found.append(f"{which} kept {what} in the whole epoch, {wanted} is wanted; start anew with {cure}")
+    return tuple(found)

@@ -1,6 +1,7 @@
 """File names and atomic writes: a file is written completely or not at all."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -62,6 +63,36 @@ def check_output(path: str | Path, what: str, not_this: str | Path | None = None
     return target
 
 
+_BLOCK, _ASK_FOR = bytes(1 << 16), 1 << 22
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "over the limit of the file system, or of ulimit -f",
+}
+
+
+def _why(error: OSError) -> str:
+    """Return the reason of a failed write; a full disk in plain words."""
+    system = error.strerror or str(error)
+    return f"{system} ({_NO_ROOM[error.errno]})" if error.errno in _NO_ROOM else system
+
+
+def write_error(part: Path) -> OSError | None:
+    """Return the error that the system gives for writing more to a partial file; None: it takes more.
+
+    For libraries that fail without saying why.
+    """
+    try:
+        with part.open("ab") as file:
+            for _ in range(_ASK_FOR // len(_BLOCK)):
+                file.write(_BLOCK)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, what: str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, remove it on any error.
@@ -79,7 +110,7 @@ def atomic_write(path: str | Path, what: str) -> Iterator[Path]:
         part.chmod(0o666 & ~_UMASK)  # mkstemp makes private files; a result gets the mode of any new file
         os.replace(part, target)
     except OSError as error:
-        raise InputError(f"{what}: {path}: {error.strerror or error}") from None
+        raise InputError(f"{what}: {path}: {_why(error)}") from None
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
@@ -106,7 +137,7 @@ def atomic_write_files(path: str | Path, what: str) -> Iterator[Path]:
             if replaces and len(written) == 1:
                 target.with_name(f"{target.name}.data").unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{what}: {path}: {error.strerror or error}") from None
+        raise InputError(f"{what}: {path}: {_why(error)}") from None
 
 
 def atomic_write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import ENV, fails
 from drawn import draw_all
-from small_training import PLAIN, arguments, write_dense, write_folder
+from small_training import PLAIN, QUICK, arguments, write_dense, write_folder
 
 from dvit_infer.cli import train
 from dvit_infer.training.loop import Run
@@ -65,10 +65,9 @@ def test_bad_options_are_named(more, expected, dense, folder, capsys):
 
 
 @pytest.mark.usefixtures("_empty_folder")
-def test_bad_files_and_folders_are_named(dense, folder, whole, tmp_path, capsys):
-    other = write_dense(tmp_path / "five.pth", num_classes=5)
-    assert "3 class folders, but" in fails(train, arguments(other, folder, "out.pth"), capsys)
-    assert "holds score predictors already" in fails(train, arguments(whole, folder, "out.pth"), capsys)
+def test_bad_files_and_folders_are_named(dense, folder, tmp_path, capsys):
+    no_rate = [dense, folder, "-o", "out.pth", *QUICK]
+    assert "--keep-rate: is needed, e.g. 0.7" in fails(train, no_rate, capsys)
     assert "is the input itself" in fails(train, arguments(dense, folder, dense), capsys)
     (tmp_path / "empty").mkdir()
     assert "has no class folders" in fails(train, arguments(dense, tmp_path / "empty", "out.pth"), capsys)

@@ -33,7 +33,7 @@ class DeiT(VisionTransformer):
         logits: torch.Tensor = self.head(x[:, 0])
         return (logits + self.head_dist(x[:, 1])) / 2 if self.num_prefix == 2 else logits
 
-    def train_logits(self, x: torch.Tensor) -> torch.Tensor:
+    def train_logits(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.classify(x)
 
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:

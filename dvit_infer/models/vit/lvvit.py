@@ -44,6 +44,16 @@ class LVViT(VisionTransformer):
         best: torch.Tensor = self.aux_head(x[:, 1:]).amax(dim=1)
         return logits + 0.5 * best
 
+    def train_logits(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        logits = super().train_logits(x, mask)
+        if not self.distil_features:  # the auxiliary head learns from the teacher's
+            return logits
+        aux: torch.Tensor = self.aux_head(x[:, 1:])
+        best = aux.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1)
+        return logits + 0.5 * torch.where(mask.any(dim=1, keepdim=True), best, 0.0)
+
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        if self.distil_features:
+            return x[:, 1:]
         out: torch.Tensor = self.aux_head(x[:, 1:])
         return out

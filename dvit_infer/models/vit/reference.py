@@ -70,8 +70,8 @@ class VisionTransformer(Reference):
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
         """(B, P+N, C) tokens after the last norm -> the outputs of every patch that training distils."""
 
-    def train_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, P+N, C) tokens after the last norm -> (B, K) logits of the class token, in training."""
+    def train_logits(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, P+N, C) tokens after the last norm, (B, N) mask of those that stay -> (B, K) logits, in training."""
         out: torch.Tensor = self.head(x[:, 0])
         return out
 
@@ -133,7 +133,8 @@ class VisionTransformer(Reference):
                 decisions.append(keep.squeeze(-1))
             x = block(x, policy)
         x = self.norm(x)
-        return TrainOutput(self.train_logits(x), self.patch_outputs(x), keep.detach().squeeze(-1), decisions)
+        mask = keep.detach().squeeze(-1)
+        return TrainOutput(self.train_logits(x, mask), self.patch_outputs(x), mask, decisions)
 
 
 def _decide(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
