@@ -9,10 +9,11 @@ import torch
 
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.containers import all_files
 
 
 class WeightSource:
-    """A file, or a state dict, whose tensors are shared with the caller and not copied.
+    """A file, a folder or index of shards, or a state dict, whose tensors are shared with the caller and not copied.
 
     Copies share it; a pickled one still names its file, but holds no state dict.
 
@@ -49,10 +50,10 @@ class WeightSource:
         if self._state is not None:
             return [_version(tensor) for part in (self._state, *self._state.values()) for tensor in _tensors(part)]
         try:
-            found = os.stat(self._path or "")
-        except OSError:
+            found = [os.stat(file) for file in all_files(self._path or Path())]
+        except (OSError, InputError):
             return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
 
 def _tensors(part: object) -> list[torch.Tensor]:
