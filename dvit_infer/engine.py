@@ -187,9 +187,7 @@ def load_reference(
 
 def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
     """Return the checkpoint of an engine, with the set of weights that the engine uses."""
-    checkpoint = read_checkpoint(source)
-    wanted = engine.config.weights
-    return checkpoint if None in (checkpoint.weights, wanted) else read_checkpoint(source, wanted)
+    return read_checkpoint(source, engine.config.weights, or_bare=True)
 
 
 def folded_graph(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Graph:

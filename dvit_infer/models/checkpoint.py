@@ -1,30 +1,26 @@
 """Read a checkpoint file into a state dict and metadata; nothing in the file is trusted and nothing in it runs."""
 
 import argparse
-import re
-import threading
-import warnings
-import zipfile
-import zlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
-from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS, read_header
+from dvit_infer.models.containers import check_no_url, describe, tensor_files
+from dvit_infer.models.header import HEADER_KEY, read_header
+from dvit_infer.models.pickled import Inert
+from dvit_infer.models.state_dicts import find_weights, official_names
+from dvit_infer.models.torch_file import first_line, read_torch
 from dvit_infer.utils.files import check_name
-
-PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which is not used
-_LOADING = threading.Lock()  # the classes that torch.load accepts are a setting of the whole process
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -39,6 +35,7 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args
     header: str | None = None  # the text under `HEADER_KEY` of a saved engine
     origin: dict[str, torch.Tensor] | None = None  # of a state dict: the caller's own tensors, by the caller's names
+    skipped: tuple[str, ...] = ()  # keys of counters, and classes of objects, that are not read
 
     @property
     def is_saved_engine(self) -> bool:
@@ -57,110 +54,88 @@ class Checkpoint:
         return sum(n for key, n in weights.items() if unused is None or not key.startswith(f"{unused}."))
 
 
-def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path | Mapping[str, Any], weights: str | None = None, or_bare: bool = False
+) -> Checkpoint:
     """Read a `.pth`, `.pth.tar`, `.pt` or `.safetensors` file (distinguished by content), or take a loaded state dict.
 
     Args:
-        source: path, or a state dict, bare or inside a training checkpoint.
-        weights: which of several sets of weights to take; by default the first of `WEIGHT_SETS` in the file.
+        source: path of a file, of the index of shards, or of the folder of either; or a state dict, bare or inside a
+            training checkpoint.
+        weights: which of several sets of weights to take, by its key, with dots between keys of nested dicts; by
+            default the first of `WEIGHT_SETS` in the file, else the only one.
+        or_bare: whether weights under no key do for `weights`.
 
     Raises:
         InputError: the file cannot be read, holds no weights, would run code, or holds a tensor that is not plain,
             dense, floating-point and finite.
     """
     if isinstance(source, Mapping):
-        return _take_weights("state dict", dict(source), weights, shared=True)
+        return _take_weights("state dict", dict(source), weights, or_bare, shared=True)
     if not isinstance(source, str | Path):
         raise InputError(f"a path or a state dict is expected, not a {type(source).__name__}")
-    path = check_name(source)
-    name = str(path)
+    check_no_url(source)
+    is_folder = str(source).endswith(os.sep) and os.path.isdir(source)
+    path = check_name(str(source).rstrip(os.sep) if is_folder else source)
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(
-                f"{name}: is {'a folder' if path.is_dir() else 'no regular file'}; a checkpoint is expected"
-            )
-        with path.open("rb") as file:
-            head = file.read(16)
+        files = tensor_files(path)
+        loaded = [_load(file, keys) for file, keys in files.items()]
     except OSError as error:
-        raise InputError(f"{name}: {error.strerror or error}") from None
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
+    name = str(next(iter(files)) if len(files) == 1 else path)
+    content = loaded[0].content if len(loaded) == 1 else {k: v for part in loaded for k, v in part.content.items()}
+    checkpoint = _take_weights(name, content, weights, or_bare)
+    checkpoint.header = loaded[0].header if len(loaded) == 1 else None
+    checkpoint.skipped += tuple(dict.fromkeys(what for part in loaded for what in part.skipped))
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The content of one file; the header of a saved engine; the classes in it that are not known."""
+
+    content: Any
+    header: str | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def _load(path: Path, keys: frozenset[str] | None) -> _Loaded:
+    """Load one file; if an index says which keys are in a shard, check that they are."""
+    loaded = _load_file(path)
+    if keys is not None and (not isinstance(loaded.content, Mapping) or keys - loaded.content.keys()):
+        raise InputError(f"{path}: is not the shard that its index describes: {min(keys)} is not in it")
+    return loaded
+
+
+def _load_file(path: Path) -> _Loaded:
+    name = str(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{name}: is no regular file; a checkpoint is expected")
+    with path.open("rb") as file:
+        head = file.read(512)
     if not head:
         raise InputError(f"{name}: the file is empty")
+    is_torch = head.startswith((_ZIP, _PICKLE))
     # A safetensors header may by chance begin with a pickle's first byte, so byte 8 decides first.
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    is_safetensors = head[8:9] == b"{"
+    if not is_torch and not is_safetensors and (what := describe(path, head)) is not None:
+        raise InputError(f"{name}: {what}")
+    if is_safetensors or (path.suffix == ".safetensors" and not is_torch):
         tensors, header = _load_safetensors(path)
         if header is not None:
             read_header(name, header)  # a damaged one is named before a damaged tensor
-        checkpoint = _take_weights(name, tensors, weights)
-        checkpoint.header = header
-        return checkpoint
-    if head.startswith((_ZIP, _PICKLE)):
-        return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
+        return _Loaded(tensors, header)
+    if is_torch:
+        content, skipped = read_torch(path, head.startswith(_ZIP))
+        return _Loaded(content, None, skipped)
     if path.suffix.lower() == ".onnx":
         raise InputError(f"{name}: is ONNX, no checkpoint; dvit-bench, dvit-eval, dvit-predict and dvit-viz run it")
     raise InputError(f"{name}: is no checkpoint (neither a torch file nor safetensors)")
 
 
-def _harmless() -> list[Any]:
-    """Return the only classes that a pickle may name beside torch's own: argparse's Namespace and numpy scalars."""
-    scalar = np.float64(0).__reduce__()[0]  # numpy's constructor of scalars, under its old and new names
-    numeric = "?bhilqBHILQefd"
-    return [
-        argparse.Namespace,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *{type(np.dtype(code)) for code in numeric},
-    ]
-
-
 def load_torch(path: Path, is_zip: bool) -> Any:
-    """Read a file of torch.save onto the CPU without running anything in it.
-
-    Raises:
-        InputError: it is damaged, or names a class that is not harmless.
-    """
-    harmless = _harmless()
-    mmap = is_zip and _check_zip(path)
-    try:
-        with _LOADING, torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about an unusual pickle protocol; errors are reported below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged or hostile pickle can raise anything; the message names the file
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise  # not the file's fault
-        raise InputError(f"{path}: {_why_not(str(error), is_zip)}") from None
-
-
-def _check_zip(path: Path) -> bool:
-    """Compare every record with its checksum, as torch does not; return whether the file may be memory-mapped."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                with archive.open(info) as record:
-                    while info.CRC and record.read(1 << 22):  # all checksums are 0 if torch was set to write none
-                        pass
-            return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
-    # RuntimeError is an encrypted record, NotImplementedError a compression that zipfile does not know.
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: truncated or damaged torch file ({_first_line(str(error))})") from None
-
-
-def _why_not(message: str, is_zip: bool) -> str:
-    """Return one line for a message of torch.load, which may have many."""
-    if found := re.search(r"GLOBAL (\S+)", message):
-        return f"refused: loading it would run {found.group(1)}; only plain weights are read, nothing was run"
-    if "Unsupported operand" in message:
-        return "refused: its pickle has instructions that plain weights do not need; nothing was run"
-    if "TorchScript" in message:
-        return "is a TorchScript archive; save the model's state_dict instead"
-    if is_zip:
-        return f"truncated or damaged torch file ({_first_line(message)})"
-    return f"is no torch checkpoint, or is damaged ({_first_line(message)})"
-
-
-def _first_line(message: str) -> str:
-    line = re.split(r"[\n.] ?", message.strip() or "unreadable", maxsplit=1)[0]
-    return line[:120]
+    """Return the content of a file of torch.save; see `read_torch`."""
+    return read_torch(path, is_zip)[0]
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -169,50 +144,22 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        raise InputError(f"{path}: damaged safetensors file ({_first_line(str(error))})") from None
+        raise InputError(f"{path}: damaged safetensors file ({first_line(str(error))})") from None
     return tensors, metadata.get(HEADER_KEY)
 
 
-def _take_weights(name: str, content: Any, weights: str | None, shared: bool = False) -> Checkpoint:
+def _take_weights(name: str, content: Any, weights: str | None, or_bare: bool, shared: bool = False) -> Checkpoint:
     """Find the state dict in a loaded object, strip the wrappers' prefixes and check every tensor.
 
     With `shared`, the caller holds on to the tensors, and the checkpoint refers to them.
     """
-    if not isinstance(content, Mapping):
-        raise InputError(f"{name}: holds a {type(content).__name__}, no state dict")
-    sets = [key for key in WEIGHT_SETS if _has_tensors(content.get(key))]
-    if weights is not None and weights not in sets:
-        there = ", ".join(sets) if sets else "none: its weights are bare"
-        raise InputError(f"{name}: weights={weights!r} is not in it; sets of weights there: {there}")
-    chosen = weights or (sets[0] if sets else None)
-    state = {} if chosen is None and not _has_tensors(content) else dict(content[chosen] if chosen else content)
-    if not state:
-        raise InputError(
-            f"{name}: holds no state dict (looked for tensors at the top and under {', '.join(WEIGHT_SETS)})"
-        )
-    args = content.get("args") if chosen else None
-    found = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    clean: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
-        short = _without_prefixes(name, key)
-        if short in clean:
-            raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(PREFIXES)} are stripped")
-        clean[short] = _checked(name, key, value)
-    others = tuple(key for key in sets if key != chosen)
-    return Checkpoint(name, clean, chosen, others, dict(found), origin=state if shared else None)
-
-
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
-
-
-def _without_prefixes(name: str, key: Any) -> str:
-    if not isinstance(key, str) or not key.isprintable() or not 0 < len(key) < 300:
-        raise InputError(f"{name}: {str(key)[:40]!r} is no parameter name")
-    short = str(key)
-    while prefix := next((p for p in PREFIXES if short.startswith(p)), None):
-        short = short.removeprefix(prefix)
-    return short
+    found = find_weights(name, content, weights, or_bare)
+    named, skipped = official_names(name, found.state)
+    args = found.args if found.key else None
+    metadata = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    clean = {short: _checked(name, key, value) for short, (key, value) in named.items()}
+    origin = dict(found.state) if shared else None
+    return Checkpoint(name, clean, found.key, found.others, dict(metadata), origin=origin, skipped=skipped)
 
 
 def _checked(name: str, key: str, value: Any) -> torch.Tensor:
@@ -221,7 +168,8 @@ def _checked(name: str, key: str, value: Any) -> torch.Tensor:
     It is a copy because the file may be overwritten in place, and the caller may resume training.
     """
     if not isinstance(value, torch.Tensor):
-        raise InputError(f"{name}: {key} is a {type(value).__name__}, no tensor")
+        kind = value.name if isinstance(value, Inert) else type(value).__name__
+        raise InputError(f"{name}: {key} is a {kind}, no tensor")
     if not is_plain(value):
         raise InputError(f"{name}: {key} is no plain dense tensor with data")
     tensor: torch.Tensor = value.detach()
@@ -231,6 +179,8 @@ def _checked(name: str, key: str, value: Any) -> torch.Tensor:
     is_counter = key.endswith("num_batches_tracked")
     if tensor.dtype not in (_COUNTERS if is_counter else _DTYPES):
         raise InputError(f"{name}: {key} is {tensor.dtype}; float32, float64, float16 or bfloat16 is expected")
+    if is_counter and tensor.shape == (1,):  # of PyTorch before 0.4
+        tensor = tensor[0]
     tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
     if not is_counter and not torch.isfinite(tensor.float()).all():
         raise InputError(f"{name}: {key} has NaN or Inf in it, or is too large for float32")

@@ -11,8 +11,9 @@ from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.models.checkpoint import Checkpoint
+from dvit_infer.models.facts import text_of
 from dvit_infer.models.family import Family
-from dvit_infer.models.header import WEIGHT_SETS, read_header
+from dvit_infer.models.header import read_header
 from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
@@ -72,8 +73,11 @@ def recognise(
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(list_archs())}")
     if arch is not None and arch not in family.archs:
         raise InputError(f"arch: {arch} was requested, but the keys of {checkpoint.name} are those of {family.name}")
-    saved_as = None if stored is None else stored.weights
-    weights = checkpoint.weights or (saved_as if saved_as in WEIGHT_SETS else None)
+    if checkpoint.skipped:
+        names = ", ".join(text_of(name) for name in checkpoint.skipped[:5])
+        more = f" and {len(checkpoint.skipped) - 5} more" if len(checkpoint.skipped) > 5 else ""
+        reading.notes.append(Note("read", "skipped", names + more, "no weights: beside them in the file"))
+    weights = checkpoint.weights or (None if stored is None else stored.weights)
     config = replace(family.read(reading, arch, options), weights=weights)
     if stored is not None:
         overridden = {*given, *(name for name, value in options.items() if value is not None)}

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_type_hints
 from dvit_infer.config import Body, Config, Reduction, Stage, grid
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
-from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS
+from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.reduction import METHODS
 
 T = TypeVar("T")
@@ -35,8 +35,6 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
         )
         rows, columns = grid(image_size, body)
         reductions = {key: _reduction(key, values[key], body.depth, rows * columns) for key in ("reduction", "learned")}
-        if values["weights"] not in (None, *WEIGHT_SETS):
-            raise InputError(f"weights: {values['weights']!r} is not known")
         return Config(
             arch=_text("arch", values["arch"]),
             family=family,
@@ -48,7 +46,7 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             mean=check.three_floats("mean", values["mean"], positive=False),
             std=check.three_floats("std", values["std"], positive=True),
             crop_pct=check.crop_pct("crop_pct", values["crop_pct"]),
-            weights=values["weights"],
+            weights=None if values["weights"] is None else _text("weights", values["weights"]),
         )
     except InputError as error:
         raise InputError(f"{name}: its {HEADER_KEY} header is invalid: {error}") from None

@@ -13,7 +13,7 @@ from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 
 
 class WeightSource:
-    """A file, or the tensors of a state dict, which are shared with the caller and not copied.
+    """A file, a folder or index of shards, or a state dict, whose tensors are shared with the caller and not copied.
 
     Copies share it; a pickled one still names its file, but holds no state dict.
 

@@ -16,8 +16,9 @@ from golden_cases import state_dict
 from safetensors.torch import save_file
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.checkpoint import PREFIXES, read_checkpoint
+from dvit_infer.models.checkpoint import read_checkpoint
 from dvit_infer.models.header import WEIGHT_SETS
+from dvit_infer.models.state_dicts import PREFIXES
 
 
 @pytest.fixture(scope="module")

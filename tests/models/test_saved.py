@@ -39,7 +39,7 @@ def reduction(**facts):
         (lambda h: h["config"].update(surprise=1), "'surprise' is not known"),
         (lambda h: h["config"].pop("image_size"), "does not say image_size"),
         (lambda h: h["config"].update(image_size=[225, 225]), "image_size"),
-        (lambda h: h["config"].update(weights="q"), "weights"),
+        (lambda h: h["config"].update(weights="q\n"), "weights"),
         (reduction(settings={"keep_rate": 0, "predictor_eps": 1e-5}), "keep_rate"),
         (reduction(settings={"keep_rate": 0.5, "predictor_eps": 1e-5}), "do not keep what"),
         (reduction(settings={"keep_rate": 0.7}), "settings"),
