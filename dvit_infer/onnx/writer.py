@@ -20,7 +20,7 @@ from dvit_infer.reduction.predictor import PredictorPrune
 IR_VERSION = 10
 OPSETS = (20, 21)  # Gelu exists from 20 on
 _ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
-_FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight")
+_FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight", "gamma")
 
 
 def onnx_model(
