@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
+from dvit_infer.models.beside import read_beside
 from dvit_infer.models.header import HEADER_KEY, WEIGHT_SETS, read_header
 from dvit_infer.utils.files import check_name
 
@@ -25,6 +26,7 @@ PREFIXES = ("module.", "backbone.", "_orig_mod.")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which is not used
 _LOADING = threading.Lock()  # the classes that torch.load accepts are a setting of the whole process
+_GAMMA = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")  # layer scale, as DeiT III calls what timm calls ls1 and ls2
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -38,6 +40,7 @@ class Checkpoint:
     other_sets: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)  # the trainer's args
     header: str | None = None  # the text under `HEADER_KEY` of a saved engine
+    beside: dict[str, Any] = field(default_factory=dict)  # JSON files in the file's folder (`read_beside`)
 
     @property
     def is_saved_engine(self) -> bool:
@@ -85,9 +88,12 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], weights: str | None 
             read_header(name, header)  # a damaged one is named before a damaged tensor
         checkpoint = _take_weights(name, tensors, weights)
         checkpoint.header = header
+        checkpoint.beside = read_beside(path.parent)
         return checkpoint
     if head.startswith((_ZIP, _PICKLE)):
-        return _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
+        checkpoint = _take_weights(name, load_torch(path, head.startswith(_ZIP)), weights)
+        checkpoint.beside = read_beside(path.parent)
+        return checkpoint
     if path.suffix.lower() == ".onnx":
         raise InputError(f"{name}: is ONNX, no checkpoint; dvit-bench, dvit-eval, dvit-predict and dvit-viz run it")
     raise InputError(f"{name}: is no checkpoint (neither a torch file nor safetensors)")
@@ -182,14 +188,15 @@ def _take_weights(name: str, content: Any, weights: str | None) -> Checkpoint:
         )
     args = content.get("args") if chosen else None
     found = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    found = {key: content[key] for key in ("pretrained_cfg",) if chosen and key in content} | dict(found)
     clean: dict[str, torch.Tensor] = {}
     for key, value in state.items():
-        short = _without_prefixes(name, key)
+        short = _GAMMA.sub(r"\1.ls\2.gamma", _without_prefixes(name, key))
         if short in clean:
             raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(PREFIXES)} are stripped")
         clean[short] = _checked(name, key, value)
     others = tuple(key for key in sets if key != chosen)
-    return Checkpoint(name, clean, chosen, others, dict(found))
+    return Checkpoint(name, clean, chosen, others, found)
 
 
 def _has_tensors(value: Any) -> bool:
