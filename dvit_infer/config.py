@@ -91,6 +91,7 @@ class Config:
         learned: the reduction whose modules are among the weights, whether or not it runs.
         crop_pct: share of an image's shorter side that evaluation keeps; None: the family's.
         weights: which of a checkpoint's sets of weights is used.
+        assumed: those of mean, std and crop_pct that nothing states: not the file, nor its trainer, nor the caller.
     """
 
     arch: str
@@ -105,6 +106,7 @@ class Config:
     std: Floats = IMAGENET_STD
     crop_pct: float | None = None
     weights: str | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def grid(self) -> Size:

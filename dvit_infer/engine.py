@@ -1,6 +1,7 @@
 """A checkpoint becomes an engine: the folded graph, a backend, a device and a dtype."""
 
 import errno
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from dvit_infer.classifier import Classifier, Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node, fold
+from dvit_infer.graph.nodes import Prune
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.reading import Note
@@ -128,8 +130,8 @@ def convert(
             'predictor' if the weights hold predictors, else 'none'.
         image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
             resamples the position embedding.
-        assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size, mean, std,
-            weights (which set of several), and the arguments above.
+        assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size,
+            no_embed_class, mean, std, crop_pct, weights (which set of several), and the arguments above.
         device: None: 'cuda' if available, else 'cpu'.
         dtype: None: bfloat16 on CUDA, float32 on a CPU.
 
@@ -191,8 +193,27 @@ def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
 
 
 def folded_graph(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Graph:
-    """Return the graph that an engine runs: built from the reference model, folded, on the device in the dtype."""
-    return fold(build_graph(build_reference(config, checkpoint), config), dtype).to(device, dtype)
+    """Return the graph that an engine runs: built from the reference model, folded, on the device in the dtype.
+
+    Raises:
+        InputError: a weight is too large for the dtype.
+    """
+    graph = fold(build_graph(build_reference(config, checkpoint), config), dtype)
+    if dtype == torch.float16:
+        _check_float16(checkpoint.name, graph)
+    return graph.to(device, dtype)
+
+
+def _check_float16(name: str, graph: Graph) -> None:
+    """Raise InputError for a weight of a folded graph, which is in float32 or converted already, that overflows."""
+    for node in graph.nodes:
+        for part, weight in node.weights.items():
+            changed = weight if isinstance(node, Prune) else weight.half()  # a Prune node keeps its own dtypes
+            if not torch.isinf(changed).any():
+                continue
+            value = weight[torch.isinf(changed)].flatten()[0].item()
+            holds = f"holds {value:g}, more than" if math.isfinite(value) else "holds a value over"
+            raise InputError(f"{name}: {node.name}.{part} {holds} float16's largest 65504; bfloat16 or float32 hold it")
 
 
 def _recognised(

@@ -233,6 +233,8 @@ class TorchRunner:
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         """Set state.x to x + residual_scale * (y w^T + b), which may be written into x; may leave its statistics."""
         branch = F.linear(y, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"])
+        if "gamma" in node.weights:
+            branch = branch * node.weights["gamma"]
         state.x = state.x + (branch if node.residual_scale == 1.0 else branch * node.residual_scale)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

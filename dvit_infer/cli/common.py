@@ -13,7 +13,9 @@ from typing import Any, NoReturn, TextIO
 
 from dvit_infer.errors import InputError, KernelError
 
-_ASSUMED = re.compile(r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|mean|std|weights):)")
+_ASSUMED = re.compile(
+    r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|no_embed_class|mean|std|crop_pct|weights):)"
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,7 +15,8 @@ from dvit_infer.models.preprocessing import preprocess_for
 
 TOP = 5
 VERSION = 2  # of predictions; increased when the same model may give a different output for the same image
-_IN_NAME_ONLY = ("arch", "weights", "crop_pct")  # config fields that do not affect outputs, given the preprocessing
+# Config fields that do not affect outputs, given the preprocessing.
+_IN_NAME_ONLY = ("arch", "weights", "crop_pct", "assumed")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     id. The device is excluded, as it changes only rounding.
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
+    # What a model does not have is left out, so that ids stay as they were before a family could have it.
+    facts["body"] = {name: fact for name, fact in facts["body"].items() if fact is not False}
     content = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for part in engine.digest(source):

@@ -3,6 +3,7 @@
 Weights are folded in double precision and rounded once.
 """
 
+import functools
 from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
@@ -15,7 +16,8 @@ from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, Mlp, No
 
 def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
     """Apply all folds. `dtype` is the dtype the graph will run in."""
-    nodes = [_batch_norm(_residual_scale(_softmax_scale(_layer_norm(node.folded_for(dtype))))) for node in graph.nodes]
+    folds = (_layer_norm, _softmax_scale, _residual_scale, _layer_scale, _batch_norm)
+    nodes = [functools.reduce(lambda n, f: f(n), folds, node.folded_for(dtype)) for node in graph.nodes]
     return replace(graph, nodes=tuple(_leave_stats(_class_only(nodes))))
 
 
@@ -74,6 +76,17 @@ def _residual_scale(node: Node) -> Node:
     names = (f"{node.last}.weight", f"{node.last}.bias")
     scaled = {name: node.weights[name].double() * node.residual_scale for name in names}
     return replace(_noted(node, "1/skip_lam", scaled), residual_scale=1.0)
+
+
+def _layer_scale(node: Node) -> Node:
+    """Fold a factor for each channel into the last linear of the branch."""
+    if not isinstance(node, Branch) or "gamma" not in node.weights:
+        return node
+    gamma = node.weights["gamma"].double()
+    weight, bias = (node.weights[f"{node.last}.{part}"].double() for part in ("weight", "bias"))
+    scaled = {f"{node.last}.weight": weight * gamma[:, None], f"{node.last}.bias": bias * gamma}
+    kept = {name: w for name, w in node.weights.items() if name != "gamma"}
+    return _noted(replace(node, weights=kept), "layer scale", scaled)
 
 
 def _class_only(nodes: list[Node]) -> list[Node]:

@@ -149,7 +149,7 @@ class NormNode(TokenNode):
 
 @dataclass(frozen=True, kw_only=True)
 class Branch(NormNode):
-    """x + residual_scale * branch(LayerNorm(x)).
+    """x + residual_scale * branch(LayerNorm(x)), the branch scaled by channel if there is a weight `gamma`.
 
     Attributes:
         last: the name of the linear that ends the branch.

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
+from dvit_infer.models.beside import read_beside
 from dvit_infer.models.containers import check_no_url, describe, tensor_files
 from dvit_infer.models.header import HEADER_KEY, read_header
 from dvit_infer.models.pickled import Inert
@@ -36,6 +37,7 @@ class Checkpoint:
     header: str | None = None  # the text under `HEADER_KEY` of a saved engine
     origin: dict[str, torch.Tensor] | None = None  # of a state dict: the caller's own tensors, by the caller's names
     skipped: tuple[str, ...] = ()  # keys of counters, and classes of objects, that are not read
+    beside: dict[str, Any] = field(default_factory=dict)  # JSON files in the file's folder (`read_beside`)
 
     @property
     def is_saved_engine(self) -> bool:
@@ -86,6 +88,7 @@ def read_checkpoint(
     content = loaded[0].content if len(loaded) == 1 else {k: v for part in loaded for k, v in part.content.items()}
     checkpoint = _take_weights(name, content, weights, or_bare)
     checkpoint.header = loaded[0].header if len(loaded) == 1 else None
+    checkpoint.beside = read_beside(next(iter(files)).parent)
     checkpoint.skipped += tuple(dict.fromkeys(what for part in loaded for what in part.skipped))
     return checkpoint
 
@@ -157,9 +160,10 @@ def _take_weights(name: str, content: Any, weights: str | None, or_bare: bool, s
     named, skipped = official_names(name, found.state)
     args = found.args if found.key else None
     metadata = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    metadata = {key: content[key] for key in ("pretrained_cfg",) if found.key and key in content} | dict(metadata)
     clean = {short: _checked(name, key, value) for short, (key, value) in named.items()}
     origin = dict(found.state) if shared else None
-    return Checkpoint(name, clean, found.key, found.others, dict(metadata), origin=origin, skipped=skipped)
+    return Checkpoint(name, clean, found.key, found.others, metadata, origin=origin, skipped=skipped)
 
 
 def _checked(name: str, key: str, value: Any) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dvit_infer.config import Config
+from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dvit_infer.errors import InputError
+from dvit_infer.models.beside import Facts, facts_of
 from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.facts import is_number, text_of
 
@@ -19,6 +20,7 @@ ASSUMABLE = (
     "prune_at",
     "keep_rate",
     "trained_size",
+    "no_embed_class",
     "mean",
     "std",
     "crop_pct",
@@ -37,10 +39,13 @@ class Note:
 
 
 class Reading:
-    """Resolves facts one by one, from the caller, else from the metadata, else by assumption; notes each.
+    """Resolves facts one by one and notes each.
+
+    Their order: the caller's, those of the saved config or of the trainer's arguments, those of timm's `pretrained_cfg`
+    in the file and of the JSON files beside it, assumptions.
 
     Args:
-        checkpoint: its keys and shapes, and a trainer's arguments, are read.
+        checkpoint: its keys and shapes, a trainer's arguments and the JSON files beside it are read.
         given: the caller's facts.
         stored: the config in the header of a saved engine.
     """
@@ -55,7 +60,19 @@ class Reading:
         self.metadata = _of_a_trainer(checkpoint.metadata) if stored is None else _of_a_config(stored)
         self.metadata_source = "the file's args" if stored is None else "the saved config"
         self.notes: list[Note] = []
+        self.beside: Facts = {}
+        if stored is None:
+            self._read_beside(checkpoint)
         self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
+
+    def _read_beside(self, checkpoint: Checkpoint) -> None:
+        """Take the facts that the file states in timm's way, or a file beside it; note what is not used of them."""
+        inside = checkpoint.metadata.get("pretrained_cfg")
+        sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
+        found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
+        self.beside = {**_under_other_names(checkpoint.metadata), **found}
+        for source, why in unused:
+            self.note("read", source, "not used", why)
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         text = (
@@ -96,9 +113,9 @@ class Reading:
         if self.given.get(what) is not None:
             value = self.given[what]
             self.note("given", what, value, "by you")
-        elif (found := self._found(what, stored_as)) is not None:
-            value = found[1]
-            self.note("read", what, value, f"{self.metadata_source}: {found[0]}")
+        elif (found := self._stated(what, stored_as)) is not None:
+            value, why = found
+            self.note("read", what, value, why)
         else:
             value = assumed
             self.note("assumed", what, value, why)
@@ -113,10 +130,26 @@ class Reading:
 
     def resolve_if_known(self, what: str) -> Any:
         """Return the given value, else that in the metadata, else None without a note."""
-        if self.given.get(what) is None and self._found(what, None) is None:
+        if not self.states(what):
             self._used.add(what)
             return None
         return self.resolve(what, None, "")
+
+    def states(self, what: str) -> bool:
+        """Return whether the caller, the file or a file beside it states a fact."""
+        return self.given.get(what) is not None or self._stated(what, None) is not None
+
+    def stated(self, what: str) -> tuple[Any, str]:
+        """Return a fact that the file, or a file beside it, states, and where it stands; without a note."""
+        found = self._stated(what, None)
+        assert found is not None
+        return found
+
+    def amend(self, what: str, value: object, why: str) -> None:
+        """Change the value in a note that has been made, and add the reason."""
+        index = max(i for i, note in enumerate(self.notes) if note.what == what)
+        note = self.notes[index]
+        self.notes[index] = replace(note, value=text_of(value), why=f"{note.why}; {why}")
 
     def finish(self, arch: str) -> None:
         """Raise InputError for a given fact that means nothing for this model."""
@@ -129,14 +162,15 @@ class Reading:
 
     def stated(self, what: str, stored_as: str | None = None) -> Any:
         """Return the value in the metadata (under `what` or `stored_as`), or None, without a note."""
-        found = self._found(what, stored_as)
-        return None if found is None else found[1]
+        found = self._stated(what, stored_as)
+        return None if found is None else found[0]
 
-    def _found(self, what: str, stored_as: str | None) -> tuple[str, Any] | None:
+    def _stated(self, what: str, stored_as: str | None) -> tuple[Any, str] | None:
+        """Return the value that the metadata or the files beside it state, and where it stands."""
         for key in (what, stored_as):
             if key is not None and self.metadata.get(key) is not None:
-                return key, self.metadata[key]
-        return None
+                return self.metadata[key], f"{self.metadata_source}: {key}"
+        return self.beside.get(what)
 
 
 def _of_a_config(config: Config) -> dict[str, Any]:
@@ -154,9 +188,36 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: args[name] for name in ("num_heads", "prune_at", "skip_lam", "base_rate", "model") if name in args}
     three = {name: args.get(name) for name in ("mean", "std")}
     crop = args.get("crop_pct")
+    if isinstance(default := args.get("imagenet_default_mean_and_std"), bool):  # of ConvNeXt's and DynamicViT's trainer
+        usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if default else dict.fromkeys(three, (0.5,) * 3)
+        three = {name: value or usual[name] for name, value in three.items()}
     if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
         found["crop_pct"] = crop
     ours = args.get("dvit_infer")  # written by dvit-train beside the official names
     if isinstance(ours, dict):
         found |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}
     return found | {name: value for name, value in three.items() if isinstance(value, list | tuple) and len(value) == 3}
+
+
+def _under_other_names(args: Mapping[str, Any]) -> Facts:
+    """Return the facts that trainers call otherwise: DeiT's crop, and TokenReduction's DynamicViT."""
+    found: Facts = {}
+    crop = args.get("eval_crop_ratio")
+    if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
+        found["crop_pct"] = crop, "the file's args: eval_crop_ratio"
+    blocks, rates = args.get("reduction_loc"), args.get("keep_rate")
+    if isinstance(blocks, list | tuple) and blocks:
+        found["prune_at"] = blocks, "the file's args: reduction_loc"
+        if isinstance(rates, list | tuple) and is_powers(rates):
+            found["keep_rate"] = rates[0], "the file's args: keep_rate"
+    return found
+
+
+def is_powers(rates: Sequence[Any]) -> bool:
+    """Return whether keep rates are r, r^2, r^3 and so on; a single r stands for as many as there are stages."""
+    numbers = [float(rate) for rate in rates if is_number(rate)]
+    return (
+        len(numbers) == len(rates) > 0
+        and 0 < numbers[0] <= 1
+        and all(abs(rate - numbers[0] ** (i + 1)) < 1e-9 for i, rate in enumerate(numbers))
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,9 +14,11 @@ from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.facts import text_of
 from dvit_infer.models.family import Family
 from dvit_infer.models.header import read_header
+from dvit_infer.models.kinds import describe
 from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
+from dvit_infer.models.trained_as import other_method
 from dvit_infer.models.vit.families import DEIT, LVVIT
 from dvit_infer.reduction import METHODS
 
@@ -67,6 +69,12 @@ def recognise(
         reading.note(
             "given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}"
         )
+    known = describe(reading.shapes) if stored is None else None
+    if known is not None:
+        raise InputError(
+            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; "
+            "DeiT, LV-ViT and DynamicViT on them are"
+        )
     family = next((f for f in FAMILIES if f.matches(reading.shapes)), None)
     if family is None:
         first = next(iter(reading.shapes))
@@ -77,12 +85,31 @@ def recognise(
         names = ", ".join(text_of(name) for name in checkpoint.skipped[:5])
         more = f" and {len(checkpoint.skipped) - 5} more" if len(checkpoint.skipped) > 5 else ""
         reading.notes.append(Note("read", "skipped", names + more, "no weights: beside them in the file"))
+    if stored is None:
+        _check_method(reading, checkpoint.metadata, options.get("method"))
     weights = checkpoint.weights or (None if stored is None else stored.weights)
     config = replace(family.read(reading, arch, options), weights=weights)
+    if config.crop_pct is None:
+        crop = family.crop_pct(config)
+        how: Literal["read", "assumed"] = "assumed" if "crop_pct" in config.assumed else "read"
+        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, f"{family.name}'s")
     if stored is not None:
         overridden = {*given, *(name for name, value in options.items() if value is not None)}
         _check_header(checkpoint.name, stored, config, overridden)
     return config, reading.notes
+
+
+def _check_method(reading: Reading, args: Mapping[str, Any], asked: Any) -> None:
+    """Raise InputError if the file was trained as another function than its keys describe, unless a method is given."""
+    other = other_method(args, reading.shapes)
+    if other is None:
+        return
+    if asked is None:
+        raise InputError(
+            f"{reading.name}: was trained as {other}: another function than the model that its keys describe; "
+            "--method none (method='none') converts it as the dense one"
+        )
+    reading.note("given", "trained as", other, f"another function than this, which you gave: method {asked}")
 
 
 def _check_header(name: str, stored: Config, config: Config, overridden: set[str]) -> None:
@@ -98,7 +125,7 @@ def _check_header(name: str, stored: Config, config: Config, overridden: set[str
     mine = vars(config.body)
     compared += [(key, value, mine.get(key)) for key, value in vars(stored.body).items()]
     for what, stated, found in compared:
-        if what not in {"arch", *overridden} and stated != found:
+        if what not in {"arch", "assumed", *overridden} and stated != found:
             raise InputError(f"{name}: its header says {what} is {str(stated)[:40]}, its weights say {found}")
 
 

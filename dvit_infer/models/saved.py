@@ -47,6 +47,7 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             std=check.three_floats("std", values["std"], positive=True),
             crop_pct=check.crop_pct("crop_pct", values["crop_pct"]),
             weights=None if values["weights"] is None else _text("weights", values["weights"]),
+            assumed=_assumed(values["assumed"]),
         )
     except InputError as error:
         raise InputError(f"{name}: its {HEADER_KEY} header is invalid: {error}") from None
@@ -115,6 +116,13 @@ def _text(what: str, value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or not value:
         raise InputError(f"{what}: {str(value)[:40]!r} is not a name")
     return value
+
+
+def _assumed(value: Any) -> tuple[str, ...]:
+    known = ("mean", "std", "crop_pct")
+    if not isinstance(value, list | tuple) or not all(isinstance(what, str) and what in known for what in value):
+        raise InputError(f"assumed: {str(value)[:40]!r} is not a list of {', '.join(known)}")
+    return tuple(value)
 
 
 def _flag(what: str, value: Any) -> bool:

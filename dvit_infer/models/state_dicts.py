@@ -1,5 +1,6 @@
 """Find the state dict in a loaded object, and give its tensors their official names."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ PREFIXES = ("module.", "backbone.", "_orig_mod.")
 _PARTS = ("blocks", "embeddings", "features", "head", "layers", "norm", "patch_embed", "score_predictor", "stages")
 # What PyTorch's own loading skips or makes anew: counters of averaging and of thop, positions of tokens.
 _NO_WEIGHTS = ("n_averaged", "position_ids", "total_ops", "total_params")
+_GAMMA = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")  # layer scale, as DeiT III calls what timm calls ls1 and ls2
 _MOST = 100_000  # dicts to look at
 
 
@@ -90,7 +92,8 @@ def official_names(name: str, state: Mapping[Any, Any]) -> tuple[dict[str, tuple
         stripped.append(prefix)
         keys = {key: _stripped(short.removeprefix(prefix)) for key, short in keys.items()}
     named: dict[str, tuple[str, Any]] = {}
-    for key, short in keys.items():
+    for key, stripped_key in keys.items():
+        short = _GAMMA.sub(r"\1.ls\2.gamma", stripped_key)
         if short in named:
             raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(stripped)} are stripped")
         named[short] = key, state[key]

@@ -20,7 +20,7 @@ from dvit_infer.onnx.prune_tokens import DOMAIN, NAME, prune_tokens_function
 from dvit_infer.reduction.predictor import PredictorPrune
 
 _ELEMENT = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
-_FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight")
+_FOLDED_AWAY = ("norm.weight", "bn.weight", "in_conv.0.weight", "gamma")
 
 
 def onnx_model(

@@ -29,6 +29,7 @@ class Report:
     """The outcome of `verify`; `str()` is the table. Errors are against the reference in float32.
 
     Attributes:
+        model: the architecture and its reduction: what the parity is of.
         max_error, rms_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
             or everywhere (bfloat16 and float16); int8 always by its own choice, whose flips are part of its error.
         plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
@@ -40,6 +41,7 @@ class Report:
         failures: the reasons why it did not pass; empty if it passed.
     """
 
+    model: str
     dtype: str
     device: str
     num_images: int
@@ -62,7 +64,7 @@ class Report:
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
-        title = f"parity {verdict}: {self.num_images} images, {self.dtype} on {self.device}"
+        title = f"parity {verdict}: {self.model}; {self.num_images} images, {self.dtype} on {self.device}"
         rows: list[tuple[str, ...]] = [
             ("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}"),
             ("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
@@ -158,6 +160,7 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
         if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
             failures.append(f"top-1 agreement: {top1:.1%} is below plain PyTorch's {plain_top1:.1%}")
     return Report(
+        model=f"{config.arch}, {config.reduction}",
         dtype=engine.precision,
         device=str(engine.device),
         num_images=num_images,

@@ -22,7 +22,7 @@ SCHEMA = """model keep_rate runtime variant device dtype batch images_per_s p20_
 def test_convert_writes_a_verified_file(checkpoint, capsys):
     assert convert.main([str(checkpoint), *TINY, "--json", "found.json"]) == 0
     out = capsys.readouterr().out
-    assert "parity passed: 8 images" in out
+    assert "parity passed: dynamicvit-deit-64x4, predictor 0.7: 137,96,67 of 196; 8 images, float32 on cpu" in out
     assert re.search(r"read .*keep_rate.* 0\.7 .*base_rate", out)
     assert re.search(r"assumed .*prune_at.* 1,2,3", out)
     assert re.search(r"given .*num_heads.* 2 ", out)

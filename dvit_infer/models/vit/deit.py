@@ -23,8 +23,19 @@ class PatchEmbed(nn.Module):
 class DeiT(VisionTransformer):
     """DeiT: logits from the class token; with a distillation token, the mean of both heads' logits."""
 
-    def __init__(self, *, patch_size: int, embed_dim: int, num_classes: int, num_prefix: int = 1, **trunk: Any) -> None:
-        super().__init__(embed_dim=embed_dim, num_classes=num_classes, num_prefix=num_prefix, qkv_bias=True, **trunk)
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        embed_dim: int,
+        num_classes: int,
+        num_prefix: int = 1,
+        qkv_bias: bool = True,
+        **trunk: Any,
+    ) -> None:
+        super().__init__(
+            embed_dim=embed_dim, num_classes=num_classes, num_prefix=num_prefix, qkv_bias=qkv_bias, **trunk
+        )
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         if num_prefix == 2:
             self.head_dist = nn.Linear(embed_dim, num_classes)

@@ -18,7 +18,14 @@ from dvit_infer.reduction import METHODS
 
 
 def _deit(config: Config) -> DeiT:
-    return DeiT(**_trunk_arguments(config), num_prefix=_body(config).num_prefix)
+    body = _body(config)
+    return DeiT(
+        **_trunk_arguments(config),
+        num_prefix=body.num_prefix,
+        qkv_bias=not body.no_qkv_bias,
+        layer_scale=body.layer_scale,
+        no_embed_class=body.no_embed_class,
+    )
 
 
 def _lvvit(config: Config) -> LVViT:
@@ -57,13 +64,18 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
 
 
 def _resized(state: State, config: Config) -> State:
-    pos_embed = resample_pos_embed(state["pos_embed"], _body(config).num_prefix, config.trained_grid, config.grid)
+    pos_embed = resample_pos_embed(state["pos_embed"], _body(config).placed_prefix, config.trained_grid, config.grid)
     return {**state, "pos_embed": pos_embed}
 
 
 def _deit_crop_pct(config: Config) -> float | None:
-    """Return 0.875; DynamicViT (Rao et al. 2021, `datasets.py`) warps without cropping from 384 pixels on."""
-    return None if config.learned.stages and min(config.image_size) >= 384 else 0.875
+    """Return 0.875, and 1.0 for DeiT III (Touvron et al. 2022), whose position embedding has no class row.
+
+    DynamicViT (Rao et al. 2021, `datasets.py`) warps without cropping from 384 pixels on.
+    """
+    if config.learned.stages:
+        return None if min(config.image_size) >= 384 else 0.875
+    return 1.0 if _body(config).no_embed_class else 0.875
 
 
 def _lvvit_crop_pct(config: Config) -> float | None:
@@ -87,6 +99,9 @@ def _deit_in_timm(config: Config) -> nn.Module:
         num_heads=body.num_heads,
         mlp_ratio=body.mlp_dim / body.embed_dim,
         norm_layer=functools.partial(nn.LayerNorm, eps=body.eps),
+        **({"qkv_bias": False} if body.no_qkv_bias else {}),
+        **({"init_values": 1e-5} if body.layer_scale else {}),
+        **({"no_embed_class": True} if body.no_embed_class else {}),
     )
     return model
 

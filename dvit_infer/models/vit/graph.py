@@ -48,7 +48,10 @@ def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
             )
             image = image[0] // stride, image[1] // stride
     weights = _renamed(_own(stem, "proj."), "proj.", "")
-    weights |= {"prefix": torch.cat(model.prefix_tokens(), dim=1).detach(), "pos_embed": model.pos_embed.detach()}
+    prefix, pos_embed = torch.cat(model.prefix_tokens(), dim=1).detach(), model.pos_embed.detach()
+    if model.no_embed_class:
+        pos_embed = torch.cat([torch.zeros_like(prefix), pos_embed], dim=1)
+    weights |= {"prefix": prefix, "pos_embed": pos_embed}
     yield Embed(name="embed", equals=equals, weights=weights, image=image)
 
 
@@ -73,11 +76,11 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
                 channels=body.embed_dim,
             )
             tokens = prefix + keep
-        attention = _renamed(_renamed(_own(block, "norm1", "attn"), "norm1", "norm"), "attn.", "")
+        attention = _renamed(_renamed(_own(block, "norm1", "attn", "ls1"), "norm1", "norm"), "attn.", "")
         yield Attention(
             name=f"blocks.{i}.attn",
             equals=f"blocks.{i}.norm2:in",
-            weights=attention,
+            weights=_renamed(attention, "ls1.", ""),
             tokens=tokens,
             rows=tokens,
             num_heads=body.num_heads,
@@ -85,10 +88,11 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
             scale=(body.embed_dim // body.num_heads) ** -0.5,
             residual_scale=residual,
         )
+        mlp = _renamed(_renamed(_own(block, "norm2", "mlp", "ls2"), "norm2", "norm"), "mlp.", "")
         yield Mlp(
             name=f"blocks.{i}.mlp",
             equals=f"blocks.{i}:out",
-            weights=_renamed(_renamed(_own(block, "norm2", "mlp"), "norm2", "norm"), "mlp.", ""),
+            weights=_renamed(mlp, "ls2.", ""),
             tokens=tokens,
             eps=body.eps,
             residual_scale=residual,

@@ -66,18 +66,46 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP; LV-ViT divides both branches by `skip_lam` (Jiang et al. 2021, section 3.2)."""
+class LayerScale(nn.Module):
+    """A factor for each channel (Touvron et al. 2021, 'Going deeper with Image Transformers', section 2)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int, eps: float, qkv_bias: bool, skip_lam: float) -> None:
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP.
+
+    LV-ViT divides both branches by `skip_lam` (Jiang et al. 2021, section 3.2); DeiT III scales their channels.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        eps: float,
+        qkv_bias: bool,
+        skip_lam: float,
+        layer_scale: bool = False,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, mlp_dim)
         self.skip_lam = skip_lam
+        self.layer_scale = layer_scale
+        if layer_scale:
+            self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
 
     def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), policy) / self.skip_lam
-        out: torch.Tensor = x + self.mlp(self.norm2(x)) / self.skip_lam
+        branch = self.attn(self.norm1(x), policy) / self.skip_lam
+        x = x + (self.ls1(branch) if self.layer_scale else branch)
+        branch = self.mlp(self.norm2(x)) / self.skip_lam
+        out: torch.Tensor = x + (self.ls2(branch) if self.layer_scale else branch)
         return out

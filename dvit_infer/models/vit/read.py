@@ -1,17 +1,19 @@
 """Recognise and read DeiT and LV-ViT checkpoints, with predictors (DynamicViT) or without."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config, grid
+from dvit_infer.config import Config, grid
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
+from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.archs import ARCHS, Arch
 from dvit_infer.models.vit.body import ViT
+from dvit_infer.models.vit.parts import check_parts, has_layer_scale, has_no_qkv_bias, note_trained_as, trainer_of
+from dvit_infer.models.vit.sizes import image_size_of, patch_size_of, trained_size_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Trunk:
 
 def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
     """Build a Config from keys, shapes, args, given facts and, last, assumptions."""
+    check_parts(read, trunk.class_heads, f"patch_embed.{'conv1' if trunk.stem_dim else 'proj'}.weight")
     dim = read.vote("the width", [("norm.weight", 0), ("cls_token", 2), ("pos_embed", 2), ("blocks.0.norm1.weight", 0)])
     depth = read.count("blocks.")
     if not depth:
@@ -53,12 +56,10 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     else:
         counts = f"{dim} wide, {depth} blocks, {classes} classes, {predictors} predictors"
         read.note("read", "arch", name, f"keys and shapes: {counts}")
-    if isinstance(model := read.metadata.get("model"), str):
-        read.note("read", "trained as", model, f"{read.metadata_source}: model")
-
-    patch = _patch_size(read, trunk.patch_of_kernel)
-    trained_size = _trained_size(read, num_prefix, patch)
-    image_size = _image_size(read, options.get("image_size"), trained_size, patch)
+    note_trained_as(read, predictors)
+    patch = patch_size_of(read, trunk.patch_of_kernel)
+    trained_size, no_embed_class = trained_size_of(read, num_prefix, patch)
+    image_size = image_size_of(read, options.get("image_size"), trained_size, patch)
     num_heads = _num_heads(read, dim, sizes)
     skip_lam = 1.0
     if trunk.has_skip_lam:
@@ -66,6 +67,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         resolved = read.resolve("skip_lam", by_depth, f"LV-ViT's for {depth} blocks (12: 1, 16 and 20: 2, 24: 3)")
         skip_lam = check.positive_float(read.origin("skip_lam"), resolved)
     eps = read.resolve("eps", trunk.eps, f"{trunk.family}'s LayerNorms")
+    layer_scale, no_qkv_bias = has_layer_scale(read, depth), has_no_qkv_bias(read, trunk.family)
     body = ViT(
         patch_size=patch,
         embed_dim=dim,
@@ -76,12 +78,13 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         num_prefix=num_prefix,
         stem_dim=trunk.stem_dim,
         skip_lam=skip_lam,
+        layer_scale=layer_scale,
+        no_qkv_bias=no_qkv_bias,
+        no_embed_class=no_embed_class,
     )
     rows, columns = grid(image_size, body)
     learned_by = "predictor" if predictors else None
     reduction, learned = read_reductions(read, options.get("method"), depth, rows * columns, learned_by, predictors)
-    mean = read.resolve("mean", IMAGENET_MEAN, "ImageNet's; only uint8 images are normalised here")
-    std = read.resolve("std", IMAGENET_STD, "ImageNet's")
     config = Config(
         arch=name,
         family=trunk.family,
@@ -91,9 +94,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         body=body,
         reduction=reduction,
         learned=learned,
-        mean=check.three_floats(read.origin("mean"), mean, positive=False),
-        std=check.three_floats(read.origin("std"), std, positive=True),
-        crop_pct=check.crop_pct(read.origin("crop_pct"), read.resolve_if_known("crop_pct")),
+        **read_inputs(read, trainer_of(read, trunk.family, predictors, num_prefix)),
     )
     read.finish(name)
     check_counts(read, reduction, image_size, options.get("image_size") is not None)
@@ -135,55 +136,9 @@ def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
     return f"{kind}-{found.embed_dim}x{found.depth}{distilled}", next(iter(same.values()), None)
 
 
-def _patch_size(read: Reading, of_kernel: int) -> int:
-    height, width = read.shape("patch_embed.proj.weight", 4)[2:]
-    if height != width:
-        raise InputError(
-            f"{read.name}: patch_embed.proj.weight has a {height}x{width} kernel; a square one is expected"
-        )
-    read.note("read", "patch_size", height * of_kernel, "shape of patch_embed.proj.weight")
-    return height * of_kernel
-
-
-def _trained_size(read: Reading, num_prefix: int, patch: int) -> tuple[int, int]:
-    patches = read.shape("pos_embed", 3)[1] - num_prefix
-    side = math.isqrt(max(patches, 0))
-    stated = any(where.get("trained_size") is not None for where in (read.given, read.metadata))
-    if not stated and (side < 1 or side * side != patches):
-        raise InputError(
-            f"{read.name}: pos_embed has {patches} patch positions, no square grid; assume trained_size=HxW says which"
-        )
-    if not stated:
-        read.note(
-            "read", "trained_size", (side * patch, side * patch), f"pos_embed: {patches} positions, a square grid"
-        )
-        return side * patch, side * patch
-    value = read.resolve("trained_size", None, "")
-    height, width = check.image_size(read.origin("trained_size"), value, patch)
-    if (height // patch) * (width // patch) != patches:
-        raise InputError(
-            f"{read.origin('trained_size')}: {height}x{width} has other than the {patches} patches of pos_embed"
-        )
-    return height, width
-
-
-def _image_size(read: Reading, given: Any, trained: tuple[int, int], patch: int) -> tuple[int, int]:
-    if given is not None:
-        size = check.image_size("image_size", given, patch)
-        read.note("given", "image_size", size, "by you")
-    elif read.metadata.get("image_size") is not None:
-        size = check.image_size(f"{read.name}: image_size", read.metadata["image_size"], patch)
-        read.note("read", "image_size", size, f"{read.metadata_source}: image_size")
-    else:
-        return trained
-    if size != trained:
-        read.note("read", "pos_embed", "resampled", f"bicubic, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
-    return size
-
-
 def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
     assumed, why = (sizes.num_heads, "of that architecture") if sizes else (dim // 64, "heads of 64 channels")
-    if sizes is None and dim % 64 and read.given.get("num_heads") is None and read.metadata.get("num_heads") is None:
+    if sizes is None and dim % 64 and not read.states("num_heads"):
         raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; assume num_heads=... says how many")
     heads = check.positive_int(read.origin("num_heads"), read.resolve("num_heads", assumed, why))
     if dim % heads:

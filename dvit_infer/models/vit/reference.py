@@ -20,6 +20,8 @@ class VisionTransformer(Reference):
     Args:
         num_patches: the number N of patch tokens at the image size it is built for.
         num_prefix: 1, or 2 with a distillation token; these are never dropped.
+        layer_scale: whether the blocks' branches are scaled by channel.
+        no_embed_class: whether the position embedding has no rows for the prefix tokens.
         prune_at: one block index per stage; empty to run dense, with or without predictors.
         num_keep: the number of patch tokens kept at each stage.
         choose: chooses them.
@@ -42,6 +44,8 @@ class VisionTransformer(Reference):
         eps: float,
         qkv_bias: bool,
         skip_lam: float = 1.0,
+        layer_scale: bool = False,
+        no_embed_class: bool = False,
         prune_at: Sequence[int] = (),
         num_keep: Sequence[int] = (),
         choose: Choose | None = None,
@@ -56,8 +60,12 @@ class VisionTransformer(Reference):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if num_prefix == 2:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_prefix + num_patches, embed_dim))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam) for _ in range(depth))
+        self.no_embed_class = no_embed_class
+        rows = num_patches + (0 if no_embed_class else num_prefix)
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam, layer_scale) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         self.head = nn.Linear(embed_dim, num_classes)
         self.score_predictor = score_predictor
@@ -83,6 +91,8 @@ class VisionTransformer(Reference):
         """(B, 3, H, W) -> (B, P+N, C)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
+        if self.no_embed_class:
+            return torch.cat([*prefix, patches + self.pos_embed], dim=1)
         return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:

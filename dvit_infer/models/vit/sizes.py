@@ -1,0 +1,86 @@
+"""Read the sizes of a plain ViT: patches, the grid of its position embedding, images."""
+
+import math
+from typing import Any
+
+from dvit_infer.errors import InputError
+from dvit_infer.models import facts as check
+from dvit_infer.models.reading import Reading
+
+
+def patch_size_of(read: Reading, of_kernel: int) -> int:
+    height, width = read.shape("patch_embed.proj.weight", 4)[2:]
+    if height != width:
+        raise InputError(
+            f"{read.name}: patch_embed.proj.weight has a {height}x{width} kernel; a square one is expected"
+        )
+    read.note("read", "patch_size", height * of_kernel, "shape of patch_embed.proj.weight")
+    return height * of_kernel
+
+
+def trained_size_of(read: Reading, num_prefix: int, patch: int) -> tuple[tuple[int, int], bool]:
+    """Return the size that the position embedding was trained for, and whether it lacks rows for the prefix tokens.
+
+    Of n and n - 1 or n - 2 rows at most one is a square number, so that the rows of a square grid say which it is.
+    """
+    rows = read.shape("pos_embed", 3)[1]
+    patches, side = rows - num_prefix, math.isqrt(rows)
+    alone = _no_embed_class(read)  # None: not stated
+    if not read.states("trained_size"):
+        fits = [bare for bare in (False, True) if alone in (None, bare) and is_square(rows if bare else patches)]
+        if not fits:
+            raise InputError(
+                f"{read.name}: pos_embed has {patches} patch positions, or {rows} if none is the class token's, no "
+                "square grid; assume trained_size=HxW says which"
+            )
+        side = math.isqrt(rows if fits[0] else patches) * patch
+        without = f", none for the class token (DeiT III's layout: {rows} rows)" if fits[0] else ""
+        grid_of = f"{rows if fits[0] else patches} positions, a square grid"
+        read.note("read", "trained_size", (side, side), f"pos_embed: {grid_of}{without}")
+        return (side, side), fits[0]
+    value = read.resolve("trained_size", None, "")
+    what = read.origin("trained_size")
+    height, width = check.image_size(what, value, patch)
+    stated = (height // patch) * (width // patch)
+    if stated == rows and alone is not False:
+        read.note("read", "pos_embed", "patches alone", f"its {rows} rows are those patches; the class token has none")
+        return (height, width), True
+    if stated == patches and alone is not True:
+        if alone is None and read.given.get("trained_size") is not None and is_square(rows):
+            raise InputError(
+                f"{what}: {height}x{width} has {patches} patches, but the {rows} rows of pos_embed are also "
+                f"{side}x{side} patches without a row for the class token, as DeiT III's, that is "
+                f"{side * patch}x{side * patch}; assume no_embed_class=0 too if they are not"
+            )
+        return (height, width), False
+    raise InputError(
+        f"{what}: {height}x{width} has {stated} patches, other than the {patches} patches of pos_embed, and other "
+        f"than {rows} without a row for the class token"
+    )
+
+
+def _no_embed_class(read: Reading) -> bool | None:
+    """Return whether it is stated that the prefix tokens have no positions; None: it is not."""
+    value = read.resolve_if_known("no_embed_class")
+    if value not in (None, 0, 1):
+        raise InputError(f"{read.origin('no_embed_class')}: {value!r} is not 0 or 1")
+    return None if value is None else bool(value)
+
+
+def image_size_of(read: Reading, given: Any, trained: tuple[int, int], patch: int) -> tuple[int, int]:
+    if given is not None:
+        size = check.image_size("image_size", given, patch)
+        read.note("given", "image_size", size, "by you")
+    elif read.states("image_size"):
+        value, why = read.stated("image_size")
+        size = check.image_size(f"{read.name}: image_size of {why}", value, patch)
+        read.note("read", "image_size", size, why)
+    else:
+        return trained
+    if size != trained:
+        read.note("read", "pos_embed", "resampled", f"bicubic, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
+    return size
+
+
+def is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count

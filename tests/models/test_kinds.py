@@ -1,0 +1,139 @@
+"""Files that no family reads are named as what they are, and so are parts that change a ViT's function."""
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import CASES, keys_of, state_dict
+
+import dvit_infer as dvit
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.kinds import describe, unsupported_part
+
+
+def dense() -> dict[str, torch.Tensor]:
+    return {key: w for key, w in state_dict("tiny-deit", 1).items() if "predictor" not in key}
+
+
+BLOCK = "blocks.0.norm1.weight"
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        (["less_less_token.cls_token", "normal_token.cls_token"], "a Dynamic Vision Transformer (DVT)"),
+        ([BLOCK, "score_predictor.0.in_conv.0.0.weight"], "SPViT"),
+        (["visual.class_embedding", "visual.conv1.weight", "text_projection"], "CLIP, as OpenAI and open_clip save it"),
+        (["visual.trunk.blocks.0.norm1.weight"], "open_clip's CLIP with an image tower of timm"),
+        (["text_model.x", "vision_model.embeddings.class_embedding"], "Hugging Face's CLIP"),
+        (["text_model.x", "vision_model.embeddings.patch_embedding.weight"], "Hugging Face's SigLIP"),
+        (["embeddings.patch_embedding.weight"], "Hugging Face's SigLIP"),
+        (["vit.embeddings.patch_embeddings.projection.weight", "classifier.bias"], "Hugging Face's ViT"),
+        (["embeddings.patch_embeddings.projection.weight", "pooler.dense.weight"], "Hugging Face's ViT"),
+        (
+            ["deit.embeddings.patch_embeddings.projection.weight", "deit.embeddings.distillation_token"],
+            "Hugging Face's DeiT",
+        ),
+        (
+            ["embeddings.patch_embeddings.projection.weight", "encoder.layer.0.layer_scale1.lambda1"],
+            "Hugging Face's DINOv2",
+        ),
+        (["embeddings.register_tokens", "embeddings.patch_embeddings.projection.weight"], "Hugging Face's DINOv2 with"),
+        (["embeddings.register_tokens", "embeddings.patch_embeddings.weight"], "Hugging Face's DINOv3"),
+        (
+            ["beit.embeddings.patch_embeddings.projection.weight", "beit.encoder.layer.0.lambda_1"],
+            "Hugging Face's BEiT",
+        ),
+        (
+            ["swin.embeddings.patch_embeddings.projection.weight", "swin.encoder.layers.0.blocks.0.x"],
+            "Hugging Face's Swin",
+        ),
+        (["convnext.encoder.stages.0.layers.0.dwconv.weight"], "Hugging Face's ConvNeXt"),
+        (["vit.embeddings.patch_embeddings.projection.weight", "decoder.decoder_layers.0.x"], "Hugging Face's ViT-MAE"),
+        ([BLOCK, "storage_tokens", "mask_token"], "DINOv3, as Meta saves it"),
+        ([BLOCK, "mask_token", "blocks.0.ls1.gamma"], "DINOv2, as Meta saves it"),
+        ([BLOCK, "decoder_blocks.0.norm1.weight"], "MAE in pre-training"),
+        ([BLOCK, "blocks.0.attn.relative_position_bias_table", "blocks.0.attn.q_bias"], "BEiT"),
+        (
+            [BLOCK, "blocks.0.attn.q_bias", "blocks.0.attn.v_bias"],
+            "BEiT, EVA or timm's DINOv3, whose q_bias and v_bias",
+        ),
+        ([BLOCK, "blocks.0.mlp.fc1_g.weight"], "EVA"),
+        ([BLOCK, "attn_pool.latent"], "timm's ViT with attention pooling"),
+        (["conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"], "torchvision's ViT"),
+        ([BLOCK, "blocks_token_only.0.norm1.weight"], "CaiT"),
+        (["layers.0.blocks.0.attn.relative_position_bias_table"], "Swin Transformer"),
+        (["layers.2.score_predictor.0.in_conv.0.weight"], "DynamicSwin"),
+        (["stages.2.1.fast_path.0.weight", "stages.0.0.dwconv.weight"], "DynamicConvNeXt"),
+        (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"], "ConvNeXt"),
+        (["stages.0.blocks.0.conv_dw.weight"], "ConvNeXt"),
+        ([BLOCK, "blocks.0.attn.pool_q.weight", "head.projection.weight"], "MViT"),
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "ResNet"),
+        (["conv_stem.weight", "blocks.0.0.conv_dw.weight"], "EfficientNet"),
+    ],
+)
+def test_other_families_are_named_in_one_line(keys, what):
+    with pytest.raises(dvit.InputError, match="is not read yet; DeiT") as caught:
+        dvit.convert({key: torch.ones(3) for key in keys})
+    line = str(caught.value)
+    assert line.startswith(f"state dict: is {what}")
+    assert any(f"(key {key})" in line for key in keys)
+
+
+def test_what_can_be_read_is_none_of_them():
+    for case in CASES.values():
+        state = state_dict(keys_of(case), 1) if str(case["id"]).startswith("tiny") else {}
+        assert describe(state) is None
+        assert unsupported_part({key: tuple(w.shape) for key, w in state.items()}) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("reg_token", "register tokens"),
+        ("fc_norm.weight", "mean of the patches"),
+        ("norm_pre.weight", "LayerNorm before its blocks"),
+        ("pre_logits.fc.weight", "one more layer before its head"),
+        ("blocks.1.attn.q_norm.weight", "queries and keys are normalised"),
+        ("blocks.1.mlp.norm.weight", "LayerNorms inside"),
+    ],
+)
+def test_a_part_that_changes_the_function_is_named(key, what):
+    state = dense() | {key: torch.ones(64)}
+    if key.startswith("fc_norm"):
+        state = {k: w for k, w in state.items() if not k.startswith("norm.")}
+    with pytest.raises(dvit.InputError, match=rf"unexpected key {key}: it.*{what}.*not supported yet") as caught:
+        dvit.convert(state, assume={"num_heads": 2})
+    assert "assume" not in str(caught.value)
+
+
+def test_a_gated_mlp_a_backbone_and_a_model_without_class_token_are_named():
+    state = dense()
+    gated = {k: torch.zeros(512, *w.shape[1:]) if ".fc1." in k else w for k, w in state.items()}
+    with pytest.raises(dvit.InputError, match="a gated MLP"):
+        dvit.convert(gated, assume={"num_heads": 2})
+    backbone = {k: w for k, w in state.items() if not k.startswith("head.")}
+    for more in ({}, {"head.mlp.0.weight": torch.ones(8, 64), "head.last_layer.weight_v": torch.ones(8, 8)}):
+        with pytest.raises(dvit.InputError, match=r"has no classes .*DINO.*fine-tune it with a classifier first"):
+            dvit.convert(backbone | more, assume={"num_heads": 2})
+    pooled = {k: w for k, w in state.items() if k != "cls_token"} | {"pos_embed": state["pos_embed"][:, 1:]}
+    with pytest.raises(dvit.InputError, match="has no class token"):
+        dvit.convert(pooled, assume={"num_heads": 2})
+
+
+@pytest.mark.parametrize(("channels", "said"), [(1, "images of 1 channel "), (4, "images of 4 channels ")])
+def test_other_channel_counts_are_named(channels, said):
+    weight = dense()["patch_embed.proj.weight"]
+    with pytest.raises(dvit.InputError, match=f"{said}.*; 3 are supported"):
+        dvit.convert(dense() | {"patch_embed.proj.weight": weight[:, :1].repeat(1, channels, 1, 1)})
+    lvvit = state_dict("tiny-lvvit", 1)
+    lvvit["patch_embed.conv1.weight"] = lvvit["patch_embed.conv1.weight"][:, :1].repeat(1, channels, 1, 1)
+    with pytest.raises(dvit.InputError, match=said):
+        dvit.convert(lvvit, assume={"num_heads": 2})
+
+
+def test_a_file_that_is_named_is_one_on_disk_too(tmp_path):
+    keys = ("vit.embeddings.patch_embeddings.projection.weight", "classifier.bias")
+    torch.save({key: torch.from_numpy(np.ones(3, np.float32)) for key in keys}, tmp_path / "hf.bin")
+    assert len(read_checkpoint(tmp_path / "hf.bin").state) == 2
+    with pytest.raises(dvit.InputError, match=r"hf\.bin: is Hugging Face's ViT \(key vit\.embeddings"):
+        dvit.convert(tmp_path / "hf.bin")
