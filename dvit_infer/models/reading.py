@@ -160,7 +160,7 @@ class Reading:
         """Return a name for a value in messages: the option that gave it, or the file that holds it."""
         return what if self.given.get(what) is not None else f"{self.name}: {what}"
 
-    def stated(self, what: str, stored_as: str | None = None) -> Any:
+    def value_of(self, what: str, stored_as: str | None = None) -> Any:
         """Return the value in the metadata (under `what` or `stored_as`), or None, without a note."""
         found = self._stated(what, stored_as)
         return None if found is None else found[0]

@@ -82,12 +82,12 @@ def _unasked(read: Reading, method: str, depth: int, num_patches: int, count: in
         learned = read.stored.learned
         return _reduction(method, dict(learned.settings), learned.blocks, num_patches)
     defaults = {name: default for name, (default, _) in METHODS[method].SETTINGS.items()}
-    found = {name: read.stated(name, _stored_as(name)) for name in defaults}
+    found = {name: read.value_of(name, _stored_as(name)) for name in defaults}
     settings = {
         name: default if found[name] is None else check.SETTINGS[name](f"{read.name}: {name}", found[name])
         for name, default in defaults.items()
     }
-    stated = read.stated("prune_at") or _evenly(depth, count)
+    stated = read.value_of("prune_at") or _evenly(depth, count)
     blocks = check.block_indices(f"{read.name}: prune_at", stated, depth, count)
     return _reduction(method, settings, blocks, num_patches)
 
