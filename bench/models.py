@@ -155,7 +155,7 @@ class Models:
             whole = engine.runner.runner
             count = next(i for i, node in enumerate(engine.graph.nodes) if node.kind == "attention")
             stem: TorchRunner = type(whole)(replace(engine.graph, nodes=engine.graph.nodes[:count]))
-            calls: dict[str, Call] = {"whole": lambda: whole(images), "stem": lambda: stem(images)}
+            calls: dict[str, Call] = {"whole": lambda: whole.run(images).x, "stem": lambda: stem.run(images).x}
             timings = interleave(calls, self.device, self.seconds, warm_up=0.0 if self.dry else 0.5)
         share = 1 / timings["stem"].speedup_over(timings["whole"])
         for name, timing in timings.items():
