@@ -20,6 +20,7 @@ from dvit_infer.graph import Graph, Node, fold
 from dvit_infer.graph.nodes import Prune
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.header import HEADER_KEY, header_text
+from dvit_infer.models.labels import labels_of
 from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
@@ -53,6 +54,7 @@ class Engine(Verifiable):
         self.notes = list(notes)
         self._graph = graph
         self._source = source
+        self.labels = labels_of(checkpoint, config.num_classes)
         self.params = checkpoint.params(unused_key(config))
 
     @property
@@ -81,7 +83,7 @@ class Engine(Verifiable):
         """
         state = self._source.read().state
         try:
-            save_file(state, path, {HEADER_KEY: header_text(self.config)})
+            save_file(state, path, {HEADER_KEY: header_text(self.config, self.labels)})
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None
 

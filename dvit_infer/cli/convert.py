@@ -42,7 +42,9 @@ def _parser() -> Parser:
         "--quantize", metavar="int8", help="int8 weights and matrix products for CPUs; scores stay float32"
     )
     onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these images")
-    onnx.add_argument("--classes", metavar="FILE.json", help="class names to store in the file")
+    onnx.add_argument(
+        "--classes", metavar="FILE", help="class names to store in the file; default: those of the checkpoint"
+    )
     return parser
 
 
@@ -148,7 +150,7 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
             inline=options.inline,
             quantize=options.quantize,
             calibration=_calibration(options, engine),
-            labels=None if classes is None else classes.labels,
+            labels=engine.labels if classes is None else classes.labels,
         )
         yield engine if options.no_verify else dvit.load_onnx(part, device=options.device)
 

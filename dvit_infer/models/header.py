@@ -1,6 +1,7 @@
 """The header of a saved file: the JSON of its config, written and read; `saved.py` checks its values."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,12 +19,13 @@ _BODY_1 = (
 _REDUCTION_1 = ("method", "prune_at", "keep_rate", "predictor_eps")
 
 
-def header_text(config: Config) -> str:
-    """Return the text that a file of this project holds under `HEADER_KEY`."""
+def header_text(config: Config, labels: Mapping[int, str] | None = None) -> str:
+    """Return the text that a file of this project holds under `HEADER_KEY`, with names of classes if there are any."""
     parts = asdict(config)
     for part in ("reduction", "learned"):
         parts[part]["settings"] = dict(parts[part]["settings"])
-    return json.dumps({"format": FORMAT, "config": parts})
+    named = {} if labels is None else {"labels": {str(index): label for index, label in sorted(labels.items())}}
+    return json.dumps({"format": FORMAT, "config": parts, **named})
 
 
 def read_header(name: str, text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
 from dvit_infer.models.header import HEADER_KEY
+from dvit_infer.models.labels import checked_labels
 from dvit_infer.models.registry import config_of
 from dvit_infer.onnx.runner import OnnxRunner
 from dvit_infer.onnx.session import input_dtype, open_session
@@ -136,9 +137,7 @@ def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> 
 
 def _labels(name: str, text: str | None, num_classes: int) -> dict[int, str] | None:
     try:
-        labels = None if text is None else {int(index): label for index, label in json.loads(text).items()}
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        labels = {-1: ""}
-    if labels is not None and not all(0 <= i < num_classes and isinstance(t, str) for i, t in labels.items()):
-        raise InputError(f"{name}: its labels are not the JSON this project writes, a name for each of its classes")
-    return labels
+        found = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        found = text
+    return checked_labels(name, found, num_classes)
