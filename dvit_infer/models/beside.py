@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvit_infer.models.facts import is_number
+from dvit_infer.models.facts import is_number, text_of
 
 FILES = ("config.json", "preprocessor_config.json")
 Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
@@ -20,12 +20,12 @@ def read_beside(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in FILES:
         try:
+            if not (folder / name).is_file():  # a pipe would never end
+                continue
             with (folder / name).open("rb") as file:
                 text = file.read(_MOST_BYTES + 1)
             content = json.loads(text) if len(text) <= _MOST_BYTES else None
             found[name] = content if isinstance(content, dict) else "is no JSON object, or too large"
-        except FileNotFoundError:
-            continue
         except OSError as error:
             found[name] = f"cannot be read ({error.strerror or error})"
         except (ValueError, RecursionError):
@@ -56,7 +56,7 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
             if what == "not here":
                 unused += [(name, remark) for remark in value]
             elif not _is_sound(what, value):
-                unused.append((name, f"{key} is {str(value)[:40]}"))
+                unused.append((name, f"{key} is {text_of(value)[:40]}"))
             else:
                 facts.setdefault(what, (value, f"{name}: {key}"))
     return facts, unused
@@ -65,7 +65,7 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
 def _of_another_model(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     for key, tensor, axis in (("num_classes", "head.weight", 0), ("num_features", "cls_token", 2)):
         stated, shape = content.get(key), shapes.get(tensor, ())
-        if isinstance(stated, int) and len(shape) > axis and stated != shape[axis]:
+        if type(stated) is int and len(shape) > axis and stated != shape[axis]:
             return f"{key} {stated}, {tensor} has shape {shape}"
     return None
 
@@ -74,7 +74,7 @@ def _unlike(content: Mapping[str, Any]) -> str | None:
     """Return how timm's description differs from a ViT whose class token is classified, with the exact GELU."""
     chosen = _mapping(content.get("model_args"))
     pool, act = chosen.get("global_pool", content.get("global_pool")), chosen.get("act_layer")
-    if pool in _POOLED:
+    if isinstance(pool, str) and pool in _POOLED:
         return f"global_pool is {pool!r}: its head reads {_POOLED[pool]}"
     return None if act in (None, "gelu") else f"act_layer is {str(act)[:40]!r}, not the exact GELU"
 
@@ -97,7 +97,9 @@ def _timm(content: Mapping[str, Any]) -> Facts:
     if unlike := _unlike(content):
         found["unlike"] = unlike, unlike
     odd = [(key, stated.get(key), ours) for key, ours in (("interpolation", "bicubic"), ("crop_mode", "center"))]
-    remarks = [f"{at}{key} is {str(value)[:20]}; {ours} here" for key, value, ours in odd if value not in (None, ours)]
+    remarks = [
+        f"{at}{key} is {text_of(value)[:20]}; {ours} here" for key, value, ours in odd if value not in (None, ours)
+    ]
     return found | ({"not here": (remarks, "")} if remarks else {})
 
 
@@ -132,7 +134,7 @@ def _huggingface(content: Mapping[str, Any]) -> Facts:
         found["crop_pct"] = 1.0, "no crop"
         remarks.append("it warps images to the size; their centre is cropped here")
     if content.get("resample") not in (None, _BICUBIC):
-        remarks.append(f"resample is {str(content['resample'])[:20]}; {_BICUBIC}, bicubic, here")
+        remarks.append(f"resample is {text_of(content['resample'])[:20]}; {_BICUBIC}, bicubic, here")
     return found | ({"not here": (remarks, "")} if remarks else {})
 
 

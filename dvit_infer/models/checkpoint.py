@@ -180,7 +180,7 @@ def _checked(name: str, key: str, value: Any) -> torch.Tensor:
     # With strides of zero, a few stored bytes can claim to be terabytes.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(f"{name}: {key} claims shape {tuple(tensor.shape)}, more than the file holds for it")
-    is_counter = key.endswith("num_batches_tracked")
+    is_counter = key.endswith(("num_batches_tracked", "relative_position_index", "position_ids"))
     if tensor.dtype not in (_COUNTERS if is_counter else _DTYPES):
         raise InputError(f"{name}: {key} is {tensor.dtype}; float32, float64, float16 or bfloat16 is expected")
     if is_counter and tensor.shape == (1,):  # of PyTorch before 0.4

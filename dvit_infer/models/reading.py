@@ -190,7 +190,7 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
     crop = args.get("crop_pct")
     if isinstance(default := args.get("imagenet_default_mean_and_std"), bool):  # of ConvNeXt's and DynamicViT's trainer
         usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if default else dict.fromkeys(three, (0.5,) * 3)
-        three = {name: value or usual[name] for name, value in three.items()}
+        three = {name: usual[name] if value is None else value for name, value in three.items()}
     if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
         found["crop_pct"] = crop
     ours = args.get("dvit_infer")  # written by dvit-train beside the official names

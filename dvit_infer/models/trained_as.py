@@ -29,7 +29,9 @@ def other_method(args: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | No
     model = next((args[key] for key in ("model", "arch") if isinstance(args.get(key), str)), "")
     words = set(re.split(r"[^a-z0-9]+", model.lower()))
     learned = any(key.startswith("score_predictor.") for key in shapes)
-    if args.get("reduction_loc"):  # TokenReduction (Haurum et al. 2023) trains ten methods, and dense DeiT beside them
+    if _is_set(
+        args.get("reduction_loc")
+    ):  # TokenReduction (Haurum et al. 2023) trains ten methods, and dense DeiT beside them
         rates = args.get("keep_rate")
         if learned and (not isinstance(rates, list | tuple) or is_powers(rates)):
             return None
@@ -43,6 +45,11 @@ def other_method(args: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | No
         rate = args.get("base_keep_rate") if own == _EVIT else None
         if rate is not None and is_number(rate) and rate >= 1:  # nothing is dropped
             continue
-        if any(args.get(name) not in (None, 0, False) for name in own) or any(re.fullmatch(called, w) for w in words):
+        if any(_is_set(args.get(name)) for name in own) or any(re.fullmatch(called, w) for w in words):
             return method
     return None
+
+
+def _is_set(value: Any) -> bool:
+    """Return whether an argument is there and not off; a tensor or an array is none."""
+    return isinstance(value, str | bool | int | float | list | tuple) and bool(value)

@@ -81,7 +81,7 @@ class Report:
         columns: tuple[str, ...] = ("against the reference in float32", ">engine", f">plain PyTorch, {self.dtype}")
         if quantised:
             columns, rows = columns[:2], [row[:2] for row in rows]
-        return "\n".join([table(columns, rows, title=title), *(f"failed: {failure}" for failure in self.failures)])
+        return "\n".join([title, table(columns, rows), *(f"failed: {failure}" for failure in self.failures)])
 
 
 @torch.no_grad()

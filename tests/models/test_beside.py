@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import pytest
 import torch
@@ -110,7 +111,10 @@ def test_a_mean_of_0_to_255_without_a_std_takes_the_std_with_it():
         ('"' + "x" * (1 << 20) + '"', "is no JSON object, or too large"),
         ({"pretrained_cfg": TIMM, "num_classes": 1000}, "describes another model: num_classes 1000"),
         ({"pretrained_cfg": {"mean": "abc"}}, "pretrained_cfg.mean is abc"),
-        ({"pretrained_cfg": {"std": [1, 2, 0]}}, "pretrained_cfg.std is [1, 2, 0]"),
+        ({"pretrained_cfg": {"std": [1, 2, 0]}}, "pretrained_cfg.std is 1,2,0"),
+        ({"pretrained_cfg": {"mean": {"\x1b[31m": "\n"}}}, "pretrained_cfg.mean is {"),
+        ({"pretrained_cfg": {"crop_mode": "\x1b[31msquash"}}, "pretrained_cfg.crop_mode is ?[31msquash"),
+        ({"pretrained_cfg": {"mean": [float("nan")] * 3}}, "pretrained_cfg.mean is nan"),
         ({"pretrained_cfg": {"crop_pct": 7}}, "pretrained_cfg.crop_pct is 7"),
         ({"pretrained_cfg": {"interpolation": "bilinear"}}, "pretrained_cfg.interpolation is bilinear; bicubic here"),
     ],
@@ -119,7 +123,16 @@ def test_what_is_not_used_of_a_file_is_said(content, why, tmp_path):
     engine, notes = converted(tmp_path, config=content)
     assert notes["config.json"].value == "not used"
     assert notes["config.json"].why.startswith(why)
+    assert notes["config.json"].why.isprintable()
     assert engine.config.assumed == ("mean", "std", "crop_pct")
+
+
+def test_what_is_no_file_is_left_alone(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    (tmp_path / "preprocessor_config.json").mkdir()
+    engine, notes = converted(tmp_path)
+    assert engine.config.assumed == ("mean", "std", "crop_pct")
+    assert not {"config.json", "preprocessor_config.json"} & notes.keys()
 
 
 def test_other_files_beside_say_nothing(tmp_path):

@@ -132,6 +132,18 @@ def test_other_channel_counts_are_named(channels, said):
         dvit.convert(lvvit, assume={"num_heads": 2})
 
 
+@pytest.mark.parametrize(
+    ("key", "buffer", "what"),
+    [
+        ("layers.0.blocks.0.attn.qkv.weight", "layers.0.blocks.0.attn.relative_position_index", "Swin"),
+        ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_ids", "Hugging Face's CLIP"),
+    ],
+)
+def test_buffers_of_whole_numbers_do_not_hide_the_name(key, buffer, what):
+    with pytest.raises(dvit.InputError, match=f"is {what}"):
+        dvit.convert({buffer: torch.arange(4), key: torch.ones(3)})
+
+
 def test_a_file_that_is_named_is_one_on_disk_too(tmp_path):
     keys = ("vit.embeddings.patch_embeddings.projection.weight", "classifier.bias")
     torch.save({key: torch.from_numpy(np.ones(3, np.float32)) for key in keys}, tmp_path / "hf.bin")

@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 from golden_cases import state_dict
 
 import dvit_infer as dvit
@@ -57,6 +58,11 @@ def test_a_converted_one_needs_no_method_again(tmp_path):
         {"model": "deit_tiny_patch16_224", "keep_rate": [0.7], "reduction_loc": [3, 6, 9]},  # TokenReduction's baseline
         {"model": "tomentum", "epochs": 3},
         {"model": 3},
+        {"fuse_token": torch.ones(3), "reduction_loc": torch.ones(3), "mean": torch.ones(3), "keep_rate": "x"},
+        {
+            "pretrained_cfg": {"global_pool": torch.ones(3), "mean": torch.ones(3)},
+            "imagenet_default_mean_and_std": True,
+        },
     ],
 )
 def test_a_dense_model_is_none_of_them(args):
