@@ -29,6 +29,7 @@ from kernel_cache import unpack
 from dvit_infer.benchmark.results import environment
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.errors import InputError
+from dvit_infer.utils.partial import remove_left_over
 
 BUDGET = 540.0
 # In order, with the seconds of each in a run of BUDGET; unused seconds go to later parts. The last two get the
@@ -112,8 +113,7 @@ def run_parts(parts: Sequence[str], out: Path, end: float, dry: bool, log: Log) 
         log(f"== {part}: {outcome}, {time.monotonic() - start:.0f} s")
         if status != 0:
             found["cut off" if status == CUT_OFF else "failed"].append(part)
-        for partial in out.glob(".*.part"):  # partial file of a child that was ended while writing
-            partial.unlink(missing_ok=True)
+        remove_left_over(out)  # partial files of a child that was ended while writing
     return found
 
 

@@ -22,7 +22,9 @@ ONNX_ONLY = ("opset", "kept", "uint8", "inline", "quantize", "calibrate", "class
 
 def _parser() -> Parser:
     parser = Parser(prog="dvit-convert", description="Convert a checkpoint and verify it against the reference model.")
-    parser.add_argument("checkpoint", metavar="CKPT", help="a .pth, .pth.tar, .pt or .safetensors file")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a .pth, .pth.tar, .pt or .safetensors file, or a folder of shards"
+    )
     parser.add_argument("-o", "--out", metavar="OUT", help="default: <stem>.dvit.safetensors or .dvit.onnx here")
     add_model_options(parser, dtype="float32, bfloat16 or float16: for verification, and of an ONNX file")
     parser.add_argument("--format", choices=["safetensors", "onnx"], default="safetensors", help="format of the output")

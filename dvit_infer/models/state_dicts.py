@@ -1,7 +1,8 @@
 """Find the state dict in a loaded object, and give its tensors their official names."""
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,8 @@ def find_weights(name: str, content: Any, wanted: str | None, or_bare: bool = Fa
         name: of the file, for messages.
         content: the loaded object.
         wanted: the key of the state dict, with dots between the keys of dicts in dicts; None: the first of
-            `WEIGHT_SETS`, else the object itself, else the only state dict anywhere in it.
+            `WEIGHT_SETS`, else the object itself, else the only state dict anywhere in it. A prefix of names may
+            follow, for one of several models in a state dict.
         or_bare: whether weights without a key do for `wanted`.
 
     Raises:
@@ -50,12 +52,17 @@ def find_weights(name: str, content: Any, wanted: str | None, or_bare: bool = Fa
     if not isinstance(content, Mapping):
         raise InputError(f"{name}: holds a {type(content).__name__}, no state dict")
     sets: dict[str, tuple[Mapping[Any, Any], Any]] = {
-        key: (content[key], content) for key in WEIGHT_SETS if _has_tensors(content.get(key))
+        key: (content[key], content) for key in WEIGHT_SETS if _is_state_dict(content.get(key))
     }
     is_bare = not sets and _is_state_dict(content) and not any(map(_is_state_dict, content.values()))
     if not is_bare:
         sets |= {path: found for path, found in _state_dicts(content) if path not in sets}
-    is_bare = is_bare or (not sets and _has_tensors(content))
+    if not is_bare and not sets:  # the names of a tiny model may have no dots
+        sets = {key: (content[key], content) for key in WEIGHT_SETS if _has_tensors(content.get(key))}
+        is_bare = not sets and _has_tensors(content)
+    if isinstance(wanted, str) and wanted not in sets:
+        sets |= _under_prefix(wanted, {"": (content, content)} if is_bare else sets)
+        is_bare = is_bare and wanted not in sets
     wanted = None if or_bare and is_bare else wanted
     if wanted is not None and wanted not in list(sets):
         there = ", ".join(sets) if sets else "none: its weights are bare" if is_bare else "none"
@@ -86,7 +93,7 @@ def official_names(name: str, state: Mapping[Any, Any]) -> tuple[dict[str, tuple
         if not isinstance(key, str) or not key.isprintable() or not 0 < len(key) < 300:
             raise InputError(f"{name}: {str(key)[:40]!r} is no parameter name")
     skipped = [key for key in state if key.rpartition(".")[2] in _NO_WEIGHTS]
-    keys = {key: _stripped(key) for key in state if key not in set(skipped)}
+    keys = {key: _stripped(key) for key in state if key.rpartition(".")[2] not in _NO_WEIGHTS}
     stripped = [*PREFIXES]
     while prefix := _shared(keys.values()):
         stripped.append(prefix)
@@ -108,14 +115,16 @@ def _stripped(key: str) -> str:
     return key
 
 
-def _shared(keys: Any) -> str | None:
-    """Return the first part of all keys, with its dot, if they share it and it is a wrapper's, no part of a model."""
-    firsts = {key.partition(".")[0] for key in keys}
-    rest = {key.partition(".")[2].partition(".")[0] for key in keys}
-    if len(firsts) != 1 or len(rest) < 2 or "" in rest or all(part.isdigit() for part in rest):
-        return None
-    first = firsts.pop()
-    return None if first in _PARTS else f"{first}."
+def _shared(keys: Collection[str]) -> str:
+    """Return the prefix, with its dot, that all keys share and that is a wrapper's, no part of a model; else ''."""
+    paths = [key.split(".") for key in keys]
+    columns = zip(*(path[:-1] for path in paths), strict=False)
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len({*parts}) == 1, columns)]
+    if all(path[len(shared)].isdigit() for path in paths):  # the numbers of a list of modules, whose name it is
+        shared = shared[:-1]
+    shared = list(itertools.takewhile(lambda part: part not in _PARTS, shared))
+    is_one_module = all(len(path) == len(shared) + 1 for path in paths)
+    return "" if is_one_module else "".join(f"{part}." for part in shared)
 
 
 def _has_tensors(value: Any) -> bool:
@@ -147,6 +156,19 @@ def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[str, tuple[Mappin
                 else:
                     deeper.append((f"{path}{key}.", value))
         level = deeper
+
+
+def _under_prefix(
+    wanted: str, sets: Mapping[str, tuple[Mapping[Any, Any], Any]]
+) -> dict[str, tuple[Mapping[Any, Any], Any]]:
+    """Return the part of a state dict whose keys have a prefix, if `wanted` names its path and the prefix."""
+    for path, (state, parent) in sets.items():
+        prefix = wanted.removeprefix(f"{path}.") + "."
+        if wanted.startswith(f"{path}." if path else ""):
+            part = {key.removeprefix(prefix): v for key, v in state.items() if str(key).startswith(prefix)}
+            if part:
+                return {wanted: (part, parent)}
+    return {}
 
 
 def _none(name: str, content: Mapping[Any, Any]) -> str:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.errors import InputError
-
-_UMASK = os.umask(0o022)  # reading it means setting it for the whole process: done once, on import
-os.umask(_UMASK)
+from dvit_infer.utils.partial import partial_folder, remove_left_over
 
 
 def cache_folder() -> Path:
@@ -58,6 +56,7 @@ def check_output(path: str | Path, what: str, not_this: str | Path | None = None
             raise InputError(f"{what}: {path} is not writable")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
+        remove_left_over(target.parent)
     except OSError as error:
         raise InputError(f"{what}: {path}: cannot be written ({error.strerror})") from None
     return target
@@ -95,25 +94,22 @@ def write_error(part: Path) -> OSError | None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, what: str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` at the end, remove it on any error.
+    """Yield the path of an empty file in a hidden folder beside `path`; rename it at the end, delete it on any error.
 
     Raises:
         InputError: for example, the disk is full. The message names `what` and the path.
     """
     target = Path(os.path.realpath(path))
-    part: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=".part", dir=target.parent)
-        part = Path(name)
-        os.close(handle)
-        yield part
-        part.chmod(0o666 & ~_UMASK)  # mkstemp makes private files; a result gets the mode of any new file
-        os.replace(part, target)
+        with partial_folder(target) as folder:
+            part = folder / target.name
+            part.touch()
+            mode = part.stat().st_mode
+            yield part
+            part.chmod(mode)  # a writer may have replaced it by a private file; a result gets the mode of any new file
+            os.replace(part, target)
     except OSError as error:
         raise InputError(f"{what}: {path}: {_why(error)}") from None
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -128,10 +124,10 @@ def atomic_write_files(path: str | Path, what: str) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name[:50]}.", suffix=".part", dir=target.parent) as folder:
-            part = Path(folder) / target.name
+        with partial_folder(target) as folder:
+            part = folder / target.name
             yield part
-            replaces, written = target.exists(), sorted(part.parent.iterdir(), key=lambda file: file == part)
+            replaces, written = target.exists(), sorted(folder.iterdir(), key=lambda file: file == part)
             for file in written:
                 os.replace(file, target.parent / file.name)
             if replaces and len(written) == 1:

@@ -62,8 +62,11 @@ def parts_made_of(monkeypatch, tmp_path):
 
 def test_a_part_that_fails_or_is_cut_off_leaves_the_others(parts_made_of, tmp_path):
     write = "from pathlib import Path; Path({!r}).write_text('kept');"
-    slow = write.format(str(tmp_path / "a.json")) + write.format(str(tmp_path / ".a.json.x.part"))
-    slow += "import time; print('before', flush=True); time.sleep(600)"
+    slow = write.format(str(tmp_path / "a.json"))
+    slow += (
+        f"from dvit_infer.utils.files import atomic_write; writing = atomic_write({str(tmp_path / 'b.json')!r}, 'out');"
+    )
+    slow += "writing.__enter__().write_text('half'); import time; print('before', flush=True); time.sleep(600)"
     found, lines = parts_made_of(18.0, slow=slow, bad="import os; os.abort()", good="print('ran')")
     assert found == {"failed": ["bad"], "cut off": ["slow"], "not run": []}
     assert "before" in lines

@@ -14,6 +14,7 @@ from commands import ENV, TINY, fails
 from golden_cases import state_dict
 
 from dvit_infer.cli import bench, convert
+from dvit_infer.models import torch_file
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 
@@ -148,7 +149,7 @@ def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
 
     monkeypatch.setattr("dvit_infer.benchmark.base.interleave", no_memory)
     assert "--batch: 5 images do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
-    for place in ("dvit_infer.engine.fold", "dvit_infer.models.checkpoint.torch.load"):
+    for place in ("dvit_infer.engine.fold", "dvit_infer.models.torch_file._mapped"):
         with monkeypatch.context() as patch:
             patch.setattr(place, no_memory)
             assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)
@@ -190,7 +191,7 @@ def test_a_library_that_turns_the_interrupt_into_its_own_error_does_not_blame_th
         except KeyboardInterrupt:
             raise RuntimeError("could not determine the shape of object type 'torch.storage'") from None
 
-    monkeypatch.setattr("dvit_infer.models.checkpoint.torch.load", masked)
+    monkeypatch.setattr("dvit_infer.models.torch_file._mapped", masked)
     before = signal.getsignal(stop)
     assert convert.main([str(checkpoint), *TINY]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
@@ -198,7 +199,7 @@ def test_a_library_that_turns_the_interrupt_into_its_own_error_does_not_blame_th
 
 
 def test_an_interrupt_that_a_library_swallows_still_stops_the_command(checkpoint, capsys, monkeypatch):
-    load = torch.load
+    mapped = torch_file._mapped
 
     def swallows(*args: object, **given: object) -> object:
         try:
@@ -206,10 +207,10 @@ def test_an_interrupt_that_a_library_swallows_still_stops_the_command(checkpoint
             time.sleep(5)  # until the handler has run
         except KeyboardInterrupt:
             pass
-        return load(*args, **given)
+        return mapped(*args, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dvit_infer.models.checkpoint.torch.load", swallows)
+        patch.setattr("dvit_infer.models.torch_file._mapped", swallows)
         assert convert.main([str(checkpoint), *TINY]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
     assert os.listdir() == []
