@@ -23,14 +23,18 @@ BLOCK = "blocks.0.norm1.weight"
         (["less_less_token.cls_token", "normal_token.cls_token"], "a Dynamic Vision Transformer (DVT)"),
         ([BLOCK, "score_predictor.0.in_conv.0.0.weight"], "SPViT"),
         (["visual.class_embedding", "visual.conv1.weight", "text_projection"], "CLIP, as OpenAI and open_clip save it"),
-        (["visual.trunk.blocks.0.norm1.weight"], "open_clip's CLIP with an image tower of timm"),
+        (["visual.trunk.blocks.0.norm1.weight", "text.x"], "open_clip's CLIP with an image tower of timm"),
         (["text_model.x", "vision_model.embeddings.class_embedding"], "Hugging Face's CLIP"),
         (["text_model.x", "vision_model.embeddings.patch_embedding.weight"], "Hugging Face's SigLIP"),
         (["embeddings.patch_embedding.weight"], "Hugging Face's SigLIP"),
         (["vit.embeddings.patch_embeddings.projection.weight", "classifier.bias"], "Hugging Face's ViT"),
         (["embeddings.patch_embeddings.projection.weight", "pooler.dense.weight"], "Hugging Face's ViT"),
         (
-            ["deit.embeddings.patch_embeddings.projection.weight", "deit.embeddings.distillation_token"],
+            [
+                "deit.embeddings.patch_embeddings.projection.weight",
+                "deit.embeddings.distillation_token",
+                "cls_classifier.x",
+            ],
             "Hugging Face's DeiT",
         ),
         (
@@ -47,7 +51,7 @@ BLOCK = "blocks.0.norm1.weight"
             ["swin.embeddings.patch_embeddings.projection.weight", "swin.encoder.layers.0.blocks.0.x"],
             "Hugging Face's Swin",
         ),
-        (["convnext.encoder.stages.0.layers.0.dwconv.weight"], "Hugging Face's ConvNeXt"),
+        (["convnext.encoder.stages.0.layers.0.dwconv.weight", "convnext.embeddings.x"], "Hugging Face's ConvNeXt"),
         (["vit.embeddings.patch_embeddings.projection.weight", "decoder.decoder_layers.0.x"], "Hugging Face's ViT-MAE"),
         ([BLOCK, "storage_tokens", "mask_token"], "DINOv3, as Meta saves it"),
         ([BLOCK, "mask_token", "blocks.0.ls1.gamma"], "DINOv2, as Meta saves it"),
@@ -76,7 +80,7 @@ def test_other_families_are_named_in_one_line(keys, what):
         dvit.convert({key: torch.ones(3) for key in keys})
     line = str(caught.value)
     assert line.startswith(f"state dict: is {what}")
-    stripped = [key.removeprefix("beit.").removeprefix("swin.") for key in keys]  # all of their keys begin so
+    stripped = [key.partition(".")[2] for key in keys]  # where all keys begin alike
     assert any(f"(key {key})" in line for key in (*keys, *stripped))
 
 

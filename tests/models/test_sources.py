@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import official_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import dvit_infer as dvit
 from dvit_infer.errors import InputError
@@ -50,10 +49,16 @@ def test_shards_are_read_as_one(kind, tmp_path):
     (first, second) = sorted(folder.glob("*-of-*"))
     with pytest.raises(InputError, match=r"-of-00002\..*: is shard 1 of 2; give their folder"):
         read_checkpoint(first)
-    source = WeightSource(folder, None)
-    assert source.read()[1]
-    os.utime(second, (1, 1))
-    assert not source.read()[1]
+    source = WeightSource(folder, read_checkpoint(folder))
+    assert source.read().state.keys() == STATE.keys()
+    whole = second.read_bytes()
+    tensors = load_file(second) if kind == "safetensors" else torch.load(second)
+    changed = {key: value + 1 for key, value in tensors.items()}
+    (save_file if kind == "safetensors" else torch.save)(changed, second)
+    with pytest.raises(InputError, match="has changed since"):
+        source.read()
+    second.write_bytes(whole)
+    source.read()
     second.unlink()
     with pytest.raises(InputError, match=rf"{second.name}: is missing: shard 2 of 2"):
         read_checkpoint(folder)
