@@ -179,8 +179,18 @@ class _ParityError(Exception):
 
 
 def _default_out(checkpoint: str, kind: str) -> str:
-    stem = Path(checkpoint).name
-    for suffix in (".tar", ".pth", ".pt", ".safetensors", *([".dvit"] if kind == "onnx" else [])):
+    stem = Path(checkpoint).name or Path(checkpoint).absolute().name
+    for suffix in (
+        ".tar",
+        ".json",
+        ".index",
+        ".pth",
+        ".pt",
+        ".ckpt",
+        ".bin",
+        ".safetensors",
+        *([".dvit"] if kind == "onnx" else []),
+    ):
         stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
     return f"{stem}.dvit.{kind}"
 

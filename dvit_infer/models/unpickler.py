@@ -19,8 +19,9 @@ from dvit_infer.models.pickled import DTYPES, KNOWN, Inert, Known, NumpyType, Re
 
 # Of Python's own modules, those whose classes lie beside weights; all others are refused.
 _HARMLESS = re.compile(
-    r"(argparse|collections|copyreg|datetime|decimal|enum|fractions|functools|logging|numbers|pathlib|random|re|string|time"
-    r"|typing|uuid|weakref|zoneinfo)\..*|types\.(SimpleNamespace|MappingProxyType)"
+    r"(abc|argparse|array|calendar|collections|contextlib|copyreg|dataclasses|datetime|decimal|enum|fractions|functools|inspect"
+    r"|ipaddress|itertools|logging|numbers|pathlib|queue|random|re|statistics|string|time|typing|uuid|weakref|zoneinfo)\..*"
+    r"|types\.(SimpleNamespace|MappingProxyType)"
     r"|builtins\.(bool|bytearray|complex|dict|float|int|list|object|range|slice|str|tuple|type)"
 )
 # Of other packages, what acts; modules of older Pythons; and Python's modules reached through another.
@@ -30,7 +31,7 @@ _REFUSED = re.compile(
     r"|numpy\.(ctypeslib|distutils|f2py|fromfile|lib|load|memmap|testing)"
     r"|torch\.(_dynamo|_inductor|compile|fx|hub|jit|load|multiprocessing|package|save|serialization)"
     r"|torch\.(storage\._load_from_bytes|utils\.cpp_extension|utils\.model_zoo)"
-    r"|(.*\.)?_?(os|posix|nt|sys|subprocess|importlib|runpy|ctypes|socket|shutil|pickle))(\..*)?"
+    r"|(.*\.)?_?(os|posix|nt|sys|subprocess|importlib|runpy|ctypes|socket|shutil))(\..*)?"
 )
 # What needs no note: containers and types, as parts of what is named or read.
 _UNNAMED = re.compile(r"(builtins|collections|copyreg|typing)\..*|numpy\.ndarray|torch\.(device|Tensor|.*Storage)")
@@ -87,11 +88,9 @@ class Unpickler(pickle._Unpickler):
         if isinstance(function, Known):
             self.append(function.make(*args))
         elif isinstance(function, Inert):
-            # These two make an object of their first argument.
-            made_of = (
-                args[0] if args and function.name in ("copyreg._reconstructor", "copyreg.__newobj__") else function
-            )
-            self.append(Inert(made_of.name if isinstance(made_of, Inert) else function.name))
+            makes_its_first = function.name in ("copyreg._reconstructor", "copyreg.__newobj__")
+            of = args[0] if makes_its_first and args and isinstance(args[0], Inert) else function
+            self.append(Inert(of.name))
         else:
             raise pickle.UnpicklingError("Unsupported operand: a call of what is no function")
 

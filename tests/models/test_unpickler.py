@@ -108,6 +108,13 @@ def test_the_state_of_random_numbers_is_read(tmp_path):
     assert skipped == ()
 
 
+def test_generators_of_random_numbers_are_inert(tmp_path):
+    torch.save({"model": STATE, "rng": [np.random.RandomState(0), np.random.default_rng(0)]}, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert found.skipped
+    assert all(name.startswith("numpy.random.") for name in found.skipped)
+
+
 def test_an_array_of_objects_is_left_out_and_named(tmp_path):
     torch.save({"model": STATE, "array": np.array([Meter(), None])}, tmp_path / "a.pth")
     assert "numpy.ndarray" in read_checkpoint(tmp_path / "a.pth").skipped
