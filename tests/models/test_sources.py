@@ -112,7 +112,9 @@ def test_links_lead_no_further_than_hugging_faces_cache(tmp_path):
     assert same(snapshot)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 100_000], ids=range(6)
+)
 def test_an_index_that_is_none(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match=r"index\.json: is no index of shards"):
@@ -149,6 +151,7 @@ def packed(how: str, name: str = "best.pth") -> bytes:
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "is HDF5, as Keras writes"),
         (b"", "the file is empty"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,  # archives hold the time
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_what_is_no_checkpoint_yet(content, message, suffix, tmp_path):
