@@ -22,6 +22,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.slow
 def test_what_is_cut_off_ends_with_all_that_it_started():
     """A child that will not end when asked, and one of its own that would outlive it."""
     script = """if 1:
@@ -60,6 +61,7 @@ def parts_made_of(monkeypatch, tmp_path):
     return run_parts
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_is_cut_off_leaves_the_others(parts_made_of, tmp_path):
     write = "from pathlib import Path; Path({!r}).write_text('kept');"
     slow = write.format(str(tmp_path / "a.json"))

@@ -124,6 +124,7 @@ def test_the_dark_scheme_changes_page_and_charts(opened):
     assert colors() == light
 
 
+@pytest.mark.slow
 def test_strange_texts_are_shown_as_they_are(browser, tmp_path):
     rows = [model_row("engine", 8, variant="<b>bold</b> & </script>"), model_row("dense", 8)]
     write_report(tmp_path / "odd.html", content(*rows))

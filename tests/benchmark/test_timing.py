@@ -11,6 +11,7 @@ from dvit_infer.benchmark import timing
 from dvit_infer.benchmark.timing import MIN_ROUNDS, Timing, _peak_mib, interleave, noise
 
 
+@pytest.mark.slow
 def test_calls_take_turns():
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}

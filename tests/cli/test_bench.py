@@ -68,6 +68,7 @@ def test_openvino_in_bfloat16(tiny, capsys):
     assert all(row["max_logit_error"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_timms_dense_counterpart(tiny, capsys, monkeypatch):
     """timm itself wants torchvision, which cannot be presumed: here a stand-in with timm's names takes its place."""
     given: dict = {}
@@ -161,6 +162,7 @@ def test_every_size_of_batch_is_compiled(monkeypatch):
     assert counts == sorted(set(counts))
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_shown_when_a_later_batch_fails(tiny, capsys, monkeypatch):
     usual = Comparison.measure
 

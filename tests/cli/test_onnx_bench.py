@@ -71,6 +71,7 @@ def test_bench_says_what_no_logits_are(nodes, shape, says, capsys):
     assert says in line
 
 
+@pytest.mark.slow
 def test_bench_finds_that_a_runtime_agrees_with_itself(capsys):
     changed("f.onnx", output=([helper.make_node("Sub", ["y", "y"], ["z"])], (TensorProto.FLOAT, None)))
     given = ["--seconds", "0", "--device", "cpu", "--compare", "onnxruntime,openvino"]

@@ -80,6 +80,7 @@ TILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_tiles_change_nothing(device, dtype, tile):
@@ -194,7 +195,14 @@ def test_a_bias_per_pair(device, dtype, b, groups, m, n, heads, head_dim):
         check(run_one(*given, pair_bias=pair_bias), given, pair_bias=pair_bias)
 
 
-@pytest.mark.parametrize("tile", [None, AttentionTile(16, 16, num_stages=2), AttentionTile(32, 32, 16, programs=2)])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        None,
+        pytest.param(AttentionTile(16, 16, num_stages=2), marks=SLOW),
+        pytest.param(AttentionTile(32, 32, 16, programs=2), marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_masked_pairs(device, dtype, tile):
     """Windows of a shifted grid: whole blocks of keys hidden before the first that is not; rows without a key are 0."""

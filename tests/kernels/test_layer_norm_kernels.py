@@ -56,6 +56,7 @@ def test_rows_far_from_zero(device, dtype):
     assert rms((launch_row_stats(x).cpu() - expected) / expected) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_any_strides(device, dtype):
     wide = make_rows(6, 11, 128).to(device, dtype)

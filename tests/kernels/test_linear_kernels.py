@@ -70,6 +70,7 @@ def test_gelu_by_the_own_tanh_of_a_gpu():
     assert torch.all((y - expected)[3:].abs() <= x[3:].abs() * 2**-12 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [*TILES, FLOAT32_TILE, LinearTile(16, 16, 16, 1, 2)])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_every_tile_and_its_statistics(device, dtype, tile):
@@ -94,6 +95,7 @@ def test_every_tile_and_its_statistics(device, dtype, tile):
     check(normalised, exact_linear(y, weight, bias, norm=True, activation="gelu"), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_every_tile_finds_statistics(device, dtype, tile):

@@ -67,6 +67,7 @@ def test_bytes(device, dtype, b, height, width, p, channels_last):
     assert rms(tokens - expected) <= 2 * rms(patch_embedding_ref(images, *packed, p, channels_last) - expected) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "tile"),
     [

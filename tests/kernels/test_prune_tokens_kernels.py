@@ -88,6 +88,7 @@ def test_any_strides_of_the_first_two_dimensions(device, dtype):
     check_strides(lambda x: launch_prune_tokens(x, packed, 3, 1, 1e-5), wide)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_a_image_does_not_feel_its_batch(device, dtype):
     """Neither a NaN in its neighbour, with which it shares a tile, nor its place in the batch."""

@@ -74,6 +74,7 @@ def test_every_official_case(case_id, parity, where, tmp_path):
     parity(case_id, where, tmp_path / "m.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [20, 21])
 @pytest.mark.parametrize("case_id", [TINY, TINY_LVVIT])
 def test_any_batch_at_every_level_of_optimisation(case_id, opset, tmp_path):

@@ -29,8 +29,8 @@ def exported(case_id, path, **given):
     return onnx.load(path)
 
 
-@pytest.mark.parametrize("inline", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("inline", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("opset", IR_VERSIONS)
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_opset_gives_the_official_answers(case_id, opset, dtype, inline, tmp_path):
@@ -65,6 +65,7 @@ def test_bytes_as_images(opset, tmp_path):
     assert (model(images) - engine(images)).abs().max() <= 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", IR_VERSIONS)
 @pytest.mark.parametrize("static", [False, True])
 def test_int8_in_every_opset(static, opset, tmp_path):
@@ -104,6 +105,7 @@ def test_a_written_out_gelu_is_exact_in_float16(tmp_path):
     assert errors[0] <= 1.5 * errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", IR_VERSIONS)
 def test_openvino_with_the_hint_of_the_file(opset, tmp_path):
     pytest.importorskip("openvino")
