@@ -161,7 +161,7 @@ def test_a_stream_leaves_the_process_as_it_was(recwarn):
 
 
 class Deadly(Preprocess):
-    """Kills the worker that meets an image of one pixel. Killed from outside, it may hold a lock of PyTorch's loader."""
+    """Kills the worker that meets an image of one pixel; from outside, it might hold a lock of PyTorch's loader."""
 
     def __call__(self, image):
         if image.size == (1, 1):
