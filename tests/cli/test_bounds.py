@@ -3,21 +3,11 @@
 import pytest
 from commands import fails
 from drawn import draw_all
-from small_training import arguments, write_dense, write_folder
+from small_training import arguments
 
 from dvit_infer.cli import bench, convert, predict, train
 from dvit_infer.errors import InputError
 from dvit_infer.utils.bounds import check_bound
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_dense(tmp_path_factory.mktemp("dense") / "dense.pth")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.usefixtures("_empty_folder")

@@ -13,34 +13,16 @@ import pytest
 import torch
 from commands import ENV, run
 from drawn import write_text
-from small_training import PLAIN, arguments, trained, write_dense, write_folder
+from small_training import PLAIN, arguments, trained
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
 from dvit_infer.training import held_out, loop
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_dense(tmp_path_factory.mktemp("dense") / "dense.pth")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("images"))
-
-
 def same(a: Path, b: Path) -> bool:
     ours, theirs = trained(a), trained(b)
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
-
-
-@pytest.fixture(scope="module")
-def whole(dense, folder, tmp_path_factory):
-    """A run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "out.pth"
-    assert train.main(arguments(dense, folder, out)) == 0
-    return out
 
 
 def test_what_it_writes_is_read_back_without_help(whole, dense):

@@ -8,28 +8,10 @@ import pytest
 import torch
 from commands import ENV, fails
 from drawn import draw_all
-from small_training import PLAIN, QUICK, arguments, write_dense, write_folder
+from small_training import PLAIN, QUICK, arguments, write_dense
 
 from dvit_infer.cli import train
 from dvit_infer.training.loop import Run
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_dense(tmp_path_factory.mktemp("dense") / "dense.pth")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(dense, folder, tmp_path_factory):
-    """A run that is at its end."""
-    out = tmp_path_factory.mktemp("whole") / "out.pth"
-    assert train.main(arguments(dense, folder, out)) == 0
-    return out
 
 
 @pytest.mark.usefixtures("_empty_folder")

@@ -5,31 +5,13 @@ import re
 import pytest
 import torch
 from commands import fails
-from small_training import QUICK, arguments, trained, write_dense, write_folder
+from small_training import QUICK, arguments, trained, write_dense
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
 from dvit_infer.models.vit.lvvit import LVViT
 from dvit_infer.training.loop import Run
 from dvit_infer.training.student import make_pair
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_dense(tmp_path_factory.mktemp("dense") / "dense.pth")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(dense, folder, tmp_path_factory):
-    """A run of two epochs that is at its end."""
-    out = tmp_path_factory.mktemp("whole") / "out.pth"
-    assert train.main(arguments(dense, folder, out)) == 0
-    return out
 
 
 def stopped(dense, folder, out, monkeypatch, *more):
