@@ -9,6 +9,8 @@ from report_content import BATCHES, CANDIDATES, RATES, content, full, model_row
 
 from dvit_infer.benchmark.report.page import write_report
 
+pytestmark = pytest.mark.slow
+
 ARGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),

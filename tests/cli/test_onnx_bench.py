@@ -31,8 +31,8 @@ def test_bench_runs_a_file(model, capsys):
     ("shape", "element", "says"),
     [
         (("b", 3, 32, 32), TensorProto.FLOAT, "of another origin; float32"),
-        ((2, 3, 32, 32), TensorProto.FLOAT16, "of another origin; float16"),
-        (("b", 3, "h", "w"), TensorProto.FLOAT, "its size is open, 224x224 is assumed"),
+        pytest.param((2, 3, 32, 32), TensorProto.FLOAT16, "of another origin; float16", marks=pytest.mark.slow),
+        pytest.param(("b", 3, "h", "w"), TensorProto.FLOAT, "its size is open, 224x224", marks=pytest.mark.slow),
         (("b", 32, 16, 3), TensorProto.UINT8, "of another origin; uint8"),
     ],
 )

@@ -13,7 +13,7 @@ from dvit_kernels.launch import Launch, collecting
 WHERE = [
     pytest.param("cpu", torch.float32, id="interpreter-float32", marks=pytest.mark.interpreter),
     # not bfloat16: the interpreter's dot is wrong for it
-    pytest.param("cpu", torch.float16, id="interpreter-float16", marks=pytest.mark.interpreter),
+    pytest.param("cpu", torch.float16, id="interpreter-float16", marks=(pytest.mark.interpreter, pytest.mark.slow)),
     pytest.param("cuda", torch.float32, id="cuda-float32", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),

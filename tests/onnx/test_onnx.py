@@ -68,7 +68,10 @@ def float16_is_as_exact_as_plain_float16(case_id, where, path):
     assert errors[0] <= RMS_FACTOR * errors[1]
 
 
-@pytest.mark.parametrize("parity", [float32_gives_the_official_answer, float16_is_as_exact_as_plain_float16])
+@pytest.mark.parametrize(
+    "parity",
+    [float32_gives_the_official_answer, pytest.param(float16_is_as_exact_as_plain_float16, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("case_id", EVERY_CASE)  # the first parameter varies fastest: a case's weights are made once
 def test_every_official_case(case_id, parity, where, tmp_path):
     parity(case_id, where, tmp_path / "m.onnx")
