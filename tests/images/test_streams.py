@@ -177,6 +177,7 @@ def test_a_killed_worker_is_an_error_that_says_what_would_do():
         collections.deque(decode(entries, Deadly((32, 32)), 2), maxlen=0)
 
 
+@pytest.mark.slow
 def test_workers_that_nobody_reads_from_end_with_a_process_that_is_killed():
     paths = draw_all(Path("p"), 8)
     lines = "import time; from dvit_infer.images.preprocess import Preprocess; from dvit_infer.images.stream import *"

@@ -29,7 +29,7 @@ SHAPES = [
     pytest.param(1, 18, 130, 1, 104, marks=QUICK),
     pytest.param(1, 33, 197, 1, 64, marks=SLOW),
     (1, 5, 257, 1, 64),
-    (1, 20, 321, 1, 20),
+    pytest.param(1, 20, 321, 1, 20, marks=SLOW),
 ]
 RAGGED = [20, 5, 1, 0, 33]
 

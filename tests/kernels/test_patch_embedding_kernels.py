@@ -50,7 +50,7 @@ def test_tokens(device, dtype, b, channels, height, width, p, c, num_prefix, cha
     assert torch.equal(tokens[:, :num_prefix], packed[1][:num_prefix].to(dtype).expand(b, -1, -1))
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("b", "height", "width", "p"), [(3, 32, 48, 16), (1, 28, 42, 14), (2, 24, 16, 8)])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_bytes(device, dtype, b, height, width, p, channels_last):
