@@ -183,6 +183,9 @@ class CpuRunner(TorchRunner):
         return self._copied_bytes + sum(b.numel() * b.element_size() for b in self._buffers.flat.values())
 
     def _prepared(self, node: Node) -> Node:
+        if "gamma" in node.weights:
+            raise ValueError(f"{node.name} is not folded, which the CPU backend needs for its layer scale")
+
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._linear.dtype)
