@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.torch import ALL, State, TorchRunner
+from dvit_infer.backends.torch import State, TorchRunner
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Branch, Node, NormNode, Prune
+from dvit_infer.graph.nodes import Branch, Node, Prune
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.reduction.predictor import PredictorPrune
 
@@ -210,21 +210,12 @@ class CpuRunner(TorchRunner):
         index = op.select_tokens_ref(score, node.num_keep)
         return op.gather_tokens_ref(x, index, node.num_prefix), index
 
-    def norm_linear(
-        self,
-        node: NormNode,
-        name: str,
-        x: torch.Tensor,
-        rows: slice | int = ALL,
-        stats: torch.Tensor | None = None,
-        activation: str = "none",
-        out_dtype: torch.dtype | None = None,
+    def linear(
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool
     ) -> torch.Tensor:
         if name not in _LARGE:
-            return super().norm_linear(node, name, x, rows, stats, activation, out_dtype)
-        w = node.weights
-        x = F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
-        return self._product(x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), gelu=activation != "none")
+            return super().linear(name, x, weight, bias, gelu)
+        return self._product(x, weight, bias, gelu)
 
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         weight, bias, scale = node.weights[f"{name}.weight"], node.weights[f"{name}.bias"], node.residual_scale

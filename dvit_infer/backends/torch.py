@@ -43,7 +43,8 @@ ALL = slice(None)  # tokens
 class TorchRunner:
     """Runs a graph: one loop, and one method per node kind, on a few primitives.
 
-    Subclasses replace the primitives for a device: norm_linear, linear_add, attend, embed, convolution and select.
+    Subclasses replace the primitives for a device: norm_linear or the `linear` in it, linear_add, attend,
+    embed, convolution and select.
 
     Args:
         graph: the graph to run.
@@ -226,9 +227,15 @@ class TorchRunner:
         """
         w = node.weights
         x = F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
-        y = F.linear(x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"))
-        y = y if activation == "none" else F.gelu(y)
+        y = self.linear(name, x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), gelu=activation != "none")
         return y if out_dtype is None else y.to(out_dtype)
+
+    def linear(
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool
+    ) -> torch.Tensor:
+        """Return x weight^T + bias, through GELU if `gelu`, for the linear `name`."""
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if gelu else y
 
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         """Set state.x to x + residual_scale * (y w^T + b), which may be written into x; may leave its statistics."""

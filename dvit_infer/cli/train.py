@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import Parser, add_model_options, progress, run, stopping_gently
-from dvit_infer.cli.images import shown
+from dvit_infer.cli.images import shown, warn
 from dvit_infer.cli.train_progress import Show, check_logdir, showing
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ def _prepared(
     settings = replace(settings, keep_rate=config.reduction.keep_rate)
     with progress("listing images") if world.is_first else contextlib.nullcontext():
         image_files = ImageFiles(found.entries(), found.path)
-        tests = [] if held_out is None else _same_classes(labelled_folder(held_out, config.num_classes), found)
+        held = None if held_out is None else labelled_folder(held_out, config.num_classes)
+        tests = [] if held is None else _same_classes(held, found)
     filled = image_files.classes()
     if empty := [name for name, label in found.labels.items() if label not in filled]:
         raise InputError(f"{folder}: no image in the class folder {empty[0]!a}")
@@ -237,6 +238,8 @@ def _prepared(
         say(shown(remark))
     say(f"{config.arch}, keeping {kept} of {config.num_patches} patches before blocks {blocks}")
     say(shown(f"{len(image_files)} images of {len(found.labels)} classes; {augmentation}"))
+    if world.is_first:
+        warn((*found.warnings, *(() if held is None else held.warnings)))
     return training, settings
 
 

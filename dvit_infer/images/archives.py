@@ -38,7 +38,7 @@ _OPEN: dict[str, Callable[[str], Any]] = {
     "xz": lzma.open,
 }
 _ZIP_METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
-_DAMAGE = (
+_DAMAGE = (  # what Python's readers raise for damaged archives; `_why_not` tells the system's errors apart
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
     *(OSError, EOFError, ValueError, LookupError, NotImplementedError, RecursionError, OverflowError),
 )
@@ -80,8 +80,12 @@ def archived_files(path: str) -> Iterator[ArchivedFile]:
     except InputError:
         raise
     except _DAMAGE as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"damaged archive: {error}"
-        raise InputError(f"{path}: {why}") from None
+        raise InputError(f"{path}: {_why_not(error)}") from None
+
+
+def _why_not(error: BaseException) -> str:
+    """Return why an archive cannot be read: what the system says, else that it is damaged."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else f"damaged archive: {error}"
 
 
 def find_entries(arguments: Sequence[str]) -> Iterator[Entry]:
@@ -119,7 +123,7 @@ def read_member(path: str, member: Member) -> bytes:
     try:
         content = _from_tar(member) if member.packing in _OPEN else _from_zip(member)
     except _DAMAGE as error:
-        raise ImageFileError(path, f"damaged archive: {error}") from None
+        raise ImageFileError(path, _why_not(error)) from None
     if len(content) != member.size or member.checksum not in (None, zlib.crc32(content)):
         raise ImageFileError(path, "damaged archive: its bytes are not those that were packed")
     return content

@@ -7,8 +7,8 @@ from typing import NoReturn
 from dvit_infer.errors import InputError
 from dvit_infer.images.class_lists import WORDNET
 from dvit_infer.images.classes import ClassMap
+from dvit_infer.utils.text import listed, plural
 
-NAMED = 3  # names that a message shows
 _ILSVRC_CLASSES = 1000
 _REMEDY = "; --classes FILE says which they are, by lines of a class and a name"
 
@@ -20,16 +20,6 @@ class Resolved:
     classes: Mapping[str, int]
     how: str
     warnings: tuple[str, ...] = ()
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first names for a message."""
-    return ", ".join(f"{name!a}" for name in names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-
-
-def plural(count: int, noun: str) -> str:
-    ending = "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
 def _is_number(name: str) -> bool:

@@ -12,6 +12,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.class_lists import parse
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.find import images_below
+from dvit_infer.utils.text import listed, plural
 
 LEAVINGS = frozenset(("__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information", "__pycache__"))
 
@@ -139,8 +140,8 @@ class LabelledFolder:
         return f"{count}: {self.how}"
 
 
-def list_class_folders(where: str) -> tuple[list[str], list[str]]:
-    """Return the sorted names of a folder's class folders; and of folders that are none: hidden, or left by a tool.
+def list_class_folders(where: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return the sorted names of a folder's class folders, and a line on those that are none, if there are any.
 
     Raises:
         InputError: There is no such folder, or no class folder in it.
@@ -159,7 +160,9 @@ def list_class_folders(where: str) -> tuple[list[str], list[str]]:
             f"{where}: has no class folders; images are expected in a folder for each class, or their classes in a "
             f"file given by --labels{hint}"
         )
-    return names, sorted(set(every) - set(names))
+    if not (others := sorted(set(every) - set(names))):
+        return names, ()
+    return names, (f"{where}: {plural(len(others), 'folder')} left out, hidden or left by a tool: {listed(others)}",)
 
 
 def labelled_folder(path: str | Path, num_classes: int, classes: ClassMap | None = None) -> LabelledFolder:
@@ -173,14 +176,15 @@ def labelled_folder(path: str | Path, num_classes: int, classes: ClassMap | None
             folder that the map does not name.
     """
     where = str(path)
-    names, _ = list_class_folders(where)
+    names, left_out = list_class_folders(where)
     if all(name.isascii() and name.isdigit() for name in names):
         names.sort(key=int)
     if classes is None and len(names) > num_classes:
         raise InputError(f"{where}: {len(names)} class folders, but the model has {num_classes} classes")
     labels = {name: index if classes is None else classes.of_folder(name) for index, name in enumerate(names)}
     in_order = f"taken as classes 0 to {len(labels) - 1}, in the folders' order"
-    labelled = LabelledFolder(where, labels, num_classes, in_order if classes is None else f"by {classes.path}")
+    how = in_order if classes is None else f"by {classes.path}"
+    labelled = LabelledFolder(where, labels, num_classes, how, left_out)
     if next(labelled.entries(ordered=False), None) is None:
         raise InputError(f"{where}: no image in any of its {len(names)} folders")
     return labelled

@@ -8,11 +8,12 @@ from typing import Protocol
 
 from dvit_infer.errors import InputError
 from dvit_infer.images.archives import ArchivedFile, archived_files, class_folders, is_archive
-from dvit_infer.images.class_names import Resolved, Resolver, listed, plural
+from dvit_infer.images.class_names import Resolved, Resolver
 from dvit_infer.images.classes import ClassMap, LabelledFolder, list_class_folders
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.find import images_below, is_image
 from dvit_infer.images.label_files import read_labels
+from dvit_infer.utils.text import listed, plural
 
 
 class Labelled(Protocol):
@@ -71,7 +72,7 @@ def labelled_images(
 
 
 def _in_folders(where: str, resolver: Resolver) -> LabelledFolder:
-    names, strays = list_class_folders(where)
+    names, left_out = list_class_folders(where)
     empty = [n for n in names if next(images_below(os.path.join(where, n), ordered=False), None) is None]
     filled = [name for name in names if name not in set(empty)]
     if not filled:
@@ -80,8 +81,7 @@ def _in_folders(where: str, resolver: Resolver) -> LabelledFolder:
     notes = list(found.warnings)
     if empty:
         notes.append(f"{where}: no image in {len(empty)} of {plural(len(names), 'class folder')}: {listed(empty)}")
-    if strays:
-        notes.append(f"{where}: {plural(len(strays), 'folder')} left out, hidden or left by a tool: {listed(strays)}")
+    notes += left_out
     with os.scandir(where) as entries:
         loose = sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
     if loose:

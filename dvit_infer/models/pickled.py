@@ -6,11 +6,12 @@ import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 _NUMBERS = re.compile(r"[<>|=]?([?bhilqBHILQefdgFDG]|[biufcSU]\d{1,4})")
 DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -70,6 +71,13 @@ def _check(fits: bool) -> None:
         raise pickle.UnpicklingError("a call with arguments that do not fit")
 
 
+def _of(kind: type[T], value: Any) -> T:
+    """Return the value if it is of that type."""
+    if not isinstance(value, kind):
+        raise pickle.UnpicklingError("a call with arguments that do not fit")
+    return value
+
+
 def _are_sizes(values: Any) -> bool:
     return isinstance(values, tuple) and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**60 for n in values)
 
@@ -95,8 +103,7 @@ def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hoo
 
 
 def _parameter(data: Any, *_: Any) -> torch.Tensor:
-    _check(isinstance(data, torch.Tensor))
-    return data  # type: ignore[no-any-return]
+    return _of(torch.Tensor, data)
 
 
 def _tensor_from_numpy(array: Any, dtype: Any, *_: Any) -> torch.Tensor:
@@ -125,8 +132,8 @@ def _numpy_scalar(kind: Any, data: Any = None, *_: Any) -> Any:
 
 
 def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
-    _check(isinstance(text, str) and encoding in ("latin1", "latin-1"))
-    return text.encode("latin1")  # type: ignore[no-any-return]
+    _check(encoding in ("latin1", "latin-1"))
+    return _of(str, text).encode("latin1")
 
 
 def _list(items: Any = None, *_: Any) -> Any:

@@ -1,5 +1,6 @@
 """Read a file of torch.save, in its zip format or the older one, onto the CPU without running anything in it."""
 
+import errno
 import io
 import os
 import pickle
@@ -38,7 +39,8 @@ def read_torch(path: Path, is_zip: bool) -> tuple[Any, tuple[str, ...]]:
     except InputError:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise anything; the message names the file
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        is_systems = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # EINVAL: a place before 0
+        if is_systems or isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise  # not the file's fault
         raise InputError(f"{path}: {_why_not(error, is_zip)}") from None
 

@@ -1,6 +1,7 @@
 """dvit-train from end to end: what it writes, how it stops and resumes, with one process and with several."""
 
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,14 @@ from dvit_infer.training import held_out, loop
 def same(a: Path, b: Path) -> bool:
     ours, theirs = trained(a), trained(b)
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_folders_that_are_left_out_are_named(dense, folder, tmp_path, capsys):
+    for name in (".cache", "__MACOSX"):
+        (shutil.copytree(folder, tmp_path / "with", dirs_exist_ok=True) / name).mkdir()
+    assert train.main(arguments(dense, tmp_path / "with", tmp_path / "out.pth", "--epochs", "1")) == 0
+    warning = f"warning: {tmp_path}/with: 2 folders left out, hidden or left by a tool: '.cache', '__MACOSX'\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_what_it_writes_is_read_back_without_help(whole, dense):

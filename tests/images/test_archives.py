@@ -16,7 +16,7 @@ from drawn import draw, draw_all, write_text
 import dvit_infer as dvit
 from dvit_infer.images import archives
 from dvit_infer.images.archives import archived_files, find_entries
-from dvit_infer.images.decode import open_image
+from dvit_infer.images.decode import ImageFileError, open_image
 from dvit_infer.images.labelled import labelled_images
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import decode
@@ -239,3 +239,12 @@ def test_memory_does_not_grow_with_a_tar():
         return most
 
     assert peak(2000) < 1.5 * peak(100)
+
+
+def test_an_archive_that_went_away_is_not_called_damaged():
+    pack("a.tar", {"x/1.png": png()})
+    [found] = archived_files("a.tar")
+    assert found.entry.member is not None
+    os.remove("a.tar")
+    with pytest.raises(ImageFileError, match="No such file or directory"):
+        archives.read_member("a.tar/x/1.png", found.entry.member)

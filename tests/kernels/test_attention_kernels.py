@@ -4,15 +4,15 @@ import itertools
 
 import pytest
 import torch
-from attention_inputs import INF, exact, make_bias, make_pair_bias, make_qkv, make_ragged
+from attention_checks import check, on, poisoned, run_one
+from attention_inputs import INF, make_bias, make_pair_bias, make_qkv, make_ragged
 from dvit_kernels.attention import AttentionTile, key_chunks, launch_attention
-from kernel_helpers import QUICK, SLOW, WHERE, collected, needs_loops, rms, run_guarded
+from kernel_helpers import QUICK, SLOW, WHERE, needs_loops
 
 from dvit_infer.ops import attention as op
 from dvit_infer.ops.attention import attention, attention_ref
 from dvit_infer.ops.choices import Choices, using
 
-BETWEEN = 4096  # elements of NaN around inputs
 pytestmark = needs_loops
 
 # B, M, N, H, D: one token; a tile and a row; two chunks and three; blocks of keys; heads that fill no power of two.
@@ -32,34 +32,6 @@ SHAPES = [
     pytest.param(1, 20, 321, 1, 20, marks=SLOW),
 ]
 RAGGED = [20, 5, 1, 0, 33]
-
-
-def poisoned(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Copies with the same strides, in memory that is NaN wherever they are not."""
-    copies = []
-    for x in tensors:
-        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-        memory = torch.full((size + 2 * BETWEEN,), float("nan"), dtype=x.dtype, device=x.device)
-        copies.append(memory.as_strided(x.shape, x.stride(), BETWEEN).copy_(x))
-    return copies
-
-
-def on(device: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors there; views of one packed tensor stay such views."""
-    return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in tensors]
-
-
-def check(
-    got: torch.Tensor, given: tuple, ends: torch.Tensor | None = None, pair_bias: torch.Tensor | None = None
-) -> None:
-    """Against float64: at most twice the error of plain PyTorch in the same dtype."""
-    expected = exact(*given, ends, pair_bias=pair_bias)
-    plain = attention_ref(*given, ends, pair_bias=pair_bias)
-    assert rms(got.cpu() - expected) <= 2 * rms(plain.cpu() - expected) + 1e-6
-
-
-def run_one(*arguments, **named) -> torch.Tensor:
-    return run_guarded(collected(launch_attention, *arguments, **named), ["out_ptr"])["out_ptr"]
 
 
 @pytest.mark.parametrize(("b", "m", "n", "heads", "head_dim"), SHAPES)
@@ -171,79 +143,6 @@ def test_large_scores(device, dtype, keys):
         check(out, given)
 
 
-# B, groups, M, N, H, D: the windows of Swin; a tile and a row; blocks of keys with a rest and without; one query.
-PAIRS = [
-    pytest.param(4, 2, 49, 49, 2, 32, marks=(QUICK, SLOW)),
-    pytest.param(2, 0, 65, 64, 1, 48, marks=SLOW),
-    (3, 3, 2, 40, 2, 104),
-    (3, 1, 1, 17, 2, 64),
-    pytest.param(2, 0, 33, 130, 2, 64, marks=(QUICK, SLOW)),
-    (1, 0, 20, 144, 1, 32),
-    pytest.param(2, 2, 18, 100, 1, 128, marks=SLOW),
-    (1, 0, 20, 33, 1, 60),
-]
-
-
-@pytest.mark.parametrize(("b", "groups", "m", "n", "heads", "head_dim"), PAIRS)
-@pytest.mark.parametrize(("device", "dtype"), WHERE)
-def test_a_bias_per_pair(device, dtype, b, groups, m, n, heads, head_dim):
-    """With the bias per key and without, in memory that is NaN around the pairs."""
-    qkv = poisoned(*on(device, *make_qkv(b, m, n, heads, head_dim, dtype)))
-    [pair_bias] = poisoned(make_pair_bias(heads, m, n, groups).to(device))
-    for bias in (None, *poisoned(make_bias(b, n).to(device))):
-        given = (*qkv, head_dim**-0.5, bias)
-        check(run_one(*given, pair_bias=pair_bias), given, pair_bias=pair_bias)
-
-
-@pytest.mark.parametrize(
-    "tile",
-    [
-        None,
-        pytest.param(AttentionTile(16, 16, num_stages=2), marks=SLOW),
-        pytest.param(AttentionTile(32, 32, 16, programs=2), marks=SLOW),
-    ],
-)
-@pytest.mark.parametrize(("device", "dtype"), WHERE)
-def test_masked_pairs(device, dtype, tile):
-    """Windows of a shifted grid: whole blocks of keys hidden before the first that is not; rows without a key are 0."""
-    if dtype == torch.float32 and tile is not None and tile.chunk_a > 16:
-        pytest.skip("blocks of other sizes would spill")
-    q, k, v = on(device, *make_qkv(4, 40, 40, 2, 32, dtype))
-    window = torch.arange(40) // 20
-    masks = torch.stack([torch.zeros(40, 40), torch.where(window[:, None] == window, 0.0, -INF)])
-    pair_bias = (masks[:, None] + torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(1))).to(device)
-    pair_bias[0, 1, 7] = -INF
-    given = (q, k, v, 0.2, None)
-    out = run_one(*given, pair_bias=pair_bias, tile=tile)
-    assert (out[::2, 7, 1] == 0).all()
-    check(out, given, pair_bias=pair_bias)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("device", "dtype"), WHERE)
-def test_any_strides_of_a_pair_bias(device, dtype):
-    q, k, v = on(device, *make_qkv(4, 9, 9, 2, 32, dtype))
-    wide = make_pair_bias(4, 20, 20, 4).to(device)
-    views = (
-        wide[:, :2, :9, :9],
-        wide[0, ::2, ::2, 1:10][:, :9],  # nothing in it is aligned
-        wide[::2, :2, :9, :9],
-        wide[:2, :1, :9, :9].expand(-1, 2, -1, -1),  # a mask for all heads
-        wide[0, :2, :9, :9].transpose(1, 2),
-        wide[:2, :2, :1, :9].expand(-1, -1, 9, -1),
-        wide[:1, :2, :9, ::2][..., :9],
-    )
-    for view in views:
-        expected = launch_attention(q, k, v, 0.2, pair_bias=view.contiguous())
-        torch.testing.assert_close(launch_attention(q, k, v, 0.2, pair_bias=view), expected, rtol=0, atol=0)
-
-
-def test_a_ragged_batch_with_a_bias_per_pair_is_refused():
-    *qkv, ends = make_ragged([4, 2], 1, 32, torch.float32)
-    with pytest.raises(ValueError, match="pair_bias is for dense batches"):
-        launch_attention(*qkv, 0.2, None, ends, 4, make_pair_bias(1, 4, 4))
-
-
 def test_no_images():
     q, k, v = make_qkv(0, 5, 5, 2, 32, torch.float32)
     assert launch_attention(q, k, v, 0.2).shape == (0, 5, 2, 32)
@@ -304,20 +203,6 @@ def test_sizes_of_models(m, n, head_dim, dtype):
     for bias in (None, make_bias(3, n).cuda()):
         given = (*qkv, head_dim**-0.5, bias)
         check(run_one(*given), given)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("b", "groups", "m", "n", "head_dim"),
-    [(128, 64, 49, 49, 32), (8, 4, 144, 144, 32), (3, 0, 197, 197, 64), (3, 0, 577, 577, 64), (2, 2, 784, 196, 96)],
-)
-def test_pairs_of_models(b, groups, m, n, head_dim, dtype):
-    qkv = poisoned(*on("cuda", *make_qkv(b, m, n, 3, head_dim, dtype)))
-    pair_bias = make_pair_bias(3, m, n, groups).cuda()
-    for bias in (None, make_bias(b, n).cuda()):
-        given = (*qkv, head_dim**-0.5, bias)
-        check(run_one(*given, pair_bias=pair_bias), given, pair_bias=pair_bias)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import ast
 import collections
 import datetime
 import enum
+import errno
 import functools
 import os
 import pathlib
@@ -212,6 +213,17 @@ def test_a_tensor_outside_of_its_data_is_refused(change, tmp_path):
     storage = torch.ones(3, 4).storage()
     torch.save({"head.weight": Tensor()}, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"a\.pth: truncated or damaged"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_an_error_of_the_system_is_not_the_files(tmp_path, monkeypatch):
+    torch.save({"model": {"a.b": torch.ones(3)}}, tmp_path / "a.pth")
+
+    def fails(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("dvit_infer.models.torch_file._mapped", fails)
+    with pytest.raises(InputError, match=r"a\.pth: Input/output error$"):
         read_checkpoint(tmp_path / "a.pth")
 
 

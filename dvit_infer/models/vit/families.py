@@ -126,14 +126,12 @@ DEIT = Family(
     crop_pct=_deit_crop_pct,
     in_timm=_deit_in_timm,
 )
-LVVIT = Family(
+LVVIT = DEIT._replace(
     name="lvvit",
-    body=ViT,
     archs=_archs("lvvit"),
     matches=has_stem,
     read=read_lvvit,
     reference=_lvvit,
-    resized=_resized,
-    graph=graph,
     crop_pct=_lvvit_crop_pct,
+    in_timm=None,
 )
