@@ -107,7 +107,7 @@ def _check_method(reading: Reading, args: Mapping[str, Any], asked: Any) -> None
     if asked is None:
         raise InputError(
             f"{reading.name}: was trained as {other}: another function than the model that its keys describe; "
-            "--method none (method='none') converts it as the dense one"
+            "dvit-convert --method none (method='none') takes it as the dense one"
         )
     reading.note("given", "trained as", other, f"another function than this, which you gave: method {asked}")
 
