@@ -36,7 +36,7 @@ class Engine(Verifiable):
     Attributes:
         graph: the nodes that run, with their weights; `print(engine.graph)` shows them and their runtime.
         notes: the facts read, assumed or given when the checkpoint was recognised.
-        params: the number of weights in the file, for a dense engine without modules that do not run.
+        params: the number of weights in the file, without those of a reduction that does not run.
         config, runner, device, dtype, micro_batch: as for every `Classifier`.
     """
 
