@@ -50,6 +50,7 @@ def test_the_committed_files_are_as_right_as_claimed(path, claimed, test_images)
     assert _top1(engine, *test_images) == pytest.approx(100 * share, abs=400 * (share * (1 - share) / SOME) ** 0.5)
 
 
+@pytest.mark.slow
 def test_the_trained_model_passes_verification_in_both_dtypes():
     for dtype in ("float32", "bfloat16"):
         report = dvit.verify(dvit.convert(TRAINED, device="cpu", dtype=dtype), TRAINED)

@@ -33,9 +33,8 @@ def without(*argv) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["predict", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eval", "viz"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "eval", "viz"])
 def test_reading_images(command, checkpoint):
     draw_all(Path("d/3"), 2)
     out = without(command, checkpoint, "d", *TINY, *SMALL, *(["-o", "k.png"] if command == "viz" else []))

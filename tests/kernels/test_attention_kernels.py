@@ -28,7 +28,7 @@ SHAPES = [
     pytest.param(1, 70, 130, 1, 64, marks=SLOW),
     pytest.param(1, 18, 130, 1, 104, marks=QUICK),
     pytest.param(1, 33, 197, 1, 64, marks=SLOW),
-    (1, 5, 257, 1, 64),
+    pytest.param(1, 5, 257, 1, 64, marks=SLOW),
     pytest.param(1, 20, 321, 1, 20, marks=SLOW),
 ]
 RAGGED = [20, 5, 1, 0, 33]
@@ -63,7 +63,7 @@ def test_tiles_change_nothing(device, dtype, tile):
         check(run_one(*given, tile=tile), given)
 
 
-@pytest.mark.parametrize("most", [33, 64, 300])
+@pytest.mark.parametrize("most", [33, 64, pytest.param(300, marks=SLOW)])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_ragged(device, dtype, most):
     """Lengths that are below the promised maximum by any amount, none at all among them."""
