@@ -24,6 +24,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
 def positive_int(what: str, value: Any) -> int:
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 1:

@@ -19,10 +19,10 @@ from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
 from dvit_infer.models.trained_as import other_method
-from dvit_infer.models.vit.families import DEIT, LVVIT
+from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
 from dvit_infer.reduction import METHODS
 
-FAMILIES: tuple[Family, ...] = (DEIT, LVVIT)
+FAMILIES: tuple[Family, ...] = (LVVIT, VIT, DEIT)  # the first one that matches
 
 
 def list_archs() -> list[str]:
@@ -75,7 +75,7 @@ def recognise(
             f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; "
             "DeiT, LV-ViT and DynamicViT on them are"
         )
-    family = next((f for f in FAMILIES if f.matches(reading.shapes)), None)
+    family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(list_archs())}")
