@@ -56,7 +56,8 @@ def _resized(state: State, config: Config) -> State:
     tables = {key: resample_table(w, old, new) for key, w in state.items() if key.endswith(RelativePosition.TABLE)}
     if body.no_pos_embed:
         return {**state, **tables}
-    return {**state, **tables, "pos_embed": resample_pos_embed(state["pos_embed"], body, old, new)}
+    rule = body.resample, body.num_registers > 0
+    return {**state, **tables, "pos_embed": resample_pos_embed(state["pos_embed"], body.placed_prefix, old, new, *rule)}
 
 
 def _deit_crop_pct(config: Config) -> float | None:

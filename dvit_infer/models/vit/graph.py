@@ -54,10 +54,11 @@ def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
                 eps=getattr(stem, norm).eps,
             )
             image = image[0] // stride, image[1] // stride
-    prefix = torch.cat([torch.zeros(1, 0, body.embed_dim), *model.prefix_tokens()], dim=1).detach()
-    rows = prefix.shape[1] + config.num_patches
-    pos_embed = torch.zeros(1, rows, body.embed_dim) if body.no_pos_embed else model.positions().detach()
-    weights = _unprefixed(_own(stem, w="proj"), "w.") | {"prefix": prefix, "pos_embed": pos_embed}
+    rows = body.num_prefix + config.num_patches
+    weights = _unprefixed(_own(stem, w="proj"), "w.")
+    empty = weights["weight"].new_zeros(1, 0, body.embed_dim)
+    weights["prefix"] = torch.cat([empty, *model.prefix_tokens()], dim=1).detach()
+    weights["pos_embed"] = empty.new_zeros(1, rows, body.embed_dim) if body.no_pos_embed else model.positions().detach()
     equals = "norm_pre:in" if body.norm_pre else first
     yield Embed(name="embed", equals=equals, weights=weights, image=image)
     if body.norm_pre:
@@ -111,9 +112,9 @@ def _attention(block: nn.Module, body: ViT) -> Tensors:
         return weights | _own(block, qkv="attn.qkv")
     own = _own(block, w="attn.qkv.weight", q="attn.q_proj", k="attn.k_proj", v="attn.v_proj")
     own |= _own(block, **{"q.bias": "attn.q_bias", "v.bias": "attn.v_bias"})
-    weights["qkv.weight"] = own.get("w", torch.cat([own.get(f"{part}.weight", torch.empty(0)) for part in "qkv"]))
+    weights["qkv.weight"] = own["w"] if "w" in own else torch.cat([own[f"{part}.weight"] for part in "qkv"])
     if any(body.has_bias(part) for part in "qkv"):
-        none = torch.zeros(body.embed_dim)
+        none = weights["qkv.weight"].new_zeros(body.embed_dim)
         weights["qkv.bias"] = torch.cat([own.get(f"{part}.bias", none) for part in "qkv"])
     return weights
 
