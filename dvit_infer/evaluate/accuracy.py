@@ -10,7 +10,7 @@ import torch
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import checkpoint_of
 from dvit_infer.errors import InputError
-from dvit_infer.evaluate.one_logit import as_classes
+from dvit_infer.evaluate.one_logit import as_classes, check_classes
 from dvit_infer.images.labelled import Labelled
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, batch_size, batches, decode, pixels, running, worker_count
@@ -121,6 +121,7 @@ def measure_accuracy(
     """
     batch = batch_size(batch, engine.device)
     workers = worker_count(workers)
+    check_classes(engine.config, "engine")
     stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers)
     counts = _Counts()
     with running(batch):
