@@ -17,7 +17,7 @@ _HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
 _IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 _OPENAI = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
 _BILINEAR, _BICUBIC = {"resample": 2}, {"resample": 3}  # Pillow's numbers
-_ALL = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
+_ALL = {"size": {"height": 224, "width": 224}, "do_center_crop": False, "square": True}
 _CENTER = {"size": {"shortest_edge": 224}, "crop_size": 224, "do_center_crop": True, "square": False}
 # Of each class its file's keys; "square": whether one number as a size is both sides, or the shorter one.
 _CLASSES: dict[str, dict[str, Any]] = {
