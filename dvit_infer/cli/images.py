@@ -28,7 +28,7 @@ def add_options(parser: Parser) -> None:
         "--crop-pct",
         type=float,
         metavar="X",
-        help="share of the shorter side that the crop keeps; default: the family's",
+        help="share of the shorter side that the crop keeps; default: the file's, else the family's",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
 

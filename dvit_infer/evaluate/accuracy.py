@@ -111,7 +111,7 @@ def measure_accuracy(
 
     Args:
         batch: images at a time; None: 256 on CUDA, 16 on a CPU.
-        preprocess: None: `preprocess_for`, as the model's family was evaluated.
+        preprocess: None: `preprocess_for`, as the model was evaluated.
         workers: processes that decode; 0: none; None: one less than processors, at most 8.
         reference: a model that classifies the same images (`reference_of`).
         progress: called with the number of images done since the last call.
