@@ -275,3 +275,15 @@ def test_timms_description_says_it_in_its_words(cfg, expected, tmp_path):
     assert preprocess_for(engine.config) == expected
     said = [f"pretrained_cfg.{key} is {value}" for key, value in cfg.items() if value in ("border", "random")]
     assert [note.why for note in engine.notes if note.value == "not used"] == said
+
+
+def test_a_trainers_arguments_say_it_too():
+    weights = {key: w for key, w in state_dict("tiny-deit", 1).items() if "predictor" not in key}
+    args = {"num_heads": 2, "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"}
+    config = dvit.convert({"model": weights, "args": args}, device="cpu").config
+    assert preprocess_for(config) == Preprocess((224, 224), 1.0, "squash", "bilinear")
+    odd = {"num_heads": 2, "crop_mode": ["squash"], "interpolation": ""}  # timm's: the description's
+    file = {"model": weights, "args": odd, "pretrained_cfg": {"interpolation": "bilinear"}}
+    assert preprocess_for(dvit.convert(file, device="cpu").config) == Preprocess(
+        (224, 224), 0.875, "center", "bilinear"
+    )
