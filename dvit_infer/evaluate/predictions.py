@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -61,14 +62,19 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     # What a model does not have is left out, so that ids stay as they were before a family could have it.
     facts["body"] = {name: fact for name, fact in facts["body"].items() if fact is not False}
-    prepared = {"image_size": preprocess.image_size, "crop_pct": preprocess.crop_pct, "warp": preprocess.warp}
-    added = {"crop_mode": preprocess.crop_mode, "interpolation": preprocess.interpolation}
-    prepared |= {what: value for what, value in added.items() if value not in ("center", "squash", "bicubic")}
-    content = [VERSION, facts, str(engine.dtype), prepared]
+    content = [VERSION, facts, str(engine.dtype), _prepared(preprocess)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for part in engine.digest(source):
         digest.update(part)
     return f"{engine.config.arch}@{digest.hexdigest()[:8]}"
+
+
+def _prepared(preprocess: Preprocess) -> dict[str, Any]:
+    """Return the facts of preprocessing, such that ids stay as they were before it had a crop mode and a filter."""
+    whole = preprocess.warp and preprocess.crop_pct == 1
+    facts = {**asdict(preprocess), "warp": preprocess.warp, "crop_pct": 0.875 if whole else preprocess.crop_pct}
+    usual = {"crop_mode": "squash" if whole else "center", "interpolation": "bicubic"}
+    return {what: value for what, value in facts.items() if value != usual.get(what)}
 
 
 def predict(
