@@ -90,9 +90,12 @@ def recognise(
     weights = checkpoint.weights or (None if stored is None else stored.weights)
     config = replace(family.read(reading, arch, options), weights=weights)
     if config.crop_pct is None:
-        crop = family.crop_pct(config)
+        crop = None if config.crop_mode == "squash" else family.crop_pct(config)
+        if crop is None and given.get("crop_mode") not in (None, "squash"):
+            raise InputError(f"crop_mode: {family.name} warps images of this size; assume crop_pct too, 0.875 say")
         how: Literal["read", "assumed"] = "assumed" if "crop_pct" in config.assumed else "read"
-        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, f"{family.name}'s")
+        whose = "crop_mode squash" if config.crop_mode == "squash" else f"{family.name}'s"
+        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, whose)
     if stored is not None:
         overridden = {*given, *(name for name, value in options.items() if value is not None)}
         _check_header(checkpoint.name, stored, config, overridden)

@@ -46,6 +46,8 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             mean=check.three_floats("mean", values["mean"], positive=False),
             std=check.three_floats("std", values["std"], positive=True),
             crop_pct=check.crop_pct("crop_pct", values["crop_pct"]),
+            crop_mode=check.crop_mode("crop_mode", values["crop_mode"]),
+            interpolation=check.interpolation("interpolation", values["interpolation"]),
             weights=None if values["weights"] is None else _text("weights", values["weights"]),
             assumed=_assumed(values["assumed"]),
         )
