@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ TOP = 5
 VERSION = 2  # of predictions; increased when the same model may give a different output for the same image
 # Config fields that do not affect outputs, given the preprocessing.
 _IN_NAME_ONLY = ("arch", "weights", "crop_pct", "crop_mode", "interpolation", "assumed")
+_FIRST = ("num_prefix", "stem_dim", "skip_lam")  # optional facts of a body that ids have always held
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     # What a model does not have is left out, so that ids stay as they were before a family could have it.
-    facts["body"] = {name: fact for name, fact in facts["body"].items() if fact is not False}
+    later = {f.name: f.default for f in fields(engine.config.body) if f.name not in _FIRST}
+    facts["body"] = {name: fact for name, fact in facts["body"].items() if name not in later or fact != later[name]}
     content = [VERSION, facts, str(engine.dtype), _prepared(preprocess)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for part in engine.digest(source):

@@ -37,6 +37,11 @@ def positive_int(what: str, value: Any) -> int:
     return int(value)
 
 
+def count(what: str, value: Any) -> int:
+    """Return a number that may be zero."""
+    return 0 if value == 0 and type(value) is int else positive_int(what, value)
+
+
 def positive_float(what: str, value: Any) -> float:
     if not is_number(value) or not value > 0:
         raise InputError(f"{what}: {value!r} is not a positive number")

@@ -82,7 +82,8 @@ class PlainViT(VisionTransformer):
         if not self.num_classes:
             return pooled
         if self.distilled:
-            return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+            pooled = (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+            return pooled
         out: torch.Tensor = self.head(pooled)
         return out
 

@@ -24,8 +24,8 @@ def resample_pos_embed(
 ) -> torch.Tensor:
     """Resample (1, P + old patches, C) to (1, P + new patches, C), in float32, by a rule of `RULES`.
 
-    The first `num_prefix` rows are left as they are; `registers`: the model has some. The rules are those of timm's `resample_abs_pos_embed`,
-    transformers' `interpolate_pos_encoding`, DINOv2's `interpolate_pos_encoding`, and big_vision's `resample_posemb`.
+    The first `num_prefix` rows are left as they are; `registers`: the model has some. The rules are those of timm's
+    `resample_abs_pos_embed`, transformers' and DINOv2's `interpolate_pos_encoding`, and big_vision's `resample_posemb`.
     The official DynamicViT resampled bilinearly.
     """
     if old_grid == new_grid:
