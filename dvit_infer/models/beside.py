@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dvit_infer.models.facts import Facts as Facts
 from dvit_infer.models.facts import is_number, text_of
+from dvit_infer.models.vit.described import SOUND, model_facts
 
 FILES = ("config.json", "preprocessor_config.json")
-Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
 
 _MOST_BYTES = 1 << 20
 _BICUBIC = 3  # Pillow's number
@@ -36,7 +37,8 @@ def read_beside(folder: Path) -> dict[str, Any]:
 def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Facts, list[tuple[str, str]]]:
     """Return the facts of JSON objects, and what of them is not used: pairs of a name and the reason.
 
-    Among the facts, "unlike" says in words what changes a plain ViT's function and shows in no key.
+    Among the facts, "unsupported" says in words why the model cannot be read, and "unlike" what changes the function of
+    a DeiT and shows in no key.
 
     Args:
         sources: objects as timm and Hugging Face write them, by name; of two that state a fact, the first counts.
@@ -48,10 +50,11 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         if isinstance(content, str):
             unused.append((name, content))
             continue
-        if other := _of_another_model(content, shapes):
+        of_model = model_facts(name, sources)
+        if not of_model and (other := _of_another_model(content, shapes)):
             unused.append((name, f"describes another model: {other}"))
             continue
-        found = {**_timm(content), **_huggingface(content)}
+        found = {**of_model, **_timm(content), **_huggingface(content)}
         for what, (value, key) in found.items():
             if what == "not here":
                 unused += [(name, remark) for remark in value]
@@ -149,6 +152,8 @@ def _side(value: Any) -> list[int] | None:
 
 
 def _is_sound(what: str, value: Any) -> bool:
+    if what in SOUND:
+        return SOUND[what](value)
     if what in ("mean", "std"):
         return _numbers(value) and len(value) == 3 and (what == "mean" or min(value) > 0)
     if what == "crop_pct":
