@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.config import CROP_MODES, INTERPOLATIONS
+from dvit_infer.models.facts import Facts as Facts
 from dvit_infer.models.facts import is_number, text_of
 from dvit_infer.models.processor import facts_of_type, processor_facts
+from dvit_infer.models.vit.described import SOUND, model_facts
 
 FILES = ("config.json", "processor_config.json", "preprocessor_config.json")
-Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
 
 _MOST_BYTES = 16 << 20  # 21,843 names of classes, there and back, are 2 MiB
 _TIMM_CROP = 0.875  # where timm's description says none
 _PREPARED = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-_POOLED = {"avg": "the mean of the patches", "max": "the largest of the patches", "map": "a learned pooling"}
 
 
 def read_beside(folder: Path) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def read_beside(folder: Path) -> dict[str, Any]:
 def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Facts, list[tuple[str, str]]]:
     """Return the facts of JSON objects, and what of them is not used: pairs of a name and the reason.
 
-    Among the facts, "unlike" says in words what changes a plain ViT's function and shows in no key; "by type" lists
-    those that nothing but the type of the model implies.
+    Among the facts, "unsupported" says in words why the model cannot be read; "by type" lists those that nothing but
+    the type of the model implies.
 
     Args:
         sources: objects as timm and Hugging Face write them, by name; of two that state a fact, the first counts.
@@ -53,10 +53,11 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         if isinstance(content, str):
             unused.append((name, content))
             continue
-        if other := _of_another_model(content, shapes):
+        of_model = model_facts(name, sources)
+        if not of_model and (other := _of_another_model(content, shapes)):
             unused.append((name, f"describes another model: {other}"))
             continue
-        found = {**_timm(content), **processor_facts(content, model_type)}
+        found = {**of_model, **_timm(content), **processor_facts(content, model_type)}
         for what, (value, key) in found.items():
             if what == "not here":
                 unused += [(name, remark) for remark in value]
@@ -78,15 +79,6 @@ def _of_another_model(content: Mapping[str, Any], shapes: Mapping[str, tuple[int
     return None
 
 
-def _unlike(content: Mapping[str, Any]) -> str | None:
-    """Return how timm's description differs from a ViT whose class token is classified, with the exact GELU."""
-    chosen = _mapping(content.get("model_args"))
-    pool, act = chosen.get("global_pool", content.get("global_pool")), chosen.get("act_layer")
-    if isinstance(pool, str) and pool in _POOLED:
-        return f"global_pool is {pool!r}: its head reads {_POOLED[pool]}"
-    return None if act in (None, "gelu") else f"act_layer is {str(act)[:40]!r}, not the exact GELU"
-
-
 def _timm(content: Mapping[str, Any]) -> Facts:
     """Return the facts of timm's config.json: those of `pretrained_cfg`, which were at the top before 2023."""
     inner = "pretrained_cfg" in content
@@ -104,20 +96,18 @@ def _timm(content: Mapping[str, Any]) -> Facts:
         found["image_size"] = chosen["img_size"], "model_args.img_size"
     if "num_heads" in chosen:
         found["num_heads"] = chosen["num_heads"], "model_args.num_heads"
-    if unlike := _unlike(content):
-        found["unlike"] = unlike, unlike
     return found
 
 
 def _is_sound(what: str, value: Any) -> bool:
+    if what in SOUND:
+        return SOUND[what](value)
     if what in ("mean", "std"):
         return _numbers(value) and len(value) == 3 and (what == "mean" or min(value) > 0)
     if what == "crop_pct":
         return is_number(value) and 0.1 <= value <= 1
     if what in ("crop_mode", "interpolation"):
         return isinstance(value, str) and value in (CROP_MODES if what == "crop_mode" else INTERPOLATIONS)
-    if what == "unlike":
-        return True
     if what == "image_size":
         return _numbers(value if isinstance(value, list) else [value])
     return isinstance(value, int) and not isinstance(value, bool)

@@ -10,6 +10,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.reduction import METHODS
 from dvit_infer.utils.bounds import check_bound
 
+Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
+
 MAX_PATCHES = 1 << 14  # one head's attention weights of one image are then 1 GiB
 
 

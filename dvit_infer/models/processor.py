@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
-from dvit_infer.models.facts import is_number, text_of
-
-Facts = dict[str, tuple[Any, str]]  # as `beside.Facts`: a fact's name -> its value and where it stands
+from dvit_infer.models.facts import Facts, is_number, text_of
 
 _HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
 _IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
