@@ -49,8 +49,9 @@ class Note:
 class Reading:
     """Resolves facts one by one and notes each.
 
-    Their order: the caller's, those of the saved config or of the trainer's arguments, those of timm's `pretrained_cfg`
-    in the file and of the JSON files beside it, assumptions.
+    Their order: the caller's, those of the saved config or of the trainer's arguments, those that a module states,
+    those of timm's `pretrained_cfg` in the file and of the JSON files beside it, those that the keys imply, and
+    assumptions.
 
     Args:
         checkpoint: its keys and shapes, a trainer's arguments and the JSON files beside it are read.
@@ -70,6 +71,7 @@ class Reading:
         self.notes: list[Note] = []
         self.beside: Facts = {}
         self.by_type: tuple[str, ...] = ()  # those of them that only the type of the model implies
+        self._in_file = checkpoint.in_file
         if stored is None:
             self._read_beside(checkpoint)
         self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
@@ -80,7 +82,8 @@ class Reading:
         sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
         found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
         self.by_type, _ = found.pop("by type", ((), ""))
-        self.beside = {**_under_other_names(checkpoint.metadata), **found}
+        others = _under_other_names(checkpoint.metadata)
+        self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
             self.note("read", source, "not used", why)
 
@@ -93,10 +96,12 @@ class Reading:
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of a required tensor."""
         if key not in self.shapes:
-            raise InputError(f"{self.name}: missing key {key}")
+            raise InputError(f"{self.name}: missing key {self._in_file(key)}")
         found = self.shapes[key]
         if len(found) != ndim or 0 in found:
-            raise InputError(f"{self.name}: {key} has shape {found}, {ndim} dimensions, none of them 0, are expected")
+            raise InputError(
+                f"{self.name}: {self._in_file(key)} has shape {found}, {ndim} dimensions, none of them 0, are expected"
+            )
         return found
 
     def vote(self, what: str, places: Sequence[tuple[str, int]]) -> int:
@@ -105,7 +110,8 @@ class Reading:
         sizes = Counter(size for size in seen if size > 0)
         if not sizes:
             is_there = next((key for key, _ in places if key in self.shapes), None)
-            found = f"{is_there} has shape {self.shapes[is_there]}" if is_there else f"missing key {places[0][0]}"
+            missing = f"missing key {self._in_file(places[0][0])}"
+            found = f"{self._in_file(is_there)} has shape {self.shapes[is_there]}" if is_there else missing
             raise InputError(f"{self.name}: {found}, which should show {what}")
         return sizes.most_common(1)[0][0]
 

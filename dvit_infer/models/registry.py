@@ -69,11 +69,14 @@ def recognise(
         reading.note(
             "given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}"
         )
+    if checkpoint.owner is not None:
+        reading.note("read", "names", checkpoint.whose, "its keys become timm's")
+    for what, why in checkpoint.left_over:
+        reading.note("read", text_of(what), "not used", why)
     known = describe(reading.shapes) if stored is None else None
     if known is not None:
         raise InputError(
-            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; "
-            "DeiT, LV-ViT and DynamicViT on them are"
+            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; plain vision transformers are"
         )
     family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
@@ -163,13 +166,15 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], arch
     found = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
     for key in expected:
         if key not in found:
-            raise InputError(f"{checkpoint.name}: missing key {key}, which {arch} has")
+            raise InputError(f"{checkpoint.name}: missing key {checkpoint.in_file(key)}, which {arch} has")
     for key in found:
         if key not in expected:
-            raise InputError(f"{checkpoint.name}: unexpected key {key}, which {arch} does not have")
+            raise InputError(f"{checkpoint.name}: unexpected key {checkpoint.in_file(key)}, which {arch} does not have")
     for key, shape in expected.items():
         if found[key] != shape:
             others = sorted(k for k in found if "head" in k and k != key and found[k][:1] == shape[:1])
             # Either of two tensors that disagree may be the wrong one: name both.
             because = f", as {others[0]} has {shape[0]} rows" if "head" in key and others else ""
-            raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")
+            raise InputError(
+                f"{checkpoint.name}: {checkpoint.in_file(key)} has shape {found[key]}, {shape} is expected{because}"
+            )
