@@ -197,7 +197,7 @@ class CpuRunner(TorchRunner):
         def prepared(name: str, w: torch.Tensor) -> torch.Tensor:
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._linear.dtype)
-            large = name.removesuffix(".weight") in _LARGE
+            large = name.removesuffix(".weight") in _LARGE and (isinstance(node, Branch) or name == "kv.weight")
             if isinstance(node, PredictorPrune):  # but for the mean half, one row per image
                 large = not self._native and w.ndim == 2 and name != "packed.4"
             return _pack(w) if large and self._linear.prepacked else w
