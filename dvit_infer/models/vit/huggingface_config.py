@@ -112,8 +112,8 @@ def huggingface_facts(content: Mapping[str, Any], *preprocessors: Any) -> Facts:
     found |= _pooling(name, _classes_of(content), get)
     if (classes := _num_classes(content)) is not None:
         found["num_classes"] = classes
-    if reason := _unread(content, get):
-        found["unsupported"] = reason
+    if unread := _unread(content, get):
+        found["unsupported"] = unread
     return {what: fact for what, fact in found.items() if fact[0] is not None}
 
 
@@ -163,7 +163,9 @@ def _pooling(name: str, written_by: str, get: Any) -> Facts:
     if not written_by and name in ("clip", "dinov2", "dinov2_with_registers"):
         return {}  # a classifier of theirs reads something else, and the weights show if there is one
     pool = {"clip": "mean", "dinov2": "token_mean", "dinov2_with_registers": "token_mean"}.get(name, "token")
-    return {"pool": (pool if classifies else "token", f"architectures: {written_by[:40]}" if written_by else "type")}
+    return {
+        "pool": (pool if classifies else "token", f"architectures: {written_by[:40]}" if written_by else "model_type")
+    }
 
 
 def _num_classes(content: Mapping[str, Any]) -> tuple[int, str] | None:
