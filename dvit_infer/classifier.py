@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
+from torch import nn
 
 from dvit_infer.backends.torch import Hook, State, Wanted
 from dvit_infer.config import Config
@@ -13,7 +14,7 @@ from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain
 from dvit_infer.utils.devices import free_memory, is_out_of_memory, micro_batch
 
-Source = str | Path | Mapping[str, Any]
+Source = str | Path | Mapping[str, Any] | nn.Module
 
 
 class Runner(Protocol):

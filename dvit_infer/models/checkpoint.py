@@ -9,15 +9,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
-from dvit_infer.models.beside import read_beside
+from dvit_infer.models.beside import Facts, read_beside
 from dvit_infer.models.containers import check_no_url, describe, tensor_files
 from dvit_infer.models.header import HEADER_KEY, read_header
+from dvit_infer.models.hub import is_hub_name, local_folder
+from dvit_infer.models.kinds import check_kind, code_beside, is_timms
+from dvit_infer.models.modules import read_module
+from dvit_infer.models.npz_file import is_npz, read_npz
 from dvit_infer.models.pickled import Inert
 from dvit_infer.models.state_dicts import find_weights, official_names
 from dvit_infer.models.torch_file import first_line, read_torch
+from dvit_infer.models.vit.names import Plan, apply, plan_of, unstacked
 from dvit_infer.utils.files import check_name
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,6 +44,17 @@ class Checkpoint:
     origin: dict[str, torch.Tensor] | None = None  # of a state dict: the caller's own tensors, by the caller's names
     skipped: tuple[str, ...] = ()  # keys of counters, and classes of objects, that are not read
     beside: dict[str, Any] = field(default_factory=dict)  # JSON files in the file's folder (`read_beside`)
+    owner: str | None = None  # whose names the file has; None: timm's, or unknown ones
+    whose: str = ""  # the owner and the model in words
+    left_over: tuple[tuple[str, str], ...] = ()  # keys that are not used, together, and why
+    implied: Facts = field(default_factory=dict)  # what follows from the names
+    stated: Facts = field(default_factory=dict)  # what a module says of itself
+    names_in_file: dict[str, str] = field(default_factory=dict)  # a name here -> the file's, or several of them
+
+    def in_file(self, key: str) -> str:
+        """Return how messages name a tensor: by its key in the file, with the name here where that is another."""
+        theirs = self.names_in_file.get(key, key)
+        return key if theirs == key or theirs.endswith(f".{key}") else f"{theirs} ({key} here)"
 
     @property
     def is_saved_engine(self) -> bool:
@@ -57,39 +74,54 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    source: str | Path | Mapping[str, Any], weights: str | None = None, or_bare: bool = False
+    source: str | Path | Mapping[str, Any] | nn.Module, weights: str | None = None, or_bare: bool = False
 ) -> Checkpoint:
-    """Read a `.pth`, `.pth.tar`, `.pt` or `.safetensors` file (distinguished by content), or take a loaded state dict.
+    """Read weights and what is known beside them; those of a vision transformer get timm's names, whosever they were.
 
     Args:
-        source: path of a file, of the index of shards, or of the folder of either; or a state dict, bare or inside a
-            training checkpoint.
+        source: path of a `.pth`, `.pth.tar`, `.pt`, `.bin`, `.npz` or `.safetensors` file (distinguished by content),
+            of the index of shards, or of the folder of either; `hf-hub:user/name` or `timm/name` on the Hugging Face
+            Hub; a state dict, bare or inside a training checkpoint; or a module, whose tensors are taken.
         weights: which of several sets of weights to take, by its key, with dots between keys of nested dicts; by
             default the first of `WEIGHT_SETS` in the file, else the only one.
         or_bare: whether weights under no key do for `weights`.
 
     Raises:
-        InputError: the file cannot be read, holds no weights, would run code, or holds a tensor that is not plain,
-            dense, floating-point and finite.
+        InputError: the file cannot be read, holds no weights, would run code, holds a tensor that is not plain, dense,
+            floating-point and finite, is another model than a vision transformer by its config.json, or has a key that
+            no such model of its owner has.
     """
     if isinstance(source, Mapping):
         return _take_weights("state dict", dict(source), weights, or_bare, shared=True)
+    if isinstance(source, nn.Module):
+        name, state, beside, stated = read_module(source)
+        check_kind(name, beside)
+        checkpoint = _take_weights(name, state, None, or_bare, beside, shared=True)
+        checkpoint.stated = stated
+        return checkpoint
     if not isinstance(source, str | Path):
-        raise InputError(f"a path or a state dict is expected, not a {type(source).__name__}")
+        raise InputError(f"a path, a state dict or a module is expected, not a {type(source).__name__}")
     check_no_url(source)
+    if is_hub_name(source):
+        source = local_folder(str(source))
     is_folder = str(source).endswith(os.sep) and os.path.isdir(source)
     path = check_name(str(source).rstrip(os.sep) if is_folder else source)
     try:
+        folder = path if path.is_dir() else path.parent
+        beside = read_beside(folder)
+        if path.is_dir():
+            check_kind(str(path), beside)  # before gigabytes of a language model are read
         files = tensor_files(path)
         loaded = [_load(file, keys) for file, keys in files.items()]
+        code = code_beside(folder if path.is_dir() else None, beside)
     except OSError as error:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
     name = str(next(iter(files)) if len(files) == 1 else path)
     content = loaded[0].content if len(loaded) == 1 else {k: v for part in loaded for k, v in part.content.items()}
-    checkpoint = _take_weights(name, content, weights, or_bare)
-    checkpoint.header = loaded[0].header if len(loaded) == 1 else None
-    checkpoint.beside = read_beside(next(iter(files)).parent)
+    header = loaded[0].header if len(loaded) == 1 else None
+    checkpoint = _take_weights(name, content, weights, or_bare, beside, header)
     checkpoint.skipped += tuple(dict.fromkeys(what for part in loaded for what in part.skipped))
+    checkpoint.left_over += code
     return checkpoint
 
 
@@ -118,6 +150,8 @@ def _load_file(path: Path) -> _Loaded:
         head = file.read(512)
     if not head:
         raise InputError(f"{name}: the file is empty")
+    if head.startswith(_ZIP) and is_npz(path):
+        return _Loaded(read_npz(path))
     is_torch = head.startswith((_ZIP, _PICKLE))
     # A safetensors header may by chance begin with a pickle's first byte, so byte 8 decides first.
     is_safetensors = head[8:9] == b"{"
@@ -151,19 +185,52 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Any], str | None]:
     return tensors, metadata.get(HEADER_KEY)
 
 
-def _take_weights(name: str, content: Any, weights: str | None, or_bare: bool, shared: bool = False) -> Checkpoint:
-    """Find the state dict in a loaded object, strip the wrappers' prefixes and check every tensor.
+def _take_weights(
+    name: str,
+    content: Any,
+    weights: str | None,
+    or_bare: bool,
+    beside: Mapping[str, Any] | None = None,
+    header: str | None = None,
+    shared: bool = False,
+) -> Checkpoint:
+    """Find the state dict in a loaded object, strip the wrappers' prefixes, check every tensor and translate its name.
 
-    With `shared`, the caller holds on to the tensors, and the checkpoint refers to them.
+    With `shared`, the caller holds on to the tensors, and the checkpoint refers to them. What this project saved keeps
+    its names.
     """
     found = find_weights(name, content, weights, or_bare)
-    named, skipped = official_names(name, found.state)
+    named, skipped = official_names(name, found.state, as_saved=header is not None)
     args = found.args if found.key else None
     metadata = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     metadata = {key: content[key] for key in ("pretrained_cfg",) if found.key and key in content} | dict(metadata)
-    clean = {short: _checked(name, key, value) for short, (key, value) in named.items()}
     origin = dict(found.state) if shared else None
-    return Checkpoint(name, clean, found.key, found.others, metadata, origin=origin, skipped=skipped)
+    checkpoint = Checkpoint(name, {}, found.key, found.others, metadata, header, origin, skipped, dict(beside or {}))
+    named = named if header is not None else unstacked(named)
+    keys = {short: key for short, (key, _) in named.items()}
+    plan = None if header is not None else _plan(name, keys, checkpoint.beside)
+    used = {key: value for key, value in named.items() if plan is None or plan.places[key].unused is None}
+    checkpoint.state = {short: _checked(name, key, value) for short, (key, value) in used.items()}
+    checkpoint.names_in_file = keys
+    if plan is not None:
+        draft = apply(name, plan, checkpoint.state, keys)
+        checkpoint.state, checkpoint.names_in_file = draft.state, draft.files
+        checkpoint.owner, checkpoint.whose = plan.table.owner or None, plan.table.whose
+        checkpoint.left_over = tuple(draft.left_over.items())
+        checkpoint.implied = draft.implied
+    return checkpoint
+
+
+def _plan(name: str, keys: Mapping[str, str], beside: Mapping[str, Any]) -> Plan | None:
+    """Return whose names the keys are; a model that its config.json says is another kind is called by that."""
+    try:
+        plan = plan_of(name, keys)
+    except InputError:
+        check_kind(name, beside)
+        raise
+    if plan.table.owner == "huggingface" if plan is not None else not is_timms(keys):
+        check_kind(name, beside)
+    return plan
 
 
 def _checked(name: str, key: str, value: Any) -> torch.Tensor:

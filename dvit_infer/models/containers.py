@@ -10,7 +10,10 @@ from pathlib import Path
 from dvit_infer.errors import InputError
 
 # What Hugging Face's libraries write into a folder, in the order in which they look.
-_IN_FOLDERS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_IN_FOLDERS = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
 _SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin", ".safetensors")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -42,13 +45,20 @@ def tensor_files(path: Path) -> dict[Path, frozenset[str] | None]:
     return {path: None}
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights under a name that Hugging Face's libraries give them."""
+    return any((folder / name).is_file() for name in _IN_FOLDERS)
+
+
 def _in_folder(folder: Path) -> Path:
     for name in _IN_FOLDERS:
         if (folder / name).is_file():
             return folder / name
     there = sorted(file.name for file in folder.iterdir() if file.name.endswith((*_SUFFIXES, ".index.json")))
     others = f"; files in it that may be one: {', '.join(there[:5])}" if there else ""
-    raise InputError(f"{folder}: is a folder without {' or '.join(_IN_FOLDERS[::2])}; a checkpoint is expected{others}")
+    raise InputError(
+        f"{folder}: is a folder without {' or '.join(_IN_FOLDERS[:4:2])}; a checkpoint is expected{others}"
+    )
 
 
 def _shards(index: Path) -> dict[Path, frozenset[str] | None]:
@@ -102,8 +112,6 @@ def describe(path: Path, head: bytes) -> str | None:
 def describe_zip(names: Iterable[str]) -> str:
     """Return a sentence about a zip archive that torch.save did not write."""
     members = list(names)
-    if members and all(name.endswith(".npy") for name in members):
-        return "is a NumPy archive (.npz); those of JAX's vision_transformer and big_vision are not read yet"
     return _unpack("zip", members)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from dvit_infer.config import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Config
 from dvit_infer.errors import InputError
 from dvit_infer.models.beside import Facts, facts_of
 from dvit_infer.models.checkpoint import Checkpoint
@@ -21,9 +21,17 @@ ASSUMABLE = (
     "keep_rate",
     "trained_size",
     "no_embed_class",
+    "act",
+    "pool",
+    "rope",
+    "map_heads",
+    "map_act",
+    "resample",
     "mean",
     "std",
     "crop_pct",
+    "crop_mode",
+    "interpolation",
     "weights",
 )
 
@@ -41,8 +49,9 @@ class Note:
 class Reading:
     """Resolves facts one by one and notes each.
 
-    Their order: the caller's, those of the saved config or of the trainer's arguments, those of timm's `pretrained_cfg`
-    in the file and of the JSON files beside it, assumptions.
+    Their order: the caller's, those of the saved config or of the trainer's arguments, those that a module states,
+    those of timm's `pretrained_cfg` in the file and of the JSON files beside it, those that the keys imply, and
+    assumptions.
 
     Args:
         checkpoint: its keys and shapes, a trainer's arguments and the JSON files beside it are read.
@@ -61,6 +70,8 @@ class Reading:
         self.metadata_source = "the file's args" if stored is None else "the saved config"
         self.notes: list[Note] = []
         self.beside: Facts = {}
+        self.by_type: tuple[str, ...] = ()  # those of them that only the type of the model implies
+        self._in_file = checkpoint.in_file
         if stored is None:
             self._read_beside(checkpoint)
         self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
@@ -70,7 +81,9 @@ class Reading:
         inside = checkpoint.metadata.get("pretrained_cfg")
         sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
         found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
-        self.beside = {**_under_other_names(checkpoint.metadata), **found}
+        self.by_type, _ = found.pop("by type", ((), ""))
+        others = _under_other_names(checkpoint.metadata)
+        self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
             self.note("read", source, "not used", why)
 
@@ -83,10 +96,12 @@ class Reading:
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of a required tensor."""
         if key not in self.shapes:
-            raise InputError(f"{self.name}: missing key {key}")
+            raise InputError(f"{self.name}: missing key {self._in_file(key)}")
         found = self.shapes[key]
         if len(found) != ndim or 0 in found:
-            raise InputError(f"{self.name}: {key} has shape {found}, {ndim} dimensions, none of them 0, are expected")
+            raise InputError(
+                f"{self.name}: {self._in_file(key)} has shape {found}, {ndim} dimensions, none of them 0, are expected"
+            )
         return found
 
     def vote(self, what: str, places: Sequence[tuple[str, int]]) -> int:
@@ -95,7 +110,8 @@ class Reading:
         sizes = Counter(size for size in seen if size > 0)
         if not sizes:
             is_there = next((key for key, _ in places if key in self.shapes), None)
-            found = f"{is_there} has shape {self.shapes[is_there]}" if is_there else f"missing key {places[0][0]}"
+            missing = f"missing key {self._in_file(places[0][0])}"
+            found = f"{self._in_file(is_there)} has shape {self.shapes[is_there]}" if is_there else missing
             raise InputError(f"{self.name}: {found}, which should show {what}")
         return sizes.most_common(1)[0][0]
 
@@ -115,7 +131,7 @@ class Reading:
             self.note("given", what, value, "by you")
         elif (found := self._stated(what, stored_as)) is not None:
             value, why = found
-            self.note("read", what, value, why)
+            self.note("assumed" if self.only_by_type(what) else "read", what, value, why)
         else:
             value = assumed
             self.note("assumed", what, value, why)
@@ -138,6 +154,10 @@ class Reading:
     def states(self, what: str) -> bool:
         """Return whether the caller, the file or a file beside it states a fact."""
         return self.given.get(what) is not None or self._stated(what, None) is not None
+
+    def only_by_type(self, what: str) -> bool:
+        """Return whether nothing but the type of the model says what a fact is."""
+        return what in self.by_type and self.given.get(what) is None and self._stated(what, None) == self.beside[what]
 
     def stated(self, what: str) -> tuple[Any, str]:
         """Return a fact that the file, or a file beside it, states, and where it stands; without a note."""
@@ -193,6 +213,9 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
         three = {name: usual[name] if value is None else value for name, value in three.items()}
     if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
         found["crop_pct"] = crop
+    for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+        if isinstance(args.get(name), str) and args[name] in known:
+            found[name] = args[name]
     ours = args.get("dvit_infer")  # written by dvit-train beside the official names
     if isinstance(ours, dict):
         found |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}

@@ -19,10 +19,10 @@ from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
 from dvit_infer.models.trained_as import other_method
-from dvit_infer.models.vit.families import DEIT, LVVIT
+from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
 from dvit_infer.reduction import METHODS
 
-FAMILIES: tuple[Family, ...] = (DEIT, LVVIT)
+FAMILIES: tuple[Family, ...] = (LVVIT, VIT, DEIT)  # the first one that matches
 
 
 def list_archs() -> list[str]:
@@ -69,13 +69,16 @@ def recognise(
         reading.note(
             "given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}"
         )
+    if checkpoint.owner is not None:
+        reading.note("read", "names", checkpoint.whose, "its keys become timm's")
+    for what, why in checkpoint.left_over:
+        reading.note("read", text_of(what), "not used", why)
     known = describe(reading.shapes) if stored is None else None
     if known is not None:
         raise InputError(
-            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; "
-            "DeiT, LV-ViT and DynamicViT on them are"
+            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; plain vision transformers are"
         )
-    family = next((f for f in FAMILIES if f.matches(reading.shapes)), None)
+    family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(list_archs())}")
@@ -90,9 +93,12 @@ def recognise(
     weights = checkpoint.weights or (None if stored is None else stored.weights)
     config = replace(family.read(reading, arch, options), weights=weights)
     if config.crop_pct is None:
-        crop = family.crop_pct(config)
+        crop = None if config.crop_mode == "squash" else family.crop_pct(config)
+        if crop is None and given.get("crop_mode") not in (None, "squash"):
+            raise InputError(f"crop_mode: {family.name} warps images of this size; assume crop_pct too, 0.875 say")
         how: Literal["read", "assumed"] = "assumed" if "crop_pct" in config.assumed else "read"
-        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, f"{family.name}'s")
+        whose = "crop_mode squash" if config.crop_mode == "squash" else f"{family.name}'s"
+        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, whose)
     if stored is not None:
         overridden = {*given, *(name for name, value in options.items() if value is not None)}
         _check_header(checkpoint.name, stored, config, overridden)
@@ -160,13 +166,15 @@ def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], arch
     found = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
     for key in expected:
         if key not in found:
-            raise InputError(f"{checkpoint.name}: missing key {key}, which {arch} has")
+            raise InputError(f"{checkpoint.name}: missing key {checkpoint.in_file(key)}, which {arch} has")
     for key in found:
         if key not in expected:
-            raise InputError(f"{checkpoint.name}: unexpected key {key}, which {arch} does not have")
+            raise InputError(f"{checkpoint.name}: unexpected key {checkpoint.in_file(key)}, which {arch} does not have")
     for key, shape in expected.items():
         if found[key] != shape:
             others = sorted(k for k in found if "head" in k and k != key and found[k][:1] == shape[:1])
             # Either of two tensors that disagree may be the wrong one: name both.
             because = f", as {others[0]} has {shape[0]} rows" if "head" in key and others else ""
-            raise InputError(f"{checkpoint.name}: {key} has shape {found[key]}, {shape} is expected{because}")
+            raise InputError(
+                f"{checkpoint.name}: {checkpoint.in_file(key)} has shape {found[key]}, {shape} is expected{because}"
+            )

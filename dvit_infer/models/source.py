@@ -7,23 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.hub import is_hub_name
 
 
 class WeightSource:
     """A file, a folder or index of shards, or a state dict, whose tensors are shared with the caller and not copied.
 
+    Of a module, its state dict.
+
     Copies share it; a pickled one still names its file, but holds no state dict.
 
     Args:
-        source: the path of a checkpoint or saved engine, or a state dict.
+        source: the path of a checkpoint or saved engine, a model on the Hugging Face Hub, a state dict or a module.
         checkpoint: what was read from it.
     """
 
-    def __init__(self, source: str | Path | Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        self._path = None if isinstance(source, Mapping) else os.path.abspath(source)
+    def __init__(self, source: str | Path | Mapping[str, Any] | nn.Module, checkpoint: Checkpoint) -> None:
+        self._path: str | None = None
+        if isinstance(source, str | Path):
+            self._path = str(source) if is_hub_name(source) else os.path.abspath(source)
         self._state: dict[str, torch.Tensor] | None = checkpoint.origin
         self._weights = checkpoint.weights
         self._digest = _digest(checkpoint)

@@ -20,6 +20,9 @@ _PARTS = ("blocks", "embeddings", "features", "head", "layers", "norm", "patch_e
 # What PyTorch's own loading skips or makes anew: counters of averaging and of thop, positions of tokens.
 _NO_WEIGHTS = ("n_averaged", "position_ids", "total_ops", "total_params")
 _GAMMA = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")  # layer scale, as DeiT III calls what timm calls ls1 and ls2
+# timm's Eva and Beit call it gamma_1 and gamma_2 too; these parts, or no pos_embed, are theirs alone.
+_OF_EVA = re.compile(r"rope\.|rel_pos_bias\.|blocks\.\d+\.(attn\.(q_bias|q_proj\.|relative_position)|mlp\.fc1_g\.)")
+_INDEX = re.compile(r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_index")  # made anew from the grid
 _MOST = 100_000  # dicts to look at
 
 
@@ -80,8 +83,12 @@ def find_weights(name: str, content: Any, wanted: str | None, or_bare: bool = Fa
     return Found(state, chosen, tuple(key for key in sets if key != chosen), parent.get("args", content.get("args")))
 
 
-def official_names(name: str, state: Mapping[Any, Any]) -> tuple[dict[str, tuple[str, Any]], tuple[str, ...]]:
+def official_names(
+    name: str, state: Mapping[Any, Any], as_saved: bool = False
+) -> tuple[dict[str, tuple[str, Any]], tuple[str, ...]]:
     """Return the entries of a state dict by their names without wrappers' prefixes, each with its key in the file.
+
+    `as_saved`: layer scales keep their names, as in files that this project saved.
 
     Returns:
         Those that are weights, and the keys of those that are none.
@@ -98,9 +105,14 @@ def official_names(name: str, state: Mapping[Any, Any]) -> tuple[dict[str, tuple
     while prefix := _shared(keys.values()):
         stripped.append(prefix)
         keys = {key: _stripped(short.removeprefix(prefix)) for key, short in keys.items()}
+    names = {*keys.values()}
+    keeps_gamma = as_saved or "pos_embed" not in names or any(map(_OF_EVA.match, names))
     named: dict[str, tuple[str, Any]] = {}
     for key, stripped_key in keys.items():
-        short = _GAMMA.sub(r"\1.ls\2.gamma", stripped_key)
+        if _INDEX.fullmatch(stripped_key):
+            skipped.append(key)
+            continue
+        short = stripped_key if keeps_gamma else _GAMMA.sub(r"\1.ls\2.gamma", stripped_key)
         if short in named:
             raise InputError(f"{name}: two tensors are called {short!r} once {', '.join(stripped)} are stripped")
         named[short] = key, state[key]

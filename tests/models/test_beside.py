@@ -108,7 +108,7 @@ def test_a_mean_of_0_to_255_without_a_std_takes_the_std_with_it():
         ("{", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
         ("[1]", "is no JSON object, or too large"),
-        ('"' + "x" * (1 << 20) + '"', "is no JSON object, or too large"),
+        ('{"x": "' + "x" * (16 << 20) + '"}', "is no JSON object, or too large"),
         ({"pretrained_cfg": TIMM, "num_classes": 1000}, "describes another model: num_classes 1000"),
         ({"pretrained_cfg": {"mean": "abc"}}, "pretrained_cfg.mean is abc"),
         ({"pretrained_cfg": {"std": [1, 2, 0]}}, "pretrained_cfg.std is 1,2,0"),
@@ -116,7 +116,8 @@ def test_a_mean_of_0_to_255_without_a_std_takes_the_std_with_it():
         ({"pretrained_cfg": {"crop_mode": "\x1b[31msquash"}}, "pretrained_cfg.crop_mode is ?[31msquash"),
         ({"pretrained_cfg": {"mean": [float("nan")] * 3}}, "pretrained_cfg.mean is nan"),
         ({"pretrained_cfg": {"crop_pct": 7}}, "pretrained_cfg.crop_pct is 7"),
-        ({"pretrained_cfg": {"interpolation": "bilinear"}}, "pretrained_cfg.interpolation is bilinear; bicubic here"),
+        ({"pretrained_cfg": {"interpolation": "random"}}, "pretrained_cfg.interpolation is random"),
+        ({"pretrained_cfg": {"interpolation": 2}}, "pretrained_cfg.interpolation is 2"),
     ],
 )
 def test_what_is_not_used_of_a_file_is_said(content, why, tmp_path):

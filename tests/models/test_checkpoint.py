@@ -204,7 +204,7 @@ def test_a_negative_variance_is_named(state):
 
 
 def test_what_is_no_path_and_no_state_dict_is_said(tmp_path):
-    for source in (None, torch.nn.Linear(2, 2), 3):
+    for source in (None, [torch.nn.Linear(2, 2)], 3):
         with pytest.raises(InputError, match=f"not a {type(source).__name__}"):
             read_checkpoint(source)
     for name in ("", "a\0b", "folder/"):

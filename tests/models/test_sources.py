@@ -147,7 +147,7 @@ def packed(how: str, name: str = "best.pth") -> bytes:
         (packed("zip", "a.txt"), "is a zip archive.*no checkpoint is seen in it .readme.txt, a.txt"),
         *((packed(how), "is a tar archive with best.pth in it; unpack it") for how in ("w", "w:gz", "w:bz2", "w:xz")),
         (gzip.compress(b"weights"), "is packed with gzip; unpack it"),
-        (packed("npz"), "NumPy archive.*vision_transformer and big_vision are not read yet"),
+        (packed("npz"), "NumPy archive .* of no vision transformer .first name .Transformer/encoder_norm/bias"),
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "is HDF5, as Keras writes"),
         (b"", "the file is empty"),
     ],

@@ -107,8 +107,8 @@ def huggingface_facts(content: Mapping[str, Any], *preprocessors: Any) -> Facts:
     else:
         found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}", key
     if name == "dinov3_vit":
-        theta, key = get("rope_theta")
-        found["rope"] = rope_of("centered", theta if is_number(theta) else 0.0, half=True), key
+        theta, where = get("rope_theta")
+        found["rope"] = rope_of("centered", theta if is_number(theta) else 0.0, half=True), where
     found |= _pooling(name, _classes_of(content), get)
     if (classes := _num_classes(content)) is not None:
         found["num_classes"] = classes

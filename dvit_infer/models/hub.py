@@ -1,0 +1,50 @@
+"""Models on the Hugging Face Hub, by huggingface_hub: its cache first, then the network."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from dvit_infer.errors import InputError
+from dvit_infer.models.containers import has_weights
+from dvit_infer.models.torch_file import first_line
+
+_NAME = re.compile(r"(?:hf[-_]hub:|(?=timm/))([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+_FACTS = ["config.json", "preprocessor_config.json", "open_clip_config.json"]
+# Of two forms of the same weights the second is downloaded only where the first is missing.
+_FORMS = (["*.safetensors", "*.safetensors.index.json"], ["*.bin", "*.bin.index.json"])
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Return whether a source names a model on the Hub; a file or folder that is called so comes first."""
+    return isinstance(source, str) and _NAME.fullmatch(source) is not None and not Path(source).exists()
+
+
+def local_folder(name: str) -> Path:
+    """Return the folder of a model in the cache of huggingface_hub, after downloading it if it is not there.
+
+    Raises:
+        InputError: huggingface_hub is not installed, or neither its cache nor the network has the model.
+    """
+    found = _NAME.fullmatch(name)
+    assert found is not None
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise InputError(
+            f"{name}: names a model on the Hugging Face Hub; pip install huggingface_hub reads it, or download its "
+            "folder and give that"
+        )
+    from huggingface_hub import snapshot_download
+
+    why = "it holds no weights of PyTorch"
+    for is_local in (True, False):
+        for form in _FORMS:
+            patterns = [*_FACTS, *form]
+            try:
+                folder = Path(
+                    snapshot_download(found[1], revision=found[2], allow_patterns=patterns, local_files_only=is_local)
+                )
+            except Exception as error:  # of the cache, of the network, of the server: many kinds, none ours
+                why = f"{type(error).__name__}: {first_line(str(error))}"
+                break
+            if has_weights(folder):
+                return folder
+    raise InputError(f"{name}: is neither in the cache of huggingface_hub nor can be downloaded ({why})")
