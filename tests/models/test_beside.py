@@ -141,10 +141,16 @@ def test_other_files_beside_say_nothing(tmp_path):
     assert engine.config.assumed == ("mean", "std", "crop_pct")
     assert "config.json" not in notes
     assert read_checkpoint({"model": dense()}).beside == {}
-    with pytest.raises(dvit.InputError, match="global_pool is 'avg': its head reads the mean"):
-        converted(tmp_path, config=ARCH | {"global_pool": "avg"})
-    with pytest.raises(dvit.InputError, match="act_layer is 'quick_gelu'"):
-        converted(tmp_path, config=ARCH | {"model_args": {"act_layer": "quick_gelu"}})
+
+
+def test_pooling_and_activation_of_timms_config_count(tmp_path):
+    body = converted(tmp_path, config=ARCH | {"global_pool": "avg"})[0].config.body
+    assert (body.pool, body.act) == ("mean", "gelu")
+    other = {**ARCH, "model_args": ARCH["model_args"] | {"act_layer": "quick_gelu"}}
+    body = converted(tmp_path, config=other)[0].config.body
+    assert (body.pool, body.act) == ("token", "quick_gelu")
+    with pytest.raises(dvit.InputError, match="global_pool is 'max': its head reads the largest of the patches"):
+        converted(tmp_path, config=ARCH | {"global_pool": "max"})
 
 
 def test_a_saved_file_remembers_what_was_assumed_until_it_is_given(tmp_path):

@@ -12,8 +12,8 @@ LABELS = {str(i): f"LABEL_{i}" for i in range(64)}
 DINOV3 = {"kind": "centered", "theta": 100.0, "ref": 0, "offset": 0.0, "xy": False, "half": True}
 
 
-def facts(content, *preprocessors):
-    return {what: value for what, (value, _) in huggingface_facts(content, *preprocessors).items()}
+def facts(content):
+    return {what: value for what, (value, _) in huggingface_facts(content).items()}
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_classes_are_those_of_a_classifier_alone():
 
 
 def test_the_size_of_a_preprocessor_counts_before_that_of_the_position_embedding():
-    content = {"model_type": "dinov2", "image_size": 518}
-    assert facts(content)["image_size"] == 518
-    assert "image_size" not in facts(content, {"size": {"shortest_edge": 256}, "crop_size": 224})
-    assert "image_size" not in facts(content, {"image_processor": {"size": 224}})
-    assert facts(content, {"image_mean": [0.5] * 3})["image_size"] == 518
-    found, _ = facts_of({"config.json": content, "preprocessor_config.json": {"image_mean": 0.5, "size": 224}}, {})
-    assert found["image_size"] == ([224, 224], "preprocessor_config.json: size")
+    def size(**preprocessor):
+        content = {"model_type": "dinov2", "image_size": 518}
+        return facts_of({"config.json": content, "preprocessor_config.json": preprocessor}, {})[0]["image_size"]
+
+    at = "preprocessor_config.json: crop_size"
+    assert size(image_mean=0.5) == (518, "config.json: image_size")
+    assert size(image_mean=0.5, size={"shortest_edge": 256}, crop_size=224, do_center_crop=True) == ([224, 224], at)
 
 
 @pytest.mark.parametrize("written_by", [[], None, "Dinov2Model", [3]])
