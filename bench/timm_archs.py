@@ -29,6 +29,7 @@ from dvit_infer.models.vit.timm_module import KINDS, is_timm_module, module_fact
 from dvit_infer.models.vit.timm_values import pool_of
 
 OUT = Path(__file__).parents[1] / "dvit_infer" / "models" / "vit" / "timm_archs.json"
+_LIBRARIES: list[torch.library.Library] = []  # what they declare goes with them
 _NOT_OF_THE_ARCH = ("owner", "model", "resample", "num_classes", "pool")
 
 
@@ -46,24 +47,34 @@ def main() -> int:
     return 0
 
 
-def declare_torchvision_ops() -> torch.library.Library:
-    """Declare the operators that torchvision expects of its compiled half, which fits one version of torch alone.
+def import_timm() -> Any:
+    """Return the package timm, whichever version of torch its torchvision is for."""
+    try:
+        import torchvision  # noqa: F401  # what timm imports of it
+    except (ImportError, RuntimeError):  # its compiled half is for another version of torch
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _declare_torchvision_ops()
+    import timm
 
-    Returns:
-        What holds them: they go when it does.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    return timm
+
+
+def _declare_torchvision_ops() -> None:
+    """Declare the operators that torchvision's compiled half would: importing it describes them, nothing calls them."""
     spec = importlib.util.find_spec("torchvision")
-    source = Path(str(spec.origin)).with_name("_meta_registrations.py").read_text() if spec else ""
+    if spec is None or spec.origin is None:
+        raise SystemExit("timm needs torchvision: pip install --no-deps torchvision")
+    source = Path(spec.origin).with_name("_meta_registrations.py").read_text()
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in sorted(set(re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"', source))):
         library.define(f"{name}(Tensor a) -> Tensor")
-    return library
+    _LIBRARIES.append(library)
 
 
 def registry() -> tuple[str, dict[str, dict[str, Any]], dict[str, str]]:
     """Return timm's version, its plain vision transformers by name, and the names that it had for some before."""
-    library = declare_torchvision_ops()
-    import timm
+    timm = import_timm()
     from timm.models import _registry as known
 
     archs = {}
@@ -76,7 +87,6 @@ def registry() -> tuple[str, dict[str, dict[str, Any]], dict[str, str]]:
         if is_timm_module(model):
             archs[name] = entry(model)
     renamed = {old: str(new).split(".")[0] for old, new in known.get_deprecated_models().items()}
-    del library
     return timm.__version__, archs, {old: new for old, new in renamed.items() if new in archs}
 
 

@@ -49,22 +49,28 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     facts: Facts = {}
     unused: list[tuple[str, str]] = []
     model_type = _mapping(sources.get("config.json")).get("model_type")
-    for name, content in sources.items():
-        if isinstance(content, str):
-            unused.append((name, content))
-            continue
-        of_model = model_facts(name, sources)
-        if not of_model and (other := _of_another_model(content, shapes)):
-            unused.append((name, f"describes another model: {other}"))
-            continue
-        found = {**of_model, **_timm(content), **processor_facts(content, model_type)}
+    of_models: dict[str, Facts] = {}
+
+    def take(name: str, found: Facts) -> None:
         for what, (value, key) in found.items():
             if what == "not here":
-                unused += [(name, remark) for remark in value]
+                unused.extend((name, remark) for remark in value)
             elif not _is_sound(what, value):
                 unused.append((name, f"{key} is {text_of(value)[:40]}"))
             else:
                 facts.setdefault(what, (value, f"{name}: {key}"))
+
+    for name, content in sources.items():
+        if isinstance(content, str):
+            unused.append((name, content))
+            continue
+        of_models[name] = model_facts(content)
+        if not of_models[name] and (other := _of_another_model(content, shapes)):
+            unused.append((name, f"describes another model: {other}"))
+            continue
+        take(name, {**_timm(content), **processor_facts(content, model_type)})
+    for name, found in of_models.items():  # what is stated of images counts before what follows from the model
+        take(name, found)
     by_type = {what: fact for what, fact in facts_of_type(model_type).items() if what not in facts}
     if {"crop_pct", "crop_mode"} & facts.keys():  # they belong together
         by_type = {what: fact for what, fact in by_type.items() if what not in ("crop_pct", "crop_mode")}

@@ -183,7 +183,8 @@ def test_a_file_that_does_not_name_its_class_is_of_the_models_type():
 def test_without_a_file_the_type_of_the_model_implies_it(model_type, mean, expected):
     facts, remarks = found({"model_type": model_type}, "config.json")
     assert (facts.get("mean") and list(facts["mean"]), prepared(facts), remarks) == (mean, expected, [])
-    assert set(facts.get("by type", ())) == set(facts) - {"by type"}
+    of_images = {"mean", "std", "crop_pct", "crop_mode", "interpolation"}
+    assert set(facts.get("by type", ())) == of_images & set(facts)
 
 
 def converted(folder, assume=None, **files):
@@ -197,7 +198,8 @@ def converted(folder, assume=None, **files):
 
 
 def test_what_the_type_implies_is_assumed_and_stays_so(tmp_path):
-    engine, notes = converted(tmp_path, config={"model_type": "dinov2"})
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16}
+    engine, notes = converted(tmp_path, config={"model_type": "dinov2", **sizes})
     config = engine.config
     assert (config.crop_mode, config.crop_pct, config.interpolation) == ("center_floor", 0.875, "bicubic")
     assert config.assumed == ("mean", "std", "crop_pct")
@@ -271,7 +273,7 @@ def test_images_that_a_family_warps_are_cropped_if_a_share_is_given():
     ],
 )
 def test_timms_description_says_it_in_its_words(cfg, expected, tmp_path):
-    engine, _ = converted(tmp_path, config={"architecture": "vit_tiny", "pretrained_cfg": cfg})
+    engine, _ = converted(tmp_path, config={"pretrained_cfg": cfg})
     assert preprocess_for(engine.config) == expected
     said = [f"pretrained_cfg.{key} is {value}" for key, value in cfg.items() if value in ("border", "random")]
     assert [note.why for note in engine.notes if note.value == "not used"] == said

@@ -11,24 +11,17 @@ from dvit_infer.models.vit.huggingface_config import huggingface_facts
 from dvit_infer.models.vit.timm_config import timm_facts
 
 
-def model_facts(name: str, sources: Mapping[str, Any]) -> Facts:
-    """Return the facts of the model that one of several JSON objects describes; none if it describes no model.
+def model_facts(content: Mapping[str, Any]) -> Facts:
+    """Return the facts of the model that a JSON object describes; none if it describes no model.
 
     A model that is not known is no error: its weights may be of a family that asks for none of these facts.
-
-    Args:
-        name: of the object.
-        sources: all of them by name.
     """
-    content = sources[name]
-    try:
-        if isinstance(content.get("architecture"), str):
+    if isinstance(content.get("architecture"), str):
+        try:
             return timm_facts(content)
-        if isinstance(content.get("model_type"), str):
-            return huggingface_facts(content, *(sources[other] for other in sources if other != name))
-    except InputError as error:
-        return {"unsupported": (str(error), "architecture")}
-    return {}
+        except InputError as error:
+            return {"unsupported": (str(error), "architecture")}
+    return huggingface_facts(content) if isinstance(content.get("model_type"), str) else {}
 
 
 def _is_count(value: Any) -> bool:

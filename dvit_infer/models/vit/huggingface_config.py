@@ -62,14 +62,13 @@ _CHECKED = {
 }
 
 
-def huggingface_facts(content: Mapping[str, Any], *preprocessors: Any) -> Facts:
+def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     """Return the facts of Hugging Face's config.json.
 
-    Its image size is that of its images only where no preprocessor says another: position embeddings are resampled.
+    Its image size counts only where no preprocessor states another: position embeddings are resampled.
 
     Args:
         content: with "model_type"; of CLIP and SigLIP the vision tower counts.
-        preprocessors: the objects beside it, such as preprocessor_config.json's.
     """
     model_type = str(content["model_type"])
     name = _TOWERS.get(model_type, model_type)
@@ -96,7 +95,7 @@ def huggingface_facts(content: Mapping[str, Any], *preprocessors: Any) -> Facts:
     found["patch_size"] = side_of(patch) or patch, key
     size, key = get("image_size")
     is_of_images = tower.get("image_size") is not None or name == "dinov3_vit"  # without it the positions show theirs
-    if is_of_images and name != "siglip2" and not any(map(_states_size, preprocessors)):
+    if is_of_images and name != "siglip2":
         found["image_size"] = (list(size) if isinstance(size, list | tuple) else size), key
     act, key = get("hidden_act")
     if name.startswith("dinov2"):
@@ -112,8 +111,8 @@ def huggingface_facts(content: Mapping[str, Any], *preprocessors: Any) -> Facts:
     found |= _pooling(name, _classes_of(content), get)
     if (classes := _num_classes(content)) is not None:
         found["num_classes"] = classes
-    if reason := _unread(content, get):
-        found["unsupported"] = reason
+    if unread := _unread(content, get):
+        found["unsupported"] = unread
     return {what: fact for what, fact in found.items() if fact[0] is not None}
 
 
@@ -123,14 +122,6 @@ def _tower(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         if isinstance(inner := content.get(key), Mapping):
             return inner, f"{key}."
     return content, ""
-
-
-def _states_size(preprocessor: Any) -> bool:
-    if not isinstance(preprocessor, Mapping):
-        return False
-    inner = preprocessor.get("image_processor")
-    of = inner if isinstance(inner, Mapping) else preprocessor
-    return of.get("size") is not None or of.get("crop_size") is not None
 
 
 def _dinov2_mlp(get: Any) -> int | None:
@@ -163,7 +154,9 @@ def _pooling(name: str, written_by: str, get: Any) -> Facts:
     if not written_by and name in ("clip", "dinov2", "dinov2_with_registers"):
         return {}  # a classifier of theirs reads something else, and the weights show if there is one
     pool = {"clip": "mean", "dinov2": "token_mean", "dinov2_with_registers": "token_mean"}.get(name, "token")
-    return {"pool": (pool if classifies else "token", f"architectures: {written_by[:40]}" if written_by else "type")}
+    return {
+        "pool": (pool if classifies else "token", f"architectures: {written_by[:40]}" if written_by else "model_type")
+    }
 
 
 def _num_classes(content: Mapping[str, Any]) -> tuple[int, str] | None:
