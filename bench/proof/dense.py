@@ -14,10 +14,10 @@ from pathlib import Path
 import cluttered_digits
 import numpy as np
 import torch
+from dvit_infer.models.vit.deit import DeiT
 from torch.nn import functional as F
 
 from dvit_infer.images.tensors import normalise
-from dvit_infer.models.vit.deit import DeiT
 from dvit_infer.utils.files import atomic_write
 
 MEAN, STD = (0.15, 0.15, 0.15), (0.3, 0.3, 0.3)
