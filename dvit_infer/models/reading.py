@@ -36,6 +36,9 @@ ASSUMABLE = (
 )
 
 
+_IMAGES = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "image_size")  # facts of how images are prepared
+
+
 @dataclass(frozen=True)
 class Note:
     """The origin of one fact about the model."""
@@ -86,6 +89,11 @@ class Reading:
         self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
             self.note("read", source, "not used", why)
+
+    def take_as_given(self, facts: Facts) -> None:
+        """Take facts of an architecture that the caller named; what the file says of its images stays."""
+        images = {what: fact for what, fact in self.beside.items() if what in _IMAGES}
+        self.beside = {**self.beside, **{what: (v, f"{where}, given") for what, (v, where) in facts.items()}, **images}
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         text = (
