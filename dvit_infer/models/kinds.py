@@ -30,6 +30,7 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     (r"(.*\.)?(text_model|token_embedding|embeddings\.token_embedding)\.", "a text model, as CLIP and SigLIP have"),
     # Hugging Face.
     (r"(.*\.)?encoder\.stages\.\d+\.layers\.\d+\.dwconv", "Hugging Face's ConvNeXt"),
+    (r"(.*\.)?embedder\.embedder\.convolution\.", "Hugging Face's ResNet"),
     (r"(.*\.)?encoder\.layers\.\d+\.blocks\.", "Hugging Face's Swin Transformer"),
     (r"(.*\.)?encoder\.layer\.\d+\.attention\.", "a transformer under Hugging Face's names"),
     # Meta's and others' ViTs.
