@@ -63,6 +63,7 @@ setup(
     package_data={
         "dvit_infer": ["py.typed", "digits-0.7.pth"],
         "dvit_infer.ops": ["measured/*.json"],
+        "dvit_infer.models.vit": ["timm_archs.json"],
         "dvit_infer.benchmark.report": ["page.js", "page.css", "page.html"],
     },
     ext_modules=[Extension("dvit_kernels.libdvit_kernels", [])] if native else [],

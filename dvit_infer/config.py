@@ -8,6 +8,8 @@ Floats = tuple[float, ...]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # each at the place of Pillow's number
+CROP_MODES = ("center", "center_floor", "squash")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,12 @@ class Config:
         body: the facts of the family.
         reduction: what runs.
         learned: the reduction whose modules are among the weights, whether or not it runs.
-        crop_pct: share of an image's shorter side that evaluation keeps; None: the family's.
+        crop_pct: share of a resized image's shorter side that evaluation keeps; None: the family's, or all of a squash.
+        crop_mode: how images are resized and cropped; see `images.preprocess.Preprocess`.
+        interpolation: the filter that resizes them, by Pillow's name.
         weights: which of a checkpoint's sets of weights is used.
         assumed: those of mean, std and crop_pct that nothing states: not the file, nor its trainer, nor the caller.
+            `crop_pct` stands for `crop_mode` and `interpolation` too.
     """
 
     arch: str
@@ -105,6 +110,8 @@ class Config:
     mean: Floats = IMAGENET_MEAN
     std: Floats = IMAGENET_STD
     crop_pct: float | None = None
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
     weights: str | None = None
     assumed: tuple[str, ...] = ()
 

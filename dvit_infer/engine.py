@@ -134,7 +134,8 @@ def convert(
         image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
             resamples the position embedding.
         assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size,
-            no_embed_class, mean, std, crop_pct, weights (which set of several), and the arguments above.
+            no_embed_class, mean, std, crop_pct, crop_mode, interpolation, weights (which set of
+            several), and the arguments above.
         device: None: 'cuda' if available, else 'cpu'.
         dtype: None: bfloat16 on CUDA, float32 on a CPU.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,9 +10,25 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Head, Mlp, Node, NormNode, Prune
+from dvit_infer.graph.nodes import (
+    PLACES,
+    Attention,
+    Branch,
+    Classify,
+    Convolution,
+    Embed,
+    Head,
+    MapPool,
+    Mlp,
+    Node,
+    Norm,
+    NormNode,
+    Pool,
+    Prune,
+)
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
+from dvit_infer.ops.attention import attention_ref
 from dvit_infer.reduction.predictor import PredictorPrune
 
 
@@ -55,13 +71,13 @@ class TorchRunner:
         prunes_by: the backend of prune_tokens.
         config: the model's config.
         device, dtype: the device and dtype of the weights.
-        gelu: the form of GELU, for norm_linear.
+        forms_of: forms of activations, by their names, that norm_linear computes in place of them.
         takes_uint8: whether `embed` normalises uint8 images itself.
         embeds_apart_from: the batch size from which a captured forward begins at the tokens, which `embed_into`
             computes from the caller's images without copying them. None: it always begins at the images.
     """
 
-    gelu = "gelu"
+    forms_of: Mapping[str, str] = {}
     takes_uint8 = False
     embeds_apart_from: int | None = None
 
@@ -123,14 +139,22 @@ class TorchRunner:
         state = State(self.prepare(images), given)
         if output == "logits":
             return self.run_nodes(state, self.nodes, hook)
-        *body, head = self.nodes
-        assert isinstance(head, Head)
+        at, reader = next((i, node) for i, node in enumerate(self.nodes) if isinstance(node, Head | Pool))
+        if output == "features" and isinstance(reader, Pool):
+            state = self.run_nodes(state, self.nodes[: at + 1], hook)
+            state.x = state.x.float()
+            return state
+        body = self.nodes[:at]
         if output == "tokens":
             body = [node.for_all_rows() for node in body]
         state = self.run_nodes(state, body, hook)
         with as_asked(self.device, self.dtype):
-            x = self.last_norm(head, state.x[:, ALL if output == "tokens" else head.feature_rows])
-        state.x = x if output == "tokens" else x.mean(dim=1)
+            if isinstance(reader, Pool):
+                state.x = self.last_norm(reader, state.x).float()
+            elif output == "tokens":
+                state.x = self.last_norm(reader, state.x)
+            else:
+                state.x = self.last_norm(reader, state.x[:, reader.feature_rows]).mean(dim=1)
         return state
 
     def run_nodes(self, state: State, nodes: Sequence[Node], hook: Hook | None = None) -> State:
@@ -146,10 +170,15 @@ class TorchRunner:
         """Write the first node's output for images (B, 3, H, W) into `tokens` (B, P+N, C)."""
         tokens.copy_(self.run_nodes(State(self.prepare(images)), self.nodes[:1]).x)
 
-    def last_norm(self, head: Head, x: torch.Tensor) -> torch.Tensor:
-        """Return the last LayerNorm of rows (..., C), gain and shift included, in float32."""
-        gain, shift = (w.float() for w in head.last_norm)
-        return F.layer_norm(x.float(), x.shape[-1:], gain, shift, head.eps)
+    def last_norm(self, reader: Head | Pool, x: torch.Tensor) -> torch.Tensor:
+        """Return the last LayerNorm of rows (..., C), gain and shift included, in float32; x itself without one."""
+        if reader.last_norm is None:
+            return x
+        return self.layer_norm(x, *reader.last_norm, reader.eps)
+
+    def layer_norm(self, x: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return the LayerNorm of rows (..., C) in float32."""
+        return F.layer_norm(x.float(), x.shape[-1:], gain.float(), shift.float(), eps)
 
     # The node kinds.
 
@@ -162,8 +191,13 @@ class TorchRunner:
 
     def embed(self, node: Embed, state: State) -> None:
         w = node.weights
-        patches = F.conv2d(state.x, w["weight"], w["bias"], stride=w["weight"].shape[-1]).flatten(2).transpose(1, 2)
-        state.x = torch.cat([w["prefix"].expand(len(patches), -1, -1), patches], dim=1) + w["pos_embed"]
+        patches = F.conv2d(state.x, w["weight"], w.get("bias"), stride=w["weight"].shape[-1])
+        prefix = w["prefix"].expand(len(patches), -1, -1)
+        state.x = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1) + w["pos_embed"]
+
+    def norm(self, node: Norm, state: State) -> None:
+        w = node.weights
+        state.x = self.layer_norm(state.x, w["norm.weight"], w["norm.bias"], node.eps).to(state.x.dtype)
 
     def attention(self, node: Attention, state: State) -> None:
         x, (b, n, _), heads = state.x, state.x.shape, node.num_heads
@@ -173,11 +207,34 @@ class TorchRunner:
             k, v = self.norm_linear(node, "kv", x, stats=state.stats).view(b, n, 2, heads, -1).unbind(2)
             state.x = x[:, : node.rows]
             q = self.norm_linear(node, "q", x, slice(node.rows)).view(b, node.rows, heads, -1)
-        self.linear_add(node, "proj", self.attend(q, k, v, node.scale).flatten(2), state)
+        if node.has_qk_norm:
+            q, k = self.head_norm(node, "q_norm", q), self.head_norm(node, "k_norm", k)
+        places = places_of(node, state.positions)
+        if "sin" in places:
+            q, k = (rotate_patches(part, node, places["sin"], places["cos"]) for part in (q, k))
+        y = self.attend(q, k, v, node.scale, places.get("pair_bias")).flatten(2)
+        self.linear_add(node, "proj", self.inner_norm(node, y), state)
+
+    def head_norm(self, node: Attention, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return queries or keys (B, tokens, heads, head size), normalised for each head."""
+        gain, shift = node.weights[f"{name}.weight"], node.weights[f"{name}.bias"]
+        return self.layer_norm(x, gain, shift, node.eps).to(x.dtype)
+
+    def inner_norm(self, node: Branch, y: torch.Tensor) -> torch.Tensor:
+        """Return y, normalised if the node does so before its last linear."""
+        if not node.has_inner_norm:
+            return y
+        w = node.weights
+        return F.layer_norm(y, y.shape[-1:], w.get("inner_norm.weight"), w.get("inner_norm.bias"), node.eps)
 
     def mlp(self, node: Mlp, state: State) -> None:
-        hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=self.gelu)
-        self.linear_add(node, "fc2", hidden, state)
+        act = self.forms_of.get(node.act, node.act)
+        if node.gated:
+            gate, factor = self.norm_linear(node, "fc1", state.x, stats=state.stats).chunk(2, dim=-1)
+            hidden = activate(gate, act) * factor
+        else:
+            hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=act)
+        self.linear_add(node, "fc2", self.inner_norm(node, hidden), state)
 
     def prune(self, node: Prune, state: State) -> None:
         if state.given is None:
@@ -204,6 +261,44 @@ class TorchRunner:
             logits = logits + 0.5 * self.norm_linear(node, "aux_head", x, slice(1, None)).amax(dim=1)
         state.x = logits
 
+    def pool(self, node: Pool, state: State) -> None:
+        y = self.last_norm(node, state.x[:, : node.rows]).float()
+        parts = [y[:, 0]] if node.reads.startswith("prefix") else []
+        if node.reads != "prefix":
+            parts.append(y[:, 0 if node.reads == "all" else node.num_prefix :].mean(dim=1))
+        state.x = self.after_pooling(node, torch.cat(parts, dim=-1))
+
+    def map_pool(self, node: MapPool, state: State) -> None:
+        w, x = node.weights, self.last_norm(node, state.x).to(state.x.dtype)
+        queries = w["queries"] if "queries" in w else F.linear(w["latent"], w["q.weight"], w["q.bias"])
+        (b, n, _), heads = x.shape, node.num_heads
+        q = queries.expand(b, -1, -1).reshape(b, 1, heads, -1)
+        k, v = self.linear("kv", x, w["kv.weight"], w["kv.bias"]).view(b, n, 2, heads, -1).unbind(2)
+        y = F.linear(self.attend(q, k, v, node.scale).flatten(2), w["proj.weight"], w["proj.bias"])
+        hidden = self.layer_norm(y, w["mlp_norm.weight"], w["mlp_norm.bias"], node.eps).to(y.dtype)
+        hidden = activate(F.linear(hidden, w["fc1.weight"], w["fc1.bias"]), node.act)
+        y = y + F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
+        state.x = self.after_pooling(node, y[:, 0].float())
+
+    def after_pooling(self, node: Pool, y: torch.Tensor) -> torch.Tensor:
+        """Apply what follows pooling to rows (B, C) in float32, and return them in float32."""
+        w = node.weights
+        if "fc_norm.weight" in w:
+            y = self.layer_norm(y, w["fc_norm.weight"], w["fc_norm.bias"], node.eps)
+        if "pre_logits.weight" in w:
+            y = (
+                F.linear(y.to(w["pre_logits.weight"].dtype), w["pre_logits.weight"], w["pre_logits.bias"])
+                .float()
+                .tanh()
+            )
+        if "projection.weight" in w:
+            y = F.linear(y.to(w["projection.weight"].dtype), w["projection.weight"], w.get("projection.bias")).float()
+        return y
+
+    def classify(self, node: Classify, state: State) -> None:
+        w = node.weights
+        state.x = F.linear(state.x.to(w["weight"].dtype), w["weight"], w.get("bias")).float()
+
     # The primitives.
 
     def norm_linear(
@@ -222,20 +317,19 @@ class TorchRunner:
             x: (B, n, C) tokens.
             rows: the tokens to return it for.
             stats: statistics of x's rows, as `linear_add` may have left them; for all rows only.
-            activation: 'none' or `gelu`.
+            activation: 'none', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu', or a form of `forms_of`.
             out_dtype: the dtype of the result; None: x's.
         """
         w = node.weights
         x = F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
-        y = self.linear(name, x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), gelu=activation != "none")
+        y = self.linear(name, x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), activation)
         return y if out_dtype is None else y.to(out_dtype)
 
     def linear(
-        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
     ) -> torch.Tensor:
-        """Return x weight^T + bias, through GELU if `gelu`, for the linear `name`."""
-        y = F.linear(x, weight, bias)
-        return F.gelu(y) if gelu else y
+        """Return activation(x weight^T + bias) for the linear `name`."""
+        return activate(F.linear(x, weight, bias), activation)
 
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         """Set state.x to x + residual_scale * (y w^T + b), which may be written into x; may leave its statistics."""
@@ -244,14 +338,67 @@ class TorchRunner:
             branch = branch * node.weights["gamma"]
         state.x = state.x + (branch if node.residual_scale == 1.0 else branch * node.residual_scale)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return softmax(scale * q k^T) v for q, k, v of (B, tokens, heads, head size), in that layout."""
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, pair_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return softmax(scale * q k^T + pair_bias) v for q, k, v of (B, tokens, heads, head size), in that layout.
+
+        `pair_bias` is (heads, queries, tokens) or (B, heads, queries, tokens) in float32.
+        """
+        if pair_bias is not None:
+            return attention_ref(q, k, v, scale, pair_bias=pair_bias)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
     def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
         return node.prune(x)
+
+
+def activate(y: torch.Tensor, act: str) -> torch.Tensor:
+    """Apply an activation by its name in `Mlp.act`, or 'none'."""
+    if act == "none":
+        return y
+    if act == "quick_gelu":
+        return y * torch.sigmoid(1.702 * y)
+    return F.silu(y) if act == "silu" else F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def places_of(node: Attention, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return the tables of places of a node for the patches that are there, in the layout of queries and keys.
+
+    `sin` and `cos`: (n, 1 or heads, D) or (B, n, 1 or heads, D); `pair_bias` as `attend` takes it, for the node's rows.
+    """
+    tables = {name: node.weights[name] for name in PLACES if name in node.weights}
+    rows = None if positions is None else _with_prefix(positions, node.num_prefix)
+    for name, table in tables.items():
+        if name == "pair_bias":
+            if rows is not None:
+                table = table[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
+            tables[name] = table[..., : node.rows, :]
+            continue
+        table = table[..., positions, :] if positions is not None else table  # ([heads,] [B,] n, D)
+        by_head = node.weights[name].ndim == 3
+        tables[name] = table.movedim(0, -2) if by_head else table.unsqueeze(-2)
+    return tables
+
+
+def rotate_patches(x: torch.Tensor, node: Attention, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+    """Rotate the patches' rows of queries or keys (B, tokens, heads, head size); there may be only prefix rows."""
+    if x.shape[1] <= node.num_prefix:
+        return x
+    patches = x[:, node.num_prefix :]
+    if node.rope_half:
+        first, second = patches.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([x[:, : node.num_prefix], (patches * cos + turned * sin).to(x.dtype)], dim=1)
+
+
+def _with_prefix(positions: torch.Tensor, num_prefix: int) -> torch.Tensor:
+    prefix = torch.arange(num_prefix, device=positions.device).expand(len(positions), -1)
+    return torch.cat([prefix, positions + num_prefix], dim=1)
 
 
 _CUDNN: Any = torch.backends.cudnn  # its stubs lack the setting

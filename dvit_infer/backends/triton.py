@@ -5,13 +5,13 @@ from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import ALL, State, TorchRunner
+from dvit_infer.backends.torch import ALL, State, TorchRunner, activate
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Branch, Convolution, Embed, Node, NormNode
 from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
-from dvit_infer.ops.linear import free_stats_block, linear, row_sums
+from dvit_infer.ops.linear import ACTIVATIONS, free_stats_block, linear, row_sums
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
 from dvit_infer.utils.devices import is_out_of_memory
 
@@ -39,7 +39,7 @@ class TritonRunner(TorchRunner):
             if "norm.weight" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
         self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
-        self.gelu = CHEAPEST_GELU[self.dtype]
+        self.forms_of = {"gelu": CHEAPEST_GELU[self.dtype]}
         self._sums = {node.name: _sums(node) for node in graph.nodes}
         self._stem = isinstance(graph.nodes[0], Convolution)
         self._embed = {
@@ -134,9 +134,9 @@ class TritonRunner(TorchRunner):
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
-        sums = self._sums[node.name][name]
-        y, _ = linear(x[:, rows], w, b, None, sums, stats, node.eps, activation, out_dtype=out_dtype)
-        return y
+        sums, fused = self._sums[node.name][name], activation if activation in ACTIVATIONS else "none"
+        y, _ = linear(x[:, rows], w, b, None, sums, stats, node.eps, fused, out_dtype=out_dtype)
+        return y if fused == activation else activate(y, activation)
 
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
@@ -145,8 +145,10 @@ class TritonRunner(TorchRunner):
         state.x, left = linear(y, w, b, state.x, stats_block=block)
         state.stats = left if block else None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        return attention(q, k, v, scale)
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, pair_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return attention(q, k, v, scale, pair_bias=pair_bias)
 
 
 def _is_captured(device: torch.device) -> bool:

@@ -3,13 +3,13 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, add_model_options, progress
+from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dvit_infer.classifier import Classifier
     from dvit_infer.config import Config
     from dvit_infer.images.classes import ClassMap
@@ -28,21 +28,24 @@ def add_options(parser: Parser) -> None:
         "--crop-pct",
         type=float,
         metavar="X",
-        help="share of the shorter side that the crop keeps; default: the family's",
+        help="share of the shorter side that the crop keeps; default: the file's, else the family's",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
 
 
-def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, ClassMap | None]":
+def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Classifier, Preprocess, ClassMap | None]":
     """Load the engine or ONNX file; return it with its preprocessing and the class map, if given.
 
+    Args:
+        options: of the command line.
+        classifies: whether the model has to have a classifier.
+
     Raises:
-        InputError: One of these options is invalid.
+        InputError: One of these options is invalid, or the model has no classifier.
     """
     import dvit_infer as dvit
-    from dvit_infer.evaluate.one_logit import class_count
+    from dvit_infer.evaluate.one_logit import check_classes, class_count
     from dvit_infer.images.classes import read_classes
-    from dvit_infer.images.preprocess import Preprocess
     from dvit_infer.images.stream import batch_size, check_fits, worker_count
     from dvit_infer.models.preprocessing import preprocess_for
     from dvit_infer.onnx.engine import is_onnx, onnx_device
@@ -60,22 +63,24 @@ def model_of(options: argparse.Namespace) -> "tuple[Classifier, Preprocess, Clas
             engine = dvit.load_onnx(options.model, device=options.device)
         else:
             engine = dvit.convert(options.model, device=options.device, **chosen)
-    warn_of_assumed(options, engine.config.assumed)
+    if classifies or options.classes is not None:
+        check_classes(engine.config, options.model)
+    warn_of_assumed(options, engine.config)
     check_fits(batch, engine.config.image_size)
     preprocess = preprocess_for(engine.config)
     if options.crop_pct is not None:
-        preprocess = Preprocess(engine.config.image_size, options.crop_pct)
+        preprocess = preprocess_for(replace(engine.config, crop_pct=options.crop_pct))
     classes = None if options.classes is None else read_classes(options.classes, class_count(engine.config))
     return engine, preprocess, classes
 
 
-def warn_of_assumed(options: argparse.Namespace, assumed: "Sequence[str]") -> None:
+def warn_of_assumed(options: argparse.Namespace, config: "Config") -> None:
     """Say on stderr which facts of preprocessing nothing states: a wrong mean or std costs half of the accuracy."""
-    left = [what for what in assumed if what != "crop_pct" or options.crop_pct is None]
+    left = [what for what in config.assumed if what != "crop_pct" or options.crop_pct is None]
     if not left:
         return
     listed = " and ".join([", ".join(left[:-1]), left[-1]] if len(left) > 1 else left)
-    whose = " and ".join(dict.fromkeys("the family's" if what == "crop_pct" else "ImageNet's" for what in left))
+    whose = " and ".join(dict.fromkeys(_whose(config, what) for what in left))
     remedy = "--assume " + ",".join(f"{what}={'X' if what == 'crop_pct' else 'R:G:B'}" for what in left)
     if options.model.lower().endswith(".onnx"):
         remedy = f"dvit-convert {remedy}"
@@ -85,6 +90,14 @@ def warn_of_assumed(options: argparse.Namespace, assumed: "Sequence[str]") -> No
         f"{options.model}: {listed} {'are' if len(left) > 1 else 'is'} assumed to be {whose}; {remedy} says otherwise"
     )
     print(shown(f"warning: {line}"), file=sys.stderr)
+
+
+def _whose(config: "Config", what: str) -> str:
+    """Return whose value an assumed fact has: if not a usual one, it follows from the type of the model."""
+    usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": None}
+    if getattr(config, what) != usual[what]:
+        return "those of its type"
+    return "the family's" if what == "crop_pct" else "ImageNet's"
 
 
 def shown(text: str) -> str:

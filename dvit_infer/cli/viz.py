@@ -60,7 +60,7 @@ def _viz(options: argparse.Namespace) -> int:
         *(image.path for image in some),
     ):
         out = check_output(name, "out", not_this=source)
-    engine, preprocess, classes = model_of(options)
+    engine, preprocess, classes = model_of(options, classifies=False)
     config = engine.config
     check_drops(config)
     batch = batch_size(options.batch, engine.device)
@@ -82,7 +82,7 @@ def _viz(options: argparse.Namespace) -> int:
             seen = look(engine, tally.readable(decoded, progress, all_of_them=True), labels)
             sheet = draw_seen(seen, config)
             pairs = zip(some, seen, strict=True)
-            lines = [f"{image.path}: {one.label} {one.probability:.1%}, {kept}" for image, one in pairs]
+            lines = [f"{image.path}: {one.label}{one.share}, {kept}" for image, one in pairs]
     with atomic_write(out, "out") as part:
         sheet.save(part, format="PNG")
     if options.model == str(TRAINED):

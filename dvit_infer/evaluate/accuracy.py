@@ -10,7 +10,7 @@ import torch
 from dvit_infer.classifier import Classifier, Source
 from dvit_infer.engine import checkpoint_of
 from dvit_infer.errors import InputError
-from dvit_infer.evaluate.one_logit import as_classes
+from dvit_infer.evaluate.one_logit import as_classes, check_classes
 from dvit_infer.images.labelled import Labelled
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, batch_size, batches, decode, pixels, running, worker_count
@@ -111,7 +111,7 @@ def measure_accuracy(
 
     Args:
         batch: images at a time; None: 256 on CUDA, 16 on a CPU.
-        preprocess: None: `preprocess_for`, as the model's family was evaluated.
+        preprocess: None: `preprocess_for`, as the model was evaluated.
         workers: processes that decode; 0: none; None: one less than processors, at most 8.
         reference: a model that classifies the same images (`reference_of`).
         progress: called with the number of images done since the last call.
@@ -121,6 +121,7 @@ def measure_accuracy(
     """
     batch = batch_size(batch, engine.device)
     workers = worker_count(workers)
+    check_classes(engine.config, "engine")
     stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers)
     counts = _Counts()
     with running(batch):

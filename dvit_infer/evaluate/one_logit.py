@@ -1,13 +1,23 @@
-"""Models with one logit: class 1 has the probability sigmoid(logit), class 0 the rest."""
+"""The classes of a model: of one logit, class 1 has the probability sigmoid(logit), class 0 the rest."""
 
 import torch
 
 from dvit_infer.config import Config
+from dvit_infer.errors import InputError
 
 
 def class_count(config: Config) -> int:
     """Return the number of classes that a model tells apart: two, if it has one logit."""
     return max(2, config.num_classes)
+
+
+def check_classes(config: Config, name: str) -> None:
+    """Raise InputError if a model has no classifier: its output is an embedding."""
+    if not config.num_classes:
+        raise InputError(
+            f"{name}: {config.arch} has no classifier, so that there are no classes to predict; its embedding is what "
+            "engine.features returns"
+        )
 
 
 def as_classes(logits: torch.Tensor) -> torch.Tensor:

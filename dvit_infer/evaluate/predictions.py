@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 
 from dvit_infer.classifier import Classifier, Source
-from dvit_infer.evaluate.one_logit import as_classes
+from dvit_infer.evaluate.one_logit import as_classes, check_classes
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
 from dvit_infer.models.preprocessing import preprocess_for
@@ -16,7 +17,8 @@ from dvit_infer.models.preprocessing import preprocess_for
 TOP = 5
 VERSION = 2  # of predictions; increased when the same model may give a different output for the same image
 # Config fields that do not affect outputs, given the preprocessing.
-_IN_NAME_ONLY = ("arch", "weights", "crop_pct", "assumed")
+_IN_NAME_ONLY = ("arch", "weights", "crop_pct", "crop_mode", "interpolation", "assumed")
+_FIRST = ("num_prefix", "stem_dim", "skip_lam")  # optional facts of a body that ids have always held
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,21 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     # What a model does not have is left out, so that ids stay as they were before a family could have it.
-    facts["body"] = {name: fact for name, fact in facts["body"].items() if fact is not False}
-    content = [VERSION, facts, str(engine.dtype), asdict(preprocess)]
+    later = {f.name: f.default for f in fields(engine.config.body) if f.name not in _FIRST}
+    facts["body"] = {name: fact for name, fact in facts["body"].items() if name not in later or fact != later[name]}
+    content = [VERSION, facts, str(engine.dtype), _prepared(preprocess)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for part in engine.digest(source):
         digest.update(part)
     return f"{engine.config.arch}@{digest.hexdigest()[:8]}"
+
+
+def _prepared(preprocess: Preprocess) -> dict[str, Any]:
+    """Return the facts of preprocessing, such that ids stay as they were before it had a crop mode and a filter."""
+    whole = preprocess.warp and preprocess.crop_pct == 1
+    facts = {**asdict(preprocess), "warp": preprocess.warp, "crop_pct": 0.875 if whole else preprocess.crop_pct}
+    usual = {"crop_mode": "squash" if whole else "center", "interpolation": "bicubic"}
+    return {what: value for what, value in facts.items() if value != usual.get(what)}
 
 
 def predict(
@@ -89,6 +100,7 @@ def predict(
     Raises:
         InputError: `batch` or `workers` is out of range, or a batch does not fit in memory.
     """
+    check_classes(engine.config, "engine")
     batch = batch_size(batch, engine.device)
     entries = (Entry(image) if isinstance(image, str) else image for image in images)
     stream = decode(entries, preprocess or preprocess_for(engine.config), workers)

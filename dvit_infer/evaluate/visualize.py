@@ -34,14 +34,19 @@ class Seen:
 
     Attributes:
         source: the image as the model sees it, (H, W) pixels of its `image_size`.
-        label, probability: the most likely class.
+        label, probability: the most likely class; None: the model has no classifier, as the label says.
         kept: for each stage, (rows, columns) bool over the patch grid.
     """
 
     source: Image.Image
     label: str
-    probability: float
+    probability: float | None
     kept: tuple[np.ndarray, ...]
+
+    @property
+    def share(self) -> str:
+        """The probability as text that follows the label."""
+        return "" if self.probability is None else f" {self.probability:.1%}"
 
 
 def draw_kept(
@@ -94,13 +99,14 @@ def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[in
         probabilities, classes = (found.tolist() for found in as_classes(logits).softmax(dim=1).max(dim=1))
         stages = [_mask(stage, config) for stage in kept]
         for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-            label = (labels or {}).get(classes[place], f"class {classes[place]}")
             if math.isnan(probabilities[place]):
                 raise InputError(
                     f"dtype: in {str(engine.dtype).removeprefix('torch.')} the model's output has NaN or Inf"
                 )
+            named = (labels or {}).get(classes[place], f"class {classes[place]}"), probabilities[place]
+            label, probability = named if config.num_classes else ("no classifier", None)
             masks = tuple(stage[place] for stage in stages)
-            seen.append(Seen(Image.fromarray(pixels), label, probabilities[place], masks))
+            seen.append(Seen(Image.fromarray(pixels), label, probability, masks))
     if not seen:
         raise InputError("images: there are none")
     return seen
@@ -180,7 +186,7 @@ def draw_seen(seen: Sequence[Seen], config: Config) -> Image.Image:
         panels = [one.source, *(dim_dropped(one.source, kept) for kept in one.kept)]
         for column, (caption, panel) in enumerate(zip(captions, panels, strict=True)):
             sheet.place(row, column, panel, caption)
-        sheet.write_under(row, one.label, f" {one.probability:.1%}")
+        sheet.write_under(row, one.label, one.share)
     return sheet.image
 
 

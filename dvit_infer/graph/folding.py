@@ -11,12 +11,17 @@ from typing import TypeVar
 import torch
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, Mlp, Node, NormNode, Weights
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, MapPool, Mlp, Node, NormNode, Pool, Weights
+
+_QUICK = 1.702  # of CLIP's GELU
 
 
 def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
     """Apply all folds. `dtype` is the dtype the graph will run in."""
-    folds = (_layer_norm, _softmax_scale, _residual_scale, _layer_scale, _batch_norm)
+    folds = (
+        *(_layer_norm, _softmax_scale, _residual_scale, _layer_scale, _inner_norm),
+        *(_quick_gelu, _latent_query, _batch_norm),
+    )
     nodes = [functools.reduce(lambda n, f: f(n), folds, node.folded_for(dtype)) for node in graph.nodes]
     return replace(graph, nodes=tuple(_leave_stats(_class_only(nodes))))
 
@@ -58,9 +63,12 @@ def _layer_norm(node: Node) -> Node:
 
 
 def _softmax_scale(node: Node) -> Node:
-    """Fold the scale of the attention scores into the query rows of qkv."""
+    """Fold the scale of the attention scores into the query rows of qkv, or into the norm of the queries."""
     if not isinstance(node, Attention) or node.scale == 1.0:
         return node
+    if node.has_qk_norm:
+        scaled = {name: w.double() * node.scale for name, w in node.weights.items() if name.startswith("q_norm.")}
+        return replace(_noted(node, "softmax scale", scaled), scale=1.0)
     rows = node.weights["qkv.weight"].new_ones(3 * node.dim, dtype=torch.float64)
     rows[: node.dim] = node.scale
     folded = {"qkv.weight": node.weights["qkv.weight"].double() * rows[:, None]}
@@ -89,19 +97,52 @@ def _layer_scale(node: Node) -> Node:
     return _noted(replace(node, weights=kept), "layer scale", scaled)
 
 
+def _inner_norm(node: Node) -> Node:
+    """Fold the gain and shift of the LayerNorm before a branch's last linear into it."""
+    if not isinstance(node, Branch) or "inner_norm.weight" not in node.weights:
+        return node
+    w = {name: value.double() for name, value in node.weights.items()}
+    weight = w[f"{node.last}.weight"]
+    bias = w[f"{node.last}.bias"] + weight @ w["inner_norm.bias"]
+    folded = {f"{node.last}.weight": weight * w["inner_norm.weight"], f"{node.last}.bias": bias}
+    return _noted(node, "inner LayerNorm", folded, drop="inner_norm")
+
+
+def _quick_gelu(node: Node) -> Node:
+    """Turn CLIP's GELU into SiLU: x * sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
+    if not isinstance(node, Mlp) or node.act != "quick_gelu" or node.gated or node.has_inner_norm:
+        return node
+    scaled = {name: node.weights[name].double() * _QUICK for name in ("fc1.weight", "fc1.bias")}
+    scaled["fc2.weight"] = node.weights["fc2.weight"].double() / _QUICK
+    return replace(_noted(node, "quick GELU", scaled), act="silu")
+
+
+def _latent_query(node: Node) -> Node:
+    """Compute the query of attention pooling, which depends on weights alone, with the scale of the scores."""
+    if not isinstance(node, MapPool) or "latent" not in node.weights:
+        return node
+    w = {name: value.double() for name, value in node.weights.items()}
+    queries = (w["latent"] @ w["q.weight"].t() + w["q.bias"]) * node.scale
+    kept = {name: value for name, value in node.weights.items() if name != "latent"}
+    return replace(_noted(replace(node, weights=kept), "latent query", {"queries": queries}, drop="q"), scale=1.0)
+
+
 def _class_only(nodes: list[Node]) -> list[Node]:
     """If the head reads only prefix tokens, compute queries, projection and MLP of the last block only for them."""
-    *front, attention, mlp, head = nodes
-    if not isinstance(head, Head) or head.reads != "prefix":
-        return nodes
+    at = next((i for i, node in enumerate(nodes) if isinstance(node, Head | Pool)), 0)
+    front, (attention, mlp), tail = nodes[: max(0, at - 2)], nodes[max(0, at - 2) : at] or (None, None), nodes[at:]
+    reader = tail[0]
     if not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
         return nodes
-    rows, note = head.rows, "class rows only"
+    if not isinstance(reader, Head | Pool) or reader.reads != "prefix":
+        return nodes
+    rows, note = reader.rows, "class rows only"
     return [
         *front,
         replace(attention, rows=rows, weights=_queries_apart(attention), folded=(*attention.folded, note)),
         replace(mlp, tokens=rows, folded=(*mlp.folded, note)),
-        replace(head, tokens=rows, num_prefix=rows, folded=(*head.folded, note)),
+        replace(reader, tokens=rows, num_prefix=rows, folded=(*reader.folded, note)),
+        *tail[1:],
     ]
 
 

@@ -13,6 +13,8 @@ from typing import ClassVar, Literal, Self
 import torch
 
 Weights = Mapping[str, torch.Tensor]
+Reads = Literal["prefix", "mean", "all", "prefix and mean"]
+PLACES = ("sin", "cos", "pair_bias")  # weights of Attention that say where tokens are, for all patches of an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,8 @@ class Node(ABC):
         return replace(self, weights={name: change(w) for name, w in self.weights.items()})
 
 
-def _norm_macs(weights: Weights, rows: int, dim: int) -> int:
-    return rows * dim * (5 if "norm.weight" in weights else 4)
+def _norm_macs(weights: Weights, rows: int, dim: int, name: str = "norm") -> int:
+    return rows * dim * (5 if f"{name}.weight" in weights else 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,26 @@ class TokenNode(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm(TokenNode):
+    """LayerNorm of every token (CLIP's before the blocks)."""
+
+    kind = "norm"
+    eps: float
+
+    @property
+    def dim(self) -> int:
+        return self.weights["norm.weight"].shape[0]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.in_shape
+
+    @property
+    def macs(self) -> int:
+        return 5 * self.tokens * self.dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class NormNode(TokenNode):
     """A node that begins with a LayerNorm.
 
@@ -154,11 +176,13 @@ class Branch(NormNode):
     Attributes:
         last: the name of the linear that ends the branch.
         leaves_stats: whether it leaves statistics of its output's rows, which the next node normalises.
+        has_inner_norm: whether a LayerNorm, with weights `inner_norm` unless they are folded, stands before it.
     """
 
     last: ClassVar[str]
     residual_scale: float
     leaves_stats: bool = False
+    has_inner_norm: bool = False
 
     @property
     def dim(self) -> int:
@@ -167,7 +191,12 @@ class Branch(NormNode):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Branch):
-    """x + proj(softmax(scale * q k^T) v) * residual_scale of LayerNorm(x), for the first `rows` rows."""
+    """x + proj(softmax(scale * q k^T + pair_bias) v) * residual_scale of LayerNorm(x), for the first `rows` rows.
+
+    Queries and keys may be normalised (weights `q_norm`, `k_norm`), then those of patches rotated by their places
+    (`sin`, `cos`: (N, D) or (heads, N, D) float32); `pair_bias` (heads, P+N, P+N) float32 is for all patches of an
+    image too; a LayerNorm `inner_norm` may stand before `proj`.
+    """
 
     kind = "attention"
     normed = ("qkv", "q", "kv")
@@ -175,10 +204,18 @@ class Attention(Branch):
     rows: int  # query rows: all tokens, or only the prefix tokens in a last block whose head reads no others
     num_heads: int
     scale: float
+    num_prefix: int = 0
+    rope_half: bool = False
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         return self.rows, self.dim
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return a copy on `device`; tables of places stay in float32."""
+        here = super().to(device, dtype)
+        exact = {name: self.weights[name].to(device, copy=True) for name in PLACES if name in self.weights}
+        return replace(here, weights=here.weights | exact)
 
     def for_all_rows(self) -> Self:
         return replace(self, rows=self.tokens)
@@ -187,16 +224,32 @@ class Attention(Branch):
     def macs(self) -> int:
         n, r, c = self.tokens, self.rows, self.dim
         linears = r * c * c + n * c * 2 * c + r * c * c
-        return _norm_macs(self.weights, n, c) + linears + 2 * r * n * c
+        normed = sum(_norm_macs(self.weights, rows, c, name) for name, rows in (("q_norm", r), ("k_norm", n)))
+        inner = _norm_macs(self.weights, r, c, "inner_norm") if self.has_inner_norm else 0
+        return _norm_macs(self.weights, n, c) + normed * self.has_qk_norm + linears + 2 * r * n * c + inner
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return "q_norm.weight" in self.weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp(Branch):
-    """x + fc2(gelu(fc1(LayerNorm(x)))) * residual_scale."""
+    """x + fc2(act(fc1(LayerNorm(x)))) * residual_scale.
+
+    In a gated one fc1 returns gate and factor side by side: act(gate) * factor. A LayerNorm `inner_norm` may stand
+    before fc2.
+
+    Attributes:
+        act: 'gelu' (exact), 'gelu_tanh', 'quick_gelu' or 'silu'.
+        gated: whether it is.
+    """
 
     kind = "mlp"
     normed = ("fc1",)
     last = "fc2"
+    act: str = "gelu"
+    gated: bool = False
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -204,7 +257,10 @@ class Mlp(Branch):
 
     @property
     def macs(self) -> int:
-        return _norm_macs(self.weights, self.tokens, self.dim) + 2 * self.tokens * self.weights["fc1.weight"].numel()
+        hidden = self.weights["fc2.weight"].shape[1]
+        linears = self.weights["fc1.weight"].numel() + self.weights["fc2.weight"].numel()
+        inner = _norm_macs(self.weights, self.tokens, hidden, "inner_norm") if self.has_inner_norm else 0
+        return _norm_macs(self.weights, self.tokens, self.dim) + self.tokens * linears + inner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +303,7 @@ class Head(NormNode):
 
     kind = "head"
     normed = ("head", "head_dist", "aux_head")
-    reads: Literal["prefix", "mean", "all"]
+    reads: Reads
     num_prefix: int
 
     @property
@@ -259,7 +315,7 @@ class Head(NormNode):
         return (self.weights["head.weight"].shape[0],)
 
     @property
-    def last_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def last_norm(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Gain and shift of the LayerNorm. They are kept for features when they are folded into the linears."""
         prefix = "kept_norm" if "kept_norm.weight" in self.weights else "norm"
         return self.weights[f"{prefix}.weight"], self.weights[f"{prefix}.bias"]
@@ -274,7 +330,9 @@ class Head(NormNode):
     @property
     def rows(self) -> int:
         """The number of rows that its linears multiply."""
-        return {"prefix": 2 if "head_dist.weight" in self.weights else 1, "mean": 1, "all": self.tokens}[self.reads]
+        if self.reads == "prefix":
+            return 2 if "head_dist.weight" in self.weights else 1
+        return 1 if self.reads == "mean" else self.tokens
 
     @property
     def macs(self) -> int:
@@ -283,3 +341,88 @@ class Head(NormNode):
     def bytes_moved(self, batch: int, itemsize: int) -> int:
         kept = [w for name, w in self.weights.items() if name.startswith("kept_norm.")]  # not read for logits
         return super().bytes_moved(batch, itemsize) - sum(w.numel() * w.element_size() for w in kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(TokenNode):
+    """The row of an image that its classifier reads, or its embedding: tokens are pooled.
+
+    A LayerNorm of all tokens (weights `last_norm`) may stand before it, and behind it a LayerNorm (`fc_norm`), a linear
+    with tanh (`pre_logits`), and a linear (`projection`), in this order.
+
+    Attributes:
+        reads: the first token, the mean of the patches or of all tokens, or the first token and the patches' mean side
+            by side.
+        num_prefix: the number of prefix tokens in its input.
+    """
+
+    kind = "pool"
+    eps: float
+    reads: Reads
+    num_prefix: int
+    channels: int
+
+    @property
+    def dim(self) -> int:
+        return self.channels
+
+    @property
+    def last_norm(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Gain and shift of the LayerNorm of all tokens, if there is one."""
+        names = ("last_norm.weight", "last_norm.bias")
+        return (self.weights[names[0]], self.weights[names[1]]) if names[0] in self.weights else None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that it reads, if these are the first ones."""
+        return 1 if self.reads == "prefix" else self.tokens
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        if "projection.weight" in self.weights:
+            return (self.weights["projection.weight"].shape[0],)
+        return (self.dim * (2 if self.reads == "prefix and mean" else 1),)
+
+    @property
+    def macs(self) -> int:
+        w = self.weights
+        norms = (self.tokens if "last_norm.weight" in w else 0) + (1 if "fc_norm.weight" in w else 0)
+        linears = sum(w[name].numel() for name in ("pre_logits.weight", "projection.weight") if name in w)
+        return 5 * norms * self.dim + linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapPool(Pool):
+    """Pooling by the attention of a learned query to all tokens, with a norm and an MLP (MAP, Zhai et al. 2022)."""
+
+    kind = "map_pool"
+    reads: Reads = "all"
+    num_heads: int
+    scale: float
+    act: str
+
+    @property
+    def macs(self) -> int:
+        w, c = self.weights, self.dim
+        query = c * c if "q.weight" in w else 0
+        attention = self.tokens * 2 * c * c + 2 * self.tokens * c + c * c
+        return super().macs + query + attention + 5 * c + w["fc1.weight"].numel() + w["fc2.weight"].numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Node):
+    """The logits of a pooled row."""
+
+    kind = "classify"
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (self.weights["weight"].shape[1],)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (self.weights["weight"].shape[0],)
+
+    @property
+    def macs(self) -> int:
+        return self.weights["weight"].numel()

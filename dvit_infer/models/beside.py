@@ -1,18 +1,21 @@
-"""Read facts beside a checkpoint's weights: timm's config.json and pretrained_cfg, Hugging Face's preprocessor."""
+"""Read facts beside a checkpoint's weights: timm's config.json and pretrained_cfg, Hugging Face's processors."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dvit_infer.config import CROP_MODES, INTERPOLATIONS
+from dvit_infer.models.facts import Facts as Facts
 from dvit_infer.models.facts import is_number, text_of
+from dvit_infer.models.processor import facts_of_type, processor_facts
+from dvit_infer.models.vit.described import SOUND, model_facts
 
-FILES = ("config.json", "preprocessor_config.json")
-Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
+FILES = ("config.json", "processor_config.json", "preprocessor_config.json")
 
-_MOST_BYTES = 1 << 20
-_BICUBIC = 3  # Pillow's number
-_POOLED = {"avg": "the mean of the patches", "max": "the largest of the patches", "map": "a learned pooling"}
+_MOST_BYTES = 16 << 20  # 21,843 names of classes, there and back, are 2 MiB
+_TIMM_CROP = 0.875  # where timm's description says none
+_PREPARED = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def read_beside(folder: Path) -> dict[str, Any]:
@@ -36,7 +39,8 @@ def read_beside(folder: Path) -> dict[str, Any]:
 def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Facts, list[tuple[str, str]]]:
     """Return the facts of JSON objects, and what of them is not used: pairs of a name and the reason.
 
-    Among the facts, "unlike" says in words what changes a plain ViT's function and shows in no key.
+    Among the facts, "unsupported" says in words why the model cannot be read; "by type" lists those that nothing but
+    the type of the model implies.
 
     Args:
         sources: objects as timm and Hugging Face write them, by name; of two that state a fact, the first counts.
@@ -44,22 +48,33 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     """
     facts: Facts = {}
     unused: list[tuple[str, str]] = []
-    for name, content in sources.items():
-        if isinstance(content, str):
-            unused.append((name, content))
-            continue
-        if other := _of_another_model(content, shapes):
-            unused.append((name, f"describes another model: {other}"))
-            continue
-        found = {**_timm(content), **_huggingface(content)}
+    model_type = _mapping(sources.get("config.json")).get("model_type")
+    of_models: dict[str, Facts] = {}
+
+    def take(name: str, found: Facts) -> None:
         for what, (value, key) in found.items():
             if what == "not here":
-                unused += [(name, remark) for remark in value]
+                unused.extend((name, remark) for remark in value)
             elif not _is_sound(what, value):
                 unused.append((name, f"{key} is {text_of(value)[:40]}"))
             else:
                 facts.setdefault(what, (value, f"{name}: {key}"))
-    return facts, unused
+
+    for name, content in sources.items():
+        if isinstance(content, str):
+            unused.append((name, content))
+            continue
+        of_models[name] = model_facts(content)
+        if not of_models[name] and (other := _of_another_model(content, shapes)):
+            unused.append((name, f"describes another model: {other}"))
+            continue
+        take(name, {**_timm(content), **processor_facts(content, model_type)})
+    for name, found in of_models.items():  # what is stated of images counts before what follows from the model
+        take(name, found)
+    by_type = {what: fact for what, fact in facts_of_type(model_type).items() if what not in facts}
+    if {"crop_pct", "crop_mode"} & facts.keys():  # they belong together
+        by_type = {what: fact for what, fact in by_type.items() if what not in ("crop_pct", "crop_mode")}
+    return facts | by_type | ({"by type": (tuple(by_type), "")} if by_type else {}), unused
 
 
 def _of_another_model(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -70,15 +85,6 @@ def _of_another_model(content: Mapping[str, Any], shapes: Mapping[str, tuple[int
     return None
 
 
-def _unlike(content: Mapping[str, Any]) -> str | None:
-    """Return how timm's description differs from a ViT whose class token is classified, with the exact GELU."""
-    chosen = _mapping(content.get("model_args"))
-    pool, act = chosen.get("global_pool", content.get("global_pool")), chosen.get("act_layer")
-    if isinstance(pool, str) and pool in _POOLED:
-        return f"global_pool is {pool!r}: its head reads {_POOLED[pool]}"
-    return None if act in (None, "gelu") else f"act_layer is {str(act)[:40]!r}, not the exact GELU"
-
-
 def _timm(content: Mapping[str, Any]) -> Facts:
     """Return the facts of timm's config.json: those of `pretrained_cfg`, which were at the top before 2023."""
     inner = "pretrained_cfg" in content
@@ -86,7 +92,9 @@ def _timm(content: Mapping[str, Any]) -> Facts:
         return {}
     stated, chosen = _mapping(content["pretrained_cfg"] if inner else content), _mapping(content.get("model_args"))
     at = "pretrained_cfg." if inner else ""
-    found: Facts = {what: (stated[what], at + what) for what in ("mean", "std", "crop_pct") if what in stated}
+    found: Facts = {what: (stated[what], at + what) for what in _PREPARED if stated.get(what) is not None}
+    if stated.get("crop_mode") == "squash" and "crop_pct" not in found:
+        found["crop_pct"] = _TIMM_CROP, f"timm's, as {at}crop_pct is missing"
     size = stated.get("input_size")
     if isinstance(size, list) and len(size) == 3:
         found["image_size"] = size[1:], f"{at}input_size"
@@ -94,67 +102,18 @@ def _timm(content: Mapping[str, Any]) -> Facts:
         found["image_size"] = chosen["img_size"], "model_args.img_size"
     if "num_heads" in chosen:
         found["num_heads"] = chosen["num_heads"], "model_args.num_heads"
-    if unlike := _unlike(content):
-        found["unlike"] = unlike, unlike
-    odd = [(key, stated.get(key), ours) for key, ours in (("interpolation", "bicubic"), ("crop_mode", "center"))]
-    remarks = [
-        f"{at}{key} is {text_of(value)[:20]}; {ours} here" for key, value, ours in odd if value not in (None, ours)
-    ]
-    return found | ({"not here": (remarks, "")} if remarks else {})
-
-
-def _huggingface(content: Mapping[str, Any]) -> Facts:
-    """Return the facts of preprocessor_config.json. Values for unscaled pixels are divided by the scale."""
-    if "image_mean" not in content and "image_std" not in content:
-        return {}
-    found: Facts = {}
-    remarks = []
-    scale = 255.0  # of the pixels that mean and std are for, as a factor of 0..1
-    if content.get("do_rescale") is not False:
-        factor = content.get("rescale_factor", 1 / 255)
-        scale = 255.0 * factor if is_number(factor) and factor > 0 else 1.0
-    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
-    for what in ("mean", "std"):
-        value, key = content.get(f"image_{what}"), f"image_{what}"
-        if content.get("do_normalize") is False:
-            value, key = [0.0 if what == "mean" else 1.0] * 3, "do_normalize"
-        if is_number(value):
-            value = [value] * 3
-        if scale != 1 and isinstance(value, list) and _is_sound(what, value):
-            value, key = [v / scale for v in value], f"{key}, for pixels of 0 to {scale:g}, divided by that"
-        if value is not None:
-            found[what] = value, key
-    size, crop = _side(content.get("size")), _side(content.get("crop_size"))
-    if crop is not None and content.get("do_center_crop") is not False:
-        found["image_size"] = crop, "crop_size"
-        if size is not None and size[0] and 0 < crop[0] <= size[0]:
-            found["crop_pct"] = crop[0] / size[0], "crop_size over size"
-    elif size is not None:
-        found["image_size"] = size, "size"
-        found["crop_pct"] = 1.0, "no crop"
-        remarks.append("it warps images to the size; their centre is cropped here")
-    if content.get("resample") not in (None, _BICUBIC):
-        remarks.append(f"resample is {text_of(content['resample'])[:20]}; {_BICUBIC}, bicubic, here")
-    return found | ({"not here": (remarks, "")} if remarks else {})
-
-
-def _side(value: Any) -> list[int] | None:
-    """Return (height, width) of Hugging Face's sizes: a number, or height and width, or the shortest edge."""
-    if isinstance(value, Mapping):
-        edge = value.get("shortest_edge")
-        sides = [value.get("height", edge), value.get("width", edge)]
-    else:
-        sides = [value, value]
-    return [int(side) for side in sides] if all(is_number(s) and 0 < s < 1 << 20 for s in sides) else None
+    return found
 
 
 def _is_sound(what: str, value: Any) -> bool:
+    if what in SOUND:
+        return SOUND[what](value)
     if what in ("mean", "std"):
         return _numbers(value) and len(value) == 3 and (what == "mean" or min(value) > 0)
     if what == "crop_pct":
         return is_number(value) and 0.1 <= value <= 1
-    if what == "unlike":
-        return True
+    if what in ("crop_mode", "interpolation"):
+        return isinstance(value, str) and value in (CROP_MODES if what == "crop_mode" else INTERPOLATIONS)
     if what == "image_size":
         return _numbers(value if isinstance(value, list) else [value])
     return isinstance(value, int) and not isinstance(value, bool)

@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from dvit_infer.config import CROP_MODES, INTERPOLATIONS
 from dvit_infer.errors import InputError
 from dvit_infer.reduction import METHODS
 from dvit_infer.utils.bounds import check_bound
+
+Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
 
 MAX_PATCHES = 1 << 14  # one head's attention weights of one image are then 1 GiB
 
@@ -24,12 +27,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
 def positive_int(what: str, value: Any) -> int:
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 1:
         raise InputError(f"{what}: {value!r} is not a positive integer")
     check_bound(what, int(value), 1 << 40, excluded=True)
     return int(value)
+
+
+def count(what: str, value: Any) -> int:
+    """Return a number that may be zero."""
+    return 0 if value == 0 and type(value) is int else positive_int(what, value)
 
 
 def positive_float(what: str, value: Any) -> float:
@@ -82,6 +94,23 @@ def crop_pct(what: str, value: Any) -> float | None:
     if value is not None and (not is_number(value) or not 0.1 <= value <= 1):
         raise InputError(f"{what}: {value!r} is not between 0.1 and 1")
     return None if value is None else float(value)
+
+
+def interpolation(what: str, value: Any) -> str:
+    """Return the name of one of Pillow's filters, which may also be given as Pillow's number."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(INTERPOLATIONS):
+        return INTERPOLATIONS[value]
+    return _one_of(what, value, INTERPOLATIONS)
+
+
+def crop_mode(what: str, value: Any) -> str:
+    return _one_of(what, value, CROP_MODES)
+
+
+def _one_of(what: str, value: Any, names: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in names:
+        raise InputError(f"{what}: {text_of(value)!r} is not one of {', '.join(names)}")
+    return value
 
 
 def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:

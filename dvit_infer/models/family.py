@@ -21,7 +21,7 @@ class Family(NamedTuple):
         name: the name in `Config.family`.
         body: the class of `Config.body`.
         archs: the named sizes.
-        matches: return whether keys and shapes are those of such a checkpoint.
+        matches: return whether keys, shapes and stated facts are those of such a checkpoint.
         read: return the config; takes a reading, the requested architecture and the options of `recognise`.
         reference: return the reference model of a config, with uninitialised weights.
         resized: return the weights of a file for the config's image size.
@@ -33,7 +33,7 @@ class Family(NamedTuple):
     name: str
     body: type[Body]
     archs: Mapping[str, Any]
-    matches: Callable[[Mapping[str, Any]], bool]
+    matches: Callable[[Reading], bool]
     read: Callable[[Reading, str | None, Mapping[str, Any]], Config]
     reference: Callable[[Config], Reference]
     resized: Callable[[State, Config], State]

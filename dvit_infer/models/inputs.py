@@ -1,4 +1,4 @@
-"""Resolve how a model's images are prepared: mean, std and crop, and which of these nothing states."""
+"""Resolve how a model's images are prepared: mean, std, resizing and crop, and which of these nothing states."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _LARGEST = 2.0  # of a mean or std for pixels of 0 to 1; a larger one is for pix
 
 
 def read_inputs(read: Reading, implied: str | None = None) -> dict[str, Any]:
-    """Return the fields `mean`, `std`, `crop_pct` and `assumed` of a Config.
+    """Return the fields `mean`, `std`, `crop_pct`, `crop_mode`, `interpolation` and `assumed` of a Config.
 
     Args:
         read: the facts; each one used gets a note.
@@ -38,10 +38,16 @@ def read_inputs(read: Reading, implied: str | None = None) -> dict[str, Any]:
             read.amend(what, found[what], "for pixels of 0 to 255; divided by 255")
     crop = read.resolve_if_known("crop_pct")
     found["crop_pct"] = check.crop_pct(read.origin("crop_pct"), crop)
+    for what, named in (("crop_mode", check.crop_mode), ("interpolation", check.interpolation)):
+        if read.states(what):
+            found[what] = named(read.origin(what), read.resolve(what, None, ""))
     if read.stored is not None:  # it states all of them, and remembers which ones were assumed
         found["assumed"] = tuple(what for what in read.stored.assumed if read.given.get(what) is None)
     else:
-        found["assumed"] = () if implied else tuple(w for w in ("mean", "std", "crop_pct") if w not in stated)
+        left = [w for w in ("mean", "std", "crop_pct") if w not in stated or read.only_by_type(w)]
+        found["assumed"] = () if implied else tuple(left)
+    if found.get("crop_mode") == "squash" and crop is None:  # all of the image: nothing is left to assume
+        found["assumed"] = tuple(what for what in found["assumed"] if what != "crop_pct")
     return found
 
 

@@ -26,6 +26,6 @@ def read_module(module: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[s
         return name, state, {"config.json": {**to_dict(), "architectures": [name]}}, {}
     stated = getattr(inner, "pretrained_cfg", None)
     if isinstance(stated, Mapping):
-        config = {"architecture": stated.get("architecture"), "pretrained_cfg": dict(stated)}
-        return name, state, {"config.json": config}, module_facts(inner)
+        # Without its architecture, from which this module may differ: what it is can be read off it.
+        return name, state, {"config.json": {"pretrained_cfg": dict(stated)}}, module_facts(inner)
     return name, state, {}, {}

@@ -8,4 +8,6 @@ from dvit_infer.models.registry import family_of
 def preprocess_for(config: Config) -> Preprocess:
     """Return the preprocessing in the config, else that with which the model's family was evaluated."""
     crop_pct = family_of(config).crop_pct(config) if config.crop_pct is None else config.crop_pct
-    return Preprocess(config.image_size, warp=True) if crop_pct is None else Preprocess(config.image_size, crop_pct)
+    if crop_pct is None or (config.crop_pct is None and config.crop_mode == "squash"):
+        return Preprocess(config.image_size, 1.0, "squash", config.interpolation)
+    return Preprocess(config.image_size, crop_pct, config.crop_mode, config.interpolation)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from dvit_infer.config import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Config
 from dvit_infer.errors import InputError
 from dvit_infer.models.beside import Facts, facts_of
 from dvit_infer.models.checkpoint import Checkpoint
@@ -21,9 +21,17 @@ ASSUMABLE = (
     "keep_rate",
     "trained_size",
     "no_embed_class",
+    "act",
+    "pool",
+    "rope",
+    "map_heads",
+    "map_act",
+    "resample",
     "mean",
     "std",
     "crop_pct",
+    "crop_mode",
+    "interpolation",
     "weights",
 )
 
@@ -62,6 +70,7 @@ class Reading:
         self.metadata_source = "the file's args" if stored is None else "the saved config"
         self.notes: list[Note] = []
         self.beside: Facts = {}
+        self.by_type: tuple[str, ...] = ()  # those of them that only the type of the model implies
         self.in_file = checkpoint.in_file
         if stored is None:
             self._read_beside(checkpoint)
@@ -72,6 +81,7 @@ class Reading:
         inside = checkpoint.metadata.get("pretrained_cfg")
         sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
         found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
+        self.by_type, _ = found.pop("by type", ((), ""))
         others = _under_other_names(checkpoint.metadata)
         self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
@@ -121,7 +131,7 @@ class Reading:
             self.note("given", what, value, "by you")
         elif (found := self._stated(what, stored_as)) is not None:
             value, why = found
-            self.note("read", what, value, why)
+            self.note("assumed" if self.only_by_type(what) else "read", what, value, why)
         else:
             value = assumed
             self.note("assumed", what, value, why)
@@ -144,6 +154,10 @@ class Reading:
     def states(self, what: str) -> bool:
         """Return whether the caller, the file or a file beside it states a fact."""
         return self.given.get(what) is not None or self._stated(what, None) is not None
+
+    def only_by_type(self, what: str) -> bool:
+        """Return whether nothing but the type of the model says what a fact is."""
+        return what in self.by_type and self.given.get(what) is None and self._stated(what, None) == self.beside[what]
 
     def stated(self, what: str) -> tuple[Any, str]:
         """Return a fact that the file, or a file beside it, states, and where it stands; without a note."""
@@ -199,6 +213,9 @@ def _of_a_trainer(args: Mapping[str, Any]) -> dict[str, Any]:
         three = {name: usual[name] if value is None else value for name, value in three.items()}
     if crop is not None and is_number(crop) and 0.1 <= crop <= 1:
         found["crop_pct"] = crop
+    for name, known in (("crop_mode", CROP_MODES), ("interpolation", INTERPOLATIONS)):
+        if isinstance(args.get(name), str) and args[name] in known:
+            found[name] = args[name]
     ours = args.get("dvit_infer")  # written by dvit-train beside the official names
     if isinstance(ours, dict):
         found |= {name: ours[name] for name in ("eps", "predictor_eps", "trained_size") if name in ours}

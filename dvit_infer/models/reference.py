@@ -13,11 +13,15 @@ class EvalOutput(NamedTuple):
 
     logits: (B, K). kept: one (B, k) int64 tensor of original patch positions per stage, ascending.
     margin: (B, stages) gap between the scores of the last token kept and the first one dropped; inf if all stay.
+    features: (B, D), what the classifier reads, or the embedding of a model without one.
+    tokens: (B, P+k, C) after the last norm, if one is applied to all tokens.
     """
 
     logits: torch.Tensor
     kept: list[torch.Tensor]
     margin: torch.Tensor
+    features: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
 
 class TrainOutput(NamedTuple):

@@ -19,10 +19,10 @@ from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
 from dvit_infer.models.trained_as import other_method
-from dvit_infer.models.vit.families import DEIT, LVVIT
+from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
 from dvit_infer.reduction import METHODS
 
-FAMILIES: tuple[Family, ...] = (DEIT, LVVIT)
+FAMILIES: tuple[Family, ...] = (LVVIT, VIT, DEIT)  # the first one that matches
 
 
 def list_archs() -> list[str]:
@@ -78,7 +78,7 @@ def recognise(
         raise InputError(
             f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; plain vision transformers are"
         )
-    family = next((f for f in FAMILIES if f.matches(reading.shapes)), None)
+    family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
         raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(list_archs())}")
@@ -93,9 +93,12 @@ def recognise(
     weights = checkpoint.weights or (None if stored is None else stored.weights)
     config = replace(family.read(reading, arch, options), weights=weights)
     if config.crop_pct is None:
-        crop = family.crop_pct(config)
+        crop = None if config.crop_mode == "squash" else family.crop_pct(config)
+        if crop is None and given.get("crop_mode") not in (None, "squash"):
+            raise InputError(f"crop_mode: {family.name} warps images of this size; assume crop_pct too, 0.875 say")
         how: Literal["read", "assumed"] = "assumed" if "crop_pct" in config.assumed else "read"
-        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, f"{family.name}'s")
+        whose = "crop_mode squash" if config.crop_mode == "squash" else f"{family.name}'s"
+        reading.note(how, "crop_pct", "none, images are warped" if crop is None else crop, whose)
     if stored is not None:
         overridden = {*given, *(name for name, value in options.items() if value is not None)}
         _check_header(checkpoint.name, stored, config, overridden)

@@ -38,7 +38,7 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
         return Config(
             arch=_text("arch", values["arch"]),
             family=family,
-            num_classes=check.positive_int("num_classes", values["num_classes"]),
+            num_classes=check.count("num_classes", values["num_classes"]),
             image_size=image_size,
             trained_size=trained_size,
             body=body,
@@ -46,6 +46,8 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             mean=check.three_floats("mean", values["mean"], positive=False),
             std=check.three_floats("std", values["std"], positive=True),
             crop_pct=check.crop_pct("crop_pct", values["crop_pct"]),
+            crop_mode=check.crop_mode("crop_mode", values["crop_mode"]),
+            interpolation=check.interpolation("interpolation", values["interpolation"]),
             weights=None if values["weights"] is None else _text("weights", values["weights"]),
             assumed=_assumed(values["assumed"]),
         )
@@ -77,7 +79,8 @@ def _body(kind: type[Body], values: Any) -> Body:
         elif types[f.name] is bool:
             checked[f.name] = _flag(f.name, value)
         else:
-            checks = {int: check.positive_int, float: check.positive_float}
+            optional = f.default is not MISSING  # such a number may be zero
+            checks = {int: check.count if optional else check.positive_int, float: check.positive_float}
             checked[f.name] = checks.get(types[f.name], _text)(f.name, value)
     return kind(**checked)
 

@@ -124,7 +124,7 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
 
     config = engine.config
     preprocess = preprocess_for(config)
-    preprocessing = {**asdict(preprocess), "mean": config.mean, "std": config.std, "interpolation": "bicubic"}
+    preprocessing = {**asdict(preprocess), "warp": preprocess.warp, "mean": config.mean, "std": config.std}
     if config.assumed:
         preprocessing["assumed"] = config.assumed
     rates = [count / config.num_patches for count in config.num_keep]

@@ -39,6 +39,8 @@ class Report:
         wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
         first_difference: the first node whose output differs, or None.
         failures: the reasons why it did not pass; empty if it passed.
+        features_error, plain_features_error: the same for what the classifier reads, max in float32, else rms; None:
+            not compared, as tokens are dropped, features are the logits, or an ONNX file has none.
     """
 
     model: str
@@ -57,6 +59,8 @@ class Report:
     wrong_weight: str | None
     first_difference: str | None
     failures: tuple[str, ...]
+    features_error: float | None = None
+    plain_features_error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -70,6 +74,9 @@ class Report:
             ("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
             ("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}"),
         ]
+        if self.features_error is not None:
+            what = "features, max error" if self.dtype == "float32" else "features, rms error"
+            rows.append((what, f"{self.features_error:.2e}", f"{self.plain_features_error:.2e}"))
         for stage, overlap in enumerate(self.kept_overlap):
             clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
             rows.append((f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", ""))
@@ -117,11 +124,12 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
     logits, own_kept = engine(given, return_kept=True)
     differs = _differs(own_kept, expected.kept, num_images)
     if engine.dtype == torch.float32:
-        plain, plain_logits = reference, expected.logits
+        plain, rounded = reference, expected
     else:
         plain = build_reference(engine.config, checkpoint).to(engine.device, engine.dtype)
-        plain_logits = evaluate(plain, images, expected.kept).logits
+        rounded = evaluate(plain, images, expected.kept)
         differs = torch.ones_like(differs)
+    plain_logits = rounded.logits
     quantised = engine.precision == "int8"
     consistent = True
     if engine.dtype != torch.float32 and own_kept:
@@ -138,6 +146,9 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
     max_error, rms_error = _errors(logits, expected.logits)
     plain_max_error, plain_rms_error = _errors(plain_logits, expected.logits)
     top1, plain_top1 = (_agreement(x, expected.logits) for x in (logits, plain_logits))
+    features = None
+    if isinstance(engine, Engine) and config.num_classes and not config.reduction.stages:
+        features = _features_errors(engine.features(given), expected.features, rounded.features, engine.dtype)
     graph = folded_graph(config, checkpoint, torch.device("cpu"), engine.dtype)
     wrong_weight = _wrong_weight(engine, graph)
 
@@ -149,12 +160,16 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
     elif engine.dtype == torch.float32:
         if not max_error <= LOGIT_TOLERANCE:  # so that NaN fails
             failures.append(f"logits: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")
+        if features is not None and not features[0] <= LOGIT_TOLERANCE:
+            failures.append(f"features: max error {features[0]:.2e} is over {LOGIT_TOLERANCE:.0e}")
         for stage, same in enumerate(equal):
             if missed := int(clear[:, stage].sum() - same.sum()):
                 failures.append(f"kept tokens, stage {stage}: {missed} clear sets differ")
     else:
         if not rms_error <= RMS_FACTOR * plain_rms_error:
             failures.append(f"logits: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
+        if features is not None and not features[0] <= RMS_FACTOR * features[1]:
+            failures.append(f"features: rms error {features[0]:.2e} is over {RMS_FACTOR:g} x {features[1]:.2e}")
         if not consistent:
             failures.append("logits: they differ when the engine's own choice of patches is given")
         if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
@@ -181,7 +196,19 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
             *(_record(model, images[:2], [stage[:2] for stage in expected.kept]) for model in (reference, plain)),
         ),
         failures=tuple(failures),
+        features_error=None if features is None else features[0],
+        plain_features_error=None if features is None else features[1],
     )
+
+
+def _features_errors(
+    ours: torch.Tensor, expected: torch.Tensor | None, plain: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[float, float] | None:
+    """Return the errors of features and of plain PyTorch's: max in float32, else rms; None: there are none."""
+    if expected is None or plain is None:
+        return None
+    which = 0 if dtype == torch.float32 else 1
+    return _errors(ours, expected)[which], _errors(plain, expected)[which]
 
 
 @torch.no_grad()
@@ -196,9 +223,10 @@ def evaluate(model: Reference, images: torch.Tensor, kept: Sequence[torch.Tensor
         inputs = images[part].to(like.device, like.dtype)
         with as_asked(inputs.device, inputs.dtype):
             parts.append(model.evaluate(inputs, given))
-    logits, chosen, margins = zip(*parts, strict=True)
-    stages = [torch.cat(stage) for stage in zip(*chosen, strict=True)]
-    return EvalOutput(torch.cat(logits).float(), stages, torch.cat(margins))
+    stages = [torch.cat(stage) for stage in zip(*(part.kept for part in parts), strict=True)]
+    features = [part.features for part in parts if part.features is not None]
+    logits, margins = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "margin"))
+    return EvalOutput(logits.float(), stages, margins, torch.cat(features).float() if features else None)
 
 
 def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch: int) -> torch.Tensor:

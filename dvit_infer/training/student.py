@@ -154,6 +154,8 @@ class _Start:
             "mean": list(config.mean),
             "std": list(config.std),
             "crop_pct": config.crop_pct,
+            "crop_mode": config.crop_mode,
+            "interpolation": config.interpolation,
             "dvit_infer": {
                 "eps": body.eps,
                 "predictor_eps": self.predictor_eps,

@@ -77,6 +77,45 @@ def test_files_that_were_made_of_it_remember(capsys):
     assert "assumed" not in json.loads(facts["preprocessing"])
 
 
+@pytest.mark.usefixtures("_files")
+def test_what_the_type_of_the_model_implies_is_said_to_be_that(capsys):
+    Path("config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert predict.main(["d.pth", "photos", *OPTIONS]) == 0
+    said = "warning: d.pth: mean, std and crop_pct are assumed to be those of its type; "
+    assert capsys.readouterr().err.startswith(said)
+    Path("config.json").write_text(json.dumps({"model_type": "deit"}))
+    assert predict.main(["d.pth", "photos", *OPTIONS]) == 0
+    assert "are assumed to be ImageNet's and those of its type; " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_files")
+def test_how_images_are_resized_is_given_and_shown(capsys):
+    facts = "num_heads=2,mean=0.5:0.5:0.5,std=0.5:0.5:0.5,interpolation=bilinear,crop_mode=squash"
+    assert eval.main(["d.pth", "photos", *OPTIONS[2:], "--assume", facts]) == 0
+    out, err = capsys.readouterr()
+    assert "images 64x64, warped, bilinear\n" in out
+    assert err == ""
+    assert eval.main(["d.pth", "photos", *OPTIONS[2:], "--assume", facts, "--crop-pct", "0.5"]) == 0
+    assert "images 64x64, warped, crop 0.5, bilinear\n" in capsys.readouterr().out
+    wrong = fails(eval, ["d.pth", "photos", *OPTIONS[2:], "--assume", "num_heads=2,interpolation=7"], capsys)
+    assert wrong.startswith("error: --assume interpolation: '7' is not one of nearest, ")
+    wrong = fails(eval, ["d.pth", "photos", *OPTIONS[2:], "--assume", "num_heads=2,crop_mode=border"], capsys)
+    assert wrong.startswith("error: --assume crop_mode: 'border' is not one of center, ")
+
+
+@pytest.mark.usefixtures("_files")
+def test_an_onnx_file_resizes_images_as_its_source_did(capsys):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    facts = {"num_heads": 2, "interpolation": "bilinear", "crop_mode": "squash"}
+    dvit.export_onnx(dvit.convert("d.pth", assume=facts, image_size=64, device="cpu"), "d.onnx")
+    said = json.loads({prop.key: prop.value for prop in onnx.load("d.onnx").metadata_props}["preprocessing"])
+    expected = {"crop_pct": 1.0, "crop_mode": "squash", "warp": True, "interpolation": "bilinear"}
+    assert expected.items() <= said.items()
+    assert eval.main(["d.onnx", "photos", "--device", "cpu", "--workers", "0"]) == 0
+    assert "images 64x64, warped, bilinear\n" in capsys.readouterr().out
+
+
 def test_official_files_need_no_warning(checkpoint, capsys):
     for name in "abcdefghij":  # as many as the model has classes: nothing else to warn of
         draw_all(Path("photos", name), 1)

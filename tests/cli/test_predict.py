@@ -159,9 +159,13 @@ def test_the_digest_follows_what_answers_depend_on(engine, checkpoint):
         model_id(dvit.convert(checkpoint, device="cpu", keep_rate=0.6, **SIZE), checkpoint, CROP),
         model_id(dvit.convert(checkpoint, device="cpu", dtype="bfloat16", **SIZE), checkpoint, CROP),
         model_id(engine, checkpoint, Preprocess((64, 64), 0.9)),
+        model_id(engine, checkpoint, Preprocess((64, 64), 0.875, "center_floor")),
+        model_id(engine, checkpoint, Preprocess((64, 64), 0.875, "squash")),
+        model_id(engine, checkpoint, Preprocess((64, 64), 1.0, "squash")),
+        model_id(engine, checkpoint, Preprocess((64, 64), 0.875, "center", "bilinear")),
         first,
     }
-    assert len(others) == 5
+    assert len(others) == 9
 
 
 @pytest.mark.slow

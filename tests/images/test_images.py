@@ -215,10 +215,35 @@ def test_crops_that_are_not_square_cover_both_sides():
     assert np.asarray(Preprocess((96, 96), 1.0).crop(image))[:20].max() == 0
 
 
-def test_warping_keeps_everything():
-    image = draw(0, 100, 30)
-    expected = np.asarray(image.resize((64, 96), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(np.asarray(Preprocess((96, 64), warp=True).crop(image)), expected)
+@pytest.mark.parametrize("name", ["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"])
+def test_squashing_keeps_everything_and_crops_what_is_asked(name):
+    image, by = draw(0, 100, 30), Image.Resampling[name.upper()]
+    whole = np.asarray(Preprocess((96, 64), 1.0, "squash", name).crop(image))
+    np.testing.assert_array_equal(whole, np.asarray(image.resize((64, 96), by)))
+    found = Preprocess((224, 224), 0.875, "squash", name).crop(image)  # transformers' DeiT: 256x256, of which 224x224
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image.resize((256, 256), by).crop((16, 16, 240, 240))))
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (333, 251), (100, 37), (257, 256), (640, 427)])
+def test_a_margin_is_halved_as_its_owner_does(size, name):
+    """transformers' `center_crop` rounds down; torchvision's rounds a half to the even number."""
+    image = draw(3, *size)
+    width, height = (256 * size[0] // min(size), 256 * size[1] // min(size))
+    resized = image.resize((width, height), Image.Resampling[name.upper()])
+    for mode, half in (("center", lambda margin: round(margin / 2)), ("center_floor", lambda margin: margin // 2)):
+        left, top = half(width - 224), half(height - 224)
+        found = np.asarray(Preprocess((224, 224), 0.875, mode, name).crop(image))
+        np.testing.assert_array_equal(found, np.asarray(resized.crop((left, top, left + 224, top + 224))))
+
+
+def test_what_a_preprocessing_says_of_itself():
+    assert str(Preprocess((224, 224))) == "224x224, crop 0.875"
+    assert str(Preprocess((224, 192), 1.0, "squash", "bilinear")) == "224x192, warped, bilinear"
+    assert str(Preprocess((224, 224), 0.875, "squash")) == "224x224, warped, crop 0.875"
+    for wrong in ({"crop_mode": "border"}, {"interpolation": "random"}, {"interpolation": 3}):
+        with pytest.raises(dvit.InputError, match=f"{next(iter(wrong))}: .* is not one of"):
+            Preprocess((224, 224), **wrong)
 
 
 @pytest.mark.parametrize("size", [(30_000, 1), (1, 5_000), (20_000, 4), (2, 20_000)])

@@ -15,6 +15,7 @@ from dvit_infer.models.header import header_text
 from dvit_infer.models.registry import config_of
 
 HEADS = {"num_heads": 2}
+ARCH = {"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 2}}
 TIMM = {"mean": [0.15, 0.16, 0.17], "std": [0.3, 0.31, 0.32], "crop_pct": 0.95, "interpolation": "bicubic"}
 
 
@@ -33,12 +34,11 @@ def converted(folder, assume=HEADS, **files):
 
 
 def test_timms_config_beside_the_file_is_read(tmp_path):
-    cfg = {"architecture": "vit_tiny", "num_classes": 10, "pretrained_cfg": TIMM, "model_args": {"num_heads": 2}}
-    engine, notes = converted(tmp_path, None, config=cfg)
+    engine, notes = converted(tmp_path, None, config={**ARCH, "num_classes": 10, "pretrained_cfg": TIMM})
     assert (engine.config.mean, engine.config.std) == ((0.15, 0.16, 0.17), (0.3, 0.31, 0.32))
     assert (engine.config.crop_pct, engine.config.num_heads, engine.config.assumed) == (0.95, 2, ())
     assert (notes["mean"].how, notes["mean"].why) == ("read", "config.json: pretrained_cfg.mean")
-    old, notes = converted(tmp_path, config={"architecture": "vit_tiny", **TIMM})  # as timm wrote it before 2023
+    old, notes = converted(tmp_path, config={**ARCH, **TIMM})  # as timm wrote it before 2023
     assert (old.config.mean, notes["std"].why) == ((0.15, 0.16, 0.17), "config.json: std")
 
 
@@ -108,7 +108,7 @@ def test_a_mean_of_0_to_255_without_a_std_takes_the_std_with_it():
         ("{", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
         ("[1]", "is no JSON object, or too large"),
-        ('"' + "x" * (1 << 20) + '"', "is no JSON object, or too large"),
+        ('{"x": "' + "x" * (16 << 20) + '"}', "is no JSON object, or too large"),
         ({"pretrained_cfg": TIMM, "num_classes": 1000}, "describes another model: num_classes 1000"),
         ({"pretrained_cfg": {"mean": "abc"}}, "pretrained_cfg.mean is abc"),
         ({"pretrained_cfg": {"std": [1, 2, 0]}}, "pretrained_cfg.std is 1,2,0"),
@@ -116,7 +116,8 @@ def test_a_mean_of_0_to_255_without_a_std_takes_the_std_with_it():
         ({"pretrained_cfg": {"crop_mode": "\x1b[31msquash"}}, "pretrained_cfg.crop_mode is ?[31msquash"),
         ({"pretrained_cfg": {"mean": [float("nan")] * 3}}, "pretrained_cfg.mean is nan"),
         ({"pretrained_cfg": {"crop_pct": 7}}, "pretrained_cfg.crop_pct is 7"),
-        ({"pretrained_cfg": {"interpolation": "bilinear"}}, "pretrained_cfg.interpolation is bilinear; bicubic here"),
+        ({"pretrained_cfg": {"interpolation": "random"}}, "pretrained_cfg.interpolation is random"),
+        ({"pretrained_cfg": {"interpolation": 2}}, "pretrained_cfg.interpolation is 2"),
     ],
 )
 def test_what_is_not_used_of_a_file_is_said(content, why, tmp_path):
@@ -140,10 +141,16 @@ def test_other_files_beside_say_nothing(tmp_path):
     assert engine.config.assumed == ("mean", "std", "crop_pct")
     assert "config.json" not in notes
     assert read_checkpoint({"model": dense()}).beside == {}
-    with pytest.raises(dvit.InputError, match="global_pool is 'avg': its head reads the mean"):
-        converted(tmp_path, config={"architecture": "vit", "global_pool": "avg"})
-    with pytest.raises(dvit.InputError, match="act_layer is 'quick_gelu'"):
-        converted(tmp_path, config={"architecture": "vit", "model_args": {"act_layer": "quick_gelu"}})
+
+
+def test_pooling_and_activation_of_timms_config_count(tmp_path):
+    body = converted(tmp_path, config=ARCH | {"global_pool": "avg"})[0].config.body
+    assert (body.pool, body.act) == ("mean", "gelu")
+    other = {**ARCH, "model_args": ARCH["model_args"] | {"act_layer": "quick_gelu"}}
+    body = converted(tmp_path, config=other)[0].config.body
+    assert (body.pool, body.act) == ("token", "quick_gelu")
+    with pytest.raises(dvit.InputError, match="global_pool is 'max': its head reads the largest of the patches"):
+        converted(tmp_path, config=ARCH | {"global_pool": "max"})
 
 
 def test_a_saved_file_remembers_what_was_assumed_until_it_is_given(tmp_path):

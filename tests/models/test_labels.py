@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dvit_infer as dvit
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.labels import checked_labels, labels_of
 
 NAMES = [f"kind {i}" for i in range(10)]
 
@@ -40,6 +42,54 @@ def test_a_config_beside_the_weights_names_them(key, tmp_path):
     found = {str(i): name for i, name in enumerate(NAMES)} if key == "id2label" else NAMES
     (tmp_path / "config.json").write_text(json.dumps({key: found}))
     assert dvit.convert(path, device="cpu", assume={"num_heads": 2}).labels == dict(enumerate(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"id2label": {str(i): f"LABEL_{i}" for i in range(10)}}, None),
+        ({"id2label": {str(i): f"LABEL_{i}" for i in range(10)}, "label_names": NAMES}, NAMES),
+        ({"id2label": {str(i): f"LABEL_{9 - i}" for i in range(10)}}, [f"LABEL_{9 - i}" for i in range(10)]),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None),
+        ({"pretrained_cfg": {"label_names": NAMES}}, NAMES),
+        (
+            {"label_names": NAMES, "label_descriptions": {"kind 3": "three", "kind 4": 4}},
+            [*NAMES[:3], "three", *NAMES[4:]],
+        ),
+        ({"label_names": {str(i): name for i, name in enumerate(NAMES)}, "label_descriptions": {}}, NAMES),
+        ({"label_names": [[]] * 10, "label_descriptions": {"kind 3": "three"}}, None),
+        ({"label_names": 3, "label_descriptions": [1], "id2label": []}, None),
+        ({"id2label": None, "pretrained_cfg": 3}, None),
+    ],
+)
+def test_what_a_config_says_of_classes(config, expected, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(official_checkpoint("tiny-deit-r0.7-s1")["model"], path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = dvit.convert(path, device="cpu", assume={"num_heads": 2}).labels
+    assert found == (None if expected is None else dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize("classes", [21_841, 21_843])
+def test_many_classes_have_their_names(classes, tmp_path):
+    names = [f"a class with a name as long as these are, {i}" for i in range(classes)]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}})
+    )
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    assert labels_of(checkpoint, classes) == dict(enumerate(names))
+    assert labels_of(checkpoint, classes - 1) is None
+
+
+def test_a_model_without_classifier_has_none(tmp_path):
+    assert checked_labels("f", None, 0) is None
+    assert checked_labels("f", {}, 0) is None
+    with pytest.raises(dvit.InputError, match="f: its labels are not"):
+        checked_labels("f", {"0": "x"}, 0)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label_names": []}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert labels_of(read_checkpoint(tmp_path / "model.safetensors"), 0) is None
 
 
 def test_damaged_ones_of_a_saved_engine_are_named(tmp_path):

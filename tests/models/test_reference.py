@@ -6,8 +6,9 @@ from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, 
 from torch.nn import functional as F
 
 import dvit_infer as dvit
-from dvit_infer.models.vit.deit import DeiT
+from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.layers import softmax_with_policy
+from dvit_infer.models.vit.plain import PlainViT
 
 
 @pytest.mark.parametrize("case_id", EVERY_CASE)
@@ -141,7 +142,7 @@ def test_gradients_reach_the_predictors_fused_or_not_and_agree():
 
 
 def test_training_answers_with_both_heads_where_there_are_two():
-    sizes = {"embed_dim": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8, "num_patches": 4, "eps": 1e-6}
-    model = DeiT(patch_size=4, num_classes=3, num_prefix=2, **sizes)
+    body = ViT(patch_size=4, embed_dim=8, depth=1, num_heads=2, mlp_dim=8, eps=1e-6, num_prefix=2)
+    model = PlainViT(body, num_classes=3, grid=(2, 2))
     images = torch.randn(2, 3, 8, 8)
     assert torch.allclose(model.train()(images).pred, model.eval()(images), atol=1e-6)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import dvit_infer as dvit
 
+LATER = ("crop_pct", "crop_mode", "interpolation")  # fields that headers did not have at first
 LVVIT, DEIT = HERE / "version1-dense-lvvit.safetensors", HERE / "version1-deit.onnx"
 
 
@@ -40,6 +41,8 @@ def reduction(**facts):
         (lambda h: h["config"].pop("image_size"), "does not say image_size"),
         (lambda h: h["config"].update(image_size=[225, 225]), "image_size"),
         (lambda h: h["config"].update(weights="q\n"), "weights"),
+        (lambda h: h["config"].update(interpolation="random"), "interpolation: 'random' is not one of"),
+        (lambda h: h["config"].update(crop_mode=[1]), "crop_mode: '1' is not one of"),
         (reduction(settings={"keep_rate": 0, "predictor_eps": 1e-5}), "keep_rate"),
         (reduction(settings={"keep_rate": 0.5, "predictor_eps": 1e-5}), "do not keep what"),
         (reduction(settings={"keep_rate": 0.7}), "settings"),
@@ -103,7 +106,7 @@ def test_fields_that_a_header_lacks_take_their_default(tmp_path):
     path = tmp_path / "m.safetensors"
     engine = dvit.convert(state_dict("tiny-deit", 1), device="cpu", assume={"num_heads": 2})
     engine.save(path)
-    rewrite(path, path, lambda h: [h["config"].pop("crop_pct"), h["config"]["body"].pop("skip_lam")])
+    rewrite(path, path, lambda h: [[h["config"].pop(f) for f in LATER], h["config"]["body"].pop("skip_lam")])
     assert dvit.load(path, device="cpu").config == engine.config
 
 

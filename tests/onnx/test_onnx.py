@@ -175,6 +175,8 @@ def test_what_a_file_says_of_itself(tmp_path):
     assert json.loads(facts["keep_rates"])[0] == pytest.approx(0.7, abs=0.01)
     assert json.loads(facts["labels"]) == {"0": "none", "7": "seven"}
     assert json.loads(facts["preprocessing"])["mean"] == list(engine.config.mean)
+    prepared = {"image_size": [224, 224], "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+    assert prepared.items() <= json.loads(facts["preprocessing"]).items()
     assert facts["version"] == dvit.__version__
     assert HEADER_KEY in facts
     model = dvit.load_onnx(path, device="cpu")

@@ -6,13 +6,17 @@ from small_training import arguments, trained, write_dense, write_folder
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
-from dvit_infer.models.vit.deit import DeiT
 from dvit_infer.models.vit.lvvit import LVViT
+from dvit_infer.models.vit.plain import PlainViT
 from dvit_infer.training.losses import Objective, losses
 from dvit_infer.training.student import make_pair, set_training
 
 STEM = {"stem_dim": 8, "mlp_dim": 96, "skip_lam": 2.0}
-KINDS = [(DeiT, {}, ["head"]), (DeiT, {"num_prefix": 2}, ["head", "head_dist"]), (LVViT, STEM, ["aux_head", "head"])]
+KINDS = [
+    (PlainViT, {}, ["head"]),
+    (PlainViT, {"num_prefix": 2}, ["head", "head_dist"]),
+    (LVViT, STEM, ["aux_head", "head"]),
+]
 CLASSES = ["a", "b", "c"]
 
 

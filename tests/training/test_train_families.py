@@ -6,15 +6,15 @@ from small_training import arguments, trained, write_dense, write_folder
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
-from dvit_infer.models.vit.deit import DeiT
 from dvit_infer.models.vit.lvvit import LVViT
+from dvit_infer.models.vit.plain import PlainViT
 
 STEM = {"stem_dim": 8, "mlp_dim": 96, "skip_lam": 2.0}
 
 
 @pytest.mark.parametrize(
     ("make", "shape", "arch"),
-    [(LVViT, STEM, "dynamicvit-lvvit-32x4"), (DeiT, {"num_prefix": 2}, "dynamicvit-deit-32x4-distilled")],
+    [(LVViT, STEM, "dynamicvit-lvvit-32x4"), (PlainViT, {"num_prefix": 2}, "dynamicvit-deit-32x4-distilled")],
 )
 def test_becomes_dynamic_and_is_read_back(make, shape, arch, tmp_path, capsys):
     dense = write_dense(tmp_path / "dense.pth", make, **shape)

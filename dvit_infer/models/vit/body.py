@@ -39,8 +39,8 @@ class ViT(Body):
         no_embed_registers: whether the register tokens have no position, but the class token has one.
         no_pos_embed: whether there is no position embedding.
         resample: whose rule resamples the position embedding.
-        rope: coordinates of rotary positions (Su et al. 2021): "index", "centered" (DINOv3), "mixed": frequencies in the
-            weights (Heo et al. 2024); "": there are none.
+        rope: coordinates of rotary positions (Su et al. 2021): "index", "centered" (DINOv3), or "mixed", with
+            frequencies in the weights (Heo et al. 2024); "": there are none.
         rope_theta: base of their frequencies.
         rope_ref: patches per side that indices are scaled to; 0: they are not.
         rope_offset: added to the coordinates.
@@ -135,7 +135,7 @@ class ViT(Body):
 
     def has_bias(self, part: str) -> bool:
         """Return whether the linear of 'q', 'k' or 'v' has a bias."""
-        return not self.no_qkv_bias and part not in self.unbiased
+        return not (self.no_qkv_bias or self.stem_dim) and part not in self.unbiased
 
     def __post_init__(self) -> None:
         if self.depth > _MOST_BLOCKS or self.embed_dim % self.num_heads:

@@ -9,28 +9,23 @@ from dvit_infer.config import Config
 from dvit_infer.models.family import Family, State
 from dvit_infer.models.vit.archs import ARCHS
 from dvit_infer.models.vit.body import ViT
-from dvit_infer.models.vit.deit import DeiT
 from dvit_infer.models.vit.graph import graph
 from dvit_infer.models.vit.lvvit import LVViT
+from dvit_infer.models.vit.plain import PlainViT
 from dvit_infer.models.vit.pos_embed import resample_pos_embed
-from dvit_infer.models.vit.read import has_blocks, has_stem, read_deit, read_lvvit
+from dvit_infer.models.vit.read import is_deit, is_lvvit, read_deit, read_lvvit
+from dvit_infer.models.vit.read_vit import is_other_vit, read_vit
+from dvit_infer.models.vit.reference import RelativePosition
+from dvit_infer.models.vit.relative_position import resample_table
 from dvit_infer.reduction import METHODS
 
 
-def _deit(config: Config) -> DeiT:
-    body = _body(config)
-    return DeiT(
-        **_trunk_arguments(config),
-        num_prefix=body.num_prefix,
-        qkv_bias=not body.no_qkv_bias,
-        layer_scale=body.layer_scale,
-        no_embed_class=body.no_embed_class,
-    )
+def _plain(config: Config) -> PlainViT:
+    return PlainViT(_body(config), num_classes=config.num_classes, **_trunk_arguments(config))
 
 
 def _lvvit(config: Config) -> LVViT:
-    body = _body(config)
-    return LVViT(**_trunk_arguments(config), stem_dim=body.stem_dim, skip_lam=body.skip_lam)
+    return LVViT(_body(config), num_classes=config.num_classes, **_trunk_arguments(config))
 
 
 def _body(config: Config) -> ViT:
@@ -39,7 +34,7 @@ def _body(config: Config) -> ViT:
 
 
 def _trunk_arguments(config: Config) -> dict[str, Any]:
-    """Return the arguments that the reference models of both families share."""
+    """Return the arguments that the reference models share."""
     body, runs, learned = _body(config), config.reduction, config.learned
     modules = (
         METHODS[learned.method].modules(body.embed_dim, dict(learned.settings), len(learned.stages))
@@ -47,14 +42,7 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
         else None
     )
     return {
-        "patch_size": body.patch_size,
-        "embed_dim": body.embed_dim,
-        "depth": body.depth,
-        "num_heads": body.num_heads,
-        "mlp_dim": body.mlp_dim,
-        "num_classes": config.num_classes,
-        "num_patches": config.num_patches,
-        "eps": body.eps,
+        "grid": config.grid,
         "score_predictor": modules,
         "trainable": runs.method == learned.method,
         "prune_at": runs.blocks,
@@ -64,8 +52,12 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
 
 
 def _resized(state: State, config: Config) -> State:
-    pos_embed = resample_pos_embed(state["pos_embed"], _body(config).placed_prefix, config.trained_grid, config.grid)
-    return {**state, "pos_embed": pos_embed}
+    body, old, new = _body(config), config.trained_grid, config.grid
+    tables = {key: resample_table(w, old, new) for key, w in state.items() if key.endswith(RelativePosition.TABLE)}
+    if body.no_pos_embed:
+        return {**state, **tables}
+    rule = body.resample, body.num_registers > 0
+    return {**state, **tables, "pos_embed": resample_pos_embed(state["pos_embed"], body.placed_prefix, old, new, *rule)}
 
 
 def _deit_crop_pct(config: Config) -> float | None:
@@ -106,10 +98,6 @@ def _deit_in_timm(config: Config) -> nn.Module:
     return model
 
 
-def _matches_deit(shapes: Any) -> bool:
-    return has_blocks(shapes) and not has_stem(shapes)
-
-
 def _archs(family: str) -> dict[str, Any]:
     return {name: arch for name, arch in ARCHS.items() if arch.family == family}
 
@@ -118,9 +106,9 @@ DEIT = Family(
     name="deit",
     body=ViT,
     archs=_archs("deit"),
-    matches=_matches_deit,
+    matches=is_deit,
     read=read_deit,
-    reference=_deit,
+    reference=_plain,
     resized=_resized,
     graph=graph,
     crop_pct=_deit_crop_pct,
@@ -129,9 +117,17 @@ DEIT = Family(
 LVVIT = DEIT._replace(
     name="lvvit",
     archs=_archs("lvvit"),
-    matches=has_stem,
+    matches=is_lvvit,
     read=read_lvvit,
     reference=_lvvit,
     crop_pct=_lvvit_crop_pct,
+    in_timm=None,
+)
+VIT = DEIT._replace(
+    name="vit",
+    archs={},
+    matches=is_other_vit,
+    read=read_vit,
+    crop_pct=lambda config: 0.875,
     in_timm=None,
 )

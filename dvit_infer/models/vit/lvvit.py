@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.reference import VisionTransformer
 
 
@@ -34,18 +35,22 @@ class LVViT(VisionTransformer):
 
     token_loss = "kl"
 
-    def __init__(self, *, patch_size: int, stem_dim: int, embed_dim: int, num_classes: int, **trunk: Any) -> None:
-        super().__init__(embed_dim=embed_dim, num_classes=num_classes, qkv_bias=False, **trunk)
-        self.patch_embed = ConvStem(patch_size, stem_dim, embed_dim)
-        self.aux_head = nn.Linear(embed_dim, num_classes)
+    def __init__(self, body: ViT, *, num_classes: int, **trunk: Any) -> None:
+        super().__init__(body, **trunk)
+        self.patch_embed = ConvStem(body.patch_size, body.stem_dim, body.embed_dim)
+        self.head = nn.Linear(body.embed_dim, num_classes)
+        self.aux_head = nn.Linear(body.embed_dim, num_classes)
 
-    def classify(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(x[:, 0])
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0]
+
+    def classify(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(pooled)
         best: torch.Tensor = self.aux_head(x[:, 1:]).amax(dim=1)
         return logits + 0.5 * best
 
     def train_logits(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        logits = super().train_logits(x, mask)
+        logits: torch.Tensor = self.head(x[:, 0])
         if not self.distil_features:  # the auxiliary head learns from the teacher's
             return logits
         aux: torch.Tensor = self.aux_head(x[:, 1:])

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.kinds import unsupported_part
 from dvit_infer.models.reading import Reading
-from dvit_infer.models.vit.sizes import is_square
 
 
 def trainer_of(read: Reading, family: str, predictors: int, num_prefix: int) -> str | None:
@@ -25,26 +23,18 @@ def trainer_of(read: Reading, family: str, predictors: int, num_prefix: int) -> 
     return None
 
 
-def check_parts(read: Reading, class_heads: Sequence[str], first: str) -> None:
-    """Raise InputError for a part that changes the function and is not supported, or for a model without classes."""
-    if read.stored is None and (part := unsupported_part(read.shapes)):
-        raise InputError(f"{read.name}: {part}")
+def check_channels(read: Reading, first: str) -> None:
+    """Raise InputError for a model of images with other than three channels, by its first convolution."""
     kernel = read.shapes.get(first, ())
     if len(kernel) == 4 and kernel[1] not in (0, 3):
         channels = f"{kernel[1]} channel{'s' if kernel[1] > 1 else ''}"
         raise InputError(f"{read.name}: is made for images of {channels} ({first}); 3 are supported")
+
+
+def check_classes(read: Reading, class_heads: Sequence[str]) -> None:
+    """Raise InputError for a model without classes."""
     if not any(f"{head}.{part}" in read.shapes for head in class_heads for part in ("weight", "bias")):
-        raise InputError(
-            f"{read.name}: has no classes (no head.weight): it is a backbone, as DINO's and timm's with num_classes=0 "
-            "are; fine-tune it with a classifier first"
-        )
-    if "unlike" in read.beside and "cls_token" in read.shapes:
-        raise InputError(f"{read.name}: {read.beside['unlike'][1]}, which is not supported yet")
-    positions = read.shapes.get("pos_embed", ())
-    if "cls_token" not in read.shapes and len(positions) == 3 and is_square(positions[1]):
-        raise InputError(
-            f"{read.name}: has no class token, so that its head reads the patches; that is not supported yet"
-        )
+        raise InputError(f"{read.name}: has no classes (no head.weight), which a DynamicViT has")
 
 
 def note_trained_as(read: Reading, predictors: int) -> None:

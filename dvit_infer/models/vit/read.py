@@ -12,8 +12,16 @@ from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.archs import ARCHS, Arch
 from dvit_infer.models.vit.body import ViT
-from dvit_infer.models.vit.parts import check_parts, has_layer_scale, has_no_qkv_bias, note_trained_as, trainer_of
-from dvit_infer.models.vit.sizes import image_size_of, patch_size_of, trained_size_of
+from dvit_infer.models.vit.parts import (
+    check_channels,
+    check_classes,
+    has_layer_scale,
+    has_no_qkv_bias,
+    note_trained_as,
+    trainer_of,
+)
+from dvit_infer.models.vit.pos_embed import RULES
+from dvit_infer.models.vit.sizes import image_size_of, note_resampled, patch_size_of, trained_size_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Trunk:
 
 def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[str, Any]) -> Config:
     """Build a Config from keys, shapes, args, given facts and, last, assumptions."""
-    check_parts(read, trunk.class_heads, f"patch_embed.{'conv1' if trunk.stem_dim else 'proj'}.weight")
+    check_channels(read, f"patch_embed.{'conv1' if trunk.stem_dim else 'proj'}.weight")
+    check_classes(read, trunk.class_heads)
     dim = read.vote("the width", [("norm.weight", 0), ("cls_token", 2), ("pos_embed", 2), ("blocks.0.norm1.weight", 0)])
     depth = read.count("blocks.")
     if not depth:
@@ -60,6 +69,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     patch = patch_size_of(read, trunk.patch_of_kernel)
     trained_size, no_embed_class = trained_size_of(read, num_prefix, patch)
     image_size = image_size_of(read, options.get("image_size"), trained_size, patch)
+    note_resampled(read, RULES["timm"], trained_size, image_size)
     num_heads = _num_heads(read, dim, sizes)
     skip_lam = 1.0
     if trunk.has_skip_lam:
@@ -101,12 +111,12 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     return config
 
 
-def has_blocks(shapes: Mapping[str, Any]) -> bool:
-    return any(key.startswith("blocks.") for key in shapes)
+def is_deit(read: Reading) -> bool:
+    return any(key.startswith("blocks.") for key in read.shapes) and not is_lvvit(read)
 
 
-def has_stem(shapes: Mapping[str, Any]) -> bool:
-    return any(key.startswith(("patch_embed.conv", "patch_embed.bn", "aux_head.")) for key in shapes)
+def is_lvvit(read: Reading) -> bool:
+    return any(key.startswith(("patch_embed.conv", "patch_embed.bn", "aux_head.")) for key in read.shapes)
 
 
 def read_deit(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:

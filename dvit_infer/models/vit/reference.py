@@ -1,4 +1,4 @@
-"""The trunk that DeiT and LV-ViT share: embed, blocks with pruning between them, head."""
+"""The trunk of every plain vision transformer: embed, blocks with pruning between them, head."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,7 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dvit_infer.models.reference import EvalOutput, Reference, TrainOutput
-from dvit_infer.models.vit.layers import Block
+from dvit_infer.models.vit.body import ViT
+from dvit_infer.models.vit.layers import NOWHERE, Block, Places
+from dvit_infer.models.vit.relative_position import relative_position_bias, table_rows
+from dvit_infer.models.vit.rope import rope_tables
 
 # (patches (B, N, C), stage, keep, score_predictor) -> indices (B, keep), ascending, and the gap (B,) at the cut
 Choose = Callable[[torch.Tensor, int, int, Sequence[nn.Module]], tuple[torch.Tensor, torch.Tensor]]
@@ -18,10 +21,8 @@ class VisionTransformer(Reference):
     """A vision transformer whose patch tokens are dropped before the blocks `prune_at`.
 
     Args:
-        num_patches: the number N of patch tokens at the image size it is built for.
-        num_prefix: 1, or 2 with a distillation token; these are never dropped.
-        layer_scale: whether the blocks' branches are scaled by channel.
-        no_embed_class: whether the position embedding has no rows for the prefix tokens.
+        body: its facts.
+        grid: patches down and across at the image size it is built for.
         prune_at: one block index per stage; empty to run dense, with or without predictors.
         num_keep: the number of patch tokens kept at each stage.
         choose: chooses them.
@@ -33,19 +34,9 @@ class VisionTransformer(Reference):
 
     def __init__(
         self,
+        body: ViT,
         *,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_dim: int,
-        num_classes: int,
-        num_patches: int,
-        num_prefix: int = 1,
-        eps: float,
-        qkv_bias: bool,
-        skip_lam: float = 1.0,
-        layer_scale: bool = False,
-        no_embed_class: bool = False,
+        grid: tuple[int, int],
         prune_at: Sequence[int] = (),
         num_keep: Sequence[int] = (),
         choose: Choose | None = None,
@@ -53,26 +44,41 @@ class VisionTransformer(Reference):
         trainable: bool = True,
     ) -> None:
         super().__init__()
+        self.body, self.grid = body, grid
         self.choose, self.trainable = choose, trainable
-        self.num_prefix = num_prefix
+        self.num_prefix = body.num_prefix
         self.prune_at = tuple(prune_at)
         self.num_keep = tuple(num_keep)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if num_prefix == 2:
-            self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.no_embed_class = no_embed_class
-        rows = num_patches + (0 if no_embed_class else num_prefix)
-        self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_dim, eps, qkv_bias, skip_lam, layer_scale) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=eps)
-        self.head = nn.Linear(embed_dim, num_classes)
+        dim = body.embed_dim
+        if body.class_tokens:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if body.class_tokens == 2:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if body.num_registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, body.num_registers, dim))
+        if not body.no_pos_embed:
+            self.pos_embed = nn.Parameter(torch.zeros(1, body.placed_prefix + grid[0] * grid[1], dim))
+        if body.norm_pre:
+            self.norm_pre = nn.LayerNorm(dim, eps=body.eps)
+        if body.rope == "mixed" or body.rope_periods:
+            self.rope = _Frequencies(body)
+        if body.rel_pos == "shared":
+            self.rel_pos_bias = RelativePosition(grid, body.num_heads)
+        self.blocks = nn.ModuleList(Block(body) for _ in range(body.depth))
+        if body.rel_pos == "blocks":
+            for block in self.blocks:
+                RelativePosition.into(block.get_submodule("attn"), grid, body.num_heads)
+        if not body.no_norm:
+            self.norm = nn.LayerNorm(dim, eps=body.eps)
         self.score_predictor = score_predictor
 
     @abstractmethod
-    def classify(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, P+n, C) tokens after the last norm -> (B, K) logits, in evaluation."""
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+n, C) tokens as `last_tokens` returns them -> (B, D), which the classifier reads."""
+
+    @abstractmethod
+    def classify(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """The same tokens, and what `pool` returned for them -> (B, K) logits, in evaluation."""
 
     @abstractmethod
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,20 +86,55 @@ class VisionTransformer(Reference):
 
     def train_logits(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(B, P+N, C) tokens after the last norm, (B, N) mask of those that stay -> (B, K) logits, in training."""
-        out: torch.Tensor = self.head(x[:, 0])
+        return self.classify(x, self.pool(x))
+
+    def last_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+n, C) tokens after the last block -> the same after the last norm, where there is one."""
+        out: torch.Tensor = x if self.body.no_norm else self.norm(x)
         return out
 
     def prefix_tokens(self) -> list[torch.Tensor]:
-        """Return the class token and, if present, the distillation token, (1, 1, C) each."""
-        return [self.cls_token, self.dist_token] if self.num_prefix == 2 else [self.cls_token]
+        """Return those of class, distillation and register tokens that there are, (1, any, C) each."""
+        return [getattr(self, name) for name in ("cls_token", "dist_token", "reg_token") if hasattr(self, name)]
+
+    def positions(self) -> torch.Tensor:
+        """Return the position embedding (1, P+N, C), with zeros for the prefix tokens that have none."""
+        missing = self.num_prefix - self.body.placed_prefix
+        if not missing:
+            return self.pos_embed
+        prefix, patches = self.pos_embed.tensor_split([self.body.placed_prefix], dim=1)
+        return torch.cat([prefix, prefix.new_zeros(1, missing, prefix.shape[2]), patches], dim=1)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, P+N, C)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
-        if self.no_embed_class:
-            return torch.cat([*prefix, patches + self.pos_embed], dim=1)
-        return torch.cat([*prefix, patches], dim=1) + self.pos_embed
+        x = torch.cat([*prefix, patches], dim=1)
+        x = x if self.body.no_pos_embed else x + self.positions()
+        out: torch.Tensor = self.norm_pre(x) if self.body.norm_pre else x
+        return out
+
+    def places(self) -> list[Places]:
+        """Return what each block knows about the places of all patches."""
+        body, sin, cos, bias = self.body, None, None, None
+        if body.rope:
+            weights = {key.removeprefix("rope."): w for key, w in self.named_buffers() if key.startswith("rope.")}
+            weights |= {key.removeprefix("rope."): w for key, w in self.named_parameters() if key.startswith("rope.")}
+            sin, cos = rope_tables(body, self.grid, weights.get("freqs"), weights.get("periods"))
+            sin, cos = (table.to(self.device) for table in (sin, cos))
+        if body.rel_pos == "shared":
+            bias = self.rel_pos_bias.bias(self.grid)
+        places = []
+        for i, block in enumerate(self.blocks):
+            of_block = (sin[i], cos[i]) if body.rope == "mixed" and sin is not None and cos is not None else (sin, cos)
+            if body.rel_pos == "blocks":
+                bias = relative_position_bias(block.get_parameter(f"attn.{RelativePosition.TABLE}"), self.grid)[None]
+            places.append(Places(*of_block, bias))
+        return places
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
         """Run inference: drop tokens at every stage; `kept` overrides the choice."""
@@ -101,6 +142,7 @@ class VisionTransformer(Reference):
         b, p = x.shape[0], self.num_prefix  # not len(): an exporter would take it for a constant
         positions = torch.arange(x.shape[1] - p, device=x.device).expand(b, -1)
         all_kept, margins = [], []
+        places = self.places()
         for i, block in enumerate(self.blocks):
             if i in self.prune_at:
                 stage = self.prune_at.index(i)
@@ -113,9 +155,11 @@ class VisionTransformer(Reference):
                 positions = positions.gather(1, index)
                 all_kept.append(positions)
                 margins.append(margin)
-            x = block(x)
+            x = block(x, None, _of_kept(places[i], positions, p) if all_kept else places[i])
         margin = torch.stack(margins, dim=1) if margins else x.new_empty(b, 0)
-        return EvalOutput(self.classify(self.norm(x)), all_kept, margin)
+        tokens = self.last_tokens(x)
+        pooled = self.pool(tokens)
+        return EvalOutput(self.classify(tokens, pooled), all_kept, margin, pooled, tokens)
 
     def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
         """Run with dropped tokens masked out of attention and decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
@@ -133,6 +177,7 @@ class VisionTransformer(Reference):
         keep = x.new_ones(len(x), x.shape[1] - p, 1)
         policy = None  # before the first predictor nothing is masked
         decisions = []
+        places = self.places()
         for i, block in enumerate(self.blocks):
             if i in self.prune_at:
                 stage = self.prune_at.index(i)
@@ -141,10 +186,54 @@ class VisionTransformer(Reference):
                 keep = _decide(scores, None if noise is None else noise[stage])[..., :1] * keep
                 policy = torch.cat([keep.new_ones(len(x), p, 1), keep], dim=1)
                 decisions.append(keep.squeeze(-1))
-            x = block(x, policy)
-        x = self.norm(x)
+            x = block(x, policy, places[i])
+        x = self.last_tokens(x)
         mask = keep.detach().squeeze(-1)
         return TrainOutput(self.train_logits(x, mask), self.patch_outputs(x), mask, decisions)
+
+
+class _Frequencies(nn.Module):
+    """Frequencies or periods of rotary positions that are among the weights."""
+
+    def __init__(self, body: ViT) -> None:
+        super().__init__()
+        if body.rope == "mixed":
+            self.freqs = nn.Parameter(torch.zeros(2, body.depth, body.num_heads, body.head_dim // 2))
+        else:
+            self.register_buffer("periods", torch.ones(body.head_dim // 4))
+
+
+class RelativePosition(nn.Module):
+    """The table of a relative position bias."""
+
+    TABLE = "relative_position_bias_table"
+
+    def __init__(self, grid: tuple[int, int], num_heads: int) -> None:
+        super().__init__()
+        self.into(self, grid, num_heads)
+
+    @classmethod
+    def into(cls, module: nn.Module, grid: tuple[int, int], num_heads: int) -> None:
+        module.register_parameter(cls.TABLE, nn.Parameter(torch.zeros(table_rows(grid), num_heads)))
+
+    def bias(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the bias, (1, heads, 1+N, 1+N)."""
+        return relative_position_bias(self.get_parameter(self.TABLE), grid)[None]
+
+
+def _of_kept(places: Places, positions: torch.Tensor, num_prefix: int) -> Places:
+    """Return what of the places remains when the patches at `positions` (B, n) do."""
+    if places == NOWHERE:
+        return places
+    sin, cos, bias = places
+    if sin is not None and cos is not None:  # (B, 1 or heads, n, D)
+        sin, cos = (t[..., positions, :] for t in (sin, cos))
+        sin, cos = (t.transpose(0, 1) if t.ndim == 4 else t[:, None] for t in (sin, cos))
+    if bias is not None:
+        prefix = torch.arange(num_prefix, device=positions.device).expand(len(positions), -1)
+        rows = torch.cat([prefix, positions + num_prefix], dim=1)
+        bias = bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
+    return Places(sin, cos, bias)
 
 
 def _decide(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

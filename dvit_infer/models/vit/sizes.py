@@ -27,7 +27,7 @@ def trained_size_of(read: Reading, num_prefix: int, patch: int) -> tuple[tuple[i
     patches, side = rows - num_prefix, math.isqrt(rows)
     alone = _no_embed_class(read)  # None: not stated
     if not read.states("trained_size"):
-        fits = [bare for bare in (False, True) if alone in (None, bare) and is_square(rows if bare else patches)]
+        fits = [bare for bare in (False, True) if alone in (None, bare) and check.is_square(rows if bare else patches)]
         if not fits:
             raise InputError(
                 f"{read.name}: pos_embed has {patches} patch positions, or {rows} if none is the class token's, no "
@@ -46,7 +46,7 @@ def trained_size_of(read: Reading, num_prefix: int, patch: int) -> tuple[tuple[i
         read.note("read", "pos_embed", "patches alone", f"its {rows} rows are those patches; the class token has none")
         return (height, width), True
     if stated == patches and alone is not True:
-        if alone is None and read.given.get("trained_size") is not None and is_square(rows):
+        if alone is None and read.given.get("trained_size") is not None and check.is_square(rows):
             raise InputError(
                 f"{what}: {height}x{width} has {patches} patches, but the {rows} rows of pos_embed are also "
                 f"{side}x{side} patches without a row for the class token, as DeiT III's, that is "
@@ -77,10 +77,72 @@ def image_size_of(read: Reading, given: Any, trained: tuple[int, int], patch: in
         read.note("read", "image_size", size, why)
     else:
         return trained
-    if size != trained:
-        read.note("read", "pos_embed", "resampled", f"bicubic, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
     return size
 
 
-def is_square(count: int) -> bool:
-    return count > 0 and math.isqrt(count) ** 2 == count
+def note_resampled(read: Reading, rule: str, trained: tuple[int, int], size: tuple[int, int]) -> None:
+    if size != trained:
+        read.note("read", "pos_embed", "resampled", f"{rule}, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
+
+
+def bare_size_of(read: Reading, patch: int) -> tuple[int, int]:
+    """Return the size that a model without position embedding was trained for, as relative positions say, or stated."""
+    tables = [shape for key, shape in read.shapes.items() if key.endswith("relative_position_bias_table")]
+    if tables and not read.states("trained_size"):
+        side = (math.isqrt(max(0, tables[0][0] - 3)) + 1) // 2
+        if (2 * side - 1) ** 2 + 3 != tables[0][0]:
+            raise InputError(
+                f"{read.name}: its table of relative positions has {tables[0][0]} rows, those of no square grid; "
+                "assume trained_size=HxW says which"
+            )
+        return side * patch, side * patch
+    for what in ("trained_size", "image_size"):
+        if read.states(what):
+            value = read.resolve(what, None, "")
+            return check.image_size(read.origin(what), value, patch)
+    size = 224 // patch * patch
+    read.note("assumed", "image_size", (size, size), "rotary positions are for any size")
+    return size, size
+
+
+def placed_size_of(
+    read: Reading, patch: int, num_prefix: int, registers: int
+) -> tuple[tuple[int, int], dict[str, bool]]:
+    """Return the size that the position embedding was trained for, and which prefix tokens have no rows in it.
+
+    All have, or all but the registers, or none: at most one of them leaves a square grid, unless it is tiny.
+    """
+    rows = read.shape("pos_embed", 3)[1]
+    alone = _no_embed_class(read)
+    layouts = {
+        num_prefix: {},
+        num_prefix - registers: {"no_embed_registers": True},
+        0: {"no_embed_class": True},
+    }
+    if num_prefix == 0:
+        layouts = {0: {}}
+    elif not registers:
+        layouts = {num_prefix: {}, 0: {"no_embed_class": True}}
+    if alone is not None and num_prefix:
+        layouts = {count: facts for count, facts in layouts.items() if facts.get("no_embed_class", False) == alone}
+    if read.states("trained_size"):
+        height, width = check.image_size(read.origin("trained_size"), read.resolve("trained_size", None, ""), patch)
+        count = (height // patch) * (width // patch)
+        if rows - count not in layouts:
+            raise InputError(
+                f"{read.origin('trained_size')}: {height}x{width} has {count} patches, other than the {rows} rows of "
+                f"pos_embed with {num_prefix} prefix tokens"
+            )
+        return (height, width), layouts[rows - count]
+    for count, facts in layouts.items():
+        if check.is_square(rows - count):
+            side = math.isqrt(rows - count) * patch
+            without = "" if count == num_prefix else ", none for " + ("registers" if count else "prefix tokens")
+            read.note(
+                "read", "trained_size", (side, side), f"pos_embed: {rows - count} positions, a square grid{without}"
+            )
+            return (side, side), facts
+    raise InputError(
+        f"{read.name}: pos_embed has {rows} rows with {num_prefix} prefix tokens, no square grid; assume "
+        "trained_size=HxW says which"
+    )

@@ -18,8 +18,8 @@ class MeanViT(Body):
     mlp_dim: int
 
 
-def matches(shapes: Mapping[str, Any]) -> bool:
-    return "patchify.weight" in shapes
+def matches(reading: Reading) -> bool:
+    return "patchify.weight" in reading.shapes
 
 
 def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dvit_infer.models.reference import EvalOutput, Reference
+from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.layers import Block
 
 
@@ -20,8 +21,8 @@ class MeanViTModel(Reference):
         self.stages, self.choose = stages, choose
         self.patchify = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.positions = nn.Parameter(torch.zeros(1, num_patches, embed_dim))
-        sizes = embed_dim, num_heads, mlp_dim
-        self.layers = nn.ModuleList(Block(*sizes, 1e-6, qkv_bias=True, skip_lam=1.0) for _ in range(depth))
+        body = ViT(patch_size, embed_dim, depth, num_heads, mlp_dim, eps=1e-6)
+        self.layers = nn.ModuleList(Block(body) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
 
