@@ -160,7 +160,9 @@ class Reading:
         return what in self.by_type and self.given.get(what) is None and self._stated(what, None) == self.beside[what]
 
     def stated(self, what: str) -> tuple[Any, str]:
-        """Return a fact that the file, or a file beside it, states, and where it stands; without a note."""
+        """Return a fact that the caller, the file or a file beside it states, and where it stands; without a note."""
+        if self.given.get(what) is not None:
+            return self.given[what], "by you"
         found = self._stated(what, None)
         assert found is not None
         return found
