@@ -74,7 +74,7 @@ class Reading:
         self.notes: list[Note] = []
         self.beside: Facts = {}
         self.by_type: tuple[str, ...] = ()  # those of them that only the type of the model implies
-        self._in_file = checkpoint.in_file
+        self.in_file = checkpoint.in_file
         if stored is None:
             self._read_beside(checkpoint)
         self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
@@ -104,11 +104,11 @@ class Reading:
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of a required tensor."""
         if key not in self.shapes:
-            raise InputError(f"{self.name}: missing key {self._in_file(key)}")
+            raise InputError(f"{self.name}: missing key {self.in_file(key)}")
         found = self.shapes[key]
         if len(found) != ndim or 0 in found:
             raise InputError(
-                f"{self.name}: {self._in_file(key)} has shape {found}, {ndim} dimensions, none of them 0, are expected"
+                f"{self.name}: {self.in_file(key)} has shape {found}, {ndim} dimensions, none of them 0, are expected"
             )
         return found
 
@@ -118,8 +118,8 @@ class Reading:
         sizes = Counter(size for size in seen if size > 0)
         if not sizes:
             is_there = next((key for key, _ in places if key in self.shapes), None)
-            missing = f"missing key {self._in_file(places[0][0])}"
-            found = f"{self._in_file(is_there)} has shape {self.shapes[is_there]}" if is_there else missing
+            missing = f"missing key {self.in_file(places[0][0])}"
+            found = f"{self.in_file(is_there)} has shape {self.shapes[is_there]}" if is_there else missing
             raise InputError(f"{self.name}: {found}, which should show {what}")
         return sizes.most_common(1)[0][0]
 
@@ -168,7 +168,9 @@ class Reading:
         return what in self.by_type and self.given.get(what) is None and self._stated(what, None) == self.beside[what]
 
     def stated(self, what: str) -> tuple[Any, str]:
-        """Return a fact that the file, or a file beside it, states, and where it stands; without a note."""
+        """Return a fact that the caller, the file or a file beside it states, and where it stands; without a note."""
+        if self.given.get(what) is not None:
+            return self.given[what], "by you"
         found = self._stated(what, None)
         assert found is not None
         return found
