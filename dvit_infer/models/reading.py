@@ -85,6 +85,9 @@ class Reading:
         sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
         found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
         self.by_type, _ = found.pop("by type", ((), ""))
+        if found.get("owner", ("", ""))[0] == "huggingface" != checkpoint.owner:
+            found = {what: fact for what, fact in found.items() if what in _IMAGES}
+            unused.append(("config.json", "describes a model of Hugging Face, but these are not Hugging Face's keys"))
         others = _under_other_names(checkpoint.metadata)
         self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:

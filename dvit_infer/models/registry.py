@@ -84,8 +84,8 @@ def recognise(
     family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
-        known = "DeiT, LV-ViT, DynamicViT on them, and plain vision transformers under the names of their owners"
-        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {known}")
+        families = "DeiT, LV-ViT, DynamicViT on them, and other plain vision transformers under their owners' names"
+        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {families}")
     if arch in VIT.archs:
         arch = None  # its facts are known by now
     elif arch is not None and arch not in family.archs:

@@ -38,6 +38,8 @@ def is_other_vit(read: Reading) -> bool:
         return False
     if read.stored is not None:
         return read.stored.family == "vit"
+    if any(key.startswith("score_predictor.") for key in shapes):  # a DynamicViT, perhaps with a key too many
+        return False
     usual = {"owner": ("timm",), "act": ("gelu",), "pool": ("token",), "rope": ("none",)}
     stated = {what: read.value_of(what) for what in (*usual, "unsupported")} | read.given
     if any(stated.get(what) not in (None, *allowed) for what, allowed in usual.items()) or stated["unsupported"]:
@@ -49,7 +51,7 @@ def is_other_vit(read: Reading) -> bool:
         return True
     positions = shapes.get("pos_embed", ())
     without_class = "cls_token" not in shapes and len(positions) == 3 and check.is_square(positions[1])
-    has_classes = any(key.startswith(("head.", "head_dist.", "score_predictor.")) for key in shapes)
+    has_classes = any(key.startswith(("head.", "head_dist.")) for key in shapes)
     return without_class or not has_classes
 
 
