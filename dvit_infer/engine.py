@@ -123,7 +123,8 @@ def convert(
     """Make an engine from a checkpoint.
 
     Args:
-        source: the path of a checkpoint, or a loaded state dict.
+        source: the path of a checkpoint or of its folder, `hf-hub:user/name` or `timm/name` on the Hugging Face Hub, a
+            loaded state dict, or a module of timm or transformers, which is neither kept nor changed.
         arch: a name from `list_archs()`; None: recognised from keys and shapes.
         keep_rate: the share r of the original patch tokens that the first stage keeps; the second keeps r**2, and so
             on. None: from the file's args, else 0.7.

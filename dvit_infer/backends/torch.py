@@ -267,7 +267,7 @@ class TorchRunner:
         state.x = self.after_pooling(node, torch.cat(parts, dim=-1))
 
     def map_pool(self, node: MapPool, state: State) -> None:
-        w, x = node.weights, self.last_norm(node, state.x).to(state.x.dtype)
+        w, x = node.weights, self.last_norm(node, state.x)[:, node.num_prefix :].to(state.x.dtype)
         queries = w["queries"] if "queries" in w else F.linear(w["latent"], w["q.weight"], w["q.bias"])
         (b, n, _), heads = x.shape, node.num_heads
         q = queries.expand(b, -1, -1).reshape(b, 1, heads, -1)

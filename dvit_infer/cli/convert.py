@@ -188,6 +188,7 @@ def _default_out(checkpoint: str, kind: str) -> str:
         ".pt",
         ".ckpt",
         ".bin",
+        ".npz",
         ".safetensors",
         *([".dvit"] if kind == "onnx" else []),
     ):

@@ -393,7 +393,10 @@ class Pool(TokenNode):
 
 @dataclass(frozen=True, kw_only=True)
 class MapPool(Pool):
-    """Pooling by the attention of a learned query to all tokens, with a norm and an MLP (MAP, Zhai et al. 2022)."""
+    """Pooling by the attention of a learned query, with a norm and an MLP (MAP, Zhai et al. 2022).
+
+    It attends to all tokens but the first `num_prefix`.
+    """
 
     kind = "map_pool"
     reads: Reads = "all"
@@ -405,7 +408,8 @@ class MapPool(Pool):
     def macs(self) -> int:
         w, c = self.weights, self.dim
         query = c * c if "q.weight" in w else 0
-        attention = self.tokens * 2 * c * c + 2 * self.tokens * c + c * c
+        read = self.tokens - self.num_prefix
+        attention = read * 2 * c * c + 2 * read * c + c * c
         return super().macs + query + attention + 5 * c + w["fc1.weight"].numel() + w["fc2.weight"].numel()
 
 

@@ -14,7 +14,7 @@ _IN_FOLDERS = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 )
-_SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".bin", ".safetensors")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MOST = 1 << 26  # bytes of an index
@@ -54,7 +54,7 @@ def _in_folder(folder: Path) -> Path:
     for name in _IN_FOLDERS:
         if (folder / name).is_file():
             return folder / name
-    there = sorted(file.name for file in folder.iterdir() if file.name.endswith((*_SUFFIXES, ".index.json")))
+    there = sorted(file.name for file in folder.iterdir() if file.name.endswith((*SUFFIXES, ".index.json")))
     others = f"; files in it that may be one: {', '.join(there[:5])}" if there else ""
     raise InputError(
         f"{folder}: is a folder without {' or '.join(_IN_FOLDERS[:4:2])}; a checkpoint is expected{others}"
@@ -123,7 +123,7 @@ def _describe_tar(path: Path, packed: str | None) -> str:
                 names.append(member.name)
                 size += member.size
                 # Passing a member of a compressed archive means unpacking it.
-                if member.name.endswith(_SUFFIXES) or len(names) == 100 or (packed and size > 1 << 28):
+                if member.name.endswith(SUFFIXES) or len(names) == 100 or (packed and size > 1 << 28):
                     break
     except (tarfile.TarError, OSError, EOFError, ValueError):
         if not names:
@@ -132,7 +132,7 @@ def _describe_tar(path: Path, packed: str | None) -> str:
 
 
 def _unpack(kind: str, members: list[str]) -> str:
-    if found := next((name for name in members if name.endswith(_SUFFIXES)), None):
+    if found := next((name for name in members if name.endswith(SUFFIXES)), None):
         return f"is a {kind} archive with {found} in it; unpack it and give that file"
     some = ", ".join(members[:3]) or "nothing"
     return f"is a {kind} archive, no file of torch.save; no checkpoint is seen in it ({some})"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.containers import has_weights
+from dvit_infer.models.containers import SUFFIXES, has_weights
 from dvit_infer.models.torch_file import first_line
 
 _NAME = re.compile(r"(?:hf[-_]hub:|(?=timm/))([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -16,7 +16,8 @@ _FORMS = (["*.safetensors", "*.safetensors.index.json"], ["*.bin", "*.bin.index.
 
 def is_hub_name(source: str | Path) -> bool:
     """Return whether a source names a model on the Hub; a file or folder that is called so comes first."""
-    return isinstance(source, str) and _NAME.fullmatch(source) is not None and not Path(source).exists()
+    is_name = isinstance(source, str) and _NAME.fullmatch(source) is not None and not source.endswith(SUFFIXES)
+    return is_name and not Path(source).exists()
 
 
 def local_folder(name: str) -> Path:

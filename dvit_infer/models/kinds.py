@@ -1,4 +1,4 @@
-"""What a checkpoint is that no family reads: other model families, and parts that change a ViT's function.
+"""What a checkpoint is that no family reads, by its keys or by the config.json beside it.
 
 A family that comes to be read loses its line here.
 """
@@ -30,6 +30,7 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     (r"(.*\.)?(text_model|token_embedding|embeddings\.token_embedding)\.", "a text model, as CLIP and SigLIP have"),
     # Hugging Face.
     (r"(.*\.)?encoder\.stages\.\d+\.layers\.\d+\.dwconv", "Hugging Face's ConvNeXt"),
+    (r"(.*\.)?embedder\.embedder\.convolution\.", "Hugging Face's ResNet"),
     (r"(.*\.)?encoder\.layers\.\d+\.blocks\.", "Hugging Face's Swin Transformer"),
     (r"(.*\.)?encoder\.layer\.\d+\.attention\.", "a transformer under Hugging Face's names"),
     # Meta's and others' ViTs.
@@ -58,16 +59,6 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
     (r"s1\.b1\.", "RegNet"),
     (r"blocks\.\d+\.\d+\.(conv|bn|se)", "EfficientNet or another convolutional network"),
     (r"features\.", "a convolutional network of torchvision"),
-)
-
-# Parts that a plain ViT does not have, by a pattern for a whole key.
-_PARTS: tuple[tuple[str, str], ...] = (
-    (r"(reg_token|register_tokens)", "it has register tokens"),
-    (r"fc_norm\..*", "its head reads the mean of the patches behind that norm, as fine-tuned MAE and BEiT do"),
-    (r"norm_pre\..*", "it has a LayerNorm before its blocks, as CLIP has"),
-    (r"pre_logits\..*", "it has one more layer before its head, as some models of ImageNet-21k have"),
-    (r"blocks\.\d+\.attn\.[qk]_norm\..*", "its queries and keys are normalised"),
-    (r"blocks\.\d+\.(attn|mlp)\.norm\..*", "it has LayerNorms inside its blocks' branches"),
 )
 
 
@@ -107,16 +98,4 @@ def describe(keys: Iterable[str]) -> tuple[str, str] | None:
         begins = re.compile(pattern)
         if key := next((key for key in keys if begins.match(key)), None):
             return family, key
-    return None
-
-
-def unsupported_part(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return what a ViT has that changes its function and is not supported; None: nothing that is known here."""
-    for pattern, what in _PARTS:
-        whole = re.compile(pattern)
-        if key := next((key for key in shapes if whole.fullmatch(key)), None):
-            return f"unexpected key {key}: {what}; that is not supported yet"
-    inner, outer = (shapes.get(f"blocks.0.mlp.{fc}.weight", ()) for fc in ("fc1", "fc2"))
-    if len(inner) == len(outer) == 2 and inner[0] == 2 * outer[1]:
-        return "blocks.0.mlp.fc1.weight has twice the rows that fc2 reads: a gated MLP, which is not supported yet"
     return None

@@ -36,6 +36,9 @@ ASSUMABLE = (
 )
 
 
+_IMAGES = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "image_size")  # facts of how images are prepared
+
+
 @dataclass(frozen=True)
 class Note:
     """The origin of one fact about the model."""
@@ -71,7 +74,7 @@ class Reading:
         self.notes: list[Note] = []
         self.beside: Facts = {}
         self.by_type: tuple[str, ...] = ()  # those of them that only the type of the model implies
-        self._in_file = checkpoint.in_file
+        self.in_file = checkpoint.in_file
         if stored is None:
             self._read_beside(checkpoint)
         self._used = {"weights"}  # names of given facts that were used; the reader of the file uses this one
@@ -82,10 +85,18 @@ class Reading:
         sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
         found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
         self.by_type, _ = found.pop("by type", ((), ""))
+        if found.get("owner", ("", ""))[0] == "huggingface" != checkpoint.owner:
+            found = {what: fact for what, fact in found.items() if what in _IMAGES}
+            unused.append(("config.json", "describes a model of Hugging Face, but these are not Hugging Face's keys"))
         others = _under_other_names(checkpoint.metadata)
         self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
             self.note("read", source, "not used", why)
+
+    def take_as_given(self, facts: Facts) -> None:
+        """Take facts of an architecture that the caller named; what the file says of its images stays."""
+        images = {what: fact for what, fact in self.beside.items() if what in _IMAGES}
+        self.beside = {**self.beside, **{what: (v, f"{where}, given") for what, (v, where) in facts.items()}, **images}
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         text = (
@@ -96,11 +107,11 @@ class Reading:
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of a required tensor."""
         if key not in self.shapes:
-            raise InputError(f"{self.name}: missing key {self._in_file(key)}")
+            raise InputError(f"{self.name}: missing key {self.in_file(key)}")
         found = self.shapes[key]
         if len(found) != ndim or 0 in found:
             raise InputError(
-                f"{self.name}: {self._in_file(key)} has shape {found}, {ndim} dimensions, none of them 0, are expected"
+                f"{self.name}: {self.in_file(key)} has shape {found}, {ndim} dimensions, none of them 0, are expected"
             )
         return found
 
@@ -110,8 +121,8 @@ class Reading:
         sizes = Counter(size for size in seen if size > 0)
         if not sizes:
             is_there = next((key for key, _ in places if key in self.shapes), None)
-            missing = f"missing key {self._in_file(places[0][0])}"
-            found = f"{self._in_file(is_there)} has shape {self.shapes[is_there]}" if is_there else missing
+            missing = f"missing key {self.in_file(places[0][0])}"
+            found = f"{self.in_file(is_there)} has shape {self.shapes[is_there]}" if is_there else missing
             raise InputError(f"{self.name}: {found}, which should show {what}")
         return sizes.most_common(1)[0][0]
 
@@ -160,7 +171,9 @@ class Reading:
         return what in self.by_type and self.given.get(what) is None and self._stated(what, None) == self.beside[what]
 
     def stated(self, what: str) -> tuple[Any, str]:
-        """Return a fact that the file, or a file beside it, states, and where it stands; without a note."""
+        """Return a fact that the caller, the file or a file beside it states, and where it stands; without a note."""
+        if self.given.get(what) is not None:
+            return self.given[what], "by you"
         found = self._stated(what, None)
         assert found is not None
         return found

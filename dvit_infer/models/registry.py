@@ -1,5 +1,6 @@
 """The registry of families: recognise a checkpoint, read its config, build its reference model and graph."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
 from dvit_infer.models.trained_as import other_method
 from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
+from dvit_infer.models.vit.timm_config import timm_facts
 from dvit_infer.reduction import METHODS
 
 FAMILIES: tuple[Family, ...] = (LVVIT, VIT, DEIT)  # the first one that matches
@@ -60,10 +62,11 @@ def recognise(
     Raises:
         InputError: the keys belong to no known family, or a fact is impossible; the message names the key or option.
     """
-    if arch is not None and (not isinstance(arch, str) or arch not in list_archs()):
-        raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(list_archs())}")
+    _check_arch(arch)
     stored = None if checkpoint.header is None else config_of(checkpoint.name, checkpoint.header)
     reading = Reading(checkpoint, given, stored)
+    if arch in VIT.archs:
+        reading.take_as_given(timm_facts({"architecture": arch}))
     if checkpoint.weights is not None:
         others = f"; also there: {', '.join(checkpoint.other_sets)}" if checkpoint.other_sets else ""
         reading.note(
@@ -81,8 +84,11 @@ def recognise(
     family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
-        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {', '.join(list_archs())}")
-    if arch is not None and arch not in family.archs:
+        families = "DeiT, LV-ViT, DynamicViT on them, and other plain vision transformers under their owners' names"
+        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {families}")
+    if arch in VIT.archs:
+        arch = None  # its facts are known by now
+    elif arch is not None and arch not in family.archs:
         raise InputError(f"arch: {arch} was requested, but the keys of {checkpoint.name} are those of {family.name}")
     if checkpoint.skipped:
         names = ", ".join(text_of(name) for name in checkpoint.skipped[:5])
@@ -103,6 +109,16 @@ def recognise(
         overridden = {*given, *(name for name, value in options.items() if value is not None)}
         _check_header(checkpoint.name, stored, config, overridden)
     return config, reading.notes
+
+
+def _check_arch(arch: Any) -> None:
+    known = list_archs()
+    if arch is not None and (not isinstance(arch, str) or arch not in known):
+        nearest = difflib.get_close_matches(str(arch)[:100], known, n=5, cutoff=0.0)
+        raise InputError(
+            f"arch: {arch!r} does not exist; the nearest of {len(known)} that do: {', '.join(nearest)}; "
+            "dvit_infer.list_archs() returns all"
+        )
 
 
 def _check_method(reading: Reading, args: Mapping[str, Any], asked: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.checkpoint import load_torch
+from dvit_infer.models.loading import load_torch
 from dvit_infer.training.settings import MOST_EPOCHS, Settings
 from dvit_infer.utils.files import atomic_write, write_error
 

@@ -115,9 +115,7 @@ def test_a_missing_or_misshapen_key_is_named(key):
             dvit.convert({"model": state | {key: wrong}}, assume={"num_heads": 2})
 
 
-@pytest.mark.parametrize(
-    "key", ["blocks.0.ls1.gamma", "blocks.0.attn.q_norm.weight", "foo", "head.extra", "fc_norm.weight"]
-)
+@pytest.mark.parametrize("key", ["blocks.0.ls1.gamma", "foo", "head.extra"])
 def test_an_unexpected_key_is_named(key):
     with pytest.raises(dvit.InputError, match=f"unexpected key {key}"):
         dvit.convert({"model": state_dict("tiny-deit", 1) | {key: torch.ones(64)}}, assume={"num_heads": 2})

@@ -1,4 +1,4 @@
-"""Files that no family reads are named as what they are, and so are parts that change a ViT's function."""
+"""Files that no family reads are named as what they are."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from golden_cases import CASES, keys_of, state_dict
 
 import dvit_infer as dvit
 from dvit_infer.models.checkpoint import read_checkpoint
-from dvit_infer.models.kinds import describe, unsupported_part
+from dvit_infer.models.kinds import describe
 
 
 def dense() -> dict[str, torch.Tensor]:
@@ -56,41 +56,6 @@ def test_what_can_be_read_is_none_of_them():
     for case in CASES.values():
         state = state_dict(keys_of(case), 1) if str(case["id"]).startswith("tiny") else {}
         assert describe(state) is None
-        assert unsupported_part({key: tuple(w.shape) for key, w in state.items()}) is None
-
-
-@pytest.mark.parametrize(
-    ("key", "what"),
-    [
-        ("reg_token", "register tokens"),
-        ("fc_norm.weight", "mean of the patches"),
-        ("norm_pre.weight", "LayerNorm before its blocks"),
-        ("pre_logits.fc.weight", "one more layer before its head"),
-        ("blocks.1.attn.q_norm.weight", "queries and keys are normalised"),
-        ("blocks.1.mlp.norm.weight", "LayerNorms inside"),
-    ],
-)
-def test_a_part_that_changes_the_function_is_named(key, what):
-    state = dense() | {key: torch.ones(64)}
-    if key.startswith("fc_norm"):
-        state = {k: w for k, w in state.items() if not k.startswith("norm.")}
-    with pytest.raises(dvit.InputError, match=rf"unexpected key {key}: it.*{what}.*not supported yet") as caught:
-        dvit.convert(state, assume={"num_heads": 2})
-    assert "assume" not in str(caught.value)
-
-
-def test_a_gated_mlp_a_backbone_and_a_model_without_class_token_are_named():
-    state = dense()
-    gated = {k: torch.zeros(512, *w.shape[1:]) if ".fc1." in k else w for k, w in state.items()}
-    with pytest.raises(dvit.InputError, match="a gated MLP"):
-        dvit.convert(gated, assume={"num_heads": 2})
-    backbone = {k: w for k, w in state.items() if not k.startswith("head.")}
-    for more in ({}, {"head.mlp.0.weight": torch.ones(8, 64), "head.last_layer.weight_v": torch.ones(8, 8)}):
-        with pytest.raises(dvit.InputError, match=r"has no classes .*DINO.*fine-tune it with a classifier first"):
-            dvit.convert(backbone | more, assume={"num_heads": 2})
-    pooled = {k: w for k, w in state.items() if k != "cls_token"} | {"pos_embed": state["pos_embed"][:, 1:]}
-    with pytest.raises(dvit.InputError, match="has no class token"):
-        dvit.convert(pooled, assume={"num_heads": 2})
 
 
 @pytest.mark.parametrize(("channels", "said"), [(1, "images of 1 channel "), (4, "images of 4 channels ")])

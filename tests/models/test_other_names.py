@@ -20,6 +20,7 @@ from dvit_infer.models.checkpoint import read_checkpoint
         ("dinov2-hub-tiny", "blocks.1.attn.extra.weight"),
         ("npz-bv-stacked-cls", "params/Transformer/encoderblock/LayerNorm_7/scale"),
         ("npz-augreg-tiny", "conv_root/kernel"),
+        ("hf-vit-tiny", "fc.weight"),
     ],
 )
 def test_an_unknown_key_is_named_as_the_file_has_it(case, key):
@@ -27,6 +28,7 @@ def test_an_unknown_key_is_named_as_the_file_has_it(case, key):
     with pytest.raises(dvit.InputError, match="unexpected key") as caught:
         read_checkpoint({"state_dict": {f"module.{name}": w for name, w in file.items()}})
     assert f"unexpected key module.{key}: " in str(caught.value)
+    assert ("its heads are called classifier.*" in str(caught.value)) is (key == "fc.weight")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,6 @@ def test_an_unknown_key_is_named_as_the_file_has_it(case, key):
         ("hf-vit-tiny", "vit.encoder.layer.2.layernorm_after.bias", None, "missing key {key} "),
         ("hf-vit-tiny", "vit.encoder.layer.2.attention.attention.key.weight", None, "missing key {key} "),
         ("hf-vit-tiny", "vit.encoder.layer.2.attention.attention.key.bias", None, "missing key {key} "),
-        ("hf-vit-tiny", "vit.layernorm.weight", None, "missing key {key} "),
         ("hf-vit-tiny", "vit.encoder.layer.1.output.dense.weight", (96, 3), "{key} (blocks.1.mlp.fc2.weight here) has"),
         ("hf-vit-tiny", "vit.encoder.layer.1.attention.attention.key.weight", (96, 3), "{key} has shape (96, 3), vit."),
         ("openclip-tiny-gelu", "visual.proj", (3, 4, 5), "{key} has shape (3, 4, 5), a matrix is expected"),
@@ -102,7 +103,7 @@ def test_dino_and_mae():
     found = read_checkpoint({"student": dino, "teacher": dino, "epoch": 3})
     assert found.weights == "teacher"
     assert found.state.keys() == timms().keys()
-    assert [what for what, _ in found.left_over] == ["module.head.mlp.*", "module.head.last_layer.*"]
+    assert [what for what, _ in found.left_over] == ["module.head.last_layer.*", "module.head.mlp.*"]
     assert (found.owner, found.implied["model"][0]) == ("meta", "dino")
     mae = timms() | {"mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 96)}
     found = read_checkpoint({"model": mae | {"decoder_blocks.0.norm1.weight": torch.ones(8)}})
@@ -131,7 +132,7 @@ def test_torchvision_and_towers_of_timm():
     found = read_checkpoint(tower | {"text.transformer.x": torch.ones(2), "logit_scale": torch.tensor(1.0)})
     assert found.state.keys() == timms().keys() | {"head.weight"}
     assert found.implied["projection"][0] == 7
-    assert [what for what, _ in found.left_over] == ["text.*", "logit_scale"]
+    assert [what for what, _ in found.left_over] == ["logit_scale", "text.*"]
 
 
 def test_timms_names_pass_and_its_evas_layer_scales_keep_theirs():
@@ -147,3 +148,32 @@ def test_timms_names_pass_and_its_evas_layer_scales_keep_theirs():
     assert "blocks.0.gamma_1" in read_checkpoint(without | gammas).state
     beit = state | {"blocks.0.attn.relative_position_index": torch.arange(9)}
     assert read_checkpoint(beit).skipped == ("blocks.0.attn.relative_position_index",)
+
+
+def test_what_is_read_and_what_is_left_over_is_noted():
+    file = {key: w for key, w in file_of("hf-deit-tiny").items() if "distillation" not in key}
+    file["deit.embeddings.position_embeddings"] = file["deit.embeddings.position_embeddings"][:, :37].clone()
+    file["deit.embeddings.mask_token"] = torch.ones(1, 1, 96)
+    found = read_checkpoint(file)
+    notes = dvit.convert(file, assume={"num_heads": 3}, device="cpu").notes
+    said = {note.what: (note.how, note.value) for note in notes}
+    assert said["names"] == ("read", found.whose)
+    assert said["deit.embeddings.mask_token"] == ("read", "not used")
+
+
+def test_mae_under_hugging_faces_names():
+    file = {f"vit.{key}": w for key, w in file_of("hf-vitmae-tiny").items()}
+    found = read_checkpoint(
+        file | {"decoder.decoder_embed.weight": torch.ones(8, 96), "decoder.mask_token": torch.ones(8)}
+    )
+    assert found.implied["model"][0] == "vit_mae"
+    assert [what for what, _ in found.left_over] == ["decoder.*", "decoder.decoder_*"]
+
+
+def test_a_pooler_that_the_classifier_does_not_read_is_left_over():
+    file = {f"vit.{key}": w for key, w in file_of("hf-vitmodel-tiny").items()} | {
+        "classifier.weight": torch.ones(3, 96)
+    }
+    found = read_checkpoint(file)
+    assert "pre_logits.fc.weight" not in found.state
+    assert [what for what, _ in found.left_over] == ["vit.pooler.dense.*"]

@@ -120,7 +120,6 @@ def test_model_args_override_the_architecture(name, args, changed):
     [
         ("vit_small_patch16_224", {"global_pool": ""}, "global_pool is '': it returns tokens, no embedding"),
         ("vit_small_patch16_224", {"global_pool": "max"}, "global_pool is 'max': its head reads the largest"),
-        ("vit_small_patch16_224", {"global_pool": "map"}, "its attention pool leaves out the class and register"),
         ("vit_small_patch16_224", {"act_layer": "relu"}, "act_layer is relu"),
         ("vit_small_patch16_224", {"norm_layer": "rmsnorm"}, "norm_layer is rmsnorm"),
         ("vit_small_patch16_224", {"proj_bias": False}, "proj_bias is False"),
@@ -136,7 +135,6 @@ def test_model_args_override_the_architecture(name, args, changed):
         ("vit_base_patch16_rpn_224", {}, "its blocks are ResPostBlock"),
         ("vit_dlittle_patch16_reg1_gap_256", {}, "its attn is a DiffAttention"),
         ("vit_base_r50_s16_224", {}, "its patch_embed is a HybridEmbed"),
-        ("vit_so150m_patch16_reg4_map_256", {}, "its attention pool leaves out"),
     ],
 )
 def test_what_cannot_be_read_says_why(name, args, why):

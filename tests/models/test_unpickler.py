@@ -22,7 +22,8 @@ from odd_files import call, content, with_pickle, zipped
 from torch import nn
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.checkpoint import load_torch, read_checkpoint
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.loading import load_torch
 from dvit_infer.models.torch_file import read_torch
 
 STATE = {"head.weight": torch.randn(3, 4), "head.bias": torch.arange(3.0), "cls_token": torch.ones(1, 1, 4)}

@@ -7,7 +7,7 @@ from dvit_infer.errors import InputError
 
 _MOST_BLOCKS = 1000
 ACTS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
-POOLS = ("token", "mean", "mean_all", "token_mean", "map")
+POOLS = ("token", "mean", "mean_all", "token_mean", "map", "map_all")
 ROPES = ("", "index", "centered", "mixed")
 RESAMPLES = ("timm", "huggingface", "meta", "big_vision", "siglip2")
 _NAMES = {
@@ -59,8 +59,9 @@ class ViT(Body):
         gamma: whether layer scales are called gamma_1 and gamma_2, as in timm's Eva.
         rel_pos: relative position bias (BEiT): a table for each of the "blocks", one "shared"; "": there is none.
         pool: what the head reads: the class "token"; the "mean" of the patches; "mean_all", with prefix tokens;
-            "token_mean", the class token and the mean side by side; "map", a learned query's attention.
-        map_heads, map_mlp_dim, map_act: heads, MLP width and activation of "map".
+            "token_mean", the class token and the mean side by side; "map", a learned query's attention to the patches;
+            "map_all", to all tokens.
+        map_heads, map_mlp_dim, map_act: heads, MLP width and activation of "map" and "map_all".
         no_norm: whether no LayerNorm follows the last block.
         fc_norm: whether a LayerNorm follows pooling.
         pre_logits: whether a linear and tanh follow pooling.
@@ -149,5 +150,7 @@ class ViT(Body):
             raise InputError(f"pool: {self.pool!r} needs a class token, and there is none")
         if self.rope and self.head_dim % 4:
             raise InputError(f"num_heads: rotary positions need heads of a multiple of 4 channels, not {self.head_dim}")
-        if self.pool == "map" and (self.map_heads < 1 or self.embed_dim % self.map_heads or not self.map_mlp_dim):
+        if self.pool.startswith("map") and (
+            self.map_heads < 1 or self.embed_dim % self.map_heads or not self.map_mlp_dim
+        ):
             raise InputError(f"map_heads: {self.map_heads} heads do not divide the width {self.embed_dim}")

@@ -17,6 +17,7 @@ from dvit_infer.models.vit.read import is_deit, is_lvvit, read_deit, read_lvvit
 from dvit_infer.models.vit.read_vit import is_other_vit, read_vit
 from dvit_infer.models.vit.reference import RelativePosition
 from dvit_infer.models.vit.relative_position import resample_table
+from dvit_infer.models.vit.timm_config import timm_archs
 from dvit_infer.reduction import METHODS
 
 
@@ -125,7 +126,7 @@ LVVIT = DEIT._replace(
 )
 VIT = DEIT._replace(
     name="vit",
-    archs={},
+    archs={name: facts for name, facts in timm_archs().items() if "unsupported" not in facts},
     matches=is_other_vit,
     read=read_vit,
     crop_pct=lambda config: 0.875,

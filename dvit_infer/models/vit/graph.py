@@ -140,12 +140,13 @@ def _head(model: VisionTransformer, config: Config, tokens: int) -> Iterator[Nod
     weights = _own(model, last_norm="norm", fc_norm="fc_norm", pre_logits="pre_logits.fc")
     weights |= _own(model, projection="head") if body.projection else {}
     after = ":out" if not config.num_classes else "head:in"
-    if body.pool == "map":
+    if body.pool.startswith("map"):
         pool = model.get_submodule("attn_pool")
         weights |= _own(
             pool, latent="latent", q="q", kv="kv", proj="proj", mlp_norm="norm", fc1="mlp.fc1", fc2="mlp.fc2"
         )
         heads: dict[str, Any] = {"num_heads": body.map_heads, "scale": (body.embed_dim // body.map_heads) ** -0.5}
+        common["num_prefix"] = body.num_prefix if body.pool == "map" else 0
         yield MapPool(name="pool", equals=after, weights=weights, act=body.map_act, **heads, **common, **width)
     else:
         yield Pool(name="pool", equals=after, weights=weights, reads=_READS[body.pool], **common, **width)

@@ -53,6 +53,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip2": {**_SIGLIP, "image_size": None},
 }
 _TOWERS = {f"{name}_vision_model": name for name in ("clip", "siglip", "siglip2")}
+_SHOWN = ("embed_dim", "depth", "mlp_dim", "patch_size")
 _CHECKED = {
     "num_heads": "num_attention_heads",
     "eps": "layer_norm_eps",
@@ -113,7 +114,8 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
         found["num_classes"] = classes
     if unread := _unread(content, get):
         found["unsupported"] = unread
-    return {what: fact for what, fact in found.items() if fact[0] is not None}
+    unstated = {what for what in _SHOWN if found.get(what, ("", ""))[1].startswith("no ")}  # shapes show what counts
+    return {what: fact for what, fact in found.items() if fact[0] is not None and what not in unstated}
 
 
 def _tower(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

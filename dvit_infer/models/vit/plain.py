@@ -47,7 +47,7 @@ class PlainViT(VisionTransformer):
         self.patch_embed = PatchEmbed(body.patch_size, dim, bias=not body.no_patch_bias)
         self.num_classes = num_classes
         self.distilled = body.class_tokens == 2 and not body.no_head_dist
-        if body.pool == "map":
+        if body.pool.startswith("map"):
             self.attn_pool = AttentionPool(body)
         if body.fc_norm:
             self.fc_norm = nn.LayerNorm(dim, eps=body.eps)
@@ -68,8 +68,8 @@ class PlainViT(VisionTransformer):
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
         p, pool = self.num_prefix, self.body.pool
-        if pool == "map":
-            out: torch.Tensor = self.attn_pool(x)
+        if pool.startswith("map"):
+            out: torch.Tensor = self.attn_pool(x[:, p:] if pool == "map" else x)
             return out
         if pool == "token":
             first: torch.Tensor = x[:, :2].mean(dim=1) if self.distilled else x[:, 0]

@@ -38,15 +38,20 @@ def is_other_vit(read: Reading) -> bool:
         return False
     if read.stored is not None:
         return read.stored.family == "vit"
+    if any(key.startswith("score_predictor.") for key in shapes):  # a DynamicViT, perhaps with a key too many
+        return False
     usual = {"owner": ("timm",), "act": ("gelu",), "pool": ("token",), "rope": ("none",)}
-    stated = {what: read.stated(what)[0] for what in (*usual, "unsupported") if read.states(what)}
-    if any(value not in usual.get(what, ()) for what, value in stated.items()):
+    stated = {what: read.value_of(what) for what in (*usual, "unsupported")} | read.given
+    if any(stated.get(what) not in (None, *allowed) for what, allowed in usual.items()) or stated["unsupported"]:
+        return True
+    model = read.value_of("model")
+    if isinstance(model, str) and read.value_of("owner") == "timm" and not model.startswith("deit"):
         return True
     if any(key.startswith(_SIGNS) for key in shapes) or _is_packed(read):
         return True
     positions = shapes.get("pos_embed", ())
     without_class = "cls_token" not in shapes and len(positions) == 3 and check.is_square(positions[1])
-    has_classes = any(key.startswith(("head.", "head_dist.", "score_predictor.")) for key in shapes)
+    has_classes = any(key.startswith(("head.", "head_dist.")) for key in shapes)
     return without_class or not has_classes
 
 
@@ -277,7 +282,7 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
     pool = _one_of(read, "pool", assumed, why, POOLS)
     found: dict[str, Any] = {"pool": pool, "projection": rows if projects else 0, "no_head_bias": projects}
     found["no_head_dist"] = "dist_token" in shapes and "head_dist.weight" not in shapes
-    if pool == "map":
+    if pool.startswith("map"):
         found["map_mlp_dim"] = read.shape("attn_pool.mlp.fc1.weight", 2)[0]
         heads = read.resolve("map_heads", facts["num_heads"], "those of the blocks")
         found["map_heads"] = check.positive_int(read.origin("map_heads"), heads)

@@ -96,14 +96,13 @@ def timm_facts(content: Mapping[str, Any]) -> Facts:
     args = content.get("model_args")
     values = with_model_args(values, args if isinstance(args, Mapping) else {})
     del values["any_size"], values["registers"]
-    kind, global_pool, include, prefix = (
-        values.pop(what) for what in ("kind", "global_pool", "include_prefix", "num_prefix")
-    )
-    pool, reason = pool_of(global_pool[0], kind[0], prefix[0], bool(include[0]))
+    del values["num_prefix"]
+    kind, global_pool, include = (values.pop(what) for what in ("kind", "global_pool", "include_prefix"))
+    pool, reason = pool_of(global_pool[0], kind[0], bool(include[0]))
     if reason is not None:
         values.setdefault("unsupported", (reason, global_pool[1]))
     elif pool is not None:
         values["pool"] = pool, global_pool[1]
-    if pool != "map":
+    if pool not in ("map", "map_all"):
         values = {what: value for what, value in values.items() if not what.startswith("map_")}
     return {**values, "owner": ("timm", at), "model": (name, at), "resample": ("timm", at)}

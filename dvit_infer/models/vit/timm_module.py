@@ -74,7 +74,7 @@ def _facts(module: Any) -> Facts:
     pool = _pool(module)[0]
     if pool is not None:
         found["pool"] = pool, "global_pool"
-    if pool == "map":
+    if pool in ("map", "map_all"):
         found["map_heads"] = module.attn_pool.num_heads, "attn_pool.num_heads"
         if act := _act(module.attn_pool):
             found["map_act"] = act, "attn_pool.mlp.act"
@@ -200,7 +200,7 @@ def _rope(module: Any) -> dict[str, Any] | str:
 
 def _pool(module: Any) -> tuple[str | None, str | None]:
     include = getattr(module, "pool_include_prefix", False)
-    return pool_of(module.global_pool, KINDS[type(module).__name__], module.num_prefix_tokens, include)
+    return pool_of(module.global_pool, KINDS[type(module).__name__], include)
 
 
 def _act(part: Any) -> str | None:

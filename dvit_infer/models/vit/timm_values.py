@@ -15,13 +15,12 @@ _UNREAD_POOLS = {
 }
 
 
-def pool_of(global_pool: object, kind: str, num_prefix: int, include_prefix: bool) -> tuple[str | None, str | None]:
+def pool_of(global_pool: object, kind: str, include_prefix: bool) -> tuple[str | None, str | None]:
     """Return the fact "pool", or None and the reason why this pooling cannot be read.
 
     Args:
         global_pool: timm's name for it.
         kind: the name of timm's class: Eva's attention pool reads prefix tokens, VisionTransformer's only if told to.
-        num_prefix: the number of class, distillation and register tokens.
         include_prefix: timm's `pool_include_prefix`.
     """
     if global_pool == "token":
@@ -29,9 +28,7 @@ def pool_of(global_pool: object, kind: str, num_prefix: int, include_prefix: boo
     if global_pool == "avg":
         return ("mean_all" if include_prefix else "mean"), None
     if global_pool == "map":
-        if kind != "Eva" and num_prefix and not include_prefix:
-            return None, "its attention pool leaves out the class and register tokens"
-        return "map", None
+        return ("map_all" if kind == "Eva" or include_prefix else "map"), None
     if isinstance(global_pool, str) and global_pool in _UNREAD_POOLS:
         return None, f"global_pool is {global_pool!r}: {_UNREAD_POOLS[global_pool]}"
     return None, f"global_pool is {str(global_pool)[:40]!r}, which timm does not have"

@@ -17,17 +17,18 @@ _ATTENTION = {
     "attention.o_proj.*": "attn.proj.*",
 }
 _UNUSED = {"embeddings.mask_token": f"the token of masked patches, {_OF_PRETRAINING}"}
-_DECODER = {"decoder.*": f"the decoder, {_OF_PRETRAINING}"}
+_DECODER = {
+    "decoder.decoder_*": f"MAE's decoder, {_OF_PRETRAINING}",
+    "decoder.*": f"the decoder, {_OF_PRETRAINING}",
+}
 
 
 def _finish_vit(draft: Draft) -> None:
     join_qkv(draft)
-    is_beit = (
-        draft.mostly("gamma_1") or draft.has("fc_norm.") or "rel_pos_bias.relative_position_bias_table" in draft.state
-    )
-    is_beit = is_beit or draft.mostly("attn.relative_position_bias_table")
+    biases = draft.has("rel_pos_bias.") or draft.mostly("attn.relative_position_bias_table")
+    is_beit = biases or draft.has("fc_norm.") or draft.mostly("gamma_1")
     model = "deit" if "dist_token" in draft.state else "beit" if is_beit else "vit"
-    if any(key.startswith("decoder.") or ".decoder." in key for key in draft.left_over) and model == "vit":
+    if any(key.endswith("decoder.decoder_*") for key in draft.left_over):
         model = "vit_mae"
     if draft.has("head."):
         draft.drop("pre_logits.", "the pooler, which the classifier does not read")

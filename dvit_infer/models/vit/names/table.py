@@ -137,7 +137,9 @@ def plan(name: str, table: Table, prefix: str, keys: Mapping[str, str]) -> Plan:
     for key, in_file in keys.items():
         place = place_of(table, prefix, key)
         if place is None:
-            raise InputError(f"{name}: unexpected key {in_file}: {table.whose} has no such name")
+            is_outside = table.top and prefix and not key.startswith(prefix)
+            heads = f"; its heads are called {', '.join(table.top)}" if is_outside else ""
+            raise InputError(f"{name}: unexpected key {in_file}: {table.whose} has no such name{heads}")
         if place.to and place.to in seen:
             raise InputError(f"{name}: {seen[place.to]} and {in_file} are the same part of {table.whose}")
         if place.to:
@@ -162,6 +164,7 @@ def apply(name: str, plan: Plan, state: Mapping[str, torch.Tensor], keys: Mappin
         if place.unused is not None:
             pattern, why = place.unused
             draft.left_over[_in_file(pattern, key, keys[key])] = why
+    draft.left_over = dict(sorted(draft.left_over.items()))
     for to, how in hows.items():
         draft.change(to, how)
     draft.files = {**_of_missing(table, prefix, used, draft.depth), **draft.files}
