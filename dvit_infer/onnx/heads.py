@@ -40,6 +40,7 @@ def pool(to: Builder, node: Pool, x: str) -> str:
 
 def map_pool(to: Builder, node: MapPool, x: str) -> str:
     w, heads, size = node.weights, node.num_heads, node.dim // node.num_heads
+    x = to.tokens(x, node.num_prefix, node.tokens) if node.num_prefix else x
     x = to.in_dtype(_last_norm(to, node, to.float32(x)))
     k, v = (
         to.linear(x, name, weight, bias)

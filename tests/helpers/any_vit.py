@@ -57,7 +57,9 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "beit-shared": (_BEIT | {"rel_pos": "shared", "pool": "token"}, CLASSES),
     "qk-norm": ({"qk_norm": True, "no_qkv_bias": True, "fc_norm": True, "pool": "mean", "num_prefix": 0}, CLASSES),
     "siglip": (_MAP | {"num_prefix": 0, "act": "gelu_tanh", "map_act": "gelu_tanh"}, 0),
+    "map-all": (_MAP | {"pool": "map_all", "act": "quick_gelu"}, CLASSES),
     "map-classes": (_MAP | {"act": "gelu_tanh", "map_act": "quick_gelu", "fc_norm": True}, CLASSES),
+    "distilled": ({"num_prefix": 2}, CLASSES),
     "teacher": ({"num_prefix": 2, "no_head_dist": True}, CLASSES),
     "headless-mean": ({"pool": "mean", "num_prefix": 0}, 0),
 }
