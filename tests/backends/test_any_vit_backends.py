@@ -1,4 +1,4 @@
-"""Every kind of vision transformer by every backend: the reference's answers, and what the table says of who runs it."""
+"""Every kind of vision transformer by every backend: the reference's answers, and what the table says runs it."""
 
 from dataclasses import replace
 
