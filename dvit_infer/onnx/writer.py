@@ -119,10 +119,10 @@ class _Writer:
         if self._kept:
             out = f"kept_{len(self._outputs) - 1}"
             self._outputs.append(value_info(out, TensorProto.INT64, node.num_keep))
-        if self._kept or self._has_places:
-            there = self._positions
-            op, given, axis = ("GatherElements", (there, index), {"axis": 1}) if there else ("Identity", (index,), {})
-            self._positions = to.emit(op, *given, out=out, **axis)
+        if not self._positions:
+            self._positions = to.emit("Identity", index, out=out)
+        elif self._kept or self._has_places:
+            self._positions = to.emit("GatherElements", self._positions, index, out=out, axis=1)
         if self._has_places:
             to.rows = self._with_prefix(node)
         return to.said(kept_x, *node.out_shape)

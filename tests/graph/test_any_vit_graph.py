@@ -54,10 +54,7 @@ def test_folding_changes_no_answer(kind, method):
 def test_places_are_those_of_the_tokens_that_stay(kind):
     """Which differ by image when kept sets are given."""
     model = tiny(kind, "predictor")
-    images = model.images(3)
-    keep = model.config.num_keep[0]
-    kept = [torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(i))[:keep] for i in range(3)])]
-    kept[0] = kept[0].sort(dim=1).values
+    images, kept = model.images(3), model.kept(3)
     expected = model.reference().evaluate(images, kept)
     found = TorchRunner(fold(model.graph())).run(images, kept)
     torch.testing.assert_close(found.x, expected.logits, atol=2e-5, rtol=0)

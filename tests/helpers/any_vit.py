@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import dvit_infer as dvit
-from dvit_infer.config import Config, Reduction, Stage
+from dvit_infer.config import Config, Reduction
 from dvit_infer.engine import Engine
 from dvit_infer.graph import Graph
 from dvit_infer.images.synthetic import sample_images
@@ -86,14 +86,19 @@ class Tiny:
     def images(self, batch: int = 2, seed: int = 0) -> torch.Tensor:
         return sample_images(batch, self.config.image_size, seed)
 
+    def kept(self, batch: int) -> list[torch.Tensor]:
+        """Positions to keep, others in every image."""
+        order = torch.stack([torch.arange(self.config.num_patches).roll(5 * i) for i in range(batch)])
+        return [order[:, :count].sort(dim=1).values for count in self.config.num_keep]
+
 
 def tiny(kind: str, method: str = "none", size: tuple[int, int] = SIZE, **other: Any) -> Tiny:
-    """A model of the kind, with `other` facts of the body; `method` drops tokens before its second block."""
+    """A model of the kind, with `other` facts of the body; `method` drops tokens before both of its blocks."""
     different, classes = KINDS[kind]
     facts = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_dim": 96, "eps": 1e-6} | different | other
     body = ViT(patch_size=PATCH, **facts)
     patches = size[0] // PATCH * (size[1] // PATCH)
-    runs = Reduction(method, (Stage(1, patches * 2 // 3),), _settings(method), patches) if method != "none" else None
+    runs = _reduction(method, patches) if method != "none" else None
     config = Config(
         arch=kind,
         family="vit",
@@ -108,8 +113,9 @@ def tiny(kind: str, method: str = "none", size: tuple[int, int] = SIZE, **other:
     return Tiny(config, _weights(config))
 
 
-def _settings(method: str) -> tuple[tuple[str, float], ...]:
-    return tuple((name, default) for name, (default, _) in METHODS[method].SETTINGS.items())
+def _reduction(method: str, patches: int) -> Reduction:
+    settings = {name: default for name, (default, _) in METHODS[method].SETTINGS.items()}
+    return Reduction(method, METHODS[method].stages(settings, (0, 1), patches), tuple(settings.items()), patches)
 
 
 @cache
