@@ -10,22 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import (
-    PLACES,
-    Attention,
-    Branch,
-    Classify,
-    Convolution,
-    Embed,
-    Head,
-    MapPool,
-    Mlp,
-    Node,
-    Norm,
-    NormNode,
-    Pool,
-    Prune,
-)
+from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
+from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.attention import attention_ref

@@ -8,7 +8,8 @@ from dvit_kernels.launch import is_programmatic
 from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.torch import ALL, State, TorchRunner, activate
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode, Pool
+from dvit_infer.graph.heads import Pool
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode
 from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, MapPool, Mlp, Node, NormNode, Pool, Weights
+from dvit_infer.graph.heads import Head, MapPool, Pool
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
 
 _QUICK = 1.702  # of CLIP's GELU
 

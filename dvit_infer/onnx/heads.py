@@ -2,7 +2,7 @@
 
 import torch
 
-from dvit_infer.graph.nodes import Classify, Head, MapPool, Pool
+from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
 from dvit_infer.onnx.attention import mix
 from dvit_infer.onnx.building import Builder
 
