@@ -11,7 +11,7 @@ from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.body import ACTS, POOLS, RESAMPLES, ViT
-from dvit_infer.models.vit.parts import check_channels, note_trained_as
+from dvit_infer.models.vit.parts import check_channels, note_trained_as, one_of
 from dvit_infer.models.vit.pos_embed import RULES
 from dvit_infer.models.vit.sizes import bare_size_of, image_size_of, patch_size_of, placed_size_of
 
@@ -40,7 +40,7 @@ def is_other_vit(read: Reading) -> bool:
         return read.stored.family == "vit"
     if any(key.startswith("score_predictor.") for key in shapes):  # a DynamicViT, perhaps with a key too many
         return False
-    usual = {"owner": ("timm",), "act": ("gelu",), "pool": ("token",), "rope": ("none",), "resample": ("timm",)}
+    usual = {"owner": ("timm",), "act": ("gelu",), "pool": ("token",), "rope": ("none",)}
     stated = {what: read.value_of(what) for what in (*usual, "unsupported")} | read.given
     if any(stated.get(what) not in (None, *allowed) for what, allowed in usual.items()) or stated["unsupported"]:
         return True
@@ -136,7 +136,7 @@ def _body(read: Reading) -> tuple[ViT, Size, int]:
     clip_like = facts["norm_pre"] or (facts["rope"] == "centered")
     eps = read.resolve("eps", 1e-5 if clip_like else 1e-6, "of CLIP and DINOv3" if clip_like else "timm's")
     facts["eps"] = check.positive_float(read.origin("eps"), eps)
-    facts["act"] = _one_of(
+    facts["act"] = one_of(
         read, "act", "silu" if facts["gated"] else "gelu", "of a gated MLP" if facts["gated"] else "the usual", ACTS
     )
     facts |= _relative_positions(read, block)
@@ -145,7 +145,7 @@ def _body(read: Reading) -> tuple[ViT, Size, int]:
     )
     facts |= places
     if not facts["no_pos_embed"] or facts["rel_pos"]:
-        facts["resample"] = _one_of(read, "resample", "timm", "timm's", RESAMPLES)
+        facts["resample"] = one_of(read, "resample", "timm", "timm's", RESAMPLES)
     pooled, classes = _head(read, facts)
     return ViT(**facts, **pooled), trained_size, classes
 
@@ -155,7 +155,7 @@ def _as_given(read: Reading, body: ViT) -> ViT:
     changes = {}
     for what, known in (("act", ACTS), ("pool", POOLS), ("resample", RESAMPLES)):
         if read.given.get(what) is not None:
-            changes[what] = _one_of(read, what, None, "", known)
+            changes[what] = one_of(read, what, None, "", known)
     if read.given.get("num_heads") is not None:
         changes["num_heads"] = _num_heads(read, body.embed_dim, body.depth)
     if read.given.get("eps") is not None:
@@ -195,13 +195,6 @@ def _has(read: Reading, blocks: list[str], *endings: str) -> bool:
 def _is_packed(read: Reading) -> bool:
     inner, outer = (read.shapes.get(f"blocks.0.mlp.{fc}.weight", ()) for fc in ("fc1", "fc2"))
     return len(inner) == len(outer) == 2 and inner[0] == 2 * outer[1]
-
-
-def _one_of(read: Reading, what: str, assumed: Any, why: str, known: tuple[str, ...]) -> Any:
-    value = read.resolve(what, assumed, why)
-    if value not in known:
-        raise InputError(f"{read.origin(what)}: {str(value)[:40]!r} is not one of {', '.join(known)}")
-    return value
 
 
 def _num_heads(read: Reading, dim: int, depth: int) -> int:
@@ -282,7 +275,7 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
         assumed, why = "mean", "timm's DINOv3"
     else:
         assumed, why = "token", "the usual"
-    pool = _one_of(read, "pool", assumed, why, POOLS)
+    pool = one_of(read, "pool", assumed, why, POOLS)
     found: dict[str, Any] = {"pool": pool, "projection": rows if projects else 0}
     found["no_head_bias"] = len(weight) == 2 and "head.bias" not in shapes
     # timm reads both tokens of a distilled model without classifier; Hugging Face never reads the second one alone.
@@ -292,7 +285,7 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
         found["map_mlp_dim"] = read.shape("attn_pool.mlp.fc1.weight", 2)[0]
         heads = read.resolve("map_heads", facts["num_heads"], "those of the blocks")
         found["map_heads"] = check.positive_int(read.origin("map_heads"), heads)
-        found["map_act"] = _one_of(read, "map_act", facts["act"], "that of the blocks", ACTS)
+        found["map_act"] = one_of(read, "map_act", facts["act"], "that of the blocks", ACTS)
     return found, classes
 
 
