@@ -14,8 +14,8 @@ from typing import Any, NoReturn, TextIO
 from dvit_infer.errors import InputError, KernelError
 
 _ASSUMED = re.compile(
-    r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|no_embed_class|mean|std|crop_pct|crop_mode|"
-    r"interpolation|weights):)"
+    r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|no_embed_class|act|pool|rope|map_heads|map_act|resample|"
+    r"mean|std|crop_pct|crop_mode|interpolation|weights):)"
 )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from golden_vits import CASES, EVERY_CASE, TINY, answers, assumptions, case_images, options, part, write
@@ -53,7 +54,8 @@ def test_reference_and_engine_answer_as_the_owner(case, tmp_path):
     assert farthest(seen, found.tokens) < 1e-4
     assert torch.equal(positions, torch.arange(engine.config.num_patches).expand(len(images), -1))
     if tokens is not None:
-        assert farthest(part(case, found.tokens), tokens) < 2e-5
+        steps = 16 * np.spacing(tokens.abs().max().item(), dtype=np.float32)  # they are not normalised everywhere
+        assert farthest(part(case, found.tokens), tokens) < max(2e-5, steps)
         assert farthest(part(case, seen), tokens) < 1e-4
 
 
