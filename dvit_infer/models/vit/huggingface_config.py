@@ -153,7 +153,8 @@ def _pooling(name: str, written_by: str, get: Any) -> Facts:
         if not head:
             return {"unsupported": ("vision_use_head is false: it returns tokens, no embedding", key)}
         return {"pool": ("map", key), "map_heads": heads, "map_act": (_ACTS.get(str(act[0])), act[1])}
-    if not written_by and name in ("clip", "dinov2", "dinov2_with_registers"):
+    theirs = written_by.lower().startswith(name.partition("_")[0])  # "" and a user's own class are not
+    if not theirs and name in ("clip", "dinov2", "dinov2_with_registers"):
         return {}  # a classifier of theirs reads something else, and the weights show if there is one
     pool = {"clip": "mean", "dinov2": "token_mean", "dinov2_with_registers": "token_mean"}.get(name, "token")
     return {
