@@ -78,6 +78,11 @@ class Body:
     embed_dim: int
     depth: int
 
+    @property
+    def pooled_dim(self) -> int:
+        """Channels of the row that pooling returns and a classifier reads."""
+        return self.embed_dim
+
 
 @dataclass(frozen=True)
 class Config:

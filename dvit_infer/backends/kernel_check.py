@@ -21,6 +21,8 @@ from dvit_infer.ops.choices import choices_for
 from dvit_infer.ops.fallback import checking, replaced
 from dvit_infer.utils.files import atomic_write_json, cache_folder
 
+_DECIDE = ("num_heads", "num_prefix", "act", "gated", "has_inner_norm")  # fields of nodes that decide which kernels run
+
 
 def check_kernels(
     graph: Graph, batch: int, uint8: bool, programmatic: bool, forward: Callable[[torch.Tensor], object]
@@ -60,7 +62,7 @@ def _name(graph: Graph, batch: int, uint8: bool, programmatic: bool) -> str:
         *_system(graph.device).values(),
         *(str(graph.dtype), batch, uint8, programmatic),
         [(type(node).__qualname__, node.in_shape, node.out_shape, sorted(node.weights)) for node in graph.nodes],
-        [getattr(node, "num_heads", 0) for node in graph.nodes],
+        [[getattr(node, fact, None) for fact in _DECIDE] for node in graph.nodes],
         [dict(row) for row in choices_for(graph.device).rows],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

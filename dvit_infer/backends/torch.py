@@ -10,22 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import (
-    PLACES,
-    Attention,
-    Branch,
-    Classify,
-    Convolution,
-    Embed,
-    Head,
-    MapPool,
-    Mlp,
-    Node,
-    Norm,
-    NormNode,
-    Pool,
-    Prune,
-)
+from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
+from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.attention import attention_ref
@@ -71,7 +57,7 @@ class TorchRunner:
         prunes_by: the backend of prune_tokens.
         config: the model's config.
         device, dtype: the device and dtype of the weights.
-        forms_of: forms of activations, by their names, that norm_linear computes in place of them.
+        forms_of: forms of activations, by their names, that norm_linear alone computes in place of them.
         takes_uint8: whether `embed` normalises uint8 images itself.
         embeds_apart_from: the batch size from which a captured forward begins at the tokens, which `embed_into`
             computes from the caller's images without copying them. None: it always begins at the images.
@@ -197,7 +183,7 @@ class TorchRunner:
 
     def norm(self, node: Norm, state: State) -> None:
         w = node.weights
-        state.x = self.layer_norm(state.x, w["norm.weight"], w["norm.bias"], node.eps).to(state.x.dtype)
+        state.x = self.norm_rows(state.x, w["norm.weight"], w["norm.bias"], node.eps)
 
     def attention(self, node: Attention, state: State) -> None:
         x, (b, n, _), heads = state.x, state.x.shape, node.num_heads
@@ -217,22 +203,20 @@ class TorchRunner:
 
     def head_norm(self, node: Attention, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return queries or keys (B, tokens, heads, head size), normalised for each head."""
-        gain, shift = node.weights[f"{name}.weight"], node.weights[f"{name}.bias"]
-        return self.layer_norm(x, gain, shift, node.eps).to(x.dtype)
+        return self.norm_rows(x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"], node.eps)
 
     def inner_norm(self, node: Branch, y: torch.Tensor) -> torch.Tensor:
         """Return y, normalised if the node does so before its last linear."""
         if not node.has_inner_norm:
             return y
-        w = node.weights
-        return F.layer_norm(y, y.shape[-1:], w.get("inner_norm.weight"), w.get("inner_norm.bias"), node.eps)
+        return self.norm_rows(y, node.weights.get("inner_norm.weight"), node.weights.get("inner_norm.bias"), node.eps)
 
     def mlp(self, node: Mlp, state: State) -> None:
-        act = self.forms_of.get(node.act, node.act)
         if node.gated:
             gate, factor = self.norm_linear(node, "fc1", state.x, stats=state.stats).chunk(2, dim=-1)
-            hidden = activate(gate, act) * factor
+            hidden = activate(gate, node.act) * factor
         else:
+            act = self.forms_of.get(node.act, node.act)
             hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=act)
         self.linear_add(node, "fc2", self.inner_norm(node, hidden), state)
 
@@ -275,7 +259,7 @@ class TorchRunner:
         q = queries.expand(b, -1, -1).reshape(b, 1, heads, -1)
         k, v = self.linear("kv", x, w["kv.weight"], w["kv.bias"]).view(b, n, 2, heads, -1).unbind(2)
         y = F.linear(self.attend(q, k, v, node.scale).flatten(2), w["proj.weight"], w["proj.bias"])
-        hidden = self.layer_norm(y, w["mlp_norm.weight"], w["mlp_norm.bias"], node.eps).to(y.dtype)
+        hidden = self.norm_rows(y, w["mlp_norm.weight"], w["mlp_norm.bias"], node.eps)
         hidden = activate(F.linear(hidden, w["fc1.weight"], w["fc1.bias"]), node.act)
         y = y + F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
         state.x = self.after_pooling(node, y[:, 0].float())
@@ -325,6 +309,12 @@ class TorchRunner:
         y = self.linear(name, x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), activation)
         return y if out_dtype is None else y.to(out_dtype)
 
+    def norm_rows(
+        self, x: torch.Tensor, gain: torch.Tensor | None, shift: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """Return the LayerNorm of rows (..., C), computed in float32, in x's dtype."""
+        return F.layer_norm(x, x.shape[-1:], gain, shift, eps)
+
     def linear(
         self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
     ) -> torch.Tensor:
@@ -356,12 +346,20 @@ class TorchRunner:
 
 
 def activate(y: torch.Tensor, act: str) -> torch.Tensor:
-    """Apply an activation by its name in `Mlp.act`, or 'none'."""
+    """Apply an activation by its name in `Mlp.act`, or 'none'.
+
+    Raises:
+        ValueError: it is not known.
+    """
     if act == "none":
         return y
     if act == "quick_gelu":
         return y * torch.sigmoid(1.702 * y)
-    return F.silu(y) if act == "silu" else F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
+    if act == "silu":
+        return F.silu(y)
+    if act not in ("gelu", "gelu_tanh"):
+        raise ValueError(f"activation: {act!r} is not known")
+    return F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def places_of(node: Attention, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:

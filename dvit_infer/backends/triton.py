@@ -2,21 +2,25 @@
 
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
+from dvit_kernels.attention import supports
 from dvit_kernels.launch import is_programmatic
 
 from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.torch import ALL, State, TorchRunner, activate
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Branch, Convolution, Embed, Node, NormNode
+from dvit_infer.graph.heads import Pool
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode
 from dvit_infer.ops.attention import attention
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
+from dvit_infer.ops.layer_norm import layer_norm
 from dvit_infer.ops.linear import ACTIVATIONS, free_stats_block, linear, row_sums
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
 from dvit_infer.utils.devices import is_out_of_memory
 
 # Copying so many images takes 18 us at 3 TB/s, as long as launching a separate kernel. Derived, not measured.
 EMBED_APART_FROM = 128
+_ACTS = {"silu": "SiLU", "quick_gelu": "quick GELU"}
 
 
 class TritonRunner(TorchRunner):
@@ -36,7 +40,8 @@ class TritonRunner(TorchRunner):
         super().__init__(graph)
         self._graph = graph
         for node in graph.nodes:
-            if "norm.weight" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
+            has_norm = isinstance(node, NormNode) and "norm.weight" in node.weights
+            if has_norm or "gamma" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
         self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
         self.forms_of = {"gelu": CHEAPEST_GELU[self.dtype]}
@@ -53,6 +58,8 @@ class TritonRunner(TorchRunner):
         self._embed_uint8 = self._packed_embedding(graph.nodes[0], uint8=True) if self.takes_uint8 else []
         known = "as measured on this GPU" if choices_for(self.device).rows else "by defaults: none was measured here"
         self._runtime = self.describe(f"Triton and cuBLAS, {known}", usually="Triton")
+        if others := _by_pytorch(graph):
+            self._runtime += f"; PyTorch for {', '.join(others)}"
         self.checks_kernels = self.device.type == "cuda"
         self._checked: set[tuple[int, bool, bool]] = set()
 
@@ -69,7 +76,7 @@ class TritonRunner(TorchRunner):
         w = node.weights
         mean, std = (self.config.mean, self.config.std) if uint8 else (None, None)
         return pack_patch_embedding(
-            w["weight"], w["bias"], w["prefix"], w["pos_embed"], self.dtype, mean, std, channels_last=self._stem
+            w["weight"], w.get("bias"), w["prefix"], w["pos_embed"], self.dtype, mean, std, channels_last=self._stem
         )
 
     @property
@@ -138,6 +145,11 @@ class TritonRunner(TorchRunner):
         y, _ = linear(x[:, rows], w, b, None, sums, stats, node.eps, fused, out_dtype=out_dtype)
         return y if fused == activation else activate(y, activation)
 
+    def norm_rows(
+        self, x: torch.Tensor, gain: torch.Tensor | None, shift: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        return layer_norm(x, gain, shift, eps)
+
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
         rows, (dim_out, dim_in) = y.numel() // y.shape[-1], w.shape
@@ -163,3 +175,20 @@ def _sums(node: Node) -> dict[str, torch.Tensor]:
     """Return row sums of the weights that multiply normalised rows, by the linear's name."""
     names = node.normed if isinstance(node, NormNode) else ()
     return {n: row_sums(node.weights[f"{n}.weight"]) for n in names if f"{n}.weight" in node.weights}
+
+
+def _by_pytorch(graph: Graph) -> list[str]:
+    """Return what of a graph no kernel knows, in words for its description."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        if isinstance(node, Attention):
+            size = node.dim // node.num_heads
+            if not supports(size):
+                found[f"attention of heads of {size} channels"] = None
+            if "sin" in node.weights:
+                found["rotary positions"] = None
+        elif isinstance(node, Mlp) and (node.gated or node.act not in ACTIVATIONS):
+            found["gated MLPs" if node.gated else _ACTS[node.act]] = None
+        elif isinstance(node, Pool):
+            found["pooling"] = None
+    return list(found)

@@ -38,7 +38,10 @@ def timm_candidate(subject: Subject) -> Candidate:
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision built for another torch
         raise InputError(f"compare: timm cannot be imported here: {first_line(error)}") from None
     dense = build_reference(config, subject.checkpoint)
-    model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
+    try:
+        model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
+    except RuntimeError as error:
+        raise InputError(f"compare: timm's {config.arch} has other weights: {first_line(error)}") from None
     model = model.eval().to(subject.device, subject.dtype)
     weights = mib(model.parameters())
     return Candidate("timm", None, config, model, build_graph(dense, config).gmacs, lambda: weights)

@@ -13,11 +13,6 @@ from typing import Any, NoReturn, TextIO
 
 from dvit_infer.errors import InputError, KernelError
 
-_ASSUMED = re.compile(
-    r"^(?=(num_heads|skip_lam|eps|predictor_eps|trained_size|no_embed_class|act|pool|rope|map_heads|map_act|resample|"
-    r"mean|std|crop_pct|crop_mode|interpolation|weights):)"
-)
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line and exits with status 2."""
@@ -64,7 +59,9 @@ def _as_options(message: str, parser: Parser) -> str:
     options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
     if name in options:
         return options[name] + message[len(name) :]
-    return _ASSUMED.sub("--assume ", message)
+    from dvit_infer.models.reading import ASSUMABLE  # here: it imports torch
+
+    return f"--assume {message}" if name in ASSUMABLE else message
 
 
 def _failed(message: str, status: int = 2) -> int:

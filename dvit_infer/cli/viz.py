@@ -93,14 +93,14 @@ def _viz(options: argparse.Namespace) -> int:
 
 
 def _model_and_images(names: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Split the names: the first is the model, unless it is an image, a folder without weights, or a pattern."""
+    """Split the names: the first is the model, unless it is an image, a folder of images, or a pattern."""
     from dvit_infer.errors import InputError
     from dvit_infer.images.find import SUFFIXES
     from dvit_infer.models.containers import has_weights
 
     first = Path(names[0])
-    of_images = first.suffix.lower() in SUFFIXES or (first.is_dir() and not has_weights(first))
-    if of_images or (set("*?[") & set(names[0]) and not first.exists()):
+    of_images = first.is_dir() and not has_weights(first)
+    if first.suffix.lower() in SUFFIXES or of_images or (set("*?[") & set(names[0]) and not first.exists()):
         return str(TRAINED), names
     if len(names) == 1:
         raise InputError(f"{names[0]}: is the model; IMAGE is missing")

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Head, MapPool, Mlp, Node, NormNode, Pool, Weights
+from dvit_infer.graph.heads import Head, MapPool, Pool
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
 
 _QUICK = 1.702  # of CLIP's GELU
 
@@ -20,7 +21,7 @@ def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
     """Apply all folds. `dtype` is the dtype the graph will run in."""
     folds = (
         *(_layer_norm, _softmax_scale, _residual_scale, _layer_scale, _inner_norm),
-        *(_quick_gelu, _latent_query, _batch_norm),
+        *(_rotary_pairs, _quick_gelu, _latent_query, _batch_norm),
     )
     nodes = [functools.reduce(lambda n, f: f(n), folds, node.folded_for(dtype)) for node in graph.nodes]
     return replace(graph, nodes=tuple(_leave_stats(_class_only(nodes))))
@@ -106,6 +107,23 @@ def _inner_norm(node: Node) -> Node:
     bias = w[f"{node.last}.bias"] + weight @ w["inner_norm.bias"]
     folded = {f"{node.last}.weight": weight * w["inner_norm.weight"], f"{node.last}.bias": bias}
     return _noted(node, "inner LayerNorm", folded, drop="inner_norm")
+
+
+def _rotary_pairs(node: Node) -> Node:
+    """Order the channels of heads so that rotary positions pair one with that half of them away, not its neighbour.
+
+    Halves are contiguous, which is faster. Scores do not depend on the order of channels.
+    """
+    if not isinstance(node, Attention) or "sin" not in node.weights or node.rope_half:
+        return node
+    w, size = node.weights, node.dim // node.num_heads
+    order = torch.arange(size).view(-1, 2).t().flatten()
+    ordered = {name: w[name][..., order] for name in ("sin", "cos")}
+    ordered |= {name: value[order] for name, value in w.items() if name.startswith(("q_norm.", "k_norm."))}
+    rows = torch.arange(3 * node.dim).view(3, node.num_heads, size)
+    rows = torch.cat([rows[:2, :, order].flatten(), rows[2].flatten()])
+    ordered |= {name: value[rows] for name, value in w.items() if name.startswith("qkv.")}
+    return replace(_noted(node, "rotary pairs", ordered), rope_half=True)
 
 
 def _quick_gelu(node: Node) -> Node:

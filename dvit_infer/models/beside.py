@@ -11,7 +11,7 @@ from dvit_infer.models.facts import is_number, text_of
 from dvit_infer.models.processor import facts_of_type, processor_facts
 from dvit_infer.models.vit.described import SOUND, model_facts
 
-FILES = ("config.json", "processor_config.json", "preprocessor_config.json")
+FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "open_clip_config.json")
 
 _MOST_BYTES = 16 << 20  # 21,843 names of classes, there and back, are 2 MiB
 _TIMM_CROP = 0.875  # where timm's description says none

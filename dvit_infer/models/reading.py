@@ -83,7 +83,10 @@ class Reading:
         """Take the facts that the file states in timm's way, or a file beside it; note what is not used of them."""
         inside = checkpoint.metadata.get("pretrained_cfg")
         sources = {"the file": {"pretrained_cfg": inside}} if isinstance(inside, Mapping) else {}
-        found, unused = facts_of({**sources, **checkpoint.beside}, self.shapes)
+        beside = dict(checkpoint.beside)
+        whole = "open_clip_config.json"
+        beside.pop("config.json" if checkpoint.owner == "open_clip" and whole in beside else whole, None)
+        found, unused = facts_of({**sources, **beside}, self.shapes)
         self.by_type, _ = found.pop("by type", ((), ""))
         if found.get("owner", ("", ""))[0] == "huggingface" != checkpoint.owner:
             found = {what: fact for what, fact in found.items() if what in _IMAGES}

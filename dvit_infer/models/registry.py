@@ -84,8 +84,11 @@ def recognise(
     family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
-        families = "DeiT, LV-ViT, DynamicViT on them, and other plain vision transformers under their owners' names"
-        raise InputError(f"{checkpoint.name}: of no known family (first key {first}); known: {families}")
+        own = ", ".join(_own_archs())
+        raise InputError(
+            f"{checkpoint.name}: of no known family (first key {first}); known: {own}, and other plain vision "
+            "transformers under their owners' names"
+        )
     if arch in VIT.archs:
         arch = None  # its facts are known by now
     elif arch is not None and arch not in family.archs:
@@ -112,13 +115,18 @@ def recognise(
 
 
 def _check_arch(arch: Any) -> None:
-    known = list_archs()
-    if arch is not None and (not isinstance(arch, str) or arch not in known):
-        nearest = difflib.get_close_matches(str(arch)[:100], known, n=5, cutoff=0.0)
-        raise InputError(
-            f"arch: {arch!r} does not exist; the nearest of {len(known)} that do: {', '.join(nearest)}; "
-            "dvit_infer.list_archs() returns all"
-        )
+    if arch is None or (isinstance(arch, str) and arch in list_archs()):
+        return
+    nearest = difflib.get_close_matches(str(arch)[:100], VIT.archs, n=3)
+    timms = f", the nearest: {', '.join(nearest)}" if nearest else ""
+    raise InputError(
+        f"arch: {arch!r} does not exist; these do: {', '.join(_own_archs())}, and timm's names of plain vision "
+        f"transformers{timms}"
+    )
+
+
+def _own_archs() -> list[str]:
+    return [name for family in (DEIT, LVVIT) for name in family.archs]
 
 
 def _check_method(reading: Reading, args: Mapping[str, Any], asked: Any) -> None:

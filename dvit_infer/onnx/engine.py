@@ -73,7 +73,7 @@ class OnnxEngine(Verifiable):
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> list[tuple[Node, torch.Tensor]]:
-        names = {node.name: "logits" if node.kind == "head" else node.name for node in nodes}
+        names = {node.name: node.name for node in nodes} | {nodes[-1].name: "logits"}
         values = self.runner.node_values(images, kept, tuple(names.values()))
         return [(node, values[names[node.name]]) for node in nodes]
 
@@ -127,7 +127,8 @@ def onnx_device(device: str | torch.device | None) -> torch.device:
 def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> None:
     """Raise InputError unless the header agrees with the graph's inputs and outputs."""
     height, width = config.image_size
-    expected = {"images": [height, width, 3] if only_uint8 else [3, height, width], "logits": [config.num_classes]}
+    width_out = config.num_classes or config.body.pooled_dim
+    expected = {"images": [height, width, 3] if only_uint8 else [3, height, width], "logits": [width_out]}
     found = {value.name: list(value.shape[1:]) for value in [*session.get_inputs(), *session.get_outputs()]}
     expected |= {f"kept_{i}": [k] for i, k in enumerate(config.num_keep) if "kept_0" in found}
     for value, shape in expected.items():

@@ -43,13 +43,13 @@ def export_onnx(
     """Write an engine's model as an ONNX file, for any number of images.
 
     Input `images`: (B, 3, H, W) normalised, in the dtype, or with `uint8` (B, H, W, 3) uint8. Outputs: `logits`
-    (B, K) float32; with `kept` also `kept_0` and so on, (B, k) int64 original patch positions, ascending. Weights
-    over 2 GiB go into `<path>.data` beside it.
+    (B, K) float32, the embedding of a model without classes; with `kept` also `kept_0` and so on, (B, k) int64 original
+    patch positions, ascending. Weights over 2 GiB go into `<path>.data` beside it.
 
     Args:
         engine: on any device, in any dtype.
         path: the output file, replaced atomically.
-        dtype: float32 or float16; in float16 LayerNorm, softmax and scores stay float32.
+        dtype: float32 or float16; in float16 LayerNorm, softmax, rotation, pooling and scores stay float32.
         opset: 17 to 21 (`onnx.opsets`: with IR version 8 to 10); below 20 GELU is written out, in float32.
         inline: inline the function `dvit.prune_tokens`, for runtimes without functions.
         quantize: 'int8' for int8 weights and matrix products on CPUs (`quantize_int8`); scores stay float32.

@@ -54,7 +54,8 @@ class OnnxRunner:
             ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
             InputError: features or tokens are wanted.
         """
-        if output != "logits":
+        embeds = output == "features" and not self._config.num_classes  # then they are what the file returns
+        if output != "logits" and not embeds:
             raise InputError(f"{output}: {self._path.name} gives logits only; convert the checkpoint to have {output}")
         if hook is not None:
             raise ValueError("hook: ONNX Runtime does not report node outputs; use node_values")

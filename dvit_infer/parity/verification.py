@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -40,7 +41,8 @@ class Report:
         first_difference: the first node whose output differs, or None.
         failures: the reasons why it did not pass; empty if it passed.
         features_error, plain_features_error: the same for what the classifier reads, max in float32, else rms; None:
-            not compared, as tokens are dropped, features are the logits, or an ONNX file has none.
+            not compared, as tokens are dropped, features are the output, or an ONNX file has none.
+        output: the output of the model, which errors are of.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Report:
     failures: tuple[str, ...]
     features_error: float | None = None
     plain_features_error: float | None = None
+    output: Literal["logits", "embedding"] = "logits"
 
     @property
     def passed(self) -> bool:
@@ -70,10 +73,11 @@ class Report:
         verdict = "passed" if self.passed else "FAILED"
         title = f"parity {verdict}: {self.model}; {self.num_images} images, {self.dtype} on {self.device}"
         rows: list[tuple[str, ...]] = [
-            ("logits, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}"),
-            ("logits, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
-            ("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}"),
+            (f"{self.output}, max error", f"{self.max_error:.2e}", f"{self.plain_max_error:.2e}"),
+            (f"{self.output}, rms error", f"{self.rms_error:.2e}", f"{self.plain_rms_error:.2e}"),
         ]
+        if self.output == "logits":
+            rows.append(("top-1 agreement", f"{self.top1_agreement:.1%}", f"{self.plain_top1_agreement:.1%}"))
         if self.features_error is not None:
             what = "features, max error" if self.dtype == "float32" else "features, rms error"
             rows.append((what, f"{self.features_error:.2e}", f"{self.plain_features_error:.2e}"))
@@ -152,14 +156,15 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
     graph = folded_graph(config, checkpoint, torch.device("cpu"), engine.dtype)
     wrong_weight = _wrong_weight(engine, graph)
 
+    output: Literal["logits", "embedding"] = "logits" if config.num_classes else "embedding"
     failures = [f"weights: {wrong_weight}"] if wrong_weight else []
     if quantised:
         scale = expected.logits.square().mean().sqrt().item()
         if not rms_error <= MOST_RMS * scale:
-            failures.append(f"logits: rms error {rms_error:.2e} is over half of their rms, {scale:.2e}")
+            failures.append(f"{output}: rms error {rms_error:.2e} is over half of their rms, {scale:.2e}")
     elif engine.dtype == torch.float32:
         if not max_error <= LOGIT_TOLERANCE:  # so that NaN fails
-            failures.append(f"logits: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")
+            failures.append(f"{output}: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")
         if features is not None and not features[0] <= LOGIT_TOLERANCE:
             failures.append(f"features: max error {features[0]:.2e} is over {LOGIT_TOLERANCE:.0e}")
         for stage, same in enumerate(equal):
@@ -167,12 +172,12 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
                 failures.append(f"kept tokens, stage {stage}: {missed} clear sets differ")
     else:
         if not rms_error <= RMS_FACTOR * plain_rms_error:
-            failures.append(f"logits: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
+            failures.append(f"{output}: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
         if features is not None and not features[0] <= RMS_FACTOR * features[1]:
             failures.append(f"features: rms error {features[0]:.2e} is over {RMS_FACTOR:g} x {features[1]:.2e}")
         if not consistent:
             failures.append("logits: they differ when the engine's own choice of patches is given")
-        if top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
+        if config.num_classes and top1 < plain_top1 - 2 * _standard_error(top1, plain_top1, num_images):
             failures.append(f"top-1 agreement: {top1:.1%} is below plain PyTorch's {plain_top1:.1%}")
     return Report(
         model=f"{config.arch}, {config.reduction}",
@@ -196,6 +201,7 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
             *(_record(model, images[:2], [stage[:2] for stage in expected.kept]) for model in (reference, plain)),
         ),
         failures=tuple(failures),
+        output=output,
         features_error=None if features is None else features[0],
         plain_features_error=None if features is None else features[1],
     )

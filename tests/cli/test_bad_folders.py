@@ -148,7 +148,7 @@ def test_a_folder_without_weights_and_shards_that_are_not_there(capsys):
         ("hf-vit-tiny", ["--assume", "act=relu"],
          "--assume act: 'relu' is not one of gelu, gelu_tanh, quick_gelu, silu"),
         ("hf-vit-tiny", ["--assume", "resample=nearest"],
-         "--assume resample: 'nearest' is not one of timm, huggingface, meta, big_vision, siglip2"),
+         "--assume resample: 'nearest' is not one of timm, huggingface, meta, big_vision, siglip2, torchvision"),
         ("hf-vit-tiny", ["--assume", "rope=polar"],
          "--assume rope: 'polar' is not one of none, dinov3, eva02, axial, mixed"),
         ("hf-vit-tiny", ["--method", "predictor"],

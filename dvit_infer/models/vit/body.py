@@ -9,7 +9,7 @@ _MOST_BLOCKS = 1000
 ACTS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 POOLS = ("token", "mean", "mean_all", "token_mean", "map", "map_all")
 ROPES = ("", "index", "centered", "mixed")
-RESAMPLES = ("timm", "huggingface", "meta", "big_vision", "siglip2")
+RESAMPLES = ("timm", "huggingface", "meta", "big_vision", "siglip2", "torchvision")
 _NAMES = {
     "act": ACTS,
     "map_act": ACTS,

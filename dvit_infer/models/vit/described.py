@@ -8,6 +8,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.models.facts import Facts, is_number
 from dvit_infer.models.vit.body import ACTS, POOLS, RESAMPLES
 from dvit_infer.models.vit.huggingface_config import huggingface_facts
+from dvit_infer.models.vit.open_clip_config import open_clip_facts
 from dvit_infer.models.vit.timm_config import timm_facts
 
 
@@ -16,11 +17,13 @@ def model_facts(content: Mapping[str, Any]) -> Facts:
 
     A model that is not known is no error: its weights may be of a family that asks for none of these facts.
     """
-    if isinstance(content.get("architecture"), str):
-        try:
+    try:
+        if isinstance(content.get("architecture"), str):
             return timm_facts(content)
-        except InputError as error:
-            return {"unsupported": (str(error), "architecture")}
+        if isinstance(content.get("model_cfg"), Mapping):
+            return open_clip_facts(content)
+    except InputError as error:
+        return {"unsupported": (str(error), "architecture")}
     return huggingface_facts(content) if isinstance(content.get("model_type"), str) else {}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dvit_infer.config import Config
+from dvit_infer.errors import InputError
 from dvit_infer.models.family import Family, State
 from dvit_infer.models.vit.archs import ARCHS
 from dvit_infer.models.vit.body import ViT
@@ -99,6 +100,26 @@ def _deit_in_timm(config: Config) -> nn.Module:
     return model
 
 
+def _vit_in_timm(config: Config) -> nn.Module:
+    """Return timm's model of that name; raise InputError if the file is not timm's, or the name is not known."""
+    body = _body(config)
+    pools = {"token": "token", "mean": "avg", "map": "map", "map_all": "map"}
+    if body.owner != "timm" or config.arch not in timm_archs() or body.pool not in pools:
+        raise InputError(f"compare: timm has no {config.arch} of {body.owner}; leave timm out")
+    import timm
+
+    model: nn.Module = timm.create_model(
+        config.arch,
+        num_classes=config.num_classes,
+        img_size=config.image_size,
+        embed_dim=body.embed_dim,
+        depth=body.depth,
+        num_heads=body.num_heads,
+        global_pool=pools[body.pool],
+    )
+    return model
+
+
 def _archs(family: str) -> dict[str, Any]:
     return {name: arch for name, arch in ARCHS.items() if arch.family == family}
 
@@ -130,5 +151,5 @@ VIT = DEIT._replace(
     matches=is_other_vit,
     read=read_vit,
     crop_pct=lambda config: 0.875,
-    in_timm=None,
+    in_timm=_vit_in_timm,
 )

@@ -151,7 +151,7 @@ def _body(read: Reading) -> tuple[ViT, Size, int]:
         (bare_size_of(read, patch), {}) if facts["no_pos_embed"] else placed_size_of(read, patch, prefix, registers)
     )
     facts |= places
-    if facts["rel_pos"] or not facts["no_pos_embed"]:
+    if not facts["no_pos_embed"] or facts["rel_pos"]:
         facts["resample"] = _one_of(read, "resample", "timm", "timm's", RESAMPLES)
     pooled, classes = _head(read, facts)
     return ViT(**facts, **pooled), trained_size, classes

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from dvit_infer.config import Config
-from dvit_infer.graph.nodes import Attention, Embed, Head, Mlp, Node
+from dvit_infer.graph.heads import Head
+from dvit_infer.graph.nodes import Attention, Embed, Mlp, Node
 from dvit_infer.reduction import METHODS
 from mean_vit.reference import MeanViTModel
 

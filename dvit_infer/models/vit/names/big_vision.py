@@ -68,6 +68,7 @@ def _finish(draft: Draft) -> None:
     pool = "map" if draft.has("attn_pool.") else "token" if has_class else "mean"
     draft.imply(why, owner="big_vision", model="vit", resample="big_vision", pool=pool, eps=1e-6)
     draft.imply("as Flax computes it", act="gelu_tanh")
+    draft.imply("JAX's vision_transformer and big_vision scale pixels to -1..1", mean=(0.5,) * 3, std=(0.5,) * 3)
     if draft.files.get("pos_embed", "").endswith("posembed_input/pos_embedding"):
         draft.imply("Transformer/posembed_input has a row for the class token", no_embed_class=False)
     elif has_class:

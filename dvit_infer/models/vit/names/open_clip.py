@@ -5,6 +5,13 @@ from dvit_infer.models.vit.names.draft import Draft
 from dvit_infer.models.vit.names.table import Table
 
 _TEXT = "the text tower"
+# How OpenAI and open_clip prepare images; transformers' and timm's copies of the weights say the same.
+_IMAGES = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+}
 _BESIDE = {
     "text.*": _TEXT,
     "transformer.*": _TEXT,
@@ -24,6 +31,9 @@ _BESIDE = {
 
 def _finish(draft: Draft) -> None:
     draft.imply("by the keys of open_clip", owner="open_clip", model="clip", resample="timm", pool="token", eps=1e-5)
+    draft.imply("CLIP's", **_IMAGES)
+    if "input_resolution" in draft.left_over:
+        draft.imply("OpenAI's own file, by the key input_resolution", act="quick_gelu")
     if "head.weight" in draft.state:
         draft.imply("visual.proj is part of the pooling", projection=len(draft.state["head.weight"]))
 
@@ -80,7 +90,7 @@ TRUNK = OPEN_CLIP._replace(
 
 def _finish_torchvision(draft: Draft) -> None:
     why = "by the keys of torchvision's ViT"
-    draft.imply(why, owner="torchvision", model="vit", pool="token", eps=1e-6, act="gelu")
+    draft.imply(why, owner="torchvision", model="vit", resample="torchvision", pool="token", eps=1e-6, act="gelu")
 
 
 TORCHVISION = Table(

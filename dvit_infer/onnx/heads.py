@@ -1,0 +1,77 @@
+"""Write what follows the blocks as ONNX operators: heads, pooling, classifiers."""
+
+import torch
+
+from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
+from dvit_infer.onnx.attention import mix
+from dvit_infer.onnx.building import Builder
+
+
+def head(to: Builder, node: Head, x: str) -> str:
+    y = to.norm(x, node.eps, node.dim)
+    if node.reads == "mean":
+        patches = to.float32(to.tokens(y, node.num_prefix, node.tokens))
+        y = to.in_dtype(to.reduce("ReduceMean", patches, 1))
+        return to.result(to.linear_of(y, "head", node.weights), node.name, *node.out_shape)
+    logits = to.linear_of(to.token(y, 0), "head", node.weights)
+    if "head_dist.weight" in node.weights:
+        logits = to.emit("Add", logits, to.linear_of(to.token(y, 1), "head_dist", node.weights))
+        logits = to.emit("Mul", logits, _half(to))
+    if node.reads == "all":
+        aux = to.linear_of(to.tokens(y, 1, node.tokens), "aux_head", node.weights)
+        best = to.reduce("ReduceMax", aux, 1)
+        logits = to.emit("Add", logits, to.emit("Mul", best, _half(to)))
+    return to.result(logits, node.name, *node.out_shape)
+
+
+def _half(to: Builder) -> str:
+    return to.weight("half", torch.tensor(0.5, dtype=to.dtype))
+
+
+def pool(to: Builder, node: Pool, x: str) -> str:
+    few = node.reads == "prefix" and node.tokens > 1
+    y = _last_norm(to, node, to.float32(to.tokens(x, 0, 1) if few else x))
+    parts = [to.token(y, 0)] if node.reads.startswith("prefix") else []
+    if node.reads != "prefix":
+        patches = to.tokens(y, node.num_prefix, node.tokens) if node.reads != "all" and node.num_prefix else y
+        parts.append(to.reduce("ReduceMean", patches, 1))
+    return _after_pooling(to, node, to.emit("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0])
+
+
+def map_pool(to: Builder, node: MapPool, x: str) -> str:
+    w, heads, size = node.weights, node.num_heads, node.dim // node.num_heads
+    x = to.tokens(x, node.num_prefix, node.tokens) if node.num_prefix else x
+    x = to.in_dtype(_last_norm(to, node, to.float32(x)))
+    k, v = (
+        to.linear(x, name, weight, bias)
+        for name, weight, bias in zip("kv", w["kv.weight"].chunk(2), w["kv.bias"].chunk(2), strict=True)
+    )
+    k, v = (to.emit("Reshape", part, to.ints(0, -1, heads, size)) for part in (k, v))
+    k, v = (to.emit("Transpose", part, perm=perm) for part, perm in ((k, (0, 2, 3, 1)), (v, (0, 2, 1, 3))))
+    q = to.own("queries", w["queries"].reshape(1, heads, 1, size))
+    y = to.emit("Reshape", mix(to, q, k, v, node.scale), to.ints(0, node.dim))
+    y = to.linear_of(y, "proj", w)
+    hidden = to.in_dtype(to.norm_of(to.float32(y), "mlp_norm", w, node.eps))
+    hidden = to.activate(to.linear_of(hidden, "fc1", w), node.act)
+    y = to.emit("Add", y, to.linear_of(hidden, "fc2", w))
+    return _after_pooling(to, node, to.float32(y))
+
+
+def classify(to: Builder, node: Classify, x: str) -> str:
+    w = node.weights
+    return to.result(to.linear(to.in_dtype(x), "head", w["weight"], w.get("bias")), node.name, *node.out_shape)
+
+
+def _last_norm(to: Builder, node: Pool, x: str) -> str:
+    return x if node.last_norm is None else to.norm_of(x, "last_norm", node.weights, node.eps)
+
+
+def _after_pooling(to: Builder, node: Pool, y: str) -> str:
+    """Emit what follows pooling, for rows in float32."""
+    w = node.weights
+    y = to.norm_of(y, "fc_norm", w, node.eps) if "fc_norm.weight" in w else y
+    if "pre_logits.weight" in w:
+        y = to.emit("Tanh", to.float32(to.linear_of(to.in_dtype(y), "pre_logits", w)))
+    if "projection.weight" in w:
+        y = to.linear_of(to.in_dtype(y), "projection", w)
+    return to.result(y, node.name, *node.out_shape)

@@ -1,0 +1,135 @@
+"""Small vision transformers of every kind, made from the reference model's own names, with weights by `fill`."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+import dvit_infer as dvit
+from dvit_infer.config import Config, Reduction
+from dvit_infer.engine import Engine
+from dvit_infer.graph import Graph
+from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.fill import fill
+from dvit_infer.models.reference import Reference
+from dvit_infer.models.registry import build_graph, build_reference
+from dvit_infer.models.source import WeightSource
+from dvit_infer.models.vit.body import ViT
+from dvit_infer.models.vit.plain import PlainViT
+from dvit_infer.reduction import METHODS
+
+SIZE, PATCH, CLASSES = (32, 48), 8, 10  # 24 patches
+CPU = torch.device("cpu")
+_CLIP = {"norm_pre": True, "no_patch_bias": True, "act": "quick_gelu", "no_norm": True, "fc_norm": True}
+_BEIT = {"qkv": "q_bias", "unbiased": "k", "gamma": True, "layer_scale": True, "no_pos_embed": True, "pool": "mean"}
+_ROTARY = {"rope": "index", "rope_theta": 10000.0, "rope_ref": 4}
+_MAP = {"pool": "map", "map_heads": 2, "map_mlp_dim": 80}
+
+# What differs from DeiT, and the number of classes.
+KINDS: dict[str, tuple[dict[str, Any], int]] = {
+    "deit": ({}, CLASSES),
+    "clip": (_CLIP | {"projection": 40, "no_head_bias": True}, 0),
+    "clip-classes": (_CLIP, CLASSES),
+    "pooler": ({"pre_logits": True}, 0),
+    "dinov2": ({"pool": "token_mean", "layer_scale": True}, CLASSES),
+    "dinov2-registers": (
+        {"num_prefix": 4, "num_registers": 3, "no_embed_registers": True, "gated": "packed", "act": "silu"}
+        | {"layer_scale": True},
+        0,
+    ),
+    "dinov3": (
+        {"num_prefix": 4, "num_registers": 3, "no_pos_embed": True, "rope": "centered", "rope_half": True}
+        | {"qkv": "q_proj", "unbiased": "k", "gated": "split", "act": "silu", "layer_scale": True},
+        0,
+    ),
+    "dinov3-periods": ({"no_pos_embed": True, "rope": "centered", "rope_half": True, "rope_periods": True}, 0),
+    "eva02": (
+        _ROTARY
+        | {"qkv": "q_proj", "unbiased": "k", "attn_norm": True, "gated": "split", "act": "silu", "mlp_norm": True}
+        | {"pool": "mean", "no_norm": True, "fc_norm": True},
+        CLASSES,
+    ),
+    "eva02-token": (_ROTARY | {"rope_xy": True, "qkv": "q_bias", "unbiased": "k", "gated": "packed"}, CLASSES),
+    "mixed": ({"rope": "mixed", "rope_xy": True, "pool": "mean_all", "act": "gelu_tanh"}, CLASSES),
+    "beit": (_BEIT | {"rel_pos": "blocks", "no_norm": True, "fc_norm": True}, CLASSES),
+    "beit-shared": (_BEIT | {"rel_pos": "shared", "pool": "token"}, CLASSES),
+    "qk-norm": ({"qk_norm": True, "no_qkv_bias": True, "fc_norm": True, "pool": "mean", "num_prefix": 0}, CLASSES),
+    "siglip": (_MAP | {"num_prefix": 0, "act": "gelu_tanh", "map_act": "gelu_tanh"}, 0),
+    "map-all": (_MAP | {"pool": "map_all", "act": "quick_gelu"}, CLASSES),
+    "map-classes": (_MAP | {"act": "gelu_tanh", "map_act": "quick_gelu", "fc_norm": True}, CLASSES),
+    "distilled": ({"num_prefix": 2}, CLASSES),
+    "teacher": ({"num_prefix": 2, "no_head_dist": True}, CLASSES),
+    "headless-mean": ({"pool": "mean", "num_prefix": 0}, 0),
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model of a kind: its config, the weights under timm's names, and what is built from both."""
+
+    config: Config
+    state: dict[str, torch.Tensor]
+
+    def reference(self) -> Reference:
+        return build_reference(self.config, read_checkpoint(self.state))
+
+    def graph(self) -> Graph:
+        """The graph before folding."""
+        return build_graph(self.reference(), self.config)
+
+    def engine(self, dtype: torch.dtype = torch.float32) -> Engine:
+        checkpoint = read_checkpoint(self.state)
+        return dvit.engine.Engine(self.config, checkpoint, [], CPU, dtype, WeightSource(self.state, checkpoint))
+
+    def images(self, batch: int = 2, seed: int = 0) -> torch.Tensor:
+        return sample_images(batch, self.config.image_size, seed)
+
+    def kept(self, batch: int) -> list[torch.Tensor]:
+        """Positions to keep, others in every image."""
+        order = torch.stack([torch.arange(self.config.num_patches).roll(5 * i) for i in range(batch)])
+        return [order[:, :count].sort(dim=1).values for count in self.config.num_keep]
+
+
+def tiny(kind: str, method: str = "none", size: tuple[int, int] = SIZE, **other: Any) -> Tiny:
+    """A model of the kind, with `other` facts of the body; `method` drops tokens before both of its blocks."""
+    different, classes = KINDS[kind]
+    facts = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_dim": 96, "eps": 1e-6} | different | other
+    body = ViT(patch_size=PATCH, **facts)
+    patches = size[0] // PATCH * (size[1] // PATCH)
+    runs = _reduction(method, patches) if method != "none" else None
+    config = Config(
+        arch=kind,
+        family="vit",
+        num_classes=classes,
+        image_size=size,
+        trained_size=size,
+        body=body,
+        reduction=runs or Reduction(),
+        learned=runs if runs and method == "predictor" else Reduction(),
+        crop_pct=0.875,
+    )
+    return Tiny(config, _weights(config))
+
+
+def _reduction(method: str, patches: int) -> Reduction:
+    settings = {name: default for name, (default, _) in METHODS[method].SETTINGS.items()}
+    return Reduction(method, METHODS[method].stages(settings, (0, 1), patches), tuple(settings.items()), patches)
+
+
+@cache
+def _weights(config: Config) -> dict[str, torch.Tensor]:
+    body = config.body
+    assert isinstance(body, ViT)
+    with torch.device("meta"):
+        modules = METHODS["predictor"].modules(body.embed_dim, {"predictor_eps": 1e-5}, len(config.learned.stages))
+        model = PlainViT(
+            body, num_classes=config.num_classes, grid=config.grid, score_predictor=modules if len(modules) else None
+        )
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[name] = torch.from_numpy(fill(name, tuple(tensor.shape)))
+        if name == "rope.periods":  # as those of `rope_theta`: other signs and sizes mean nothing
+            state[name] = 1.0 + torch.arange(len(tensor), dtype=torch.float32)
+    return state
