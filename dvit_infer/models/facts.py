@@ -1,7 +1,7 @@
 """Check each fact about a model that a file or a user states; the message names its origin."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,8 +20,6 @@ def text_of(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, tuple | list):
         return ",".join(map(text_of, value))
-    if isinstance(value, Mapping):  # what is 0 or False is not there
-        return " ".join(f"{text_of(key)}={text_of(part)}" for key, part in value.items() if part)
     return "".join(c if c.isprintable() else "?" for c in str(value)[:80])  # it may come from the file
 
 

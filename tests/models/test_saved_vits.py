@@ -183,3 +183,8 @@ def test_the_assumptions_of_a_bare_file_are_saved_with_it(tmp_path):
     loaded = dvit.load(tmp_path / "a.safetensors", device="cpu")
     assert (loaded.config.body.act, loaded.config.num_heads) == ("quick_gelu", 3)
     assert read_checkpoint(tmp_path / "a.safetensors").is_saved_engine
+
+
+def test_rotary_positions_are_said_in_short(tmp_path):
+    engine = dvit.convert(write("hf-dinov3-tiny", tmp_path / "m"), device="cpu")
+    assert [n.value for n in engine.notes if n.what == "rope"] == ["kind=centered theta=100 half=True"]
