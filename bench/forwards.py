@@ -12,7 +12,8 @@ import torch
 
 import dvit_infer as dvit
 from dvit_infer.backends.captured import CapturedRunner
-from dvit_infer.backends.torch import State, TorchRunner
+from dvit_infer.backends.state import State
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.benchmark.timing import Timing
 from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.example import example_checkpoint, shapes_of

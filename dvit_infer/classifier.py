@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, overload
 import torch
 from torch import nn
 
-from dvit_infer.backends.torch import Hook, State, Wanted
+from dvit_infer.backends.state import Hook, State, Wanted
 from dvit_infer.config import Config
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.tensors import check_images, is_plain

@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.torch import State, TorchRunner, activate
+from dvit_infer.backends.arithmetic import activate
+from dvit_infer.backends.state import State
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Branch, Node, Prune
 from dvit_infer.ops import prune_tokens as op

@@ -1,44 +1,21 @@
 """The PyTorch backend: every node kind in plain PyTorch operators, on any device."""
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
 
+from dvit_infer.backends.arithmetic import activate, places_of, rotate_patches
+from dvit_infer.backends.precision import as_asked
+from dvit_infer.backends.state import Hook, State, Wanted
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
-from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.attention import attention_ref
 from dvit_infer.reduction.predictor import PredictorPrune
 
-
-@dataclass(slots=True)
-class State:
-    """What travels from node to node.
-
-    Attributes:
-        x: images (B, 3, H, W), then tokens (B, P+N, C), and after the head logits (B, K) float32.
-        given: one (B, k) tensor per stage, original positions to keep instead of the graph's choice; None: none are.
-        positions: (B, N) original positions of x's patches; None: all, in order.
-        stats: statistics of x's rows for the next LayerNorm; None: it computes them.
-        choices: what each stage so far kept, (B, k) original positions.
-    """
-
-    x: torch.Tensor
-    given: Sequence[torch.Tensor] | None = None
-    positions: torch.Tensor | None = None
-    stats: torch.Tensor | None = None
-    choices: list[torch.Tensor] = field(default_factory=list)
-
-
-Hook = Callable[[Node, torch.Tensor], None]
-Wanted = Literal["logits", "features", "tokens"]
 ALL = slice(None)  # tokens
 
 
@@ -343,89 +320,3 @@ class TorchRunner:
     def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
         return node.prune(x)
-
-
-def activate(y: torch.Tensor, act: str) -> torch.Tensor:
-    """Apply an activation by its name in `Mlp.act`, or 'none'.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    if act == "none":
-        return y
-    if act == "quick_gelu":
-        return y * torch.sigmoid(1.702 * y)
-    if act == "silu":
-        return F.silu(y)
-    if act not in ("gelu", "gelu_tanh"):
-        raise ValueError(f"activation: {act!r} is not known")
-    return F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
-
-
-def places_of(node: Attention, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Return the tables of places of a node for the patches that are there, in the layout of queries and keys.
-
-    `sin` and `cos`: (n, 1 or heads, D) or (B, n, 1 or heads, D); `pair_bias` as `attend` takes it, for the node's rows.
-    """
-    tables = {name: node.weights[name] for name in PLACES if name in node.weights}
-    rows = None if positions is None else _with_prefix(positions, node.num_prefix)
-    for name, table in tables.items():
-        if name == "pair_bias":
-            if rows is not None:
-                table = table[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
-            tables[name] = table[..., : node.rows, :]
-            continue
-        table = table[..., positions, :] if positions is not None else table  # ([heads,] [B,] n, D)
-        by_head = node.weights[name].ndim == 3
-        tables[name] = table.movedim(0, -2) if by_head else table.unsqueeze(-2)
-    return tables
-
-
-def rotate_patches(x: torch.Tensor, node: Attention, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-    """Rotate the patches' rows of queries or keys (B, tokens, heads, head size); there may be only prefix rows."""
-    if x.shape[1] <= node.num_prefix:
-        return x
-    patches = x[:, node.num_prefix :]
-    if node.rope_half:
-        first, second = patches.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-    else:
-        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
-    return torch.cat([x[:, : node.num_prefix], (patches * cos + turned * sin).to(x.dtype)], dim=1)
-
-
-def _with_prefix(positions: torch.Tensor, num_prefix: int) -> torch.Tensor:
-    prefix = torch.arange(num_prefix, device=positions.device).expand(len(positions), -1)
-    return torch.cat([prefix, positions + num_prefix], dim=1)
-
-
-_CUDNN: Any = torch.backends.cudnn  # its stubs lack the setting
-_PRECISION = threading.Lock()
-_in_full = 0  # the number of runs that need full precision now
-_before = ""
-
-
-@contextlib.contextmanager
-def as_asked(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Compute in exactly this dtype: without the caller's autocast, without TF32 in float32 convolutions.
-
-    cuDNN's convolutions use TF32 by default. The setting is global to the process: the first run that enters changes
-    it, the last one that leaves restores it.
-    """
-    global _in_full, _before
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda" or dtype != torch.float32:
-            yield
-            return
-        with _PRECISION:
-            if _in_full == 0:
-                _before = _CUDNN.conv.fp32_precision
-                _CUDNN.conv.fp32_precision = "ieee"
-            _in_full += 1
-        try:
-            yield
-        finally:
-            with _PRECISION:
-                _in_full -= 1
-                if _in_full == 0:
-                    _CUDNN.conv.fp32_precision = _before

@@ -5,8 +5,10 @@ from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import supports
 from dvit_kernels.launch import is_programmatic
 
+from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import ALL, State, TorchRunner, activate
+from dvit_infer.backends.state import State
+from dvit_infer.backends.torch import ALL, TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Pool
 from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode

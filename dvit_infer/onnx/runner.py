@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dvit_infer.backends.torch import Hook, State, Wanted
+from dvit_infer.backends.state import Hook, State, Wanted
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import normalise

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from dvit_infer.backends.torch import as_asked
+from dvit_infer.backends.precision import as_asked
 from dvit_infer.classifier import Source, Verifiable
 from dvit_infer.engine import Engine, checkpoint_of, folded_graph
 from dvit_infer.errors import InputError

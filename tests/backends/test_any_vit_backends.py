@@ -8,9 +8,10 @@ from any_vit import KINDS, tiny
 from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
+from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.cpu import CpuRunner, Linear
 from dvit_infer.backends.kernel_check import _name
-from dvit_infer.backends.torch import TorchRunner, activate
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.graph import Graph, fold
 from dvit_infer.ops.choices import Choices, using

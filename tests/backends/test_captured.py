@@ -9,7 +9,7 @@ import torch
 
 import dvit_infer as dvit
 from dvit_infer.backends.captured import BUCKETS, CapturedRunner
-from dvit_infer.backends.torch import State
+from dvit_infer.backends.state import State
 from dvit_infer.images.synthetic import sample_images
 
 MAX_GRAPHS = 4

@@ -11,7 +11,7 @@ from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
 from dvit_infer.backends.kernel_check import check_kernels
-from dvit_infer.backends.torch import State
+from dvit_infer.backends.state import State
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.errors import InputError, KernelError
 from dvit_infer.ops import fallback

@@ -7,7 +7,8 @@ import torch
 from golden_cases import official_checkpoint, options
 
 import dvit_infer as dvit
-from dvit_infer.backends.torch import State, TorchRunner
+from dvit_infer.backends.state import State
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.heads import Head
 from dvit_infer.graph.nodes import Prune
 from dvit_infer.parity import verification as parity
