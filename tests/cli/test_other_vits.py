@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from commands import fails, lines, run
 from drawn import draw_all
 from golden_vits import config_of, write
@@ -106,9 +105,9 @@ def test_other_owners_files_are_converted(capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_of_vit_b_is_converted_and_verified_in_time(tmp_path):
+def test_a_folder_of_vit_b_is_converted_and_verified(tmp_path):
     source = write("hf-vit-base", tmp_path / "m")
     done = run("-m", "dvit_infer.cli.convert", str(source), *CPU, "-o", "out.safetensors", timeout=120)
     assert done.returncode == 0, done.stderr
     assert "parity passed" in done.stdout
-    assert torch.isfinite(dvit.load("out.safetensors", device="cpu").graph.nodes[0].weights["proj.weight"]).all()
+    assert dvit.load("out.safetensors", device="cpu").config.arch == "vit-768x12"
