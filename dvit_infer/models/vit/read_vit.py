@@ -25,13 +25,6 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {
     "mixed": {"kind": "mixed", "xy": True},
 }
 _UNUSED = ("config.json", "not used")  # of a note, whose reason follows
-_SHOWN = {
-    "embed_dim": "a width of {}",
-    "depth": "{} blocks",
-    "mlp_dim": "an MLP of {} channels",
-    "patch_size": "a patch size of {}",
-    "num_classes": "{} classes",
-}
 _SIGNS = (
     *("reg_token", "norm_pre.", "fc_norm.", "attn_pool.", "pre_logits.", "rope.", "rel_pos_bias."),
     *("blocks.0.attn.relative_position", "blocks.0.attn.q_", "blocks.0.attn.k_", "blocks.0.attn.norm."),
@@ -48,7 +41,7 @@ def is_other_vit(read: Reading) -> bool:
         return read.stored.family == "vit"
     if any(key.startswith("score_predictor.") for key in shapes):  # a DynamicViT, perhaps with a key too many
         return False
-    usual = {"owner": ("timm",), "act": ("gelu",), "pool": ("token",), "rope": ("none",)}
+    usual = {"owner": ("timm",), "act": ("gelu",), "pool": ("token",), "rope": ("none",), "resample": ("timm",)}
     stated = {what: read.value_of(what) for what in (*usual, "unsupported")} | read.given
     if any(stated.get(what) not in (None, *allowed) for what, allowed in usual.items()) or stated["unsupported"]:
         return True
@@ -66,7 +59,8 @@ def is_other_vit(read: Reading) -> bool:
 def read_vit(read: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
     """Build a Config from keys, shapes, given facts, those of the file and beside it, and, last, assumptions."""
     if read.states("unsupported"):
-        raise InputError(f"{read.name}: {read.stated('unsupported')[0]}")
+        reason, where = read.stated("unsupported")
+        raise InputError(f"{read.name}: {reason} ({where})")
     if read.stored is not None:
         assert isinstance(read.stored.body, ViT)
         body, trained_size, classes = (
@@ -186,8 +180,9 @@ def _agreed(read: Reading, what: str, found: int) -> int:
     if read.states(what):
         value, where = read.stated(what)
         if value != found:
-            stated = _SHOWN[what].format(check.text_of(value)[:40])
-            raise InputError(f"{read.name}: {where} says {stated}, but the weights show {found}")
+            raise InputError(
+                f"{read.name}: {where} says {what} {check.text_of(value)[:40]}, but its weights have {found}"
+            )
     return found
 
 
@@ -254,7 +249,7 @@ def _rope(read: Reading, facts: Mapping[str, Any]) -> dict[str, Any]:
             )
         return {"rope": ""}
     stated = read.resolve("rope", assumed, why)
-    rope = _ROPES.get(stated) if isinstance(stated, str) else stated
+    rope = _ROPES.get(stated) if isinstance(stated, str) else stated if read.given.get("rope") is None else None
     if not isinstance(rope, Mapping):
         raise InputError(f"{read.origin('rope')}: {str(stated)[:40]!r} is not one of {', '.join(_ROPES)}")
     found = {"rope": rope.get("kind", ""), "rope_periods": "rope.periods" in shapes}
@@ -271,14 +266,14 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
     """Return the facts of pooling and head, and the number of classes."""
     shapes, dim = read.shapes, facts["embed_dim"]
     weight = shapes.get("head.weight", ())
-    projects = len(weight) == 2 and "head.bias" not in shapes
+    projects = len(weight) == 2 and ("head.bias" not in shapes or bool(read.value_of("projection")))
     rows = read.vote("the classes", [(f"head.{p}", 0) for p in ("weight", "bias")]) if "head.weight" in shapes else 0
     classes = 0 if projects else rows
     if read.states("num_classes"):
         stated, where = read.stated("num_classes")
         if not (projects or "head.weight" in shapes) and stated:
             raise InputError(f"{read.name}: has no classifier (no head.weight), but {where} says {stated} classes")
-        if projects and stated:
+        if projects and stated and "head.bias" not in shapes:
             file_key = read.in_file("head.weight")
             raise InputError(f"{read.name}: {file_key} has no bias beside it, but {where} says {stated} classes")
         _agreed(read, "num_classes", classes)
@@ -294,8 +289,11 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
     else:
         assumed, why = "token", "the usual"
     pool = _one_of(read, "pool", assumed, why, POOLS)
-    found: dict[str, Any] = {"pool": pool, "projection": rows if projects else 0, "no_head_bias": projects}
-    found["no_head_dist"] = "dist_token" in shapes and "head_dist.weight" not in shapes
+    found: dict[str, Any] = {"pool": pool, "projection": rows if projects else 0}
+    found["no_head_bias"] = len(weight) == 2 and "head.bias" not in shapes
+    # timm reads both tokens of a distilled model without classifier; Hugging Face never reads the second one alone.
+    reads_both = facts["owner"] == "timm" and "head.weight" not in shapes
+    found["no_head_dist"] = "dist_token" in shapes and "head_dist.weight" not in shapes and not reads_both
     if pool.startswith("map"):
         found["map_mlp_dim"] = read.shape("attn_pool.mlp.fc1.weight", 2)[0]
         heads = read.resolve("map_heads", facts["num_heads"], "those of the blocks")
