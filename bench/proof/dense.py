@@ -14,10 +14,11 @@ from pathlib import Path
 import cluttered_digits
 import numpy as np
 import torch
-from dvit_infer.models.vit.deit import DeiT
 from torch.nn import functional as F
 
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.vit.body import ViT
+from dvit_infer.models.vit.plain import PlainViT
 from dvit_infer.utils.files import atomic_write
 
 MEAN, STD = (0.15, 0.15, 0.15), (0.3, 0.3, 0.3)
@@ -62,25 +63,17 @@ def turned(images: torch.Tensor, rng: np.random.Generator, strength: float = 1.0
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def fresh() -> DeiT:
+def fresh() -> PlainViT:
     torch.manual_seed(0)
-    model = DeiT(
-        patch_size=PATCH,
-        embed_dim=96,
-        depth=6,
-        num_heads=HEADS,
-        mlp_dim=384,
-        num_classes=10,
-        num_patches=(SIZE // PATCH) ** 2,
-        eps=1e-6,
-    )
+    body = ViT(patch_size=PATCH, embed_dim=96, depth=6, num_heads=HEADS, mlp_dim=384, eps=1e-6)
+    model = PlainViT(body, num_classes=10, grid=(SIZE // PATCH, SIZE // PATCH))
     with torch.no_grad():
         model.cls_token.normal_(std=0.02)
         model.pos_embed[0, 1:] = 0.3 * positions(96, SIZE // PATCH)
     return model
 
 
-def train(model: DeiT, steps: int, highest: float, strength: float, device: str, first: int = 0) -> None:
+def train(model: PlainViT, steps: int, highest: float, strength: float, device: str, first: int = 0) -> None:
     """Train one cycle; `first` is the number of steps before it."""
     model.to(device).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -108,7 +101,7 @@ def train(model: DeiT, steps: int, highest: float, strength: float, device: str,
             print(f"dense: step {step + 1} of {steps}, loss {loss.item():.3f}, {left / 60:.1f} min left", flush=True)
 
 
-def save(model: DeiT, path: str) -> None:
+def save(model: PlainViT, path: str) -> None:
     args = argparse.Namespace(model="deit-96", num_heads=HEADS, mean=list(MEAN), std=list(STD), crop_pct=1.0)
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     with atomic_write(Path(path), "out") as part:

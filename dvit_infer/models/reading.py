@@ -106,12 +106,15 @@ class Reading:
     def take_as_given(self, facts: Facts) -> None:
         """Take facts of an architecture that the caller named; what the file says of its images stays."""
         images = {what: fact for what, fact in self.beside.items() if what in _IMAGES}
-        self.beside = {**self.beside, **{what: (v, f"{where}, given") for what, (v, where) in facts.items()}, **images}
+        self.beside = {**self.beside, **{what: (v, f"{where} (given)") for what, (v, where) in facts.items()}, **images}
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
-        text = (
-            "x".join(map(str, value)) if what.endswith("_size") and isinstance(value, tuple | list) else text_of(value)
-        )
+        if isinstance(value, Mapping):  # rotary positions; what is 0 or False is not there
+            text = " ".join(f"{name}={text_of(part)}" for name, part in value.items() if part)
+        elif what.endswith("_size") and isinstance(value, tuple | list):
+            text = "x".join(map(str, value))
+        else:
+            text = text_of(value)
         self.notes.append(Note(how, what, text, why))
 
     def shape(self, key: str, ndim: int) -> tuple[int, ...]:

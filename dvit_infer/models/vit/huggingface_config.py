@@ -105,7 +105,7 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     if isinstance(act, str) and act in _ACTS:
         found["act"] = _ACTS[act], key
     else:
-        found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}", key
+        found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}; these are read: {', '.join(_ACTS)}", key
     if name == "dinov3_vit":
         theta, where = get("rope_theta")
         found["rope"] = rope_of("centered", theta if is_number(theta) else 0.0, half=True), where
@@ -153,7 +153,8 @@ def _pooling(name: str, written_by: str, get: Any) -> Facts:
         if not head:
             return {"unsupported": ("vision_use_head is false: it returns tokens, no embedding", key)}
         return {"pool": ("map", key), "map_heads": heads, "map_act": (_ACTS.get(str(act[0])), act[1])}
-    if not written_by and name in ("clip", "dinov2", "dinov2_with_registers"):
+    theirs = written_by.lower().startswith(name.partition("_")[0])  # "" and a user's own class are not
+    if not theirs and name in ("clip", "dinov2", "dinov2_with_registers"):
         return {}  # a classifier of theirs reads something else, and the weights show if there is one
     pool = {"clip": "mean", "dinov2": "token_mean", "dinov2_with_registers": "token_mean"}.get(name, "token")
     return {
@@ -180,5 +181,5 @@ def _unread(content: Mapping[str, Any], get: Any) -> tuple[str, str] | None:
     for name, usual in (("proj_bias", True), ("mlp_bias", True), ("pooler_act", "tanh")):
         value, key = get(name)
         if value not in (None, usual):
-            return f"{name} is {text_of(value)[:40]}", key
+            return f"{name} is {text_of(value)[:40]}; only {usual} is read", key
     return None

@@ -24,6 +24,7 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {
     "axial": {"kind": "index", "theta": 100.0, "xy": True},
     "mixed": {"kind": "mixed", "xy": True},
 }
+_UNUSED = ("config.json", "not used")  # of a note, whose reason follows
 _SIGNS = (
     *("reg_token", "norm_pre.", "fc_norm.", "attn_pool.", "pre_logits.", "rope.", "rel_pos_bias."),
     *("blocks.0.attn.relative_position", "blocks.0.attn.q_", "blocks.0.attn.k_", "blocks.0.attn.norm."),
@@ -201,7 +202,9 @@ def _num_heads(read: Reading, dim: int, depth: int) -> int:
     assumed = _HEADS.get(dim, dim // 64)
     why = f"heads of {dim // assumed} channels" if assumed else ""
     if dim % 64 and dim not in _HEADS and not read.states("num_heads"):
-        raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; assume num_heads=... says how many")
+        beside = next((f"; config.json {n.why}" for n in read.notes if (n.what, n.value) == _UNUSED), "")
+        ask = "assume num_heads=... says how many"
+        raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; {ask}{beside}")
     heads = check.positive_int(read.origin("num_heads"), read.resolve("num_heads", assumed, why))
     if dim % heads:
         raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
@@ -260,9 +263,12 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
     rows = read.vote("the classes", [(f"head.{p}", 0) for p in ("weight", "bias")]) if "head.weight" in shapes else 0
     classes = 0 if projects else rows
     if read.states("num_classes"):
-        stated = read.stated("num_classes")[0]
+        stated, where = read.stated("num_classes")
         if not (projects or "head.weight" in shapes) and stated:
-            raise InputError(f"{read.name}: missing key head.weight: {read.stated('num_classes')[1]} is {stated}")
+            raise InputError(f"{read.name}: has no classifier (no head.weight), but {where} says {stated} classes")
+        if projects and stated and "head.bias" not in shapes:
+            file_key = read.in_file("head.weight")
+            raise InputError(f"{read.name}: {file_key} has no bias beside it, but {where} says {stated} classes")
         _agreed(read, "num_classes", classes)
     has_class = facts["num_prefix"] > facts["num_registers"]
     if "attn_pool.latent" in shapes:
@@ -297,7 +303,8 @@ def _check_size(read: Reading, body: ViT, image_size: Size, trained_size: Size) 
             f"image_size: {image_size[0]}x{image_size[1]} needs other relative positions than {read.name} holds, which "
             "only Hugging Face's rule resamples here; assume resample=huggingface takes it"
         )
+    sizes = " to ".join(f"{h}x{w}" for h, w in (trained_size, image_size))
+    if body.rel_pos:
+        read.note("read", "relative positions", "resampled", f"bilinear, as Hugging Face, from {sizes}")
     if not body.no_pos_embed:
-        rule = RULES[body.resample]
-        sizes = " to ".join(f"{h}x{w}" for h, w in (trained_size, image_size))
-        read.note("read", "pos_embed", "resampled", f"{rule}, from {sizes}")
+        read.note("read", "pos_embed", "resampled", f"{RULES[body.resample]}, from {sizes}")
