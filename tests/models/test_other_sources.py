@@ -28,7 +28,9 @@ class Config:
 
 
 class FakeViT(torch.nn.Module):
-    """A module with the names of a state dict."""
+    """A module with the names of a state dict, of a class that calls itself transformers'."""
+
+    __module__ = "transformers.models.fake"
 
     def __init__(self, state: State) -> None:
         super().__init__()

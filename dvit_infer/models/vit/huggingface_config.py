@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dvit_infer.models.facts import Facts, is_number, text_of
+from dvit_infer.models.facts import NOT_YET, Facts, is_number, text_of
 from dvit_infer.models.vit.timm_values import rope_of, side_of
 
 _ACTS = {
@@ -92,6 +92,8 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
         "resample": ("siglip2" if name == "siglip2" else "huggingface", "model_type"),
         "rope": ("none", "model_type"),
     }
+    if name == "dinov2_with_registers" and tower.get("num_register_tokens") == 0:
+        found["resample"] = "timm", "num_register_tokens"  # with antialiasing, which transformers' dinov2 has not
     patch, key = get("patch_size")
     found["patch_size"] = side_of(patch) or patch, key
     size, key = get("image_size")
@@ -105,7 +107,7 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     if isinstance(act, str) and act in _ACTS:
         found["act"] = _ACTS[act], key
     else:
-        found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}", key
+        found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}, none of {', '.join(_ACTS)}; {NOT_YET}", key
     if name == "dinov3_vit":
         theta, where = get("rope_theta")
         found["rope"] = rope_of("centered", theta if is_number(theta) else 0.0, half=True), where
@@ -151,7 +153,7 @@ def _pooling(name: str, written_by: str, get: Any) -> Facts:
         heads, act = get("num_attention_heads"), get("hidden_act")
         head, key = get("vision_use_head")
         if not head:
-            return {"unsupported": ("vision_use_head is false: it returns tokens, no embedding", key)}
+            return {"unsupported": (f"vision_use_head is false: it returns tokens, no embedding; {NOT_YET}", key)}
         return {"pool": ("map", key), "map_heads": heads, "map_act": (_ACTS.get(str(act[0])), act[1])}
     if not written_by and name in ("clip", "dinov2", "dinov2_with_registers"):
         return {}  # a classifier of theirs reads something else, and the weights show if there is one
@@ -174,11 +176,10 @@ def _num_classes(content: Mapping[str, Any]) -> tuple[int, str] | None:
 def _unread(content: Mapping[str, Any], get: Any) -> tuple[str, str] | None:
     code = content.get("auto_map")
     if isinstance(code, Mapping) and any(str(name).startswith("AutoModel") for name in code):
-        return "auto_map names code that came with the weights, which is never run: what it computes is not known", (
-            "auto_map"
-        )
+        reason = "auto_map names code that came with the weights, which is never run: what it computes is not known"
+        return f"{reason}; without auto_map they are read as the model that model_type names", "auto_map"
     for name, usual in (("proj_bias", True), ("mlp_bias", True), ("pooler_act", "tanh")):
         value, key = get(name)
         if value not in (None, usual):
-            return f"{name} is {text_of(value)[:40]}", key
+            return f"{name} is {text_of(value)[:40]}, which is not supported; {NOT_YET}", key
     return None
