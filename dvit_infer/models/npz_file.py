@@ -18,7 +18,7 @@ from dvit_infer.models.vit.names import plan_of, unstacked
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _BFLOAT16 = np.dtype("V2")  # NumPy has no bfloat16 and stores its bytes
 _MOST_TIMES = 20  # the size of the file; deflated weights are hardly smaller than they are
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, EOFError, TypeError, RuntimeError)
 _BAD_TEXT = (SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError)  # a header is Python's text
 

@@ -4,6 +4,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from owners_files import timms
 
 import dvit_infer as dvit
 from dvit_infer.models.beside import facts_of
@@ -219,3 +220,17 @@ def test_timms_modules_say_what_the_file_says():
     assert {name: script.entry(timm.create_model(name)) for name in names} == {
         name: timm_archs()[name] for name in names
     }
+
+
+def test_arch_takes_timms_names_with_tags_and_names_of_before():
+    state = {key: w for key, w in timms().items() if "head" not in key}
+    for name in ("vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224_in21k"):
+        with pytest.raises(dvit.InputError, match="architecture vit_tiny_patch16_224, given is 192, but its weights"):
+            dvit.convert(state, arch=name, device="cpu")
+    with pytest.raises(dvit.InputError) as caught:
+        dvit.convert(state, arch="aimv2_1b_patch14_224", device="cpu")
+    why = "it has a norm in patch_embed; dvit_infer does not read such models yet"
+    assert str(caught.value) == f"arch: aimv2_1b_patch14_224 is not supported: {why}"
+    for name in ("vit_tiny_patch17_224", "resnet50", "", 3):
+        with pytest.raises(dvit.InputError, match=f"arch: {name!r} does not exist; these do: "):
+            dvit.convert(state, arch=name, device="cpu")

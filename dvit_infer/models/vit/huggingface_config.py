@@ -76,7 +76,7 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     if name not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
         reason = f"model_type is {text_of(model_type)[:40]!r}, none of Hugging Face's that are read here: {known}"
-        return {"unsupported": (reason, "model_type")}
+        return {"unsupported": (reason, "model_type"), "owner": ("huggingface", "model_type")}
     tower, inside = _tower(content) if name in _TOWERS.values() else (content, "")
 
     def get(key: str) -> tuple[Any, str]:
