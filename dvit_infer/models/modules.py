@@ -25,7 +25,7 @@ def read_module(module: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[s
     while isinstance(wrapped := getattr(inner, "_orig_mod", None) or getattr(inner, "module", None), nn.Module):
         inner = wrapped
     name = type(inner).__name__
-    _check_unpatched(name, module)
+    _check_unpatched(name, inner)
     try:
         state = dict(module.state_dict())
     except Exception as error:  # a module's own code can raise anything

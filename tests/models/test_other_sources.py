@@ -118,6 +118,7 @@ def test_a_module_that_may_compute_something_else_is_refused():
     usual = model()
     hooked(usual, "register_forward_hook", "transformers.utils.output_capturing")  # of a model that has run
     assert read_checkpoint(usual).owner == "huggingface"
+    assert same(read_checkpoint(torch.compile(usual)), read_checkpoint(usual))
     plain = FakeViT(PLAIN)
     plain.pretrained_cfg = {}
     plain.forward = torch.nn.Identity().forward
