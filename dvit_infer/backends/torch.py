@@ -224,7 +224,7 @@ class TorchRunner:
 
     def pool(self, node: Pool, state: State) -> None:
         y = self.last_norm(node, state.x[:, : node.rows]).float()
-        parts = [y[:, 0]] if node.reads.startswith("prefix") else []
+        parts = [y[:, : node.class_rows].mean(dim=1)] if node.reads.startswith("prefix") else []
         if node.reads != "prefix":
             parts.append(y[:, 0 if node.reads == "all" else node.num_prefix :].mean(dim=1))
         state.x = self.after_pooling(node, torch.cat(parts, dim=-1))

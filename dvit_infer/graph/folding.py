@@ -12,7 +12,7 @@ import torch
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Head, MapPool, Pool
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
+from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
 
 _QUICK = 1.702  # of CLIP's GELU
 
@@ -24,7 +24,7 @@ def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
         *(_rotary_pairs, _quick_gelu, _latent_query, _batch_norm),
     )
     nodes = [functools.reduce(lambda n, f: f(n), folds, node.folded_for(dtype)) for node in graph.nodes]
-    return replace(graph, nodes=tuple(_leave_stats(_class_only(nodes))))
+    return replace(graph, nodes=tuple(_leave_stats(_class_only(_share_places(nodes)))))
 
 
 _N = TypeVar("_N", bound=Node)
@@ -143,6 +143,20 @@ def _latent_query(node: Node) -> Node:
     queries = (w["latent"] @ w["q.weight"].t() + w["q.bias"]) * node.scale
     kept = {name: value for name, value in node.weights.items() if name != "latent"}
     return replace(_noted(replace(node, weights=kept), "latent query", {"queries": queries}, drop="q"), scale=1.0)
+
+
+def _share_places(nodes: list[Node]) -> list[Node]:
+    """Let nodes hold one table of places together where theirs are equal, as those of most models are."""
+    last: dict[str, torch.Tensor] = {}
+    shared = []
+    for node in nodes:
+        tables = {name: node.weights[name] for name in PLACES if name in node.weights}
+        for name, table in tables.items():
+            if name not in last or table.shape != last[name].shape or not torch.equal(table, last[name]):
+                last[name] = table
+        ours = {name: last[name] for name in tables}
+        shared.append(replace(node, weights={**node.weights, **ours}) if ours else node)
+    return shared
 
 
 def _class_only(nodes: list[Node]) -> list[Node]:

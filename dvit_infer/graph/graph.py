@@ -39,7 +39,13 @@ class Graph:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Graph":
         """Return a copy with its own weights on `device`, in `dtype`; those of a reduction keep their dtypes."""
-        return replace(self, nodes=tuple(node.to(device, dtype) for node in self.nodes))
+        moved: dict[int, torch.Tensor] = {}
+        nodes = []
+        for node in self.nodes:
+            here = node.to(device, dtype)
+            common = {n: moved.setdefault(id(w), here.weights[n]) for n, w in node.weights.items() if n in node.shared}
+            nodes.append(replace(here, weights={**here.weights, **common}) if common else here)
+        return replace(self, nodes=tuple(nodes))
 
     def __str__(self) -> str:
         c = self.config

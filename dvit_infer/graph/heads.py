@@ -72,8 +72,9 @@ class Pool(TokenNode):
     with tanh (`pre_logits`), and a linear (`projection`), in this order.
 
     Attributes:
-        reads: the first token, the mean of the patches or of all tokens, or the first token and the patches' mean side
-            by side.
+        reads: the class tokens' mean, the mean of the patches or of all tokens, or the class tokens' mean and the
+            patches' side by side.
+        class_rows: the number of class tokens that are read: a distillation token may be one of two.
         num_prefix: the number of prefix tokens in its input.
     """
 
@@ -82,6 +83,7 @@ class Pool(TokenNode):
     reads: Reads
     num_prefix: int
     channels: int
+    class_rows: int = 1
 
     @property
     def dim(self) -> int:
@@ -96,7 +98,7 @@ class Pool(TokenNode):
     @property
     def rows(self) -> int:
         """The number of rows that it reads, if these are the first ones."""
-        return 1 if self.reads == "prefix" else self.tokens
+        return self.class_rows if self.reads == "prefix" else self.tokens
 
     @property
     def out_shape(self) -> tuple[int, ...]:

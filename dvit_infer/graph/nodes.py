@@ -28,6 +28,7 @@ class Node(ABC):
     """
 
     kind: ClassVar[str]
+    shared: ClassVar[tuple[str, ...]] = ()  # names of weights that several nodes may hold together
     name: str
     equals: str
     weights: dict[str, torch.Tensor] = field(repr=False)
@@ -199,6 +200,7 @@ class Attention(Branch):
     """
 
     kind = "attention"
+    shared = PLACES
     normed = ("qkv", "q", "kv")
     last = "proj"
     rows: int  # query rows: all tokens, or only the prefix tokens in a last block whose head reads no others
@@ -214,7 +216,7 @@ class Attention(Branch):
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Return a copy on `device`; tables of places stay in float32."""
         here = super().to(device, dtype)
-        exact = {name: self.weights[name].to(device, copy=True) for name in PLACES if name in self.weights}
+        exact = {name: self.weights[name].to(device) for name in PLACES if name in self.weights}  # shared, if there
         return replace(here, weights=here.weights | exact)
 
     def for_all_rows(self) -> Self:

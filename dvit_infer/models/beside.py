@@ -9,7 +9,7 @@ from dvit_infer.config import CROP_MODES, INTERPOLATIONS
 from dvit_infer.models.facts import Facts as Facts
 from dvit_infer.models.facts import is_number, text_of
 from dvit_infer.models.processor import facts_of_type, processor_facts
-from dvit_infer.models.vit.described import SOUND, model_facts
+from dvit_infer.models.vit.described import COUNTS, SOUND, model_facts
 
 FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "open_clip_config.json")
 
@@ -51,10 +51,15 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     model_type = _mapping(sources.get("config.json")).get("model_type")
     of_models: dict[str, Facts] = {}
 
-    def take(name: str, found: Facts) -> None:
+    def take(name: str, found: Facts, of_model: bool = False) -> None:
         for what, (value, key) in found.items():
             if what == "not here":
                 unused.extend((name, remark) for remark in value)
+                continue
+            if what in COUNTS and isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if not _is_sound(what, value) and of_model and what in SOUND:  # a guess in its place would be silent
+                facts["unsupported"] = f"{key} is {text_of(value)[:40]!r}, which is impossible", f"{name}: {key}"
             elif not _is_sound(what, value):
                 unused.append((name, f"{key} is {text_of(value)[:40]}"))
             else:
@@ -70,7 +75,7 @@ def facts_of(sources: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
             continue
         take(name, {**_timm(content), **processor_facts(content, model_type)})
     for name, found in of_models.items():  # what is stated of images counts before what follows from the model
-        take(name, found)
+        take(name, found, of_model=True)
     by_type = {what: fact for what, fact in facts_of_type(model_type).items() if what not in facts}
     if {"crop_pct", "crop_mode"} & facts.keys():  # they belong together
         by_type = {what: fact for what, fact in by_type.items() if what not in ("crop_pct", "crop_mode")}

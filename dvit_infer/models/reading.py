@@ -36,6 +36,11 @@ ASSUMABLE = (
 )
 
 
+_ALIKE = (  # types of Hugging Face that have the same keys
+    {"vit", "deit", "vit_mae"},
+    {"dinov2", "dinov2_with_registers"},
+    {"siglip", "siglip2"},
+)
 _IMAGES = ("mean", "std", "crop_pct", "crop_mode", "interpolation", "image_size")  # facts of how images are prepared
 
 
@@ -91,6 +96,8 @@ class Reading:
         if found.get("owner", ("", ""))[0] == "huggingface" != checkpoint.owner:
             found = {what: fact for what, fact in found.items() if what in _IMAGES}
             unused.append(("config.json", "describes a model of Hugging Face, but these are not Hugging Face's keys"))
+        elif other := _of_another_type(found, checkpoint):
+            found["unsupported"] = other, "config.json: model_type"
         others = _under_other_names(checkpoint.metadata)
         self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
@@ -207,6 +214,18 @@ class Reading:
             if key is not None and self.metadata.get(key) is not None:
                 return self.metadata[key], f"{self.metadata_source}: {key}"
         return self.beside.get(what)
+
+
+def _of_another_type(found: Facts, checkpoint: Checkpoint) -> str | None:
+    """Return why a config.json of Hugging Face is not that of these keys, or None if it is or may be."""
+    config = checkpoint.beside.get("config.json")
+    if checkpoint.owner != "huggingface" or not isinstance(config, Mapping) or "unsupported" in found:
+        return None
+    stated, implied = (facts.get("model", (None,))[0] for facts in (found, checkpoint.implied))
+    if isinstance(config.get("model_type"), str):
+        alike = stated == implied or any({stated, implied} <= group for group in _ALIKE)
+        return None if alike else f"its type is {stated!r}, but the keys are those of {implied!r}"
+    return f"its type is {text_of(config['model_type'])[:40]!r}, no name" if "model_type" in config else None
 
 
 def _of_a_config(config: Config) -> dict[str, Any]:

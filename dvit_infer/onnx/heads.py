@@ -29,9 +29,12 @@ def _half(to: Builder) -> str:
 
 
 def pool(to: Builder, node: Pool, x: str) -> str:
-    few = node.reads == "prefix" and node.tokens > 1
-    y = _last_norm(to, node, to.float32(to.tokens(x, 0, 1) if few else x))
-    parts = [to.token(y, 0)] if node.reads.startswith("prefix") else []
+    rows = node.class_rows
+    few = node.reads == "prefix" and node.tokens > rows
+    y = _last_norm(to, node, to.float32(to.tokens(x, 0, rows) if few else x))
+    parts = []
+    if node.reads.startswith("prefix"):
+        parts.append(to.token(y, 0) if rows == 1 else to.reduce("ReduceMean", to.tokens(y, 0, rows), 1))
     if node.reads != "prefix":
         patches = to.tokens(y, node.num_prefix, node.tokens) if node.reads != "all" and node.num_prefix else y
         parts.append(to.reduce("ReduceMean", patches, 1))

@@ -61,6 +61,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "map-classes": (_MAP | {"act": "gelu_tanh", "map_act": "quick_gelu", "fc_norm": True}, CLASSES),
     "distilled": ({"num_prefix": 2}, CLASSES),
     "teacher": ({"num_prefix": 2, "no_head_dist": True}, CLASSES),
+    "distilled-headless": ({"num_prefix": 2}, 0),
     "headless-mean": ({"pool": "mean", "num_prefix": 0}, 0),
 }
 

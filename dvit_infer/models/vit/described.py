@@ -49,9 +49,10 @@ def _is_rope(value: Any) -> bool:
     return whole and flags and _is_positive(value["theta"]) and math.isfinite(value["offset"])
 
 
+COUNTS = ("num_heads", "embed_dim", "depth", "patch_size", "mlp_dim", "map_heads")
 # What each fact's value has to be: it may come from a file.
 SOUND: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("num_heads", "embed_dim", "depth", "patch_size", "mlp_dim", "map_heads"), _is_count),
+    **dict.fromkeys(COUNTS, _is_count),
     **dict.fromkeys(("unsupported", "owner", "model"), _is_text),
     "num_classes": lambda value: _is_count(value) or (value == 0 and not isinstance(value, bool)),
     "eps": _is_positive,

@@ -150,6 +150,8 @@ def _head(model: VisionTransformer, config: Config, tokens: int) -> Iterator[Nod
         common["num_prefix"] = body.num_prefix if body.pool == "map" else 0
         yield MapPool(name="pool", equals=after, weights=weights, act=body.map_act, **heads, **common, **width)
     else:
+        both = body.pool == "token" and body.class_tokens == 2 and not body.no_head_dist
+        width["class_rows"] = 2 if both else 1
         yield Pool(name="pool", equals=after, weights=weights, reads=_READS[body.pool], **common, **width)
     if config.num_classes:
         yield Classify(name="head", equals=":out", weights=_unprefixed(_own(model, w="head"), "w."))

@@ -1,6 +1,7 @@
 """Read which parts a plain ViT has and who trained it; refuse parts that are not supported, by name."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from dvit_infer.errors import InputError
 from dvit_infer.models.reading import Reading
@@ -60,3 +61,11 @@ def has_no_qkv_bias(read: Reading, family: str) -> bool:
     if without:
         read.note("read", "qkv bias", "none", "keys: no attn.qkv.bias")
     return without
+
+
+def one_of(read: Reading, what: str, assumed: Any, why: str, known: tuple[str, ...]) -> Any:
+    """Return a resolved value; raise InputError unless it is one of the known ones."""
+    value = read.resolve(what, assumed, why)
+    if value not in known:
+        raise InputError(f"{read.origin(what)}: {str(value)[:40]!r} is not one of {', '.join(known)}")
+    return value

@@ -56,7 +56,7 @@ class PlainViT(VisionTransformer):
         if num_classes or body.projection:
             read = dim if body.projection else body.pooled_dim
             self.head = nn.Linear(read, num_classes or body.projection, bias=not body.no_head_bias)
-        if self.distilled:
+        if self.distilled and num_classes:
             self.head_dist = nn.Linear(dim, num_classes)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:

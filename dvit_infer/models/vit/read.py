@@ -11,13 +11,14 @@ from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.archs import ARCHS, Arch
-from dvit_infer.models.vit.body import ViT
+from dvit_infer.models.vit.body import RESAMPLES, ViT
 from dvit_infer.models.vit.parts import (
     check_channels,
     check_classes,
     has_layer_scale,
     has_no_qkv_bias,
     note_trained_as,
+    one_of,
     trainer_of,
 )
 from dvit_infer.models.vit.pos_embed import RULES
@@ -69,7 +70,8 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     patch = patch_size_of(read, trunk.patch_of_kernel)
     trained_size, no_embed_class = trained_size_of(read, num_prefix, patch)
     image_size = image_size_of(read, options.get("image_size"), trained_size, patch)
-    note_resampled(read, RULES["timm"], trained_size, image_size)
+    resample = one_of(read, "resample", None, "", RESAMPLES) if read.states("resample") else "timm"
+    note_resampled(read, RULES[resample], trained_size, image_size)
     num_heads = _num_heads(read, dim, sizes)
     skip_lam = 1.0
     if trunk.has_skip_lam:
@@ -91,6 +93,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         layer_scale=layer_scale,
         no_qkv_bias=no_qkv_bias,
         no_embed_class=no_embed_class,
+        resample=resample,
     )
     rows, columns = grid(image_size, body)
     learned_by = "predictor" if predictors else None

@@ -11,7 +11,7 @@ from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.body import ACTS, POOLS, RESAMPLES, ViT
-from dvit_infer.models.vit.parts import check_channels, note_trained_as
+from dvit_infer.models.vit.parts import check_channels, note_trained_as, one_of
 from dvit_infer.models.vit.pos_embed import RULES
 from dvit_infer.models.vit.sizes import bare_size_of, image_size_of, patch_size_of, placed_size_of
 
@@ -58,7 +58,8 @@ def is_other_vit(read: Reading) -> bool:
 def read_vit(read: Reading, arch: str | None, options: Mapping[str, Any]) -> Config:
     """Build a Config from keys, shapes, given facts, those of the file and beside it, and, last, assumptions."""
     if read.states("unsupported"):
-        raise InputError(f"{read.name}: {read.stated('unsupported')[0]}")
+        reason, where = read.stated("unsupported")
+        raise InputError(f"{read.name}: {reason} ({where})")
     if read.stored is not None:
         assert isinstance(read.stored.body, ViT)
         body, trained_size, classes = (
@@ -135,7 +136,7 @@ def _body(read: Reading) -> tuple[ViT, Size, int]:
     clip_like = facts["norm_pre"] or (facts["rope"] == "centered")
     eps = read.resolve("eps", 1e-5 if clip_like else 1e-6, "of CLIP and DINOv3" if clip_like else "timm's")
     facts["eps"] = check.positive_float(read.origin("eps"), eps)
-    facts["act"] = _one_of(
+    facts["act"] = one_of(
         read, "act", "silu" if facts["gated"] else "gelu", "of a gated MLP" if facts["gated"] else "the usual", ACTS
     )
     facts |= _relative_positions(read, block)
@@ -144,7 +145,7 @@ def _body(read: Reading) -> tuple[ViT, Size, int]:
     )
     facts |= places
     if not facts["no_pos_embed"] or facts["rel_pos"]:
-        facts["resample"] = _one_of(read, "resample", "timm", "timm's", RESAMPLES)
+        facts["resample"] = one_of(read, "resample", "timm", "timm's", RESAMPLES)
     pooled, classes = _head(read, facts)
     return ViT(**facts, **pooled), trained_size, classes
 
@@ -154,7 +155,7 @@ def _as_given(read: Reading, body: ViT) -> ViT:
     changes = {}
     for what, known in (("act", ACTS), ("pool", POOLS), ("resample", RESAMPLES)):
         if read.given.get(what) is not None:
-            changes[what] = _one_of(read, what, None, "", known)
+            changes[what] = one_of(read, what, None, "", known)
     if read.given.get("num_heads") is not None:
         changes["num_heads"] = _num_heads(read, body.embed_dim, body.depth)
     if read.given.get("eps") is not None:
@@ -178,7 +179,9 @@ def _agreed(read: Reading, what: str, found: int) -> int:
     if read.states(what):
         value, where = read.stated(what)
         if value != found:
-            raise InputError(f"{read.name}: {where} is {check.text_of(value)[:40]}, but its weights say {found}")
+            raise InputError(
+                f"{read.name}: {where} says {what} {check.text_of(value)[:40]}, but its weights have {found}"
+            )
     return found
 
 
@@ -192,13 +195,6 @@ def _has(read: Reading, blocks: list[str], *endings: str) -> bool:
 def _is_packed(read: Reading) -> bool:
     inner, outer = (read.shapes.get(f"blocks.0.mlp.{fc}.weight", ()) for fc in ("fc1", "fc2"))
     return len(inner) == len(outer) == 2 and inner[0] == 2 * outer[1]
-
-
-def _one_of(read: Reading, what: str, assumed: Any, why: str, known: tuple[str, ...]) -> Any:
-    value = read.resolve(what, assumed, why)
-    if value not in known:
-        raise InputError(f"{read.origin(what)}: {str(value)[:40]!r} is not one of {', '.join(known)}")
-    return value
 
 
 def _num_heads(read: Reading, dim: int, depth: int) -> int:
@@ -243,7 +239,7 @@ def _rope(read: Reading, facts: Mapping[str, Any]) -> dict[str, Any]:
             )
         return {"rope": ""}
     stated = read.resolve("rope", assumed, why)
-    rope = _ROPES.get(stated) if isinstance(stated, str) else stated
+    rope = _ROPES.get(stated) if isinstance(stated, str) else stated if read.given.get("rope") is None else None
     if not isinstance(rope, Mapping):
         raise InputError(f"{read.origin('rope')}: {str(stated)[:40]!r} is not one of {', '.join(_ROPES)}")
     found = {"rope": rope.get("kind", ""), "rope_periods": "rope.periods" in shapes}
@@ -260,7 +256,7 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
     """Return the facts of pooling and head, and the number of classes."""
     shapes, dim = read.shapes, facts["embed_dim"]
     weight = shapes.get("head.weight", ())
-    projects = len(weight) == 2 and "head.bias" not in shapes
+    projects = len(weight) == 2 and ("head.bias" not in shapes or bool(read.value_of("projection")))
     rows = read.vote("the classes", [(f"head.{p}", 0) for p in ("weight", "bias")]) if "head.weight" in shapes else 0
     classes = 0 if projects else rows
     if read.states("num_classes"):
@@ -279,14 +275,17 @@ def _head(read: Reading, facts: Mapping[str, Any]) -> tuple[dict[str, Any], int]
         assumed, why = "mean", "timm's DINOv3"
     else:
         assumed, why = "token", "the usual"
-    pool = _one_of(read, "pool", assumed, why, POOLS)
-    found: dict[str, Any] = {"pool": pool, "projection": rows if projects else 0, "no_head_bias": projects}
-    found["no_head_dist"] = "dist_token" in shapes and "head_dist.weight" not in shapes
+    pool = one_of(read, "pool", assumed, why, POOLS)
+    found: dict[str, Any] = {"pool": pool, "projection": rows if projects else 0}
+    found["no_head_bias"] = len(weight) == 2 and "head.bias" not in shapes
+    # timm reads both tokens of a distilled model without classifier; Hugging Face never reads the second one alone.
+    reads_both = facts["owner"] == "timm" and "head.weight" not in shapes
+    found["no_head_dist"] = "dist_token" in shapes and "head_dist.weight" not in shapes and not reads_both
     if pool.startswith("map"):
         found["map_mlp_dim"] = read.shape("attn_pool.mlp.fc1.weight", 2)[0]
         heads = read.resolve("map_heads", facts["num_heads"], "those of the blocks")
         found["map_heads"] = check.positive_int(read.origin("map_heads"), heads)
-        found["map_act"] = _one_of(read, "map_act", facts["act"], "that of the blocks", ACTS)
+        found["map_act"] = one_of(read, "map_act", facts["act"], "that of the blocks", ACTS)
     return found, classes
 
 

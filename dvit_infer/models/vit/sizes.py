@@ -1,11 +1,14 @@
 """Read the sizes of a plain ViT: patches, the grid of its position embedding, images."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.reading import Reading
+
+T = TypeVar("T")
 
 
 def patch_size_of(read: Reading, of_kernel: int) -> int:
@@ -26,6 +29,9 @@ def trained_size_of(read: Reading, num_prefix: int, patch: int) -> tuple[tuple[i
     rows = read.shape("pos_embed", 3)[1]
     patches, side = rows - num_prefix, math.isqrt(rows)
     alone = _no_embed_class(read)  # None: not stated
+    layouts = {count: bare for count, bare in ((num_prefix, False), (0, True)) if alone in (None, bare)}
+    if (stated_fit := _of_stated_size(read, rows, patch, layouts)) is not None:
+        return stated_fit
     if not read.states("trained_size"):
         fits = [bare for bare in (False, True) if alone in (None, bare) and check.is_square(rows if bare else patches)]
         if not fits:
@@ -65,6 +71,29 @@ def _no_embed_class(read: Reading) -> bool | None:
     if value not in (None, 0, 1):
         raise InputError(f"{read.origin('no_embed_class')}: {value!r} is not 0 or 1")
     return None if value is None else bool(value)
+
+
+def _of_stated_size(read: Reading, rows: int, patch: int, layouts: Mapping[int, T]) -> tuple[tuple[int, int], T] | None:
+    """Return the size of images that a file states, and what the layout means, if the position embedding is for it.
+
+    Args:
+        read: the facts.
+        rows: of the position embedding.
+        patch: pixels per side of a patch.
+        layouts: by the number of rows that are not the patches'.
+    """
+    if read.states("trained_size") or not read.states("image_size"):
+        return None
+    value, where = read.stated("image_size")
+    try:
+        size = check.image_size("image_size", value, patch)
+    except InputError:
+        return None  # who runs it there hears of it
+    others = rows - (size[0] // patch) * (size[1] // patch)
+    if others not in layouts:
+        return None
+    read.note("read", "trained_size", size, f"{where}, and pos_embed has the rows for it")
+    return size, layouts[others]
 
 
 def image_size_of(read: Reading, given: Any, trained: tuple[int, int], patch: int) -> tuple[int, int]:
@@ -123,8 +152,12 @@ def placed_size_of(
         layouts = {0: {}}
     elif not registers:
         layouts = {num_prefix: {}, 0: {"no_embed_class": True}}
+    if alone is None and read.value_of("owner") == "huggingface":  # its class tokens have positions
+        alone = False
     if alone is not None and num_prefix:
         layouts = {count: facts for count, facts in layouts.items() if facts.get("no_embed_class", False) == alone}
+    if (stated_fit := _of_stated_size(read, rows, patch, layouts)) is not None:
+        return stated_fit
     if read.states("trained_size"):
         height, width = check.image_size(read.origin("trained_size"), read.resolve("trained_size", None, ""), patch)
         count = (height // patch) * (width // patch)
