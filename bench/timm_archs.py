@@ -25,12 +25,12 @@ from typing import Any
 import torch
 
 from dvit_infer.models.vit.timm_config import DEFAULTS
-from dvit_infer.models.vit.timm_module import KINDS, is_timm_module, module_facts
+from dvit_infer.models.vit.timm_module import KINDS, is_timm_module, module_facts, reason_of
 from dvit_infer.models.vit.timm_values import pool_of
 
 OUT = Path(__file__).parents[1] / "dvit_infer" / "models" / "vit" / "timm_archs.json"
 _LIBRARIES: list[torch.library.Library] = []  # what they declare goes with them
-_NOT_OF_THE_ARCH = ("owner", "model", "resample", "num_classes", "pool")
+_NOT_OF_THE_ARCH = ("owner", "model", "resample", "num_classes", "pool", "unsupported")
 
 
 def main() -> int:
@@ -92,16 +92,15 @@ def registry() -> tuple[str, dict[str, dict[str, Any]], dict[str, str]]:
 
 def entry(model: Any) -> dict[str, Any]:
     """Return the facts of a model without those in `DEFAULTS`."""
-    kind, prefix = KINDS[type(model).__name__], model.num_prefix_tokens
+    kind = KINDS[type(model).__name__]
     include = getattr(model, "pool_include_prefix", False)
     found = {what: value for what, (value, _) in module_facts(model).items() if what not in _NOT_OF_THE_ARCH}
-    if found.get("unsupported") == pool_of(model.global_pool, kind, prefix, include)[1]:
-        found.pop("unsupported", None)  # model_args may choose another pooling
+    reason = reason_of(model)
+    if reason not in (None, pool_of(model.global_pool, kind, include)[1]):  # model_args may choose another pooling
+        found["unsupported"] = reason
     height, width = found["image_size"]
     found["image_size"] = height if height == width else [height, width]
-    found |= {"kind": kind, "global_pool": model.global_pool, "include_prefix": include, "num_prefix": prefix}
-    registers = getattr(model, "reg_token", None)
-    found["registers"] = 0 if registers is None else registers.shape[1]
+    found |= {"kind": kind, "global_pool": model.global_pool, "include_prefix": include}
     sized = ("pos_embed", "relative_position_bias_table")  # of the size that the model was trained for
     found["any_size"] = not any(name.endswith(sized) for name, _ in model.named_parameters())
     return {what: value for what, value in found.items() if what not in DEFAULTS or value != DEFAULTS[what]}

@@ -100,7 +100,9 @@ def read_checkpoint(
     check_no_url(source)
     if is_hub_name(source):
         source = local_folder(str(source))
-    is_folder = str(source).endswith(os.sep) and os.path.isdir(source)
+    is_folder = str(source).endswith(os.sep)
+    if is_folder and not os.path.isdir(source):
+        raise InputError(f"{source}: there is no such folder")
     path = check_name(str(source).rstrip(os.sep) if is_folder else source)
     try:
         folder = path if path.is_dir() else path.parent

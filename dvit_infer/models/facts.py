@@ -12,6 +12,7 @@ from dvit_infer.utils.bounds import check_bound
 
 Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
 
+NOT_YET = "dvit_infer does not read such models yet"  # the end of a message where nothing else would do
 MAX_PATCHES = 1 << 14  # one head's attention weights of one image are then 1 GiB
 
 

@@ -1,23 +1,39 @@
 """Models on the Hugging Face Hub, by huggingface_hub: its cache first, then the network."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
 from dvit_infer.errors import InputError
 from dvit_infer.models.containers import SUFFIXES, has_weights
+from dvit_infer.models.facts import text_of
 from dvit_infer.models.torch_file import first_line
 
-_NAME = re.compile(r"(?:hf[-_]hub:|(?=timm/))([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+_PREFIX = re.compile(r"hf[-_]hub:")
+_NAME = re.compile(r"(?!.*\.\.)(?:hf[-_]hub:|(?=timm/))([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _FACTS = ["config.json", "preprocessor_config.json", "open_clip_config.json"]
 # Of two forms of the same weights the second is downloaded only where the first is missing.
 _FORMS = (["*.safetensors", "*.safetensors.index.json"], ["*.bin", "*.bin.index.json"])
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Return whether a source names a model on the Hub; a file or folder that is called so comes first."""
-    is_name = isinstance(source, str) and _NAME.fullmatch(source) is not None and not source.endswith(SUFFIXES)
-    return is_name and not Path(source).exists()
+    """Return whether a source names a model on the Hub; a file or folder that is called so comes first.
+
+    Raises:
+        InputError: it says that it is such a name, and is none.
+    """
+    if not isinstance(source, str) or os.path.exists(source):
+        return False
+    is_name = _NAME.fullmatch(source) is not None
+    if not _PREFIX.match(source):
+        return is_name and not source.endswith(SUFFIXES)
+    if not is_name:
+        raise InputError(
+            f"{text_of(source)}: names no model on the Hugging Face Hub; hf-hub:user/name is expected, or "
+            "hf-hub:user/name@revision"
+        )
+    return True
 
 
 def local_folder(name: str) -> Path:

@@ -21,7 +21,7 @@ from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
 from dvit_infer.models.trained_as import other_method
 from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
-from dvit_infer.models.vit.timm_config import timm_facts
+from dvit_infer.models.vit.timm_config import arch_of, timm_facts
 from dvit_infer.reduction import METHODS
 
 FAMILIES: tuple[Family, ...] = (LVVIT, VIT, DEIT)  # the first one that matches
@@ -52,7 +52,7 @@ def recognise(
 
     Args:
         checkpoint: weights and metadata.
-        arch: one of `list_archs()` to check the file against, or None to recognise it.
+        arch: one of `list_archs()`, timm's also with a tag, to check the file against, or None to recognise it.
         given: facts that override the file and every assumption (`models.reading.ASSUMABLE`).
         options: `image_size` and `method`, or None for each.
 
@@ -62,7 +62,7 @@ def recognise(
     Raises:
         InputError: the keys belong to no known family, or a fact is impossible; the message names the key or option.
     """
-    _check_arch(arch)
+    arch = _known_arch(arch)
     stored = None if checkpoint.header is None else config_of(checkpoint.name, checkpoint.header)
     reading = Reading(checkpoint, given, stored)
     if arch in VIT.archs:
@@ -114,9 +114,18 @@ def recognise(
     return config, reading.notes
 
 
-def _check_arch(arch: Any) -> None:
+def _known_arch(arch: Any) -> str | None:
+    """Return one of `list_archs()`, or None if none is given; timm's names may have a tag, or be names of before."""
     if arch is None or (isinstance(arch, str) and arch in list_archs()):
-        return
+        return arch
+    try:
+        name, facts = arch_of(str(arch))
+    except InputError:
+        name, facts = "", {}
+    if name in VIT.archs:
+        return name
+    if name:
+        raise InputError(f"arch: {name} is not supported: {facts['unsupported']}")
     nearest = difflib.get_close_matches(str(arch)[:100], VIT.archs, n=3)
     timms = f", the nearest: {', '.join(nearest)}" if nearest else ""
     raise InputError(

@@ -5,6 +5,7 @@ import collections
 import io
 import os
 import pickle
+import re
 import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -207,8 +208,11 @@ def test_what_is_no_path_and_no_state_dict_is_said(tmp_path):
     for source in (None, [torch.nn.Linear(2, 2)], 3):
         with pytest.raises(InputError, match=f"not a {type(source).__name__}"):
             read_checkpoint(source)
-    for name in ("", "a\0b", "folder/"):
+    for name in ("", "a\0b"):
         with pytest.raises(InputError, match="file name"):
+            read_checkpoint(name)
+    for name in ("nosuch/", f"{tmp_path}/nosuch//"):
+        with pytest.raises(InputError, match="^" + re.escape(name) + ": there is no such folder$"):
             read_checkpoint(name)
     torch.save({"w": torch.ones(1)}, tmp_path / "plain.pth")
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.pth")

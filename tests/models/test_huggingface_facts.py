@@ -4,7 +4,7 @@ import pytest
 
 from dvit_infer.models.beside import facts_of
 from dvit_infer.models.vit.described import SOUND
-from dvit_infer.models.vit.huggingface_config import huggingface_facts
+from dvit_infer.models.vit.huggingface_config import _DEFAULTS, huggingface_facts
 
 TINY = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 320, "image_size": 96}
 TOWER = {**TINY, "patch_size": 16}
@@ -133,10 +133,10 @@ def test_a_dinov2_of_an_unknown_class_leaves_pooling_to_its_weights(written_by):
     [
         ({"model_type": "bert"}, "model_type is 'bert', none of Hugging Face's that are read here: vit, "),
         ({"model_type": "\x1b[31m"}, "model_type is '?[31m', none"),
-        ({"model_type": "vit", "hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"model_type": "vit", "hidden_act": "relu"}, "hidden_act is 'relu', none of gelu, gelu_python, "),
         ({"model_type": "vit", "hidden_act": ["gelu"]}, "hidden_act is 'gelu'"),
-        ({"model_type": "vit", "pooler_act": "relu"}, "pooler_act is relu"),
-        ({"model_type": "dinov3_vit", "mlp_bias": False}, "mlp_bias is False"),
+        ({"model_type": "vit", "pooler_act": "relu"}, "pooler_act is relu, which is not supported; dvit_infer does"),
+        ({"model_type": "dinov3_vit", "mlp_bias": False}, "mlp_bias is False, which is not supported; dvit_infer"),
         ({"model_type": "siglip", "vision_config": {"vision_use_head": False}}, "vision_use_head is false: it returns"),
         ({"model_type": "vit", "auto_map": {"AutoModel": "modeling.Mine"}}, "auto_map names code that came with"),
     ],
@@ -144,8 +144,17 @@ def test_a_dinov2_of_an_unknown_class_leaves_pooling_to_its_weights(written_by):
 def test_what_cannot_be_read_says_why(content, why):
     assert facts(content)["unsupported"].startswith(why)
     found, _ = facts_of({"config.json": content}, {})
-    assert found["unsupported"][0].startswith(why)
-    assert found["unsupported"][0].isprintable()
+    reason, where = found["unsupported"]
+    assert reason.startswith(why)
+    assert reason.isprintable()
+    key = where.removeprefix("config.json: ")
+    assert key == next(iter([name for name in content if name != "model_type"]), "model_type") or "." in key
+    what_would_do = (
+        "; dvit_infer does not read such models yet",
+        "are read here: " + ", ".join(_DEFAULTS),
+        "; without auto_map they are read as the model that model_type names",
+    )
+    assert reason.endswith(what_would_do)
 
 
 @pytest.mark.parametrize(

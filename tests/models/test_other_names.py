@@ -43,6 +43,23 @@ def test_an_unknown_key_is_named_as_the_file_has_it(case, key):
         ("openclip-tiny-gelu", "visual.class_embedding", (2, 96), "{key} has shape (2, 96), one token is expected"),
         ("hf-siglip2-naflex-tiny", "embeddings.patch_embedding.weight", (96, 70), "{key} has shape (96, 70), rows of"),
         (
+            "hf-vitmodel-tiny",
+            "pooler.dense.weight",
+            (48, 96),
+            "{key} has shape (48, 96): a pooler of another width than",
+        ),
+        ("npz-augreg-tiny", "pre_logits/kernel", (96, 48), "{key} has shape (96, 48): a pooler of another width than"),
+        ("hf-clip-proj-tiny", "visual_projection.weight", (), "{key} (head.weight here) has shape (), "),
+        ("openclip-tiny-gelu", "visual.proj", (), "{key} has shape (), a matrix is expected"),
+        ("dinov3-hub-tiny", "rope_embed.periods", (), "{key} (rope.periods here) has shape (), "),
+        ("dinov3-hub-tiny", "norm.weight", (), "{key} has shape (), "),
+        (
+            "hf-dinov2-swiglu-tiny",
+            "encoder.layer.0.mlp.weights_in.weight",
+            (),
+            "{key} (blocks.0.mlp.fc1.weight here) has shape (), ",
+        ),
+        (
             "hf-siglip-tiny",
             "vision_model.head.attention.in_proj_bias",
             (200,),
@@ -177,3 +194,57 @@ def test_a_pooler_that_the_classifier_does_not_read_is_left_over():
     found = read_checkpoint(file)
     assert "pre_logits.fc.weight" not in found.state
     assert [what for what, _ in found.left_over] == ["vit.pooler.dense.*"]
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "resample"),
+    [
+        ("hf-dinov3-tiny", "embeddings.register_tokens", None),
+        ("hf-dinov2reg-tiny", "dinov2_with_registers.embeddings.register_tokens", "timm"),  # with antialiasing
+        ("dinov2-hub-reg-swiglu-tiny", "register_tokens", "meta"),
+        ("dinov3-hub-tiny", "storage_tokens", None),
+    ],
+)
+def test_registers_without_a_row_are_none(case, key, resample):
+    file = file_of(case)
+    assert file[key].shape[1] == 4
+    found = read_checkpoint(file | {key: torch.zeros(1, 0, 96)})
+    assert "reg_token" not in found.state
+    assert (key, "it is empty: the model has no registers") in found.left_over
+    assert found.implied.get("resample", (None,))[0] == resample
+    engine = dvit.convert(file | {key: torch.zeros(1, 0, 96)}, assume={"num_heads": 3}, device="cpu")
+    assert engine.config.body.num_registers == 0
+
+
+def test_relative_positions_of_a_block_beside_shared_ones_are_not_read():
+    file = file_of("hf-beit-tiny")
+    key = "beit.encoder.layer.0.attention.attention.relative_position_bias.relative_position_bias_table"
+    shared = {"beit.encoder.relative_position_bias.relative_position_bias_table": file[key]}
+    with pytest.raises(dvit.InputError) as caught:
+        read_checkpoint(file | shared)
+    assert str(caught.value).startswith(f"state dict: {key}: relative positions of a block beside those that all")
+    without = {key: w for key, w in file.items() if not key.endswith("relative_position_bias_table")}
+    assert "rel_pos_bias.relative_position_bias_table" in read_checkpoint(without | shared).state
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_towers_head_is_a_projection_with_a_bias_too(bias):
+    def projection(file, weight, turned=False, **more):
+        head = {weight: torch.ones(96, 7) if turned else torch.ones(7, 96)}
+        key = weight.replace("kernel", "bias").replace("weight", "bias")
+        found = read_checkpoint(file | head | ({key: torch.ones(7)} if bias else {}) | more)
+        assert ("head.bias" in found.state) == bias
+        return found.implied.get("projection", (None,))[0]
+
+    trunk = {f"visual.trunk.{key}": w for key, w in timms().items()} | {"logit_scale": torch.tensor(1.0)}
+    assert projection(trunk, "visual.head.proj.weight") == 7
+    assert projection(trunk, "visual.trunk.head.weight") == 7  # open_clip gives timm's classifier that task
+    flax = {key: w for key, w in file_of("npz-bv-perblock-cls").items() if "/head/" not in key}
+    assert (
+        projection(
+            {key.replace("params/", "params/img/"): w for key, w in flax.items()}, "params/img/head/kernel", True
+        )
+        == 7
+    )
+    assert projection(flax, "params/head/kernel", True) is None
+    assert projection({f"vit.{key}": w for key, w in file_of("hf-vitmae-tiny").items()}, "classifier.weight") is None

@@ -1,8 +1,10 @@
 """Sources that are no checkpoint of PyTorch in a file: modules, NumPy archives, names on the Hub, folders of others."""
 
+import contextlib
 import io
 import json
 import sys
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 import dvit_infer as dvit
 from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.npz_file import read_npz
 from dvit_infer.models.source import WeightSource
 
 VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
@@ -28,7 +31,9 @@ class Config:
 
 
 class FakeViT(torch.nn.Module):
-    """A module with the names of a state dict."""
+    """A module with the names of a state dict, of a class that calls itself transformers'."""
+
+    __module__ = "transformers.models.fake"
 
     def __init__(self, state: State) -> None:
         super().__init__()
@@ -64,6 +69,61 @@ def test_a_module_of_transformers():
     model.config.to_dict = lambda: {"model_type": "bert"}
     with pytest.raises(dvit.InputError, match=r"FakeViT: is a FakeViT model \(model_type 'bert', FakeViT\)"):
         read_checkpoint(model)
+
+
+def test_a_module_that_may_compute_something_else_is_refused():
+    def model(kind=FakeViT):
+        made = kind(file_of("hf-vit-tiny"))
+        made.config = Config()
+        return made
+
+    class Derived(FakeViT):
+        __module__ = "mine"
+
+        def forward(self, x):
+            return 0 * x
+
+    instead = "its state_dict() given instead is read as the model that its keys name"
+    with pytest.raises(dvit.InputError) as caught:
+        read_checkpoint(model(Derived))
+    said = "Derived: a class of mine, not of transformers, so it may compute anything; "
+    assert str(caught.value) == said + instead
+    assert read_checkpoint(model(Derived).state_dict()).owner == "huggingface"
+
+    def replace_part(module):
+        module.vit.layernorm = Derived({"weight": torch.ones(96)})
+
+    def replace_forward(module):
+        module.vit.forward = torch.nn.Identity().forward
+
+    def hooked(module, kind, owner="mine"):
+        def hook(*arguments):
+            return None
+
+        hook.__module__ = owner
+        getattr(module.vit.embeddings, kind)(hook)
+
+    for change, said in (
+        (replace_part, "FakeViT: vit.layernorm is a class of mine, not of transformers, so it may compute anything; "),
+        (replace_forward, "FakeViT: vit has a forward of its own, which may compute anything; remove it, or "),
+        (lambda module: hooked(module, "register_forward_hook"), "FakeViT: vit.embeddings has a forward hook, which "),
+        (lambda module: hooked(module, "register_forward_pre_hook"), "FakeViT: vit.embeddings has a forward hook, "),
+    ):
+        changed = model()
+        change(changed)
+        with pytest.raises(dvit.InputError) as caught:
+            read_checkpoint(changed)
+        assert str(caught.value).startswith(said)
+        assert str(caught.value).endswith(instead)
+    usual = model()
+    hooked(usual, "register_forward_hook", "transformers.utils.output_capturing")  # of a model that has run
+    assert read_checkpoint(usual).owner == "huggingface"
+    assert same(read_checkpoint(torch.compile(usual)), read_checkpoint(usual))
+    plain = FakeViT(PLAIN)
+    plain.pretrained_cfg = {}
+    plain.forward = torch.nn.Identity().forward
+    with pytest.raises(dvit.InputError, match="FakeViT: the module has a forward of its own, which may compute any"):
+        read_checkpoint(plain)
 
 
 def test_a_module_of_timm(monkeypatch):
@@ -137,6 +197,75 @@ def test_an_npz_file_that_is_damaged_or_of_something_else(tmp_path):
         read_checkpoint(path)
 
 
+def peak_of(path: Path) -> int:
+    """The most memory that reading takes at a time, in arrays and Python's own, also if it is an error."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(dvit.InputError):
+            read_npz(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_npz_file_that_unpacks_to_many_times_its_size_is_not_read(tmp_path):
+    path, size = tmp_path / "a.npz", 64 << 20
+    np.savez_compressed(path, **arrays() | {"head/bias": np.zeros(size // 4, np.float32)})
+    assert path.stat().st_size < size / 20
+    with pytest.raises(dvit.InputError) as caught:
+        read_checkpoint(path)
+    assert "MiB whose arrays would take 6" in str(caught.value)
+    assert "over 20 times as much, as trained weights never do" in str(caught.value)
+    assert peak_of(path) < 8 << 20
+
+
+def test_an_npz_file_is_read_once_and_only_for_names_that_are_known(tmp_path):
+    path, size = tmp_path / "a.npz", 64 << 20
+    big = np.random.default_rng(0).random((96, size // 4 // 96), np.float32)
+    for write in (np.savez, np.savez_compressed):
+        write(path, **arrays() | {"head/kernel": big})
+        assert size * 0.9 < peak_of(path) < size * 1.2
+        write(path, **arrays() | {"junk": big})
+        with pytest.raises(dvit.InputError, match=r"a\.npz: unexpected key junk: the ViT of JAX's .* has no such name"):
+            read_checkpoint(path)
+        assert peak_of(path) < 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{'descr': '<U5', 'fortran_order': False, 'shape': (1,)}", "an array of <U5"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -5)}", "an array of another size than its data"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 9000 + "5}", ""),
+        ("(" * 9000, ""),
+        ("{'descr': 3, 'fortran_order': 'x'", ""),
+    ],
+)
+def test_an_npz_file_with_a_header_that_is_none(text, said, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays())
+    with zipfile.ZipFile(path, "a") as archive:
+        content = text.encode() + b"\n"
+        archive.writestr("b.npy", b"\x93NUMPY\x01\0" + len(content).to_bytes(2, "little") + content + bytes(20))
+    with pytest.raises(dvit.InputError, match=rf"a\.npz: damaged NumPy archive \({said}"):
+        read_checkpoint(path)
+
+
+def test_an_npz_file_that_is_packed_in_another_way_or_whose_data_changed(tmp_path):
+    path, other = tmp_path / "a.npz", tmp_path / "b.npz"
+    np.savez(path, **arrays())
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w", zipfile.ZIP_LZMA) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(dvit.InputError, match=r"b\.npz: damaged NumPy archive .packed in another way than NumPy does"):
+        read_checkpoint(other)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(dvit.InputError, match=r"a\.npz: damaged NumPy archive .Bad CRC-32 for file"):
+        read_checkpoint(path)
+
+
 def folder(path: Path, state: State, config: object) -> Path:
     path.mkdir(exist_ok=True)
     save_file(state, path / "model.safetensors")
@@ -174,6 +303,8 @@ def test_a_folder_of_another_model_is_named_as_its_config_says(kind, called, sai
 def test_a_file_of_timms_names_beside_another_models_config_is_read(tmp_path):
     path = folder(tmp_path / "m", PLAIN, {"model_type": "bert"})
     assert read_checkpoint(path / "model.safetensors").state.keys() == PLAIN.keys()
+    notes = dvit.convert(path / "model.safetensors", assume={"num_heads": 2}, device="cpu").notes
+    assert "describes a model of Hugging Face" in str([note.why for note in notes if note.what == "config.json"])
     wrapped = {f"timm_model.{key}": w for key, w in PLAIN.items()}
     path = folder(tmp_path / "m", wrapped, {"model_type": "timm_wrapper"})
     assert read_checkpoint(path).state.keys() == PLAIN.keys()
@@ -235,6 +366,17 @@ def test_a_name_on_the_hub(hub, tmp_path):
     count = len(hub.calls)
     assert read_checkpoint("timm/deit").state.keys() == PLAIN.keys()
     assert len(hub.calls) == count
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:", "hf-hub:a", "hf_hub:a/../b", "hf-hub:a/..", "hf-hub:a/b/c", "hf-hub:a/b@", "hf-hub:a b/c"]
+)
+def test_what_is_no_name_on_the_hub_is_told_its_form(name, hub):
+    with pytest.raises(dvit.InputError) as caught:
+        read_checkpoint(name)
+    form = "hf-hub:user/name is expected, or hf-hub:user/name@revision"
+    assert str(caught.value) == f"{name}: names no model on the Hugging Face Hub; {form}"
+    assert hub.calls == []
 
 
 def test_a_name_on_the_hub_without_its_package(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from owners_files import timms
 
 import dvit_infer as dvit
 from dvit_infer.models.beside import facts_of
@@ -83,7 +84,7 @@ def test_every_architecture_has_sound_facts_or_a_reason_why_it_is_not_read():
         if "unsupported" not in found:
             assert {"num_heads", "eps", "act", "pool", "rope", "embed_dim", "depth", "mlp_dim"} <= found.keys(), name
             assert not found["embed_dim"] % found["num_heads"], name
-    assert not {"any_size", "registers", *DEFAULTS} & facts("vit_small_patch16_224").keys() - {
+    assert not {"any_size", *DEFAULTS} & facts("vit_small_patch16_224").keys() - {
         *("act", "eps", "rope", "patch_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
     }
 
@@ -139,6 +140,18 @@ def test_model_args_override_the_architecture(name, args, changed):
 )
 def test_what_cannot_be_read_says_why(name, args, why):
     assert facts(name, args)["unsupported"].startswith(why)
+    config = {"architecture": name, "model_args": args}
+    reason, where = facts_of({"config.json": config}, {})[0]["unsupported"]
+    assert where == f"config.json: {f'model_args.{next(iter(args))}' if args else f'architecture {name}'}"
+    assert f"{reason} ({where})".endswith(f"; dvit_infer does not read such models yet ({where})")
+    assert reason.isprintable()
+
+
+def test_towers_of_open_clip_that_timm_does_not_have_say_why():
+    config = {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_medium_patch16_gpa_256"}}}
+    reason, where = facts_of({"open_clip_config.json": config}, {})[0]["unsupported"]
+    assert "the nearest of them: vit_medium_patch16_gap_256, " in reason
+    assert where == "open_clip_config.json: model_cfg.vision_cfg.timm_model_name"
 
 
 def test_the_architectures_images_stand_for_a_description_that_is_missing():
@@ -165,8 +178,8 @@ def test_names_with_tags_and_names_of_before_are_known():
     ("name", "nearest"),
     [
         ("vit_smal_patch16_224", "; the nearest of them: vit_small_patch16_224, "),
-        ("resnet50", " known here$"),
-        ("\x1b[31m" + "x" * 10_000, " known here$"),
+        ("resnet50", "; dvit_infer does not read such models yet$"),
+        ("\x1b[31m" + "x" * 10_000, "; dvit_infer does not read such models yet$"),
     ],
 )
 def test_an_unknown_architecture_is_answered_by_the_nearest_ones(name, nearest):
@@ -207,3 +220,17 @@ def test_timms_modules_say_what_the_file_says():
     assert {name: script.entry(timm.create_model(name)) for name in names} == {
         name: timm_archs()[name] for name in names
     }
+
+
+def test_arch_takes_timms_names_with_tags_and_names_of_before():
+    state = {key: w for key, w in timms().items() if "head" not in key}
+    for name in ("vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224_in21k"):
+        with pytest.raises(dvit.InputError, match="architecture vit_tiny_patch16_224, given is 192, but its weights"):
+            dvit.convert(state, arch=name, device="cpu")
+    with pytest.raises(dvit.InputError) as caught:
+        dvit.convert(state, arch="aimv2_1b_patch14_224", device="cpu")
+    why = "it has a norm in patch_embed; dvit_infer does not read such models yet"
+    assert str(caught.value) == f"arch: aimv2_1b_patch14_224 is not supported: {why}"
+    for name in ("vit_tiny_patch17_224", "resnet50", "", 3):
+        with pytest.raises(dvit.InputError, match=f"arch: {name!r} does not exist; these do: "):
+            dvit.convert(state, arch=name, device="cpu")

@@ -1,10 +1,11 @@
 """The facts of a module are read off its attributes; modules like timm's stand for timm's, which need not be here."""
 
 import pytest
+import torch
 from torch import nn
 
 import dvit_infer as dvit
-from dvit_infer.models.vit.timm_module import is_timm_module, module_facts
+from dvit_infer.models.vit.timm_module import is_timm_module, module_facts, reason_of
 
 
 def timms(name, base=nn.Module):
@@ -40,6 +41,13 @@ def small(kind="VisionTransformer", **attributes):
     return part(kind, **(own | attributes))
 
 
+def small_beit_blocks():
+    blocks = small().blocks
+    for block in blocks:
+        block.attn.relative_position_bias_table = nn.Parameter(torch.ones(3, 2))
+    return blocks
+
+
 def test_a_module_says_what_its_weights_do_not():
     found = module_facts(small())
     values = {what: value for what, (value, _) in found.items()}
@@ -65,10 +73,14 @@ def test_a_module_says_what_its_weights_do_not():
         ({"blocks": nn.Sequential(part("ParallelScalingBlock"))}, "its blocks are ParallelScalingBlock"),
         ({"patch_embed": part("HybridEmbed", patch_size=(16, 16), img_size=None)}, "its patch_embed is a HybridEmbed"),
         ({"patch_embed": part("PatchEmbed", patch_size=(16, 8), img_size=None)}, "its patches are 16x8"),
+        ({"blocks": small_beit_blocks(), "rel_pos_bias": nn.Linear(1, 1)}, "its blocks have relative positions beside"),
     ],
 )
 def test_a_module_that_cannot_be_read_says_why(attributes, why):
-    assert module_facts(small(**attributes))["unsupported"][0].startswith(why)
+    assert reason_of(small(**attributes)).startswith(why)
+    reason, where = module_facts(small(**attributes))["unsupported"]
+    assert reason == f"{reason_of(small(**attributes))}; dvit_infer does not read such models yet"
+    assert where == "the module"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,7 @@ def test_one_odd_block_is_found(where, attributes, why):
     module = small()
     for key, value in attributes.items():
         setattr(getattr(module.blocks[1], where) if where else module.blocks[1], key, value)
-    assert module_facts(module)["unsupported"][0] == why
+    assert reason_of(module) == why
 
 
 def test_a_module_of_another_class_is_an_error():

@@ -17,13 +17,15 @@ def model_facts(content: Mapping[str, Any]) -> Facts:
 
     A model that is not known is no error: its weights may be of a family that asks for none of these facts.
     """
+    key = "architecture"
     try:
-        if isinstance(content.get("architecture"), str):
+        if isinstance(content.get(key), str):
             return timm_facts(content)
+        key = "model_cfg.vision_cfg.timm_model_name"
         if isinstance(content.get("model_cfg"), Mapping):
             return open_clip_facts(content)
     except InputError as error:
-        return {"unsupported": (str(error), "architecture")}
+        return {"unsupported": (str(error), key)}
     return huggingface_facts(content) if isinstance(content.get("model_type"), str) else {}
 
 

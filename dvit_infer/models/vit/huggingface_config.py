@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dvit_infer.models.facts import Facts, is_number, text_of
+from dvit_infer.models.facts import NOT_YET, Facts, is_number, text_of
 from dvit_infer.models.vit.timm_values import rope_of, side_of
 
 _ACTS = {
@@ -76,7 +76,7 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     if name not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
         reason = f"model_type is {text_of(model_type)[:40]!r}, none of Hugging Face's that are read here: {known}"
-        return {"unsupported": (reason, "model_type")}
+        return {"unsupported": (reason, "model_type"), "owner": ("huggingface", "model_type")}
     tower, inside = _tower(content) if name in _TOWERS.values() else (content, "")
 
     def get(key: str) -> tuple[Any, str]:
@@ -92,6 +92,8 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
         "resample": ("siglip2" if name == "siglip2" else "huggingface", "model_type"),
         "rope": ("none", "model_type"),
     }
+    if name == "dinov2_with_registers" and tower.get("num_register_tokens") == 0:
+        found["resample"] = "timm", "num_register_tokens"  # with antialiasing, which transformers' dinov2 has not
     patch, key = get("patch_size")
     found["patch_size"] = side_of(patch) or patch, key
     size, key = get("image_size")
@@ -105,7 +107,11 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     if isinstance(act, str) and act in _ACTS:
         found["act"] = _ACTS[act], key
     else:
+<<<<<<< HEAD
         found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}; these are read: {', '.join(_ACTS)}", key
+=======
+        found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}, none of {', '.join(_ACTS)}; {NOT_YET}", key
+>>>>>>> v21-f
     if name == "dinov3_vit":
         theta, where = get("rope_theta")
         found["rope"] = rope_of("centered", theta if is_number(theta) else 0.0, half=True), where
@@ -151,7 +157,7 @@ def _pooling(name: str, written_by: str, get: Any) -> Facts:
         heads, act = get("num_attention_heads"), get("hidden_act")
         head, key = get("vision_use_head")
         if not head:
-            return {"unsupported": ("vision_use_head is false: it returns tokens, no embedding", key)}
+            return {"unsupported": (f"vision_use_head is false: it returns tokens, no embedding; {NOT_YET}", key)}
         return {"pool": ("map", key), "map_heads": heads, "map_act": (_ACTS.get(str(act[0])), act[1])}
     theirs = written_by.lower().startswith(name.partition("_")[0])  # "" and a user's own class are not
     if not theirs and name in ("clip", "dinov2", "dinov2_with_registers"):
@@ -175,11 +181,14 @@ def _num_classes(content: Mapping[str, Any]) -> tuple[int, str] | None:
 def _unread(content: Mapping[str, Any], get: Any) -> tuple[str, str] | None:
     code = content.get("auto_map")
     if isinstance(code, Mapping) and any(str(name).startswith("AutoModel") for name in code):
-        return "auto_map names code that came with the weights, which is never run: what it computes is not known", (
-            "auto_map"
-        )
+        reason = "auto_map names code that came with the weights, which is never run: what it computes is not known"
+        return f"{reason}; without auto_map they are read as the model that model_type names", "auto_map"
     for name, usual in (("proj_bias", True), ("mlp_bias", True), ("pooler_act", "tanh")):
         value, key = get(name)
         if value not in (None, usual):
+<<<<<<< HEAD
             return f"{name} is {text_of(value)[:40]}; only {usual} is read", key
+=======
+            return f"{name} is {text_of(value)[:40]}, which is not supported; {NOT_YET}", key
+>>>>>>> v21-f
     return None

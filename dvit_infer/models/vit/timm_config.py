@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.facts import Facts, text_of
+from dvit_infer.models.facts import NOT_YET, Facts, text_of
 from dvit_infer.models.vit.timm_model_args import with_model_args
 from dvit_infer.models.vit.timm_values import pool_of
 
@@ -20,8 +20,6 @@ DEFAULTS: dict[str, Any] = {
     "rope": "none",
     "global_pool": "token",
     "include_prefix": False,
-    "num_prefix": 1,
-    "registers": 0,
     "any_size": False,
     "image_size": 224,
     "patch_size": 16,
@@ -48,7 +46,7 @@ def timm_archs() -> Mapping[str, Mapping[str, Any]]:
 
 
 def arch_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Return timm's name for an architecture, and its facts.
+    """Return timm's name for an architecture, and its facts; "unsupported" says why it cannot be read.
 
     Args:
         name: the same, or one that timm had before, with a tag of weights after a dot or without.
@@ -61,12 +59,15 @@ def arch_of(name: str) -> tuple[str, dict[str, Any]]:
     plain = before.get(plain, plain)
     if plain not in archs:
         known = difflib.get_close_matches(plain[:100], archs, n=3, cutoff=0.6)
-        nearest = f"; the nearest of them: {', '.join(known)}" if known else ""
+        nearest = f"the nearest of them: {', '.join(known)}" if known else NOT_YET
         raise InputError(
             f"architecture {text_of(name)[:60]!r} is none of the {len(archs)} plain vision transformers of timm "
-            f"{_file()['timm']} that are known here{nearest}"
+            f"{_file()['timm']} that are known here; {nearest}"
         )
-    return plain, {**DEFAULTS, **archs[plain]}
+    facts = {**DEFAULTS, **archs[plain]}
+    if "unsupported" in facts:
+        facts["unsupported"] += f"; {NOT_YET}"
+    return plain, facts
 
 
 def timm_facts(content: Mapping[str, Any]) -> Facts:
@@ -95,12 +96,11 @@ def timm_facts(content: Mapping[str, Any]) -> Facts:
         del values["image_size"]  # the position embedding shows it
     args = content.get("model_args")
     values = with_model_args(values, args if isinstance(args, Mapping) else {})
-    del values["any_size"], values["registers"]
-    del values["num_prefix"]
+    del values["any_size"]
     kind, global_pool, include = (values.pop(what) for what in ("kind", "global_pool", "include_prefix"))
     pool, reason = pool_of(global_pool[0], kind[0], bool(include[0]))
     if reason is not None:
-        values.setdefault("unsupported", (reason, global_pool[1]))
+        values.setdefault("unsupported", (f"{reason}; {NOT_YET}", global_pool[1]))
     elif pool is not None:
         values["pool"] = pool, global_pool[1]
     if pool not in ("map", "map_all"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dvit_infer.models.facts import Facts, is_number, text_of
+from dvit_infer.models.facts import NOT_YET, Facts, is_number, text_of
 from dvit_infer.models.vit.timm_values import ACTS, NO_ROPE, NORMS, rope_of, side_of
 
 _FACTS = {
@@ -85,29 +85,22 @@ def with_model_args(values: Facts, args: Mapping[str, Any]) -> Facts:
     if "num_heads" in out and ("map_heads" not in out or ("num_heads" in args and not of_eva)):
         out["map_heads"] = out["num_heads"]
     out.setdefault("map_act", ("gelu", "timm's Eva") if of_eva else out["act"])
-    _count_prefix(out, args)
     if stated := _ROPE & args.keys():
         out["rope"] = _rope(out["rope"][0], args), f"model_args.{min(stated)}"
         if out["rope"][0] is None:
             what = ", ".join(f"{name} {text_of(args[name])[:20]}" for name in sorted(stated))
-            out.setdefault("unsupported", (f"its rotary positions are of another kind: {what}", "model_args"))
+            reason = f"its rotary positions are of another kind: {what}; {NOT_YET}"
+            out.setdefault("unsupported", (reason, f"model_args.{min(stated)}"))
     return {name: value for name, value in out.items() if value[0] is not None}
 
 
 def _set(out: Facts, what: str, value: Any, name: str, stated: Any) -> None:
     """Set a fact; without a value, the argument changes the model in a way that is not known."""
     if value is None:
-        out.setdefault("unsupported", (f"{text_of(name)[:40]} is {text_of(stated)[:40]}", f"model_args.{name}"))
+        reason = f"{text_of(name)[:40]} is {text_of(stated)[:40]}, which is not supported; {NOT_YET}"
+        out.setdefault("unsupported", (reason, f"model_args.{text_of(name)[:40]}"))
     else:
         out[what] = value, f"model_args.{name}"
-
-
-def _count_prefix(out: Facts, args: Mapping[str, Any]) -> None:
-    """Count class and register tokens, as pooling asks for them."""
-    registers = args.get("reg_tokens", args.get("num_reg_tokens", out["registers"][0]))
-    has_class = args.get("class_token", out["num_prefix"][0] > out["registers"][0])
-    if args.keys() & {"class_token", "reg_tokens", "num_reg_tokens"} and isinstance(registers, int):
-        out["num_prefix"] = bool(has_class) + registers, "model_args"
 
 
 def _rope(known: Any, args: Mapping[str, Any]) -> dict[str, Any] | str | None:

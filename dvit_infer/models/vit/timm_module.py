@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.facts import Facts
+from dvit_infer.models.facts import NOT_YET, Facts
 from dvit_infer.models.vit.timm_values import ACT_CLASSES, NO_ROPE, pool_of, rope_of, side_of
 
 KINDS = {
@@ -44,11 +44,15 @@ def module_facts(module: nn.Module) -> Facts:
             "them, and a subclass may compute anything"
         )
     found = {name: (value, f"the module's {where}") for name, (value, where) in _facts(module).items()}
-    reason = next(_reasons(module), None)
-    if reason is not None:
-        found["unsupported"] = reason, "the module"
+    if (reason := reason_of(module)) is not None:
+        found["unsupported"] = f"{reason}; {NOT_YET}", "the module"
     found["owner"] = "timm", "the module's class"
     return found
+
+
+def reason_of(module: nn.Module) -> str | None:
+    """Return in a few words why a module of timm cannot be read, or None."""
+    return next(_reasons(module), None)
 
 
 def _facts(module: Any) -> Facts:
@@ -105,6 +109,9 @@ def _reasons(module: Any) -> Iterator[str]:
         if type(block).__name__ not in _PARTS["blocks"]:
             yield f"its blocks are {type(block).__name__}"
         yield from (f"{reason} (block {index})" for reason in _of_a_block(block, module))
+    tables = [getattr(getattr(block, "attn", None), "relative_position_bias_table", None) for block in module.blocks]
+    if getattr(module, "rel_pos_bias", None) is not None and any(table is not None for table in tables):
+        yield "its blocks have relative positions beside those that they share"
     if len({block.attn.num_heads for block in module.blocks if hasattr(block, "attn")}) > 1:
         yield "its blocks have different numbers of heads"
     for layer in module.modules():

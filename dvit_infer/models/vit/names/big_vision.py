@@ -73,8 +73,9 @@ def _finish(draft: Draft) -> None:
         draft.imply("Transformer/posembed_input has a row for the class token", no_embed_class=False)
     elif has_class:
         draft.imply("big_vision's pos_embedding is the patches' alone", no_embed_class=True)
-    if draft.prefix.endswith("img/") and "head.weight" in draft.state:
-        draft.imply("the head of an image tower is a projection", projection=len(draft.state["head.weight"]))
+    draft.check_pre_logits()
+    if draft.prefix.endswith("img/"):
+        draft.imply_projection("the head of an image tower is a projection")
 
 
 BIG_VISION = Table(

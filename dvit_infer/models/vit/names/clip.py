@@ -30,7 +30,7 @@ def _finish_clip(draft: Draft) -> None:
     if "projection.weight" in draft.state:
         draft.drop("head.", "a classifier beside a projection")
         draft.rename("projection.", "head.")
-        draft.imply("visual_projection is part of the pooling", projection=len(draft.state["head.weight"]))
+        draft.imply_projection("visual_projection is part of the pooling")
     elif draft.has("head."):
         draft.drop("fc_norm.", "CLIPForImageClassification takes the mean of the patches before it")
         draft.imply("CLIPForImageClassification's classifier reads that", pool="mean")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dvit_infer.errors import InputError
-from dvit_infer.models.beside import Facts
+from dvit_infer.models.facts import NOT_YET, Facts
 
 QKV = ("q", "k", "v")
 
@@ -45,6 +45,22 @@ class Draft:
 
     def imply(self, why: str, **facts: Any) -> None:
         self.implied |= {what: (value, why) for what, value in facts.items()}
+
+    def imply_projection(self, why: str) -> None:
+        """Imply that the head, if there is one, projects the embedding; one of another shape is reported later."""
+        weight = self.state.get("head.weight")
+        if weight is not None and weight.dim() == 2:
+            self.imply(why, projection=len(weight))
+
+    def check_pre_logits(self) -> None:
+        """Raise InputError if the linear between pooling and head, Hugging Face's pooler, changes the width."""
+        weight = self.state.get("pre_logits.fc.weight")
+        if weight is not None and weight.dim() == 2 and weight.shape[0] != weight.shape[1]:
+            key, shape = self.files["pre_logits.fc.weight"], self.shapes["pre_logits.fc.weight"]
+            raise InputError(
+                f"{self.name}: {key} has shape {shape}: a pooler of another width than the model's is not supported; "
+                f"{NOT_YET}"
+            )
 
     def drop(self, beginning: str, why: str) -> None:
         """Leave out the tensors whose names begin so."""

@@ -1,5 +1,7 @@
 """The names of Hugging Face's ViT, DeiT, BEiT, ViT-MAE, DINOv2 and DINOv3, on disk and in memory (transformers 5)."""
 
+from dvit_infer.errors import InputError
+from dvit_infer.models.facts import NOT_YET
 from dvit_infer.models.vit.names.draft import Draft, join_qkv, separate_qkv
 from dvit_infer.models.vit.names.table import Table
 
@@ -32,6 +34,14 @@ def _finish_vit(draft: Draft) -> None:
         model = "vit_mae"
     if draft.has("head."):
         draft.drop("pre_logits.", "the pooler, which the classifier does not read")
+    draft.check_pre_logits()
+    tables = [key for key in draft.state if key.endswith("relative_position_bias_table")]
+    of_blocks = [draft.files[key] for key in tables if key.startswith("blocks.")]
+    if of_blocks and len(of_blocks) < len(tables):
+        raise InputError(
+            f"{draft.name}: {of_blocks[0]}: relative positions of a block beside those that all blocks share are not "
+            f"supported; {NOT_YET}"
+        )
     draft.imply(
         f"{_BY_KEYS} {model}",
         owner="huggingface",
@@ -92,12 +102,13 @@ def _finish_dinov2(draft: Draft) -> None:
             at = f"blocks.{i}.mlp."
             if f"{at}gate.{leaf}" in draft.files:
                 draft.join(f"{at}fc1.{leaf}", [f"{at}gate.{leaf}", f"{at}up.{leaf}"])
-    model = "dinov2_with_registers" if "reg_token" in draft.state else "dinov2"
+    without = any(key.endswith("embeddings.register_tokens") for key in draft.left_over)  # of the class with registers
+    model = "dinov2_with_registers" if without or "reg_token" in draft.state else "dinov2"
     why = f"{_BY_KEYS} {model}"
-    draft.imply(why, owner="huggingface", model=model, resample="huggingface")
+    draft.imply(why, owner="huggingface", model=model, resample="timm" if without else "huggingface")
     draft.imply(why, pool="token_mean" if draft.has("head.") else "token")
     first, second = (draft.state.get(f"blocks.0.mlp.{fc}.weight") for fc in ("fc1", "fc2"))
-    if first is not None and second is not None and second.dim() == 2 and len(first) == 2 * second.shape[1]:
+    if first is not None and second is not None and second.dim() == 2 and first.shape[:1] == (2 * second.shape[1],):
         draft.imply("its gated MLP has no other activation", act="silu")
 
 

@@ -35,9 +35,9 @@ _REST = {
 def _pool(draft: Draft) -> str:
     """Return what the head reads: torch.hub's classifiers read the class token and the mean of the patches."""
     head, width = draft.state.get("head.weight"), draft.state.get("norm.weight")
-    if head is None or width is None or head.dim() != 2 or head.shape[1] == len(width):
+    if head is None or width is None or head.dim() != 2 or head.shape[1] == width.numel():
         return "token"
-    if head.shape[1] != 2 * len(width):
+    if head.shape[1] != 2 * width.numel():
         why = f"reads {head.shape[1]} channels, of several blocks; a head of the last block's tokens is read"
         raise InputError(f"{draft.name}: {draft.files['head.weight']} {why}")
     return "token_mean"
@@ -80,9 +80,10 @@ def _finish_dinov3(draft: Draft) -> None:
     draft.imply(why, owner="meta", model="dinov3", rope="dinov3", eps=1e-5, act="silu" if gated else "gelu")
     draft.imply(why, pool=_pool(draft))
     periods, width = draft.state.get("rope.periods"), draft.state.get("norm.weight")
-    if periods is not None and width is not None and len(periods) and len(width) % (4 * len(periods)) == 0:
-        heads = len(width) // (4 * len(periods))
-        draft.imply(f"{len(periods)} periods are for heads of {4 * len(periods)} channels", num_heads=heads)
+    channels = 0 if periods is None else 4 * periods.numel()
+    if channels and width is not None and width.numel() % channels == 0:
+        why = f"{channels // 4} periods are for heads of {channels} channels"
+        draft.imply(why, num_heads=width.numel() // channels)
 
 
 def _mask_bias(draft: Draft, at: str) -> None:

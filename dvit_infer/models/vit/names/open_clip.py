@@ -34,8 +34,7 @@ def _finish(draft: Draft) -> None:
     draft.imply("CLIP's", **_IMAGES)
     if "input_resolution" in draft.left_over:
         draft.imply("OpenAI's own file, by the key input_resolution", act="quick_gelu")
-    if "head.weight" in draft.state:
-        draft.imply("visual.proj is part of the pooling", projection=len(draft.state["head.weight"]))
+    draft.imply_projection("visual.proj is part of the pooling")
 
 
 OPEN_CLIP = Table(
@@ -73,8 +72,7 @@ def _finish_trunk(draft: Draft) -> None:
     draft.imply("by the keys of open_clip", owner="open_clip", model="clip", resample="timm")
     if draft.has("attn_pool."):
         draft.imply("by the keys attn_pool", pool="map")
-    if "head.weight" in draft.state:
-        draft.imply("the head of a tower is a projection", projection=len(draft.state["head.weight"]))
+    draft.imply_projection("the head of a tower is a projection")
 
 
 TRUNK = OPEN_CLIP._replace(
@@ -91,6 +89,7 @@ TRUNK = OPEN_CLIP._replace(
 def _finish_torchvision(draft: Draft) -> None:
     why = "by the keys of torchvision's ViT"
     draft.imply(why, owner="torchvision", model="vit", resample="torchvision", pool="token", eps=1e-6, act="gelu")
+    draft.check_pre_logits()
 
 
 TORCHVISION = Table(

@@ -148,8 +148,15 @@ def plan(name: str, table: Table, prefix: str, keys: Mapping[str, str]) -> Plan:
     return Plan(table, prefix, places)
 
 
-def apply(name: str, plan: Plan, state: Mapping[str, torch.Tensor], keys: Mapping[str, str]) -> Draft:
-    """Return the tensors under their new names; `state` needs to hold only those that are used."""
+def apply(name: str, plan: Plan, state: dict[str, torch.Tensor], keys: Mapping[str, str]) -> Draft:
+    """Return the tensors under their new names.
+
+    Args:
+        name: of the file, for messages.
+        plan: where each key goes.
+        state: the tensors that are used at least; it is emptied of them, so that none is held beside its new form.
+        keys: as for `plan`.
+    """
     table, prefix, places = plan
     used = {key: place for key, place in places.items() if place.unused is None}
     draft = Draft(name, {}, {place.to: keys[key] for key, place in used.items()}, prefix=prefix)
@@ -157,7 +164,7 @@ def apply(name: str, plan: Plan, state: Mapping[str, torch.Tensor], keys: Mappin
     draft.depth = 1 + max((place.block for place in used.values()), default=-1)
     hows = {}
     for key, place in used.items():
-        draft.state[place.to] = state[key]
+        draft.state[place.to] = state.pop(key)
         if place.how is not None:
             hows[place.to] = place.how
     for key, place in places.items():
@@ -168,6 +175,8 @@ def apply(name: str, plan: Plan, state: Mapping[str, torch.Tensor], keys: Mappin
     for to, how in hows.items():
         draft.change(to, how)
     draft.files = {**_of_missing(table, prefix, used, draft.depth), **draft.files}
+    if draft.shapes.get("reg_token", ())[1:2] == (0,):
+        draft.drop("reg_token", "it is empty: the model has no registers")
     table.finish(draft)
     return draft
 
