@@ -107,11 +107,7 @@ def huggingface_facts(content: Mapping[str, Any]) -> Facts:
     if isinstance(act, str) and act in _ACTS:
         found["act"] = _ACTS[act], key
     else:
-<<<<<<< HEAD
-        found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}; these are read: {', '.join(_ACTS)}", key
-=======
         found["unsupported"] = f"hidden_act is {text_of(act)[:40]!r}, none of {', '.join(_ACTS)}; {NOT_YET}", key
->>>>>>> v21-f
     if name == "dinov3_vit":
         theta, where = get("rope_theta")
         found["rope"] = rope_of("centered", theta if is_number(theta) else 0.0, half=True), where
@@ -186,9 +182,5 @@ def _unread(content: Mapping[str, Any], get: Any) -> tuple[str, str] | None:
     for name, usual in (("proj_bias", True), ("mlp_bias", True), ("pooler_act", "tanh")):
         value, key = get(name)
         if value not in (None, usual):
-<<<<<<< HEAD
-            return f"{name} is {text_of(value)[:40]}; only {usual} is read", key
-=======
             return f"{name} is {text_of(value)[:40]}, which is not supported; {NOT_YET}", key
->>>>>>> v21-f
     return None
