@@ -226,7 +226,7 @@ def test_arch_takes_timms_names_with_tags_and_names_of_before():
     state = {key: w for key, w in timms().items() if "head" not in key}
     for name in ("vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224_in21k"):
         with pytest.raises(
-            dvit.InputError, match="architecture vit_tiny_patch16_224 .given. says embed_dim 192, but its weights"
+            dvit.InputError, match=r"architecture vit_tiny_patch16_224 .given. says embed_dim 192, but its weights"
         ):
             dvit.convert(state, arch=name, device="cpu")
     with pytest.raises(dvit.InputError) as caught:
