@@ -54,12 +54,13 @@ def _check_unpatched(name: str, module: nn.Module) -> None:
 
 
 def _check_transformers(name: str, module: nn.Module) -> None:
-    """Raise InputError if a model with a config as transformers' have, or a part of it, is of someone else's class."""
+    """Raise InputError if a model, or a part of it, is of someone's class that derives from one of transformers."""
     for path, part in module.named_modules():
-        owners = _OWNERS if path else _OWNERS[:1]
-        if not type(part).__module__.startswith(owners):
+        kind = type(part)
+        derived = any(base.__module__.startswith("transformers.") for base in kind.__mro__[1:])
+        if derived and not kind.__module__.startswith(_OWNERS):
             where = f"{path} is a" if path else "a"
             raise InputError(
-                f"{name}: {where} class of {type(part).__module__}, not of transformers, so it may compute anything; "
+                f"{name}: {where} class of {kind.__module__}, not of transformers, so it may compute anything; "
                 f"{_READ_ALONE}"
             )

@@ -72,8 +72,8 @@ def test_a_config_that_contradicts_the_weights(case, stated, said, capsys):
 @pytest.mark.parametrize(
     ("stated", "said"),
     [
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'; these are read: gelu, "),
-        ({"pooler_act": "relu"}, "pooler_act is relu; only tanh is read"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', none of gelu, "),
+        ({"pooler_act": "relu"}, "pooler_act is relu, which is not supported; dvit_infer does not read"),
         ({"auto_map": {"AutoModelForImageClassification": "modeling_mine.Mine"}},
          "auto_map names code that came with the weights, which is never run: what it computes is not known"),
     ],
