@@ -98,7 +98,7 @@ def test_out_of_memory_runs_fewer_images_at_a_time(on_a_mac, monkeypatch):  # no
 
 
 def test_required_kernels_are_refused(on_a_mac, monkeypatch):  # noqa: F811
-    with on_a_mac():
-        monkeypatch.setenv("DVIT_KERNELS", "require")
+    with on_a_mac(), monkeypatch.context() as patched:
+        patched.setenv("DVIT_KERNELS", "require")
         with pytest.raises(dvit.InputError, match="kernels are for NVIDIA GPUs, not for mps"):
             dvit.convert(official_checkpoint(TINY), device="mps", **options(TINY))

@@ -66,6 +66,7 @@ def test_a_folder_is_drawn_where_it_drops_patches(folder, capsys):
     assert Path("heat.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_folder_and_its_saved_file_are_measured(folder, capsys):
     dvit.convert(folder, device="cpu").save("saved.safetensors")
     for model in (folder, "saved.safetensors"):
@@ -91,6 +92,7 @@ def test_a_model_without_classes_is_converted_and_measured_but_predicts_none(cas
         assert bench.main([folder, *CPU, "--batch", "1", "--seconds", "0.1"]) == 0
 
 
+@pytest.mark.slow
 def test_other_owners_files_are_converted(capsys):
     told = {"npz-siglip-perblock-map": [], "dinov2-hub-tiny": ["--assume", "num_heads=3"],
             "openclip-tiny-quickgelu": ["--assume", "num_heads=3,act=quick_gelu"],

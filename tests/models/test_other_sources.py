@@ -219,6 +219,7 @@ def test_an_npz_file_that_unpacks_to_many_times_its_size_is_not_read(tmp_path):
     assert peak_of(path) < 8 << 20
 
 
+@pytest.mark.slow
 def test_an_npz_file_is_read_once_and_only_for_names_that_are_known(tmp_path):
     path, size = tmp_path / "a.npz", 64 << 20
     big = np.random.default_rng(0).random((96, size // 4 // 96), np.float32)
