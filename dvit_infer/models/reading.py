@@ -106,7 +106,8 @@ class Reading:
     def take_as_given(self, facts: Facts) -> None:
         """Take facts of an architecture that the caller named; what the file says of its images stays."""
         images = {what: fact for what, fact in self.beside.items() if what in _IMAGES}
-        self.beside = {**self.beside, **{what: (v, f"{where} (given)") for what, (v, where) in facts.items()}, **images}
+        known = {what: fact for what, fact in self.beside.items() if what != "unsupported"}
+        self.beside = {**known, **{what: (v, f"{where} (given)") for what, (v, where) in facts.items()}, **images}
 
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         if isinstance(value, Mapping):  # rotary positions; what is 0 or False is not there
