@@ -12,6 +12,8 @@ from onnx_files import TINY, a_checkpoint, a_model, changed, foreign, foreign_la
 import dvit_infer as dvit
 from dvit_infer.cli import bench
 
+pytestmark = pytest.mark.slow  # as a whole: each of them runs commands for half a second
+
 
 @pytest.mark.slow
 def test_bench_runs_a_file(model, capsys):

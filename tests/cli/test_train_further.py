@@ -13,6 +13,8 @@ from dvit_infer.models.vit.lvvit import LVViT
 from dvit_infer.training.loop import Run
 from dvit_infer.training.student import make_pair
 
+pytestmark = pytest.mark.slow  # as a whole: each of them runs commands for half a second
+
 
 def stopped(dense, folder, out, monkeypatch, *more):
     """A run that was stopped after its first epoch."""
