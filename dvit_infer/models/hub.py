@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from dvit_infer.errors import InputError
+from dvit_infer.models.beside import FILES as FACTS
 from dvit_infer.models.containers import SUFFIXES, has_weights
 from dvit_infer.models.facts import text_of
 from dvit_infer.models.torch_file import first_line
 
 _PREFIX = re.compile(r"hf[-_]hub:")
 _NAME = re.compile(r"(?!.*\.\.)(?:hf[-_]hub:|(?=timm/))([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-_FACTS = ["config.json", "preprocessor_config.json", "open_clip_config.json"]
 # Of two forms of the same weights the second is downloaded only where the first is missing.
 _FORMS = (["*.safetensors", "*.safetensors.index.json"], ["*.bin", "*.bin.index.json"])
 
@@ -54,14 +54,26 @@ def local_folder(name: str) -> Path:
     why = "it holds no weights of PyTorch"
     for is_local in (True, False):
         for form in _FORMS:
-            patterns = [*_FACTS, *form]
+            patterns = [*FACTS, *form]
             try:
                 folder = Path(
                     snapshot_download(found[1], revision=found[2], allow_patterns=patterns, local_files_only=is_local)
                 )
-            except Exception as error:  # of the cache, of the network, of the server: many kinds, none ours
+            except _failures() as error:
                 why = f"{type(error).__name__}: {first_line(str(error))}"
                 break
             if has_weights(folder):
                 return folder
     raise InputError(f"{name}: is neither in the cache of huggingface_hub nor can be downloaded ({why})")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return the errors of huggingface_hub's cache, of the network and of the server.
+
+    Its own derive from OSError or ValueError; what else its transport raises, requests' from OSError, httpx's not.
+    """
+    if importlib.util.find_spec("httpx") is None:
+        return OSError, ValueError
+    import httpx  # type: ignore[import-not-found,unused-ignore]
+
+    return OSError, ValueError, httpx.HTTPError

@@ -19,17 +19,14 @@ def read_module(module: nn.Module) -> tuple[str, dict[str, torch.Tensor], dict[s
 
     Raises:
         InputError: it computes, or may compute, something else than its class: a class that only derives from one of
-            transformers or timm, a forward or hook that was put in, a state_dict() that fails.
+            transformers or timm, a forward or hook that was put in.
     """
     inner = module
     while isinstance(wrapped := getattr(inner, "_orig_mod", None) or getattr(inner, "module", None), nn.Module):
         inner = wrapped
     name = type(inner).__name__
     _check_unpatched(name, inner)
-    try:
-        state = dict(module.state_dict())
-    except Exception as error:  # a module's own code can raise anything
-        raise InputError(f"{name}: its state_dict() fails ({type(error).__name__})") from None
+    state = dict(module.state_dict())  # its own code: an error in it keeps its traceback
     config = getattr(inner, "config", None)
     if callable(to_dict := getattr(config, "to_dict", None)):
         _check_transformers(name, inner)

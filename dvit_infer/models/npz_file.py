@@ -1,10 +1,11 @@
 """Read a NumPy archive (.npz), as JAX's vision_transformer and big_vision write weights; pickles in it are refused."""
 
+import contextlib
 import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -19,7 +20,8 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 _BFLOAT16 = np.dtype("V2")  # NumPy has no bfloat16 and stores its bytes
 _MOST_TIMES = 20  # the size of the file; deflated weights are hardly smaller than they are
 _CHUNK = 1 << 20
-_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, EOFError, TypeError, RuntimeError)
+# Of a damaged archive; zipfile says by a RuntimeError that a member is encrypted.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, EOFError, RuntimeError)
 _BAD_TEXT = (SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError)  # a header is Python's text
 
 
@@ -36,7 +38,7 @@ def is_npz(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return False
+        return False  # what reads torch's archives says what is wrong with it
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
@@ -49,23 +51,30 @@ def read_npz(path: Path) -> dict[str, torch.Tensor]:
         InputError: the file is damaged, or holds objects, or is of no vision transformer, or would unpack to many times
             its size.
     """
+    headers, tensors = {}, {}
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        _check_size(path, infos)
+        for name, info in infos.items():
+            with archive.open(info) as file:
+                headers[name] = _header(file, info.file_size)
+    _check_names(path, headers)  # not in there, where a mistake of ours would count as damage
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        for name, info in infos.items():
+            with archive.open(info) as file:
+                tensors[name] = _tensor(file, headers[name])
+    return tensors
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what zipfile and NumPy raise for damage into an InputError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            _check_size(path, infos)
-            headers, tensors = {}, {}
-            for name, info in infos.items():
-                with archive.open(info) as file:
-                    headers[name] = _header(file, info.file_size)
-            _check_names(path, headers)
-            for name, info in infos.items():
-                with archive.open(info) as file:
-                    tensors[name] = _tensor(file, headers[name])
+        yield
     except InputError:
         raise
     except _DAMAGE as error:
         raise InputError(f"{path}: damaged NumPy archive ({first_line(str(error))})") from None
-    return tensors
 
 
 def _check_size(path: Path, infos: Mapping[str, zipfile.ZipInfo]) -> None:

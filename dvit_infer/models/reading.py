@@ -97,7 +97,7 @@ class Reading:
             found = {what: fact for what, fact in found.items() if what in _IMAGES}
             unused.append(("config.json", "describes a model of Hugging Face, but these are not Hugging Face's keys"))
         elif other := _of_another_type(found, checkpoint):
-            found["unsupported"] = other, "config.json: model_type"
+            found["unsupported"] = other, "config.json"
         others = _under_other_names(checkpoint.metadata)
         self.beside = {**checkpoint.implied, **others, **found, **checkpoint.stated}
         for source, why in unused:
@@ -223,7 +223,11 @@ class Reading:
 def _of_another_type(found: Facts, checkpoint: Checkpoint) -> str | None:
     """Return why a config.json of Hugging Face is not that of these keys, or None if it is or may be."""
     config = checkpoint.beside.get("config.json")
-    if checkpoint.owner != "huggingface" or not isinstance(config, Mapping) or "unsupported" in found:
+    if checkpoint.owner != "huggingface" or "unsupported" in found:
+        return None
+    if isinstance(config, str):  # without it heads, eps and activation would be guessed
+        return f"its config.json {config}; mend it, or remove it so that heads, eps and the like are assumed"
+    if not isinstance(config, Mapping):
         return None
     stated, implied = (facts.get("model", (None,))[0] for facts in (found, checkpoint.implied))
     if isinstance(config.get("model_type"), str):

@@ -94,8 +94,11 @@ def test_a_config_that_is_no_json(capsys):
     path = folder()
     (path / "config.json").write_text('{"model_type": "vit"')
     line = fails(convert, [path, *CPU], capsys)
-    ask = "is 96 wide, no multiple of 64; assume num_heads=... says how many"
-    assert line == f"error: --assume num_heads: model/model.safetensors {ask}; config.json is no JSON\n"
+    said = "its config.json is no JSON; mend it, or remove it so that heads, eps and the like are assumed (config.json)"
+    assert line == f"error: model/model.safetensors: {said}\n"
+    assert fails(convert, [path, *CPU, "--assume", "num_heads=3"], capsys) == line  # eps would still be a guess
+    (path / "config.json").unlink()
+    assert convert.main([str(path), *CPU, "--assume", "num_heads=3", "--no-verify"]) == 0
 
 
 @pytest.mark.parametrize(
