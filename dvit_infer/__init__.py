@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dvit_infer.onnx.engine import load_onnx
     from dvit_infer.onnx.export import export_onnx
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
-    from dvit_infer.parity.verification import Report, verify
+    from dvit_infer.parity.report import Report
+    from dvit_infer.parity.verification import verify
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,7 @@ _HOME = {
     "Config": "config",
     "Engine": "engine",
     "InputError": "errors",
-    "Report": "parity.verification",
+    "Report": "parity.report",
     "convert": "engine",
     "draw_heat_map": "evaluate.visualize",
     "draw_kept": "evaluate.visualize",

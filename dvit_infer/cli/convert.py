@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dvit_infer.classifier import Verifiable
     from dvit_infer.engine import Engine
-    from dvit_infer.parity.verification import Report
+    from dvit_infer.parity.report import Report
 
 ONNX_ONLY = ("opset", "kept", "uint8", "inline", "quantize", "calibrate", "classes")
 

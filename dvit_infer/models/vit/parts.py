@@ -1,10 +1,15 @@
 """Read which parts a plain ViT has and who trained it; refuse parts that are not supported, by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dvit_infer.config import Config, Size, grid
 from dvit_infer.errors import InputError
+from dvit_infer.models import facts as check
+from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
+from dvit_infer.models.reducing import check_counts, read_reductions
+from dvit_infer.models.vit.body import ViT
 
 
 def trainer_of(read: Reading, family: str, predictors: int, num_prefix: int) -> str | None:
@@ -69,3 +74,60 @@ def one_of(read: Reading, what: str, assumed: Any, why: str, known: tuple[str, .
     if value not in known:
         raise InputError(f"{read.origin(what)}: {str(value)[:40]!r} is not one of {', '.join(known)}")
     return value
+
+
+def num_heads_of(read: Reading, dim: int, known: tuple[int, str] | None = None) -> int:
+    """Return the number of heads, which no file shows: stated, else known by the width or the architecture and why.
+
+    Raises:
+        InputError: it does not divide the width, or nothing says what it is.
+    """
+    if known is None and dim % 64 and not read.states("num_heads"):
+        unused = ("config.json", "not used")
+        beside = next((f"; config.json {note.why}" for note in read.notes if (note.what, note.value) == unused), "")
+        ask = "assume num_heads=... says how many"
+        raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; {ask}{beside}")
+    assumed, why = known or (dim // 64, "heads of 64 channels")
+    heads = check.positive_int(read.origin("num_heads"), read.resolve("num_heads", assumed, why))
+    if dim % heads:
+        raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
+    return heads
+
+
+def finished_config(
+    read: Reading,
+    options: Mapping[str, Any],
+    *,
+    body: ViT,
+    image_size: Size,
+    predictors: int = 0,
+    implied: str | None = None,
+    **facts: Any,
+) -> Config:
+    """Return the config of a body: resolve which tokens stay and how images are prepared; check that all was used.
+
+    Args:
+        read: the facts.
+        options: `image_size` and `method`, as the caller gave them.
+        body: what the model is.
+        image_size: the size that it runs at.
+        predictors: the number of score predictors among the weights.
+        implied: why preprocessing that nothing states is known (`read_inputs`).
+        facts: the other fields of the config.
+    """
+    rows, columns = grid(image_size, body)
+    learned_by = "predictor" if predictors else None
+    reduction, learned = read_reductions(
+        read, options.get("method"), body.depth, rows * columns, learned_by, predictors
+    )
+    config = Config(
+        body=body,
+        image_size=image_size,
+        reduction=reduction,
+        learned=learned,
+        **facts,
+        **read_inputs(read, implied),
+    )
+    read.finish(config.arch)
+    check_counts(read, reduction, image_size, options.get("image_size") is not None)
+    return config

@@ -4,20 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dvit_infer.config import Config, grid
+from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
-from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
-from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.archs import ARCHS, Arch
 from dvit_infer.models.vit.body import RESAMPLES, ViT
 from dvit_infer.models.vit.parts import (
     check_channels,
     check_classes,
+    finished_config,
     has_layer_scale,
     has_no_qkv_bias,
     note_trained_as,
+    num_heads_of,
     one_of,
     trainer_of,
 )
@@ -72,7 +72,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
     image_size = image_size_of(read, options.get("image_size"), trained_size, patch)
     resample = one_of(read, "resample", None, "", RESAMPLES) if read.states("resample") else "timm"
     note_resampled(read, RULES[resample], trained_size, image_size)
-    num_heads = _num_heads(read, dim, sizes)
+    of_arch = (sizes.num_heads, "of that architecture") if sizes else None
     skip_lam = 1.0
     if trunk.has_skip_lam:
         by_depth = {12: 1.0, 24: 3.0}.get(depth, 2.0)
@@ -84,7 +84,7 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         patch_size=patch,
         embed_dim=dim,
         depth=depth,
-        num_heads=num_heads,
+        num_heads=num_heads_of(read, dim, of_arch),
         mlp_dim=mlp_dim,
         eps=check.positive_float(read.origin("eps"), eps),
         num_prefix=num_prefix,
@@ -95,23 +95,18 @@ def read_config(read: Reading, trunk: Trunk, arch: str | None, options: Mapping[
         no_embed_class=no_embed_class,
         resample=resample,
     )
-    rows, columns = grid(image_size, body)
-    learned_by = "predictor" if predictors else None
-    reduction, learned = read_reductions(read, options.get("method"), depth, rows * columns, learned_by, predictors)
-    config = Config(
+    return finished_config(
+        read,
+        options,
         arch=name,
         family=trunk.family,
         num_classes=classes,
         image_size=image_size,
         trained_size=trained_size,
         body=body,
-        reduction=reduction,
-        learned=learned,
-        **read_inputs(read, trainer_of(read, trunk.family, predictors, num_prefix)),
+        predictors=predictors,
+        implied=trainer_of(read, trunk.family, predictors, num_prefix),
     )
-    read.finish(name)
-    check_counts(read, reduction, image_size, options.get("image_size") is not None)
-    return config
 
 
 def is_deit(read: Reading) -> bool:
@@ -147,13 +142,3 @@ def _named(found: Arch, mlp_dim: int) -> tuple[str, Arch | None]:
     kind = f"{'dynamicvit-' if found.num_predictors else ''}{found.family}"
     distilled = "-distilled" if found.num_prefix == 2 else ""
     return f"{kind}-{found.embed_dim}x{found.depth}{distilled}", next(iter(same.values()), None)
-
-
-def _num_heads(read: Reading, dim: int, sizes: Arch | None) -> int:
-    assumed, why = (sizes.num_heads, "of that architecture") if sizes else (dim // 64, "heads of 64 channels")
-    if sizes is None and dim % 64 and not read.states("num_heads"):
-        raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; assume num_heads=... says how many")
-    heads = check.positive_int(read.origin("num_heads"), read.resolve("num_heads", assumed, why))
-    if dim % heads:
-        raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
-    return heads

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dvit_infer.config import Config, Size, grid
+from dvit_infer.config import Config, Size
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
-from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
-from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.body import ACTS, POOLS, RESAMPLES, ViT
-from dvit_infer.models.vit.parts import check_channels, note_trained_as, one_of
+from dvit_infer.models.vit.parts import check_channels, finished_config, note_trained_as, num_heads_of, one_of
 from dvit_infer.models.vit.pos_embed import RULES
 from dvit_infer.models.vit.sizes import bare_size_of, image_size_of, patch_size_of, placed_size_of
 
@@ -24,7 +22,6 @@ _ROPES: Mapping[str, Mapping[str, Any]] = {
     "axial": {"kind": "index", "theta": 100.0, "xy": True},
     "mixed": {"kind": "mixed", "xy": True},
 }
-_UNUSED = ("config.json", "not used")  # of a note, whose reason follows
 _SIGNS = (
     *("reg_token", "norm_pre.", "fc_norm.", "attn_pool.", "pre_logits.", "rope.", "rel_pos_bias."),
     *("blocks.0.attn.relative_position", "blocks.0.attn.q_", "blocks.0.attn.k_", "blocks.0.attn.norm."),
@@ -81,22 +78,16 @@ def read_vit(read: Reading, arch: str | None, options: Mapping[str, Any]) -> Con
     else:
         name = read.stored.arch
     note_trained_as(read, 0)
-    rows, columns = grid(image_size, body)
-    reduction, learned = read_reductions(read, options.get("method"), body.depth, rows * columns)
-    config = Config(
+    return finished_config(
+        read,
+        options,
         arch=name,
         family="vit",
         num_classes=classes,
         image_size=image_size,
         trained_size=trained_size,
         body=body,
-        reduction=reduction,
-        learned=learned,
-        **read_inputs(read),
     )
-    read.finish(name)
-    check_counts(read, reduction, image_size, options.get("image_size") is not None)
-    return config
 
 
 def _body(read: Reading) -> tuple[ViT, Size, int]:
@@ -133,7 +124,7 @@ def _body(read: Reading) -> tuple[ViT, Size, int]:
         "owner": read.value_of("owner") or "timm",
     }
     facts |= _queries(read, block) | _rope(read, facts)
-    facts["num_heads"] = _num_heads(read, dim, depth)
+    facts["num_heads"] = num_heads_of(read, dim, _heads(dim))
     clip_like = facts["norm_pre"] or (facts["rope"] == "centered")
     eps = read.resolve("eps", 1e-5 if clip_like else 1e-6, "of CLIP and DINOv3" if clip_like else "timm's")
     facts["eps"] = check.positive_float(read.origin("eps"), eps)
@@ -158,7 +149,7 @@ def _as_given(read: Reading, body: ViT) -> ViT:
         if read.given.get(what) is not None:
             changes[what] = one_of(read, what, None, "", known)
     if read.given.get("num_heads") is not None:
-        changes["num_heads"] = _num_heads(read, body.embed_dim, body.depth)
+        changes["num_heads"] = num_heads_of(read, body.embed_dim)
     if read.given.get("eps") is not None:
         changes["eps"] = check.positive_float("eps", read.resolve("eps", None, ""))
     return replace(body, **changes)
@@ -198,17 +189,8 @@ def _is_packed(read: Reading) -> bool:
     return len(inner) == len(outer) == 2 and inner[0] == 2 * outer[1]
 
 
-def _num_heads(read: Reading, dim: int, depth: int) -> int:
-    assumed = _HEADS.get(dim, dim // 64)
-    why = f"heads of {dim // assumed} channels" if assumed else ""
-    if dim % 64 and dim not in _HEADS and not read.states("num_heads"):
-        beside = next((f"; config.json {n.why}" for n in read.notes if (n.what, n.value) == _UNUSED), "")
-        ask = "assume num_heads=... says how many"
-        raise InputError(f"num_heads: {read.name} is {dim} wide, no multiple of 64; {ask}{beside}")
-    heads = check.positive_int(read.origin("num_heads"), read.resolve("num_heads", assumed, why))
-    if dim % heads:
-        raise InputError(f"{read.origin('num_heads')}: {heads} does not divide the width {dim}")
-    return heads
+def _heads(dim: int) -> tuple[int, str] | None:
+    return (_HEADS[dim], f"heads of {dim // _HEADS[dim]} channels") if dim in _HEADS else None
 
 
 def _queries(read: Reading, block: list[str]) -> dict[str, Any]:
