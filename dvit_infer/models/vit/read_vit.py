@@ -11,7 +11,7 @@ from dvit_infer.models.reading import Reading
 from dvit_infer.models.vit.body import ACTS, POOLS, RESAMPLES, ViT
 from dvit_infer.models.vit.parts import check_channels, finished_config, note_trained_as, num_heads_of, one_of
 from dvit_infer.models.vit.pos_embed import RULES
-from dvit_infer.models.vit.sizes import bare_size_of, image_size_of, patch_size_of, placed_size_of
+from dvit_infer.models.vit.sizes import bare_size_of, image_size_of, note_resampled, patch_size_of, placed_size_of
 
 # Heads of wide models, which have other than 64 channels: So400m, H/14, g/14, G/14, and EVA02's E/14.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}
@@ -285,8 +285,7 @@ def _check_size(read: Reading, body: ViT, image_size: Size, trained_size: Size) 
             f"image_size: {image_size[0]}x{image_size[1]} needs other relative positions than {read.name} holds, which "
             "only Hugging Face's rule resamples here; assume resample=huggingface takes it"
         )
-    sizes = " to ".join(f"{h}x{w}" for h, w in (trained_size, image_size))
     if body.rel_pos:
-        read.note("read", "relative positions", "resampled", f"bilinear, as Hugging Face, from {sizes}")
+        note_resampled(read, "bilinear, as Hugging Face", trained_size, image_size, "relative positions")
     if not body.no_pos_embed:
-        read.note("read", "pos_embed", "resampled", f"{RULES[body.resample]}, from {sizes}")
+        note_resampled(read, RULES[body.resample], trained_size, image_size)

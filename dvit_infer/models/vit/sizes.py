@@ -109,9 +109,11 @@ def image_size_of(read: Reading, given: Any, trained: tuple[int, int], patch: in
     return size
 
 
-def note_resampled(read: Reading, rule: str, trained: tuple[int, int], size: tuple[int, int]) -> None:
+def note_resampled(
+    read: Reading, rule: str, trained: tuple[int, int], size: tuple[int, int], what: str = "pos_embed"
+) -> None:
     if size != trained:
-        read.note("read", "pos_embed", "resampled", f"{rule}, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
+        read.note("read", what, "resampled", f"{rule}, from {trained[0]}x{trained[1]} to {size[0]}x{size[1]}")
 
 
 def bare_size_of(read: Reading, patch: int) -> tuple[int, int]:
