@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple, Protocol, overload
 import torch
 from torch import nn
 
-from dvit_infer.backends.state import Hook, State, Wanted
+from dvit_infer.backends.state import Hook, State
 from dvit_infer.config import Config
 from dvit_infer.graph import Graph, Node
+from dvit_infer.graph.heads import Wanted
 from dvit_infer.images.tensors import check_images, is_plain
 from dvit_infer.utils.devices import free_memory, is_out_of_memory, micro_batch
 

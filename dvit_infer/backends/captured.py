@@ -13,8 +13,9 @@ from typing import Protocol
 
 import torch
 
-from dvit_infer.backends.state import Hook, State, Wanted
+from dvit_infer.backends.state import Hook, State
 from dvit_infer.backends.torch import TorchRunner
+from dvit_infer.graph.heads import Wanted
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding

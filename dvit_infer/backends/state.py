@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -29,4 +28,3 @@ class State:
 
 
 Hook = Callable[[Node, torch.Tensor], None]
-Wanted = Literal["logits", "features", "tokens"]

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from dvit_infer.backends.arithmetic import activate, places_of, rotate_patches
 from dvit_infer.backends.precision import as_asked
-from dvit_infer.backends.state import Hook, State, Wanted
+from dvit_infer.backends.state import Hook, State
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
+from dvit_infer.graph.heads import Classify, Head, MapPool, Pool, Wanted, nodes_for
 from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
@@ -100,22 +100,13 @@ class TorchRunner:
         """
         self.check(len(images), images.dtype)
         state = State(self.prepare(images), given)
-        if output == "logits":
-            return self.run_nodes(state, self.nodes, hook)
-        at, reader = next((i, node) for i, node in enumerate(self.nodes) if isinstance(node, Head | Pool))
-        if output == "features" and isinstance(reader, Pool):
-            state = self.run_nodes(state, self.nodes[: at + 1], hook)
-            state.x = state.x.float()
-            return state
-        body = self.nodes[:at]
-        if output == "tokens":
-            body = [node.for_all_rows() for node in body]
-        state = self.run_nodes(state, body, hook)
+        nodes, reader = nodes_for(self.nodes, output)
+        state = self.run_nodes(state, nodes, hook)
         with as_asked(self.device, self.dtype):
-            if isinstance(reader, Pool):
+            if reader is None:
+                state.x = state.x.float()
+            elif isinstance(reader, Pool) or output == "tokens":
                 state.x = self.last_norm(reader, state.x).float()
-            elif output == "tokens":
-                state.x = self.last_norm(reader, state.x)
             else:
                 state.x = self.last_norm(reader, state.x[:, reader.feature_rows]).mean(dim=1)
         return state

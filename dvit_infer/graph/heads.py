@@ -1,5 +1,6 @@
 """Node kinds after the last block: heads and pooling, each with its shapes, MACs and bytes for one image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 from dvit_infer.graph.nodes import Node, NormNode, TokenNode, norm_macs
 
 Reads = Literal["prefix", "mean", "all", "prefix and mean"]
+Wanted = Literal["logits", "features", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +155,17 @@ class Classify(Node):
     @property
     def macs(self) -> int:
         return self.weights["weight"].numel()
+
+
+def nodes_for(nodes: Sequence[Node], output: Wanted) -> tuple[list[Node], Head | Pool | None]:
+    """Return the nodes that lead to an output, and the node whose last LayerNorm then remains to be applied.
+
+    None: their result is the output. Of a `Head`'s features, the mean of its `feature_rows` is taken after the norm.
+    """
+    if output == "logits":
+        return list(nodes), None
+    at, reader = next((i, node) for i, node in enumerate(nodes) if isinstance(node, Head | Pool))
+    if output == "features" and isinstance(reader, Pool):
+        return list(nodes[: at + 1]), None
+    body = list(nodes[:at])
+    return ([node.for_all_rows() for node in body] if output == "tokens" else body), reader

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from dvit_infer.backends.state import Hook, State, Wanted
+from dvit_infer.backends.state import Hook, State
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
+from dvit_infer.graph.heads import Wanted
 from dvit_infer.images.tensors import normalise
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 

@@ -13,8 +13,10 @@ import dvit_infer as dvit
 import dvit_infer.images.synthetic
 from dvit_infer.benchmark.peers import openvino_core
 from dvit_infer.models.header import HEADER_KEY
+from dvit_infer.onnx.building import OnnxBuilder
 from dvit_infer.onnx.session import LEVELS, open_session, run_bound, run_session
 from dvit_infer.onnx.writer import onnx_model
+from dvit_infer.operators.prune_tokens import select
 from dvit_infer.parity.verification import RMS_FACTOR
 
 CPU = torch.device("cpu")
@@ -128,20 +130,12 @@ def test_prune_tokens_is_one_function_of_standard_operators(tmp_path):
 
 
 def test_the_choice_is_the_op_s(tmp_path):
-    """Ties, zeros of both signs, NaN and infinities, by the function's own operators."""
-    function = onnx_model(dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY)).graph).functions[0]
-    last = next(i for i, node in enumerate(function.node) if node.output[0] == "score")
-    choosing = [node for node in function.node[last + 1 :] if node.op_type not in ("GatherND", "Concat")]
-    constants = [node for node in function.node[:last] if node.op_type == "Constant"]
-    body = [node for node in [*constants, *choosing] if not any(a.ref_attr_name for a in node.attribute)]
-    body = [node for node in body if node.output[0] not in ("k", "row", "start")]
+    """Ties, zeros of both signs, NaN and infinities."""
+    to = OnnxBuilder(20, torch.float32)
+    chosen = select(to, "score", "k")
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        body,
-        "select",
-        [value("score", 1, ("b", "n")), value("k", 7, (1,))],
-        [value("index", 7, None)],
-    )
+    inputs = [value("score", 1, ("b", "n")), value("k", 7, (1,))]
+    graph = onnx.helper.make_graph(to.nodes, "select", inputs, [value(chosen, 7, None)], to.weights)
     opset = [onnx.helper.make_opsetid("", 20)]
     session = open_session(
         onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString(), CPU, ""
@@ -149,7 +143,7 @@ def test_the_choice_is_the_op_s(tmp_path):
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([[0.0, -0.0, 1.0, nan, -inf, inf, -0.0, 0.0, nan, 1.0, -3e38, -inf]])
     for k in range(1, scores.shape[1] + 1):
-        (index,) = session.run(["index"], {"score": scores.numpy(), "k": np.array([k])})
+        (index,) = session.run([chosen], {"score": scores.numpy(), "k": np.array([k])})
         assert torch.equal(torch.from_numpy(index), dvit.ops.prune_tokens.select_tokens_ref(scores, k))
 
 

@@ -1,12 +1,14 @@
-"""Write attention as ONNX operators, with what it knows about the places of tokens."""
+"""Write attention as operators, with what it knows about the places of tokens."""
+
+from typing import Generic
 
 import torch
 
 from dvit_infer.graph.nodes import Attention, Weights
-from dvit_infer.onnx.building import Builder
+from dvit_infer.operators.builder import Builder, V
 
 
-def attention(to: Builder, node: Attention, x: str) -> str:
+def attention(to: Builder[V], node: Attention, x: V) -> V:
     w, dim, few = node.weights, node.dim, node.rows != node.tokens
     y = to.norm(x, node.eps, dim)
     weights, biases = (_thirds(w, part, dim) for part in ("weight", "bias"))
@@ -19,35 +21,20 @@ def attention(to: Builder, node: Attention, x: str) -> str:
     q, k, v = (to.emit("Reshape", part, to.ints(0, -1, node.num_heads, dim // node.num_heads)) for part in (q, k, v))
     places = _Places(to, node)
     q, k = (places.in_places(part, name, n) for part, name, n in ((q, "q", node.rows), (k, "k", node.tokens)))
-    q, k, v = (
-        to.emit("Transpose", part, perm=perm)
-        for part, perm in ((q, (0, 2, 1, 3)), (k, (0, 2, 3, 1)), (v, (0, 2, 1, 3)))
-    )
-    mixed = mix(to, q, k, v, node.scale, places.bias())
-    mixed = to.emit("Reshape", to.emit("Transpose", mixed, perm=(0, 2, 1, 3)), to.ints(0, node.rows, dim))
+    mixed = to.emit("Reshape", to.attend(q, k, v, node.scale, places.bias()), to.ints(0, node.rows, dim))
     mixed = to.norm(mixed, node.eps, dim) if node.has_inner_norm else mixed
     branch = to.linear_of(mixed, "proj", w)
     return to.said(to.emit("Add", x, branch, out=node.name), node.rows, dim)
 
 
-def mix(to: Builder, q: str, k: str, v: str, scale: float, bias: str = "") -> str:
-    """Emit softmax(scale * q k + bias) v, for each head; k is transposed already."""
-    scores = to.emit("MatMul", q, k)
-    if scale != 1.0:
-        scores = to.emit("Mul", scores, to.own("scale", torch.tensor(scale, dtype=to.dtype)))
-    scores = to.float32(scores)
-    scores = to.emit("Add", scores, bias) if bias else scores
-    return to.emit("MatMul", to.in_dtype(to.emit("Softmax", scores, axis=-1)), v)
-
-
-class _Places:
+class _Places(Generic[V]):
     """Norms of queries and keys, rotary positions and relative position bias of one node."""
 
-    def __init__(self, to: Builder, node: Attention) -> None:
+    def __init__(self, to: Builder[V], node: Attention) -> None:
         self._to, self._node = to, node
         self._tables = self._rotation() if "sin" in node.weights else None
 
-    def in_places(self, x: str, name: str, tokens: int) -> str:
+    def in_places(self, x: V, name: str, tokens: int) -> V:
         """Emit queries or keys (B, tokens, heads, head size), normalised and rotated; prefix tokens come first."""
         to, node = self._to, self._node
         tables = self._tables if tokens > node.num_prefix else None
@@ -63,7 +50,7 @@ class _Places:
             x = to.emit("Add", to.emit("Mul", x, cos), to.emit("Mul", turned, sin))
         return to.in_dtype(x)
 
-    def _rotation(self) -> tuple[str, str]:
+    def _rotation(self) -> tuple[V, V]:
         """Emit tables of sines and cosines, (..., P+n, 1 or heads, head size), by which prefix tokens stay as they are.
 
         Each channel is paired with the one half of the head's channels away; the sign of the sines is part of them.
@@ -75,17 +62,16 @@ class _Places:
         for name, table, prefix in (("sin", sin, 0.0), ("cos", cos, 1.0)):
             table = torch.nn.functional.pad(table, (0, 0, node.num_prefix, 0), value=prefix)
             table = table.transpose(0, 1) if table.ndim == 3 else table[:, None]
-            whole = to.table(name, table)
-            found.append(to.remaining(whole, to.rows) if to.rows else whole)
+            found.append(to.remaining(name, table))
         return found[0], found[1]
 
-    def bias(self) -> str:
-        """Emit the relative position bias in float32, for what the scores are of; "" if there is none."""
+    def bias(self) -> V | None:
+        """Emit the relative position bias in float32, for what the scores are of; None if there is none."""
         to, node = self._to, self._node
         if "pair_bias" not in node.weights:
-            return ""
+            return None
         table = node.weights["pair_bias"]  # (heads, all tokens, all tokens)
-        if not to.rows:
+        if to.rows is None:
             return to.table("pair_bias", table[:, : node.rows])
         queries = to.rows if node.rows == node.tokens else to.tokens(to.rows, 0, node.rows)
         start = to.emit("Mul", to.emit("Unsqueeze", queries, to.ints(2)), to.ints(table.shape[2]))

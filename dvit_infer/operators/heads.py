@@ -1,13 +1,12 @@
-"""Write what follows the blocks as ONNX operators: heads, pooling, classifiers."""
+"""Write what follows the blocks as operators: heads, pooling, classifiers."""
 
 import torch
 
 from dvit_infer.graph.heads import Classify, Head, MapPool, Pool
-from dvit_infer.onnx.attention import mix
-from dvit_infer.onnx.building import Builder
+from dvit_infer.operators.builder import Builder, V
 
 
-def head(to: Builder, node: Head, x: str) -> str:
+def head(to: Builder[V], node: Head, x: V) -> V:
     y = to.norm(x, node.eps, node.dim)
     if node.reads == "mean":
         patches = to.float32(to.tokens(y, node.num_prefix, node.tokens))
@@ -24,14 +23,14 @@ def head(to: Builder, node: Head, x: str) -> str:
     return to.result(logits, node.name, *node.out_shape)
 
 
-def _half(to: Builder) -> str:
+def _half(to: Builder[V]) -> V:
     return to.weight("half", torch.tensor(0.5, dtype=to.dtype))
 
 
-def pool(to: Builder, node: Pool, x: str) -> str:
+def pool(to: Builder[V], node: Pool, x: V) -> V:
     rows = node.class_rows
     few = node.reads == "prefix" and node.tokens > rows
-    y = _last_norm(to, node, to.float32(to.tokens(x, 0, rows) if few else x))
+    y = last_norm(to, node, to.tokens(x, 0, rows) if few else x)
     parts = []
     if node.reads.startswith("prefix"):
         parts.append(to.token(y, 0) if rows == 1 else to.reduce("ReduceMean", to.tokens(y, 0, rows), 1))
@@ -41,18 +40,17 @@ def pool(to: Builder, node: Pool, x: str) -> str:
     return _after_pooling(to, node, to.emit("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0])
 
 
-def map_pool(to: Builder, node: MapPool, x: str) -> str:
+def map_pool(to: Builder[V], node: MapPool, x: V) -> V:
     w, heads, size = node.weights, node.num_heads, node.dim // node.num_heads
     x = to.tokens(x, node.num_prefix, node.tokens) if node.num_prefix else x
-    x = to.in_dtype(_last_norm(to, node, to.float32(x)))
+    x = to.in_dtype(last_norm(to, node, x))
     k, v = (
         to.linear(x, name, weight, bias)
         for name, weight, bias in zip("kv", w["kv.weight"].chunk(2), w["kv.bias"].chunk(2), strict=True)
     )
     k, v = (to.emit("Reshape", part, to.ints(0, -1, heads, size)) for part in (k, v))
-    k, v = (to.emit("Transpose", part, perm=perm) for part, perm in ((k, (0, 2, 3, 1)), (v, (0, 2, 1, 3))))
-    q = to.own("queries", w["queries"].reshape(1, heads, 1, size))
-    y = to.emit("Reshape", mix(to, q, k, v, node.scale), to.ints(0, node.dim))
+    q = to.own("queries", w["queries"].reshape(1, 1, heads, size))
+    y = to.emit("Reshape", to.attend(q, k, v, node.scale), to.ints(0, node.dim))
     y = to.linear_of(y, "proj", w)
     hidden = to.in_dtype(to.norm_of(to.float32(y), "mlp_norm", w, node.eps))
     hidden = to.activate(to.linear_of(hidden, "fc1", w), node.act)
@@ -60,16 +58,20 @@ def map_pool(to: Builder, node: MapPool, x: str) -> str:
     return _after_pooling(to, node, to.float32(y))
 
 
-def classify(to: Builder, node: Classify, x: str) -> str:
+def classify(to: Builder[V], node: Classify, x: V) -> V:
     w = node.weights
     return to.result(to.linear(to.in_dtype(x), "head", w["weight"], w.get("bias")), node.name, *node.out_shape)
 
 
-def _last_norm(to: Builder, node: Pool, x: str) -> str:
-    return x if node.last_norm is None else to.norm_of(x, "last_norm", node.weights, node.eps)
+def last_norm(to: Builder[V], node: Head | Pool, x: V) -> V:
+    """Emit the last LayerNorm of rows, gain and shift included, in float32; the rows in float32 without one."""
+    if node.last_norm is None:
+        return to.float32(x)
+    gain, shift = node.last_norm
+    return to.normalise(to.float32(x), node.dim, node.eps, gain.float(), shift.float(), "last_norm")
 
 
-def _after_pooling(to: Builder, node: Pool, y: str) -> str:
+def _after_pooling(to: Builder[V], node: Pool, y: V) -> V:
     """Emit what follows pooling, for rows in float32."""
     w = node.weights
     y = to.norm_of(y, "fc_norm", w, node.eps) if "fc_norm.weight" in w else y

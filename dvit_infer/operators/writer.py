@@ -1,0 +1,175 @@
+"""Write the nodes of a graph in order, by one function for each kind, like a runner; nothing is traced."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import torch
+
+from dvit_infer.errors import InputError
+from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.heads import Head, Wanted, nodes_for
+from dvit_infer.graph.nodes import PLACES, Attention, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
+from dvit_infer.operators.attention import attention
+from dvit_infer.operators.builder import Builder, V
+from dvit_infer.operators.heads import classify, head, last_norm, map_pool, pool
+from dvit_infer.reduction.predictor import PredictorPrune
+from dvit_infer.reduction.random import RandomPrune
+
+_FOLDED_AWAY = ("bn.weight", "in_conv.0.weight", "gamma", "inner_norm.weight", "latent")
+
+
+@dataclass(frozen=True)
+class Written(Generic[V]):
+    """What was written: the output, and each stage's kept positions, (B, k) int64 in the original grid, if wanted."""
+
+    x: V
+    kept: list[V]
+
+
+def write(
+    to: Builder[V],
+    graph: Graph,
+    x: V,
+    *,
+    output: Wanted = "logits",
+    kept: bool = False,
+    given: Sequence[V] = (),
+) -> Written[V]:
+    """Write a folded graph.
+
+    Args:
+        to: the builder.
+        x: images (B, 3, H, W), normalised, in the builder's dtype.
+        output: what to return, as of a runner.
+        kept: whether to return the kept positions too, named `kept_0` and so on.
+        given: for each stage the positions (B, k) among its patches to keep, in place of its own choice.
+
+    Raises:
+        InputError: a node kind cannot be written.
+        ValueError: the graph is not folded.
+    """
+    nodes, reader = nodes_for(graph.nodes, output)
+    writer = _Writer(to, kept, given, any(name in node.weights for node in nodes for name in PLACES))
+    for node in nodes:
+        x = writer.write(node, x)
+    if reader is not None:
+        x = last_norm(to, reader, x)
+        if isinstance(reader, Head) and output == "features":
+            rows = reader.feature_rows
+            x = to.reduce("ReduceMean", to.tokens(x, rows.start, rows.stop or reader.tokens), 1)
+    return Written(x, writer.kept)
+
+
+class _Writer(Generic[V]):
+    """Writes nodes, and follows where the tokens between them were."""
+
+    def __init__(self, to: Builder[V], wants_kept: bool, given: Sequence[V], has_places: bool) -> None:
+        self._to, self._wants_kept, self._given, self._has_places = to, wants_kept, given, has_places
+        self._stage = 0
+        self._positions: V | None = None  # original positions (B, k) of the remaining patches; None: all
+        self.kept: list[V] = []
+
+    def write(self, node: Node, x: V) -> V:
+        if not isinstance(node, Prune) and node.kind not in _WRITES:
+            raise InputError(f"{node.name}, a node of kind {node.kind!r}, cannot be written as operators")
+        if not _is_folded(node):
+            raise ValueError(f"{node.name} is not folded; fold the graph first")
+        self._to.stem = node.name
+        return self._prune(node, x) if isinstance(node, Prune) else _WRITES[node.kind](self._to, node, x)
+
+    def _prune(self, node: Prune, x: V) -> V:
+        to = self._to
+        if isinstance(node, PredictorPrune) and not self._given:
+            kept_x, index = to.prune_tokens(node, x)
+        elif self._given or isinstance(node, RandomPrune):
+            index = (
+                self._given[self._stage] if self._given else to.for_each(node.weights["index"], x, f"{node.name}/index")
+            )
+            rows = to.tokens(x, 0, node.num_prefix), to.rows_of(to.tokens(x, node.num_prefix, node.tokens), index)
+            kept_x = to.emit("Concat", *rows, axis=1, out=node.name)
+        else:
+            raise InputError(f"{node.name}, a {type(node).__name__}, cannot be written as operators")
+        to.said(index, node.num_keep, dtype=torch.int64)
+        out = f"kept_{self._stage}" if self._wants_kept else None
+        if self._positions is None:
+            self._positions = to.emit("Identity", index, out=out)
+        elif self._wants_kept or self._has_places:
+            self._positions = to.emit("GatherElements", self._positions, index, out=out, axis=1)
+        if self._wants_kept:
+            self.kept.append(self._positions)
+        if self._has_places:
+            to.rows = self._with_prefix(node, self._positions)
+        self._stage += 1
+        return to.said(kept_x, *node.out_shape)
+
+    def _with_prefix(self, node: Prune, positions: V) -> V:
+        """Emit the original rows of all tokens that remain, (B, P+k): those of prefix tokens come first."""
+        to, prefix = self._to, node.num_prefix
+        if not prefix:
+            return positions
+        first = to.own("first", torch.tensor([*range(prefix), *[prefix] * node.num_keep]))
+        return to.emit("Add", to.emit("Pad", positions, to.ints(0, prefix, 0, 0)), first)
+
+
+def _is_folded(node: Node) -> bool:
+    w = node.weights
+    left = any(name in w for name in _FOLDED_AWAY) or (isinstance(node, NormNode) and "norm.weight" in w)
+    turned = isinstance(node, Attention) and "sin" in w and not node.rope_half
+    return not left and not turned and getattr(node, "residual_scale", 1.0) == 1.0
+
+
+# The other node kinds.
+
+
+def _convolution(to: Builder[V], node: Convolution, x: V) -> V:
+    size = node.weights["weight"].shape[-1]
+    x = _conv(to, node, x, stride=node.stride, padding=size // 2)
+    return to.said(to.emit("Relu", x, out=node.name), *node.out_shape)
+
+
+def _conv(to: Builder[V], node: Convolution | Embed, x: V, stride: int, padding: int) -> V:
+    given = [to.own(name, node.weights[name]) for name in ("weight", "bias") if name in node.weights]
+    return to.emit("Conv", x, *given, strides=(stride, stride), pads=(padding,) * 4)
+
+
+def _embed(to: Builder[V], node: Embed, x: V) -> V:
+    w, (tokens, dim), prefix = node.weights, node.out_shape, node.num_prefix
+    x = _conv(to, node, x, stride=w["weight"].shape[-1], padding=0)
+    x = to.emit("Transpose", to.emit("Reshape", x, to.ints(0, dim, tokens - prefix)), perm=(0, 2, 1))
+    # Prefix tokens are constants: pad with rows of zeros, and add them as part of the position embedding.
+    x = to.emit("Pad", x, to.ints(0, prefix, 0, 0, 0, 0)) if prefix else x
+    table = w["pos_embed"].to(torch.float32, copy=True)
+    table[:, :prefix] += w["prefix"].float()
+    return to.said(to.emit("Add", x, to.own("pos_embed", table.to(to.dtype)), out=node.name), tokens, dim)
+
+
+def _norm(to: Builder[V], node: Norm, x: V) -> V:
+    y = to.norm_of(to.float32(x), "norm", node.weights, node.eps)
+    return to.said(to.rounded(y, node.name), *node.out_shape)
+
+
+def _mlp(to: Builder[V], node: Mlp, x: V) -> V:
+    w, y = node.weights, to.norm(x, node.eps, node.dim)
+    if node.gated:
+        weights, biases = w["fc1.weight"].chunk(2), w["fc1.bias"].chunk(2)
+        gate, factor = (to.linear(y, f"fc1_{i}", *part) for i, part in enumerate(zip(weights, biases, strict=True)))
+        hidden = to.emit("Mul", to.activate(gate, node.act), factor)
+    else:
+        hidden = to.activate(to.linear_of(y, "fc1", w), node.act)
+    hidden = to.norm(hidden, node.eps, w["fc2.weight"].shape[1]) if node.has_inner_norm else hidden
+    branch = to.linear_of(hidden, "fc2", w)
+    return to.said(to.emit("Add", x, branch, out=node.name), node.tokens, node.dim)
+
+
+_WRITES: dict[str, Callable[[Builder[Any], Any, Any], Any]] = {
+    "convolution": _convolution,
+    "embed": _embed,
+    "norm": _norm,
+    "attention": attention,
+    "mlp": _mlp,
+    "head": head,
+    "pool": pool,
+    "map_pool": map_pool,
+    "classify": classify,
+}
