@@ -38,6 +38,9 @@ class Runner(Protocol):
 
     def release(self) -> None: ...
 
+    def plain(self) -> "Runner":
+        """Return a runner of the same whose `run` takes a hook."""
+
 
 class Output(NamedTuple):
     """The outputs for some images.

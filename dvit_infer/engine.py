@@ -1,5 +1,6 @@
 """A checkpoint becomes an engine: the folded graph, a backend, a device and a dtype."""
 
+import contextlib
 import errno
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvit_infer.backends import runner_for
+from dvit_infer.backends.openvino import OpenVinoRunner, constants_of, openvino_model
 from dvit_infer.classifier import Classifier, Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
@@ -31,10 +33,10 @@ from dvit_infer.utils.files import atomic_write, check_output
 class Engine(Verifiable):
     """A converted model, to be called with images. `convert` and `load` return one.
 
-    It holds the folded weights alone: `save` and exporters read its source again, and refuse if that has changed.
+    It holds the folded weights alone, in the form that its backend needs: `save`, exporters and, where the backend is
+    OpenVINO, `graph` read its source again, and refuse if that has changed.
 
     Attributes:
-        graph: the nodes that run, with their weights; `print(engine.graph)` shows them and their runtime.
         notes: the facts read, assumed or given when the checkpoint was recognised.
         params: the number of weights in the file, without those of a reduction that does not run.
         config, runner, device, dtype, micro_batch: as for every `Classifier`.
@@ -48,18 +50,34 @@ class Engine(Verifiable):
         device: torch.device,
         dtype: torch.dtype,
         source: WeightSource,
+        backend: str | None = None,
     ) -> None:
         graph = folded_graph(config, checkpoint, device, dtype)
-        super().__init__(config, runner_for(graph), device, dtype)
+        self._weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
+        key = source.digest + header_text(config).encode() + str(dtype).encode()
+        super().__init__(config, runner_for(graph, backend, self._weights, key), device, dtype)
         self.notes = list(notes)
-        self._graph = graph
+        self._graph = graph.to(torch.device("meta"), dtype) if isinstance(self.runner, OpenVinoRunner) else graph
         self._source = source
         self.labels = labels_of(checkpoint, config.num_classes)
         self.params = checkpoint.params(unused_key(config))
 
     @property
     def graph(self) -> Graph:
-        """The nodes and their runtime, which changes if a kernel fails at the first call."""
+        """The nodes that run, with their weights; `print(engine.graph)` shows them and their runtime.
+
+        The runtime changes if a kernel fails at the first call. If the runner keeps no weights and the file has gone,
+        it is the `outline`.
+        """
+        graph = self._graph
+        if graph.device.type == "meta":
+            with contextlib.suppress(InputError):
+                graph = self._weights()
+        return replace(graph, runtime=self.runner.runtime)
+
+    @property
+    def outline(self) -> Graph:
+        """The same nodes; their weights may have shapes only (device meta), but nothing has to be read for them."""
         return replace(self._graph, runtime=self.runner.runtime)
 
     def save(self, path: str | Path) -> None:
@@ -92,16 +110,18 @@ class Engine(Verifiable):
         return folded_graph(self.config, self._source.read(), torch.device("cpu"), dtype)
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
+        if isinstance(self.runner, OpenVinoRunner):
+            return constants_of(openvino_model(graph, "logits", False), graph.nodes)
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
-        return self.tensors(self.graph)
+        return self.runner.constants() if isinstance(self.runner, OpenVinoRunner) else self.tensors(self._graph)
 
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> list[tuple[Node, torch.Tensor]]:
         found: list[tuple[Node, torch.Tensor]] = []
-        self.runner.run(images, kept or None, lambda node, out: found.append((node, out.clone())))
+        self.runner.plain().run(images, kept or None, lambda node, out: found.append((node, out.clone())))
         return found
 
     def digest(self, source: Source) -> Iterator[bytes]:
@@ -119,6 +139,7 @@ def convert(
     assume: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Engine:
     """Make an engine from a checkpoint.
 
@@ -138,6 +159,8 @@ def convert(
             several), and the arguments above.
         device: None: 'cuda' if available, else 'cpu'.
         dtype: None: bfloat16 on CUDA, float32 on a CPU.
+        backend: 'torch', 'triton' (NVIDIA GPUs), 'openvino' (CPUs); None: the fastest that is installed and knows the
+            model.
 
     Raises:
         InputError: a ValueError whose one line names the file, the key or the argument.
@@ -145,7 +168,7 @@ def convert(
     where = resolve_device(device)
     what = resolve_dtype(dtype, where)
     checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
-    return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint))
+    return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint), backend)
 
 
 def load(
@@ -156,6 +179,7 @@ def load(
     method: str | None = None,
     keep_rate: float | None = None,
     image_size: int | tuple[int, int] | None = None,
+    backend: str | None = None,
 ) -> Engine:
     """Make an engine from a file that `Engine.save` wrote. Arguments are as for `convert`; defaults are as saved.
 
@@ -169,7 +193,7 @@ def load(
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
     given = {} if keep_rate is None else {"keep_rate": keep_rate}
     config, notes = recognise(checkpoint, None, given, {"method": method, "image_size": image_size})
-    return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint))
+    return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint), backend)
 
 
 def load_reference(
@@ -189,6 +213,27 @@ def load_reference(
     """
     checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
     return build_reference(config, checkpoint)
+
+
+class FoldedWeights:
+    """The weights of an engine whose runner keeps none, folded from its source when they are needed.
+
+    If `graph` is given, it is held: the caller may change a state dict, and a pickled copy's file may not be there.
+    """
+
+    def __init__(
+        self, config: Config, source: WeightSource, device: torch.device, dtype: torch.dtype, graph: Graph | None = None
+    ) -> None:
+        self._config, self._source, self._device, self._dtype = config, source, device, dtype
+        self._graph = graph
+
+    def __call__(self) -> Graph:
+        if self._graph is not None:
+            return self._graph
+        return folded_graph(self._config, self._source.read(), self._device, self._dtype)
+
+    def __reduce__(self) -> tuple[type["FoldedWeights"], tuple[Any, ...]]:
+        return FoldedWeights, (self._config, self._source, self._device, self._dtype, self())
 
 
 def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:

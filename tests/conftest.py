@@ -1,7 +1,10 @@
 """Two threads; interrupts; no GPU: its tests skipped, kernels in Triton's interpreter; --emulate; a checkpoint file."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import emulated
@@ -11,6 +14,10 @@ from golden_cases import official_checkpoint
 
 # A kernel that fails is to fail its test, not to be replaced; tests/ops/test_fallback.py takes this away.
 os.environ["DVIT_KERNELS"] = "require"
+
+# Caches are the tests' own.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dvit-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

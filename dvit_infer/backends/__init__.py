@@ -1,30 +1,68 @@
 """Backends: each runs a graph, with a method per node kind. A backend is one file."""
 
+from collections.abc import Callable
+
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
+from dvit_infer.backends.openvino import OpenVinoRunner, why_not_openvino
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.ops.choices import why_not_triton
 from dvit_infer.ops.fallback import SETTING, setting
 
+BACKENDS = ("torch", "triton", "openvino")
 
-def runner_for(graph: Graph) -> TorchRunner | CapturedRunner:
+
+def runner_for(
+    graph: Graph, backend: str | None = None, weights: Callable[[], Graph] | None = None, key: bytes | None = None
+) -> TorchRunner | CapturedRunner | OpenVinoRunner:
     """Return the runner for a graph on the device of its weights.
 
+    Args:
+        graph: folded.
+        backend: one of `BACKENDS`; None: the fastest that is installed and knows the graph.
+        weights: returns the graph anew; a runner that is given it may hold no weights itself.
+        key: identifies the graph and its weights, for caches.
+
     Raises:
-        InputError: DVIT_KERNELS is neither require nor off, or it is require and the GPU runs no kernels.
+        InputError: the backend does not exist or cannot run the graph here; DVIT_KERNELS is neither require nor off, or
+            it is require and the GPU runs no kernels.
     """
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     asked = setting()
     if graph.device.type == "cpu":
-        return CpuRunner(graph)
+        return _on_cpu(graph, backend, weights or (lambda: graph), key)
     why_not = why_not_triton(graph.device)
+    if backend == "openvino":
+        raise InputError(f"backend: {why_not_openvino(graph)}")
+    if backend == "triton" and (why_not or graph.device.type != "cuda"):
+        raise InputError(f"backend: triton is impossible here: {why_not or graph.device.type}")
     if why_not and asked == "require":
         raise InputError(f"{SETTING}: {asked} is impossible here: {why_not}")
     if graph.device.type != "cuda":  # no kernels, and nothing to capture
         return TorchRunner(graph)
-    if why_not:
-        return CapturedRunner(TorchRunner(graph, why_not))
+    if why_not or backend == "torch":
+        return CapturedRunner(TorchRunner(graph, why_not or "as asked"))
     from dvit_infer.backends.triton import TritonRunner
 
     return CapturedRunner(TritonRunner(graph))
+
+
+def _on_cpu(
+    graph: Graph, backend: str | None, weights: Callable[[], Graph], key: bytes | None
+) -> CpuRunner | OpenVinoRunner:
+    if backend == "triton":
+        raise InputError("backend: triton runs on NVIDIA GPUs, not on a CPU")
+    if backend == "torch":
+        return CpuRunner(graph)
+    why_not = why_not_openvino(graph)
+    if why_not is None:
+        try:
+            return OpenVinoRunner(graph, weights, key)
+        except InputError as error:
+            why_not = str(error)
+    if backend == "openvino":
+        raise InputError(why_not if why_not.startswith("backend: ") else f"backend: {why_not}")
+    return CpuRunner(graph, why=why_not.removeprefix("backend: "))

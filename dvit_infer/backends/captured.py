@@ -154,6 +154,10 @@ class CapturedRunner:
     def __reduce__(self) -> tuple[type["CapturedRunner"], tuple[TorchRunner]]:
         return CapturedRunner, (self.runner,)
 
+    def plain(self) -> "CapturedRunner":
+        """Return a runner whose `run` takes a hook: itself."""
+        return self
+
     @property
     def runtime(self) -> str:
         return f"{self.runner.runtime}, in CUDA graphs"

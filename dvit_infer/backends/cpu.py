@@ -167,13 +167,14 @@ class CpuRunner(TorchRunner):
     Args:
         graph: a graph with its weights on the CPU. Weights needed in another form are copied.
         linear: the implementation of linears; None: the fastest here.
+        why: the reason why no faster backend runs it; shown in `runtime`.
     """
 
-    def __init__(self, graph: Graph, linear: Linear | None = None) -> None:
+    def __init__(self, graph: Graph, linear: Linear | None = None, why: str = "") -> None:
         super().__init__(graph)
         self._graph = graph
         self._linear = linear or fastest_linear(self.dtype, torch.get_num_threads())
-        self._runtime = self.describe(f"PyTorch, {self._linear}", usually="PyTorch")
+        self._runtime = self.describe(f"PyTorch, {self._linear}", usually="PyTorch") + (f" ({why})" if why else "")
         self._native = self.prunes_by == "native (CPU)"
         self._buffers = _Buffers()
         self.nodes = [self._prepared(node) for node in graph.nodes]

@@ -72,6 +72,10 @@ class TorchRunner:
     def release(self) -> None:
         """Free memory that calls keep for later calls; here there is none."""
 
+    def plain(self) -> "TorchRunner":
+        """Return a runner whose `run` takes a hook cheaply: itself."""
+        return self
+
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Return images as the first node needs them: on the device, normalised, in the dtype."""
         return prepare(images, self.config, self.device, self.dtype)

@@ -116,12 +116,13 @@ def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") 
     """The engine, converted by the given config."""
     notes: Sequence[Note] = subject.notes
     engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype, subject.source)
-    weights = mib(w for node in engine.graph.nodes for w in node.weights.values())
+    weights = mib(w for node in engine.outline.nodes for w in node.weights.values())
     held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
-    # Nothing else in a row records whether the native library pruned (DVIT_PRUNE).
-    variant = "native" if "by native" in engine.runner.runtime else None
-    return Candidate(runtime, variant, config, engine, engine.graph.gmacs, held, given, engine=engine)
+    # Nothing else in a row records the backend, or whether the native library pruned (DVIT_PRUNE).
+    runs = {"openvino": "OpenVINO", "native": "by native"}
+    variant = next((name for name, text in runs.items() if text in engine.runner.runtime), None)
+    return Candidate(runtime, variant, config, engine, engine.outline.gmacs, held, given, engine=engine)
 
 
 def dense_candidate(subject: Subject) -> Candidate:

@@ -93,7 +93,7 @@ class Comparison(BaseComparison):
 
     @property
     def runs(self) -> str:
-        return f"engine: {self.engine.graph.runtime}"
+        return f"engine: {self.engine.outline.runtime}"
 
     @property
     def engine(self) -> Engine:

@@ -1,7 +1,6 @@
 """Candidates of other projects, if installed: timm's dense counterpart, ONNX Runtime, OpenVINO."""
 
 import contextlib
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dvit_infer.backends.openvino import PRECISIONS, compile_model, core
 from dvit_infer.benchmark.candidates import Call, Candidate, Subject, first_line, mib
 from dvit_infer.config import Config
 from dvit_infer.engine import folded_graph
@@ -97,38 +97,17 @@ def _session_call(subject: Subject, model: bytes) -> Call:
 def openvino_candidate(subject: Subject) -> Candidate:
     if subject.device.type != "cpu":
         raise InputError("compare: openvino runs on CPUs; leave it out, or --device cpu")
-    hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
-    if subject.dtype not in hints:
+    if subject.dtype not in PRECISIONS:
         raise InputError(f"compare: openvino runs float32 and bfloat16, not {subject.dtype_name}")
     _need("onnx", "onnxscript", "openvino")
     # The precision hint selects bfloat16; weights and images stay float32.
-    run = openvino_call(_exported(subject, torch.float32), hints[subject.dtype])
+    run = openvino_call(_exported(subject, torch.float32), PRECISIONS[subject.dtype])
     return replace(_of_runtime(subject, "openvino", run), prepare=torch.Tensor.float)
-
-
-@functools.cache
-def openvino_core() -> Any:
-    """Return OpenVINO's core, one for the life of the process.
-
-    The first model that a core compiles sets an alternate signal stack, owned by the CPU plugin, on the thread. The
-    plugin removes it together with its core, but not on another thread, nor if a second core was created in between
-    (pull request 11894 of openvinotoolkit/openvino). The next signal that Python handles, e.g. Ctrl-C, then ends the
-    process.
-    """
-    import openvino
-
-    return openvino.Core()
 
 
 def openvino_call(model: Path | bytes, precision: str) -> Call:
     """Compile an ONNX model without local functions by OpenVINO for this CPU."""
-    core = openvino_core()
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = core.compile_model(core.read_model(model), "CPU", settings)
+    compiled = compile_model(core().read_model(model), precision)
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
 
 

@@ -12,6 +12,7 @@ import torch
 
 from dvit_infer.backends.cpu import time_linears
 from dvit_infer.benchmark.timing import rounds
+from dvit_infer.classifier import Runner
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.graph.nodes import Node
@@ -103,6 +104,7 @@ def time_nodes(
 ) -> list[NodeTime]:
     """Return the median time of every node for the batch, over calls for about `seconds`.
 
+    PyTorch runs the nodes of an engine whose backend runs them all in one.
     On a GPU the nodes are launched one by one, not in the CUDA graph that the engine replays, so at small batches the
     times are dominated by launching.
 
@@ -110,15 +112,18 @@ def time_nodes(
         images: (B, 3, H, W) float32; split as the engine splits a batch.
         reference: the reference of the engine's config, in float32 on its device.
     """
-    parts = torch.split(images.to(engine.device, engine.dtype), engine.micro_batch)
+    parts, runner = torch.split(images.to(engine.device, engine.dtype), engine.micro_batch), engine.runner.plain()
     for part in parts:
-        _node_seconds(engine, part)
-    times = [np.sum([_node_seconds(engine, part) for part in parts], axis=0) for _ in rounds(seconds, progress)]
+        _node_seconds(runner, part, engine.device)
+    times = [
+        np.sum([_node_seconds(runner, part, engine.device) for part in parts], axis=0)
+        for _ in rounds(seconds, progress)
+    ]
     percentiles = np.percentile(times, [50, 20, 80], axis=0).T
     errors = _errors(engine, reference, images[: engine.micro_batch])
     return [
         _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
-        for node, taken in zip(engine.graph.nodes, percentiles.tolist(), strict=True)
+        for node, taken in zip(engine.outline.nodes, percentiles.tolist(), strict=True)
     ]
 
 
@@ -133,12 +138,12 @@ def _node_time(
     return NodeTime(node, median, p20, p80, macs / 1e9, moved, max(compute, memory), bound, error)
 
 
-def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
+def _node_seconds(runner: Runner, images: torch.Tensor, device: torch.device) -> list[float]:
     """Return the seconds of every node in one call."""
     marks: list[Any] = []
-    if engine.device.type == "cpu":
+    if device.type == "cpu":
         start = time.perf_counter()
-        engine.runner.run(images, None, lambda node, out: marks.append(time.perf_counter()))
+        runner.run(images, None, lambda node, out: marks.append(time.perf_counter()))
         return [float(taken) for taken in np.diff([start, *marks])]
 
     def mark() -> None:
@@ -146,9 +151,9 @@ def _node_seconds(engine: Engine, images: torch.Tensor) -> list[float]:
         event.record()
         marks.append(event)
 
-    with torch.cuda.device(engine.device):
+    with torch.cuda.device(device):
         mark()
-        engine.runner.run(images, None, lambda node, out: mark())
+        runner.run(images, None, lambda node, out: mark())
         torch.cuda.synchronize()
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
 

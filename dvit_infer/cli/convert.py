@@ -83,7 +83,7 @@ def _convert(options: argparse.Namespace) -> int:
             if report is not None and not report.passed:
                 raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
-    print(f"{engine.config.arch}: {engine.graph.gmacs:.3f} GMACs per image as run")
+    print(f"{engine.config.arch}: {engine.outline.gmacs:.3f} GMACs per image as run")
     print("not verified, as requested" if report is None else report)
     if report is not None and not report.passed:
         print(
@@ -169,7 +169,7 @@ def _found(engine: "Engine", report: "Report | None") -> dict[str, Any]:
     return {
         "config": {**asdict(engine.config), **engine.config.facts()},
         "notes": [asdict(note) for note in engine.notes],
-        "gflops": engine.graph.gmacs,
+        "gflops": engine.outline.gmacs,
         "parity": None if report is None else {"passed": report.passed, **asdict(report)},
     }
 

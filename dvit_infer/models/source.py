@@ -34,6 +34,16 @@ class WeightSource:
         self._weights = checkpoint.weights
         self._digest = _digest(checkpoint)
 
+    @property
+    def digest(self) -> bytes:
+        """A digest of the weights and their names."""
+        return self._digest
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it can be read again without the caller's own tensors."""
+        return self._path is not None
+
     def __deepcopy__(self, memo: object) -> "WeightSource":
         return self
 

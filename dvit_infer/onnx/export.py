@@ -138,7 +138,7 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
         "num_keep": json.dumps(config.num_keep),
         "preprocessing": json.dumps(preprocessing),
         "dtype": dtype,
-        "gflops": str(engine.graph.gmacs),
+        "gflops": str(engine.outline.gmacs),
         "params": str(engine.params),
         "openvino_hint": OPENVINO_HINT,
     }

@@ -41,6 +41,10 @@ class OnnxRunner:
     def release(self) -> None:
         """Do nothing: ONNX Runtime manages its own memory."""
 
+    def plain(self) -> "OnnxRunner":
+        """Return itself; `run` takes no hook."""
+        return self
+
     def run(
         self,
         images: torch.Tensor,

@@ -60,7 +60,10 @@ def _graph_proto(graph: Graph, opset: int, uint8: bool, kept: bool) -> onnx.Grap
         images, x = value_info("images", TensorProto.UINT8, height, width, 3), _normalised(to, graph, "images")
     else:
         images, x = value_info("images", to.element, 3, height, width), "images"
-    written = write(to, graph, x, kept=kept)
+    try:
+        written = write(to, graph, x, kept=kept)
+    except InputError as error:
+        raise InputError(f"format: {error} as ONNX") from None
     outputs = [value_info("logits", TensorProto.FLOAT, *graph.nodes[-1].out_shape)]
     outputs += [
         value_info(name, TensorProto.INT64, count)

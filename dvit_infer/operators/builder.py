@@ -131,9 +131,13 @@ class Builder(ABC, Generic[V]):
     def in_dtype(self, x: V) -> V:
         return x
 
+    def product(self, x: V, name: str, weight: torch.Tensor) -> V:
+        """Emit x weight^T; the weight is stored transposed for MatMul, (in, out)."""
+        return self.emit("MatMul", x, self.own(f"{name}.weight", weight.t()))
+
     def linear(self, x: V, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> V:
-        """Emit x weight^T + bias; the weight is stored transposed for MatMul, (in, out)."""
-        y = self.emit("MatMul", x, self.own(f"{name}.weight", weight.t()))
+        """Emit x weight^T + bias."""
+        y = self.product(x, name, weight)
         return y if bias is None else self.emit("Add", y, self.own(f"{name}.bias", bias))
 
     def linear_of(self, x: V, name: str, weights: Weights) -> V:

@@ -72,7 +72,7 @@ class _Writer(Generic[V]):
 
     def write(self, node: Node, x: V) -> V:
         if not isinstance(node, Prune) and node.kind not in _WRITES:
-            raise InputError(f"{node.name}, a node of kind {node.kind!r}, cannot be written as operators")
+            raise InputError(f"{node.name}, a node of kind {node.kind!r}, cannot be written")
         if not _is_folded(node):
             raise ValueError(f"{node.name} is not folded; fold the graph first")
         self._to.stem = node.name
@@ -89,7 +89,7 @@ class _Writer(Generic[V]):
             rows = to.tokens(x, 0, node.num_prefix), to.rows_of(to.tokens(x, node.num_prefix, node.tokens), index)
             kept_x = to.emit("Concat", *rows, axis=1, out=node.name)
         else:
-            raise InputError(f"{node.name}, a {type(node).__name__}, cannot be written as operators")
+            raise InputError(f"{node.name}, a {type(node).__name__}, cannot be written")
         to.said(index, node.num_keep, dtype=torch.int64)
         out = f"kept_{self._stage}" if self._wants_kept else None
         if self._positions is None:

@@ -238,7 +238,7 @@ def node_outputs(
         kept: the kept sets for both, one per stage; empty for a dense engine.
     """
     reference = _record(model, images, kept)
-    found = engine.node_values(engine.graph.nodes, images, kept)
+    found = engine.node_values(engine.outline.nodes, images, kept)
     return [(node, out, _rows_of(out, reference[node.equals])) for node, out in found if node.equals in reference]
 
 

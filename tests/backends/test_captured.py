@@ -35,7 +35,7 @@ class Recorded:
 
 @pytest.fixture
 def engine(checkpoint):
-    return dvit.convert(checkpoint, device="cpu")
+    return dvit.convert(checkpoint, device="cpu", backend="torch")
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def no_gpu(monkeypatch):
 def test_its_outputs_are_those_of_the_runner(case_id, in_two, apart, monkeypatch):
     """Whole or in two branches, from images or from tokens; padded to six and to one, and called again."""
     monkeypatch.setattr(CapturedForward, "first_in_two", in_two, raising=False)
-    engine = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id))
+    engine = dvit.convert(official_checkpoint(case_id), device="cpu", backend="torch", **options(case_id))
     agrees(engine, case_images(case_id).repeat(2, 1, 1, 1)[:5], in_two, apart)
 
 
@@ -69,7 +69,7 @@ def test_so_are_those_of_other_kinds(kind, monkeypatch):
     """Whose places are gathered, whose first node is not followed by a block, whose last one is no head."""
     monkeypatch.setattr(CapturedForward, "first_in_two", 4, raising=False)
     model = tiny(kind, "random")
-    agrees(model.engine(), model.images(5), in_two=4, apart=4)
+    agrees(model.engine(backend="torch"), model.images(5), in_two=4, apart=4)
 
 
 def agrees(engine, images, in_two, apart):

@@ -117,7 +117,9 @@ def test_the_clearly_faster_way_is_taken_and_shown(monkeypatch):
     seconds = {FLOAT32[0]: 1.0, FLOAT32[1]: 0.9}
     monkeypatch.setattr(cpu, "time_linears", lambda *given: seconds)
     assert cpu.fastest_linear(torch.float32, 2) == Linear(torch.float32, prepacked=True)
-    engine = dvit.convert(official_checkpoint("tiny-deit-r0.7-s1"), device="cpu", assume={"num_heads": 2})
+    engine = dvit.convert(
+        official_checkpoint("tiny-deit-r0.7-s1"), device="cpu", backend="torch", assume={"num_heads": 2}
+    )
     assert str(engine.graph).endswith("run by PyTorch, linears by oneDNN, prepacked, in float32")
 
 

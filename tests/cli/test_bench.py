@@ -12,6 +12,7 @@ from commands import fails
 from golden_cases import official_checkpoint, state_dict
 
 import dvit_infer as dvit
+from dvit_infer.backends import runner_for
 from dvit_infer.benchmark import compare, peers
 from dvit_infer.benchmark.candidates import Candidate
 from dvit_infer.benchmark.compare import Comparison
@@ -112,7 +113,9 @@ def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
     def spoiled(subject, config, runtime="engine") -> Candidate:
         candidate = usual(subject, config, runtime)
         if runtime == "engine":
-            candidate.engine.graph.nodes[-1].weights["head.weight"].mul_(1.01)
+            graph = candidate.engine.graph_in(torch.float32)
+            graph.nodes[-1].weights["head.weight"].mul_(1.01)
+            candidate.engine.runner = runner_for(graph)
         return candidate
 
     monkeypatch.setattr(compare.candidates, "engine_candidate", spoiled)

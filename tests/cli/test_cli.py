@@ -12,6 +12,7 @@ from commands import TINY, fails, run
 from golden_cases import official_checkpoint, state_dict
 
 import dvit_infer as dvit
+from dvit_infer.backends import runner_for
 from dvit_infer.cli import bench, convert
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
@@ -71,7 +72,9 @@ def test_convert_exits_1_and_writes_nothing_when_parity_fails(checkpoint, capsys
 
     def spoiled(*arguments, **options):
         engine = load(*arguments, **options)
-        engine.graph.nodes[2].weights["fc1.weight"].mul_(1.01)
+        graph = engine.graph_in(torch.float32)
+        graph.nodes[2].weights["fc1.weight"].mul_(1.01)
+        engine.runner = runner_for(graph)
         return engine
 
     monkeypatch.setattr("dvit_infer.load", spoiled)

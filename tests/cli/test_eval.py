@@ -178,7 +178,7 @@ def test_answers_that_are_not_finite_are_wrong(image_folder, checkpoint):
     paths, logits = image_folder
     sorted_into_folders(paths, logits.argmax(dim=1))
     class_map()
-    engine = dvit.convert(checkpoint, device="cpu", **SIZE)
+    engine = dvit.convert(checkpoint, device="cpu", backend="torch", **SIZE)
     engine.graph.nodes[-1].weights["head.bias"].fill_(float("nan"))
     found = measure_accuracy(engine, labelled_folder("photos", 10, read_classes("map.json", 10)), workers=0)
     assert (found.images, found.not_finite, found.top1, found.top5) == (12, 12, 0.0, 0.0)

@@ -130,7 +130,7 @@ def test_a_batch_that_does_not_fit_leaves_no_file(checkpoint, capsys, monkeypatc
 
 def test_answers_that_are_not_finite_are_errors(engine, checkpoint):
     (path,) = draw_all(Path("d"), 1)
-    spoiled = dvit.convert(checkpoint, device="cpu", **SIZE)
+    spoiled = dvit.convert(checkpoint, device="cpu", backend="torch", **SIZE)
     spoiled.graph.nodes[-1].weights["head.bias"].fill_(float("nan"))
     ((prediction,),) = predict(spoiled, [path], workers=0)
     assert "NaN or Inf" in json.loads(prediction.line("m"))["error"]

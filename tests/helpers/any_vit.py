@@ -80,9 +80,10 @@ class Tiny:
         """The graph before folding."""
         return build_graph(self.reference(), self.config)
 
-    def engine(self, dtype: torch.dtype = torch.float32) -> Engine:
+    def engine(self, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Engine:
         checkpoint = read_checkpoint(self.state)
-        return dvit.engine.Engine(self.config, checkpoint, [], CPU, dtype, WeightSource(self.state, checkpoint))
+        source = WeightSource(self.state, checkpoint)
+        return dvit.engine.Engine(self.config, checkpoint, [], CPU, dtype, source, backend)
 
     def images(self, batch: int = 2, seed: int = 0) -> torch.Tensor:
         return sample_images(batch, self.config.image_size, seed)

@@ -10,7 +10,7 @@ import torch
 from any_vit import KINDS, tiny
 
 import dvit_infer as dvit
-from dvit_infer.benchmark.peers import openvino_core
+from dvit_infer.backends.openvino import core
 from dvit_infer.cli import bench, convert, eval
 from dvit_infer.graph import fold
 from dvit_infer.images.synthetic import sample_uint8_images
@@ -173,7 +173,7 @@ def test_inlined_in_openvino(kind, tmp_path):
     pytest.importorskip("openvino")
     model = tiny(kind, "predictor")
     written(model, tmp_path / "m.onnx", inline=True)
-    compiled = openvino_core().compile_model(tmp_path / "m.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(tmp_path / "m.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with torch.no_grad():
         expected = model.reference().evaluate(model.images(2))
     logits, *kept = (torch.from_numpy(compiled([model.images(2).numpy()])[i]) for i in range(3))

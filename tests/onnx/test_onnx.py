@@ -11,7 +11,7 @@ from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, 
 
 import dvit_infer as dvit
 import dvit_infer.images.synthetic
-from dvit_infer.benchmark.peers import openvino_core
+from dvit_infer.backends.openvino import core
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.onnx.building import OnnxBuilder
 from dvit_infer.onnx.session import LEVELS, open_session, run_bound, run_session
@@ -199,7 +199,7 @@ def test_inlined_it_runs_in_openvino_with_the_same_answers(case_id, tmp_path):
     model = onnx.load(path)
     assert not model.functions
     assert {entry.domain for entry in model.opset_import} == {""}
-    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     expected, kept, margin = answers(case_id)
     logits, *found = (torch.from_numpy(compiled([case_images(case_id).numpy()])[i]) for i in range(4))
     assert (logits - expected).abs().max() <= TOLERANCE

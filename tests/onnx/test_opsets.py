@@ -8,7 +8,7 @@ from golden_cases import answers, case_images, official_checkpoint, options, sam
 
 import dvit_infer as dvit
 import dvit_infer.images.synthetic
-from dvit_infer.benchmark.peers import openvino_core
+from dvit_infer.backends.openvino import core
 from dvit_infer.onnx.export import OPENVINO_HINT
 from dvit_infer.onnx.opsets import IR_VERSIONS
 from dvit_infer.onnx.session import LEVELS, open_session
@@ -112,8 +112,7 @@ def test_openvino_with_the_hint_of_the_file(opset, tmp_path):
     model = exported(CASES[0], tmp_path / "m.onnx", opset=opset, inline=True)
     hint = {entry.key: entry.value for entry in model.metadata_props}["openvino_hint"]
     assert hint == OPENVINO_HINT
-    core = openvino_core()
-    read = core.read_model(tmp_path / "m.onnx")
+    read = core().read_model(tmp_path / "m.onnx")
     assert read.get_rt_info(["framework", "openvino_hint"]).value == hint
     name, value = hint.split("=")
     compiled = core.compile_model(read, "CPU", {name: value})

@@ -48,7 +48,7 @@ def test_another_set_of_weights_is_verified_against_itself(tmp_path):
     assert engine.config.weights == "model_ema"
     assert dvit.verify(engine, both, num_images=4).passed
     engine.save(tmp_path / "m.safetensors")
-    saved = dvit.load(tmp_path / "m.safetensors", device="cpu")
+    saved = dvit.load(tmp_path / "m.safetensors", device="cpu", backend="torch")
     assert dvit.verify(saved, both, num_images=4).passed
     assert not dvit.verify(replace_weights(saved), both, num_images=4).passed
 
@@ -70,7 +70,7 @@ def names(engine: dvit.Engine) -> list[tuple[str, str]]:
     [pytest.param(*name, marks=[pytest.mark.slow] * (at % 3 > 0)) for at, name in enumerate(names(converted()))],
 )
 def test_one_value_of_a_weight_changed_by_one_percent_is_caught(node, key, dtype):
-    engine = converted(dtype=dtype)
+    engine = converted(dtype=dtype, backend="torch")
     tensor = next(n for n in engine.graph.nodes if n.name == node).weights[key].view(-1)
     tensor[tensor.abs().argmax()] *= 1.01
     report = dvit.verify(engine, official_checkpoint(TINY), num_images=2)
@@ -96,7 +96,7 @@ def test_one_weight_changed_in_the_saved_file_is_caught(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_arithmetic_is_caught_by_the_answers_and_the_node_named(dtype, monkeypatch):
-    engine, head = converted(dtype=dtype), TorchRunner.head
+    engine, head = converted(dtype=dtype, backend="torch"), TorchRunner.head
 
     def sloppy(runner: TorchRunner, node: Head, state: State) -> None:
         head(runner, node, state)
@@ -110,7 +110,7 @@ def test_wrong_arithmetic_is_caught_by_the_answers_and_the_node_named(dtype, mon
 
 
 def test_a_wrong_choice_of_tokens_is_caught_though_logits_agree_when_given_the_right_ones():
-    engine = converted()
+    engine = converted(backend="torch")
     for node in engine.graph.nodes:
         if isinstance(node, Prune):
             node.weights["packed.8"].neg_()  # the last layer: the best tokens become the worst
@@ -127,7 +127,7 @@ def test_unclear_cuts_are_excused(monkeypatch):
     for key in checkpoint["model"]:
         if key.startswith("score_predictor") and key.endswith("out_conv.4.weight"):
             checkpoint["model"][key] = torch.zeros_like(checkpoint["model"][key])
-    engine = dvit.convert(checkpoint, device="cpu", assume={"num_heads": 2})
+    engine = dvit.convert(checkpoint, device="cpu", backend="torch", assume={"num_heads": 2})
     report = dvit.verify(engine, checkpoint, num_images=4)
     assert report.passed
     assert report.kept_compared == (0, 0, 0)
@@ -156,7 +156,7 @@ def test_a_reference_that_overflows_is_the_files_fault():
 
 
 def test_nan_logits_fail():
-    engine = converted()
+    engine = converted(backend="torch")
     engine.graph.nodes[-1].weights["head.bias"].fill_(float("nan"))
     report = dvit.verify(engine, official_checkpoint(TINY), num_images=2)
     assert not report.passed

@@ -1,0 +1,104 @@
+"""Models written for OpenVINO, kept in the user's cache folder: their weights are mapped from there, not held."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from dvit_infer.utils.files import cache_folder
+
+LEAST_BYTES = 8 << 20  # smaller models are written in no time, and hold next to nothing
+MOST_BYTES = 8 << 30  # beyond it, the files that were used longest ago go
+_CHUNK = 1 << 22
+
+
+class Cache:
+    """One model's files: `model.xml`, `model.bin`, and their checksums.
+
+    Attributes:
+        note: what happened that a user should know, as part of a runtime's description; "": nothing.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._folder = cache_folder() / "openvino" / hashlib.blake2b(key + code_digest(), digest_size=16).hexdigest()
+        self.note = ""
+
+    def path(self, write: Callable[[Path], None]) -> Path | None:
+        """Return the model's file; if there is none that is sound, `write` one. None: it cannot be written."""
+        path = self._folder / "model.xml"
+        try:
+            if (self._folder / "sums.json").exists():
+                if json.loads((self._folder / "sums.json").read_text()) == _sums(self._folder):
+                    os.utime(self._folder)
+                    return path
+                self.note = "its damaged cache file was replaced"
+        except (OSError, ValueError):
+            self.note = "its damaged cache file was replaced"
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=self._folder.parent) as name:
+                part = Path(name) / "part"
+                part.mkdir()
+                write(part / "model.xml")
+                (part / "sums.json").write_text(json.dumps(_sums(part)))
+                self._replace(part)
+            _forget(self._folder)
+        except (OSError, RuntimeError) as error:  # OpenVINO raises the latter for a full disk
+            self.note = (
+                f"no cache in {self._folder.parent}: {getattr(error, 'strerror', None) or 'it cannot be written'}"
+            )
+            return None
+        return path
+
+    def _replace(self, part: Path) -> None:
+        """Move the finished folder to its place; another process may just have done the same."""
+        with tempfile.TemporaryDirectory(dir=self._folder.parent) as old:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self._folder, Path(old) / "old")
+            with contextlib.suppress(OSError):
+                os.rename(part, self._folder)
+        if not (self._folder / "sums.json").exists():
+            raise OSError("it cannot be replaced")
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """Return size and CRC-32 of the model's two files."""
+    found = {}
+    for name in ("model.xml", "model.bin"):
+        total = size = 0
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                total, size = zlib.crc32(chunk, total), size + len(chunk)
+        found[name] = [size, total]
+    return found
+
+
+def _forget(latest: Path) -> None:
+    """Remove the models that were used longest ago, beyond `MOST_BYTES` in all, but not the latest."""
+    import shutil
+
+    used = {}
+    for folder in latest.parent.iterdir():
+        with contextlib.suppress(OSError):
+            used[folder] = folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir())
+    total = 0
+    for folder, (_, size) in sorted(used.items(), key=lambda entry: entry[1], reverse=True):
+        total += size
+        if total > MOST_BYTES and folder != latest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache
+def code_digest() -> bytes:
+    """Return a digest of this package's code and of the version of OpenVINO, by which models are written."""
+    import openvino
+
+    digest = hashlib.blake2b(openvino.__version__.encode(), digest_size=16)
+    for file in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
