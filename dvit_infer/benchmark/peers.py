@@ -21,6 +21,7 @@ from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_graph, build_reference, family_of
 from dvit_infer.onnx.session import open_session, run_session
 from dvit_infer.utils.packages import need
+from dvit_infer.utils.threads import limit_threads
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -124,7 +125,7 @@ def openvino_call(model: Path | bytes, precision: str) -> Call:
     """Compile an ONNX model without local functions by OpenVINO for this CPU."""
     core = openvino_core()
     settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": limit_threads(),
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }
