@@ -10,8 +10,13 @@ from collections.abc import Container, MutableMapping
 # be scheduled, once another process wants a core. 10,000 times are about half a millisecond, longer than the gap
 # between two parallel loops of a model, so that its threads still spin from loop to loop.
 # DynamicViT-DeiT-S/0.7, batch 1, float32, two threads on two cores of a Xeon (torch 2.13, interleaved), speed over the
-# default: with one core busy by others 2.5 x, two 4.4 x, three 12 x; idle 1.00 x. 0 gains more (4.2, 7.1, 15 x), but
-# runs at 0.69 x on an idle machine: it wakes threads by the kernel at every barrier.
+# default; the columns with busy processes are medians of five rounds, in which other jobs ran on the machine too:
+#
+#   times   idle     1       2       3 other processes busy
+#       0   0.70 x   4.2 x   7.1 x   16 x     (each barrier wakes its threads by the kernel)
+#    3000   0.83 x   3.3 x   6.4 x   14 x
+#   10000   0.99 x   2.5 x   4.4 x   12 x     (28.5 ms idle; 144, 180, 272 ms in the mean)
+#   30000            1.6 x   1.7 x    7 x
 SPIN_COUNT = "10000"
 _SETTINGS = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"  # what a user may have chosen
 
