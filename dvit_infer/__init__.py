@@ -4,6 +4,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dvit_infer.utils.openmp import shorten_spins
+
 if TYPE_CHECKING:
     from dvit_infer.config import Config
     from dvit_infer.engine import Engine, convert, load, load_reference
@@ -67,5 +69,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+shorten_spins()  # here, because it has no effect once torch has been imported
 if "torch" in sys.modules:  # register torch.ops.dvit at once: an exported program may call it
     importlib.import_module(f"{__name__}.ops")

@@ -10,6 +10,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.ops.choices import why_not_triton
 from dvit_infer.ops.fallback import SETTING, setting
+from dvit_infer.utils.threads import limit_threads
 
 BACKENDS = ("torch", "triton", "openvino")
 
@@ -18,6 +19,8 @@ def runner_for(
     graph: Graph, backend: str | None = None, weights: Callable[[], Graph] | None = None, key: bytes | None = None
 ) -> TorchRunner | CapturedRunner | OpenVinoRunner:
     """Return the runner for a graph on the device of its weights.
+
+    The first one on a CPU lowers PyTorch's number of threads, for the whole process, if a container allows fewer.
 
     Args:
         graph: folded.
@@ -33,6 +36,7 @@ def runner_for(
         raise InputError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     asked = setting()
     if graph.device.type == "cpu":
+        limit_threads()  # before the runner measures which linear is the fastest
         return _on_cpu(graph, backend, weights or (lambda: graph), key)
     why_not = why_not_triton(graph.device)
     if backend == "openvino":

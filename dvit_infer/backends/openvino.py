@@ -18,6 +18,7 @@ from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
 from dvit_infer.graph.nodes import Node
 from dvit_infer.images.tensors import prepare
+from dvit_infer.utils.threads import limit_threads
 
 EXTRA = "dvit-infer[cpu]"
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -40,7 +41,7 @@ def core() -> Any:
 def compile_model(model: Any, precision: str) -> Any:
     """Compile a model for this CPU with PyTorch's number of threads; `precision` is 'f32' or 'bf16'."""
     settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_NUM_THREADS": limit_threads(),
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
     }

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dvit_infer.benchmark.load import busy_processes, check_load
 from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.timing import Row, Timing, interleave, noise
 from dvit_infer.images.stream import running
@@ -59,16 +60,22 @@ class BaseComparison(ABC):
     def _pruning_speedups(self, timings: Mapping[str, Timing], batch: int) -> list[PruningSpeedup]:
         return []
 
-    def measure(self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-        """Time every candidate on the same images, interleaved.
+    def measure(
+        self, batch: int, seconds: float, progress: Callable[[float], None] = lambda share: None, load: int = 0
+    ) -> Outcome:
+        """Time every candidate on the same images, interleaved, with `load` busy processes beside them.
+
+        The busy processes run from the first warm-up to the last call; outputs are checked before.
 
         Raises:
-            InputError: the batch does not fit in memory.
+            InputError: the batch does not fit in memory, or that many processes cannot be run.
         """
+        check_load(load)
         self.check_memory(batch)
         with running(batch), torch.no_grad():
             calls, checks = self._prepare(self.images(batch))
-            timings = interleave(calls, self.device, seconds, progress)
+            with busy_processes(load):
+                timings = interleave(calls, self.device, seconds, progress)
         rows = [
             Row(
                 device=self.device.type,
@@ -84,4 +91,4 @@ class BaseComparison(ABC):
         ]
         mismatches = [f"{name}: {check.mismatch}" for name, check in checks.items() if check.mismatch]
         verdict = self._verdict(rows, mismatches, [name for name, check in checks.items() if check.unchecked])
-        return Outcome(rows, self._pruning_speedups(timings, batch), mismatches, verdict, noise(timings.values()))
+        return Outcome(rows, self._pruning_speedups(timings, batch), mismatches, verdict, noise(timings.values(), load))

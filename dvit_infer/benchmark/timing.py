@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dvit_infer.benchmark.load import describe_load
 from dvit_infer.utils.devices import timed
 
 WARM_UP_S, WARM_UP_LIMIT_S = 0.5, 4.0  # warm-up of a call: minimum, and maximum if it is not steady; at least 2 calls
@@ -77,13 +78,17 @@ class Timing:
         return float((p80 - p20) / p50)
 
 
-def noise(timings: Iterable[Timing]) -> str | None:
-    """Return a warning if the machine was noisy: the median spread of the timings exceeds `NOISY`."""
+def noise(timings: Iterable[Timing], load: int = 0) -> str | None:
+    """Return a warning if the machine was noisy: the median spread of the timings exceeds `NOISY`.
+
+    Beside `load` busy processes it is meant to be, and the line only says by how much.
+    """
     spread = float(np.median([timing.spread for timing in timings]))
     if spread <= NOISY:
         return None
     return (
-        f"this machine is noisy: p20 and p80 of the time of a call differ by {spread:.0%} of its median; "
+        f"{describe_load(load) if load else 'this machine is noisy'}: "
+        f"p20 and p80 of the time of a call differ by {spread:.0%} of its median; "
         "speed-ups, taken per round, are more reliable than single figures"
     )
 

@@ -36,6 +36,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="measuring time per batch size; default: %(default)g"
     )
+    parser.add_argument(
+        "--load", type=int, default=0, metavar="N", help="keep N other processes busy while the candidates are timed"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with tables and charts")
     return parser
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from dvit_infer.benchmark.compare import USUAL, Comparison, fvcore_gmacs
     from dvit_infer.benchmark.compare_onnx import OnnxComparison
+    from dvit_infer.benchmark.load import check_load
     from dvit_infer.benchmark.results import VERSION, environment, write_json
     from dvit_infer.benchmark.roofline import limit_rows, measure_limits
     from dvit_infer.benchmark.roofline import rows as node_rows
@@ -70,6 +74,7 @@ def _bench(options: argparse.Namespace) -> int:
             raise InputError(f"batch: {batch} images cannot be measured; 1 or more can")
     if not 0 <= options.seconds <= 86400:
         raise InputError(f"seconds: {options.seconds:g}; 0 to 86400 can be measured")
+    check_load(options.load)
     batches = list(dict.fromkeys(options.batch or ()))
     names = options.compare.split(",") if options.compare is not None else None
     counted = limits = None
@@ -89,7 +94,7 @@ def _bench(options: argparse.Namespace) -> int:
         batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]
         comparison.check_memory(max(batches))
     where = environment()
-    print(heading(comparison, where))
+    print(heading(comparison, where, options.load))
     if counted is not None:
         print(f"the reference has {counted:.3f} GMACs by fvcore's count")
     outcomes: dict[int, Outcome] = {}
@@ -97,14 +102,15 @@ def _bench(options: argparse.Namespace) -> int:
     try:
         for batch in batches:
             with progress(f"batch {batch}") as show:
-                outcomes[batch] = comparison.measure(batch, options.seconds, show)
+                outcomes[batch] = comparison.measure(batch, options.seconds, show, options.load)
             if limits is not None and isinstance(comparison, Comparison):
                 with progress(f"nodes, batch {batch}") as show:
                     nodes[batch] = comparison.time_nodes(batch, limits, options.seconds, show)
     finally:  # also after an interrupt, or if a later batch does not fit in memory
         if outcomes:
             print(report_of(outcomes, nodes))
-    rows: list[dict[str, Any]] = [asdict(row) for outcome in outcomes.values() for row in outcome.rows]
+    beside = {"load": options.load} if options.load else {}  # rows without load are as they were before there was one
+    rows: list[dict[str, Any]] = [asdict(row) | beside for outcome in outcomes.values() for row in outcome.rows]
     if limits is not None and isinstance(comparison, Comparison):
         for batch, times in nodes.items():
             rows += node_rows(times, comparison.engine, batch)

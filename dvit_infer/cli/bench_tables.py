@@ -3,16 +3,20 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from dvit_infer.benchmark.base import BaseComparison
+from dvit_infer.benchmark.load import describe_load
 from dvit_infer.benchmark.outcome import Outcome, PruningSpeedup
 from dvit_infer.benchmark.roofline import NodeTime
 from dvit_infer.benchmark.timing import Row
 from dvit_infer.utils.tables import table
+from dvit_infer.utils.threads import describe_threads
 
 
-def heading(comparison: BaseComparison, where: Mapping[str, str | None]) -> str:
-    """Return two lines: model, machine and baseline; the backend."""
-    first = f"{comparison.title} on {where['machine']}, torch {where['torch']}; speed-up over {comparison.baseline}"
-    return f"{first}\n{comparison.runs}"
+def heading(comparison: BaseComparison, where: Mapping[str, str | None], load: int = 0) -> str:
+    """Return two lines: model, machine, load and baseline; the backend, and on a CPU its threads."""
+    beside = f", {describe_load(load)}" if load else ""
+    first = f"{comparison.title} on {where['machine']}, torch {where['torch']}{beside}"
+    threads = f"; {describe_threads()}" if comparison.device.type == "cpu" else ""
+    return f"{first}; speed-up over {comparison.baseline}\n{comparison.runs}{threads}"
 
 
 def report_of(outcomes: Mapping[int, Outcome], nodes: Mapping[int, Sequence[NodeTime]]) -> str:

@@ -113,6 +113,7 @@ def _train(options: argparse.Namespace) -> int:
     from dvit_infer.training.reports import NotFiniteError
     from dvit_infer.training.resuming import resume
     from dvit_infer.utils.devices import resolve_device
+    from dvit_infer.utils.threads import limit_threads
 
     world = world_of_environment()
     name = options.device
@@ -123,6 +124,8 @@ def _train(options: argparse.Namespace) -> int:
     device = resolve_device(name)
     if world.size > 1 and device.type == "mps":
         raise InputError("device: mps trains in one process; start dvit-train without torchrun")
+    if device.type == "cpu":
+        limit_threads()
     say: Callable[[str], None] = print if world.is_first else lambda line: None
     training, settings = _prepared(options, device, world, say)
     if options.resume is not None:

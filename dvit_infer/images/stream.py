@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import itertools
 import math
-import os
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from dvit_infer.images.entry import Entry as Entry
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.utils.bounds import check_bound
 from dvit_infer.utils.memory import check_batch_fits, is_allocation_failure
+from dvit_infer.utils.threads import allowed_threads
 
 AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usually open
@@ -69,14 +69,13 @@ def _opened(entry: Entry) -> Image.Image:
 
 
 def worker_count(workers: int | None) -> int:
-    """Return the number of workers; by default one less than processors, at most 8.
+    """Return the number of workers; by default one less than the processors that this process may use, at most 8.
 
     Raises:
         InputError: It is negative or too large.
     """
     if workers is None:
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, allowed - 1)
+        return min(8, allowed_threads() - 1)
     if not 0 <= workers <= MOST_WORKERS:
         raise InputError(f"workers: {workers} worker processes cannot be started; 0 to {MOST_WORKERS} can")
     return workers

@@ -11,6 +11,7 @@ import torch
 from dvit_infer.errors import InputError
 from dvit_infer.utils.memory import is_allocation_failure
 from dvit_infer.utils.packages import need
+from dvit_infer.utils.threads import limit_threads
 
 EXTRA = "dvit-infer[onnx]"
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
@@ -18,7 +19,7 @@ _DTYPES = {"float": torch.float32, "float16": torch.float16, "uint8": torch.uint
 
 
 def open_session(model: Path | bytes, device: torch.device, name: str, level: str = LEVELS[-1]) -> Any:
-    """Open an `onnxruntime.InferenceSession` with PyTorch's number of threads.
+    """Open an `onnxruntime.InferenceSession` with the number of threads of `limit_threads`.
 
     Args:
         model: the file, or its content.
@@ -35,7 +36,7 @@ def open_session(model: Path | bytes, device: torch.device, name: str, level: st
     onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # fatal; other errors are raised here
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = limit_threads()  # PyTorch too: it normalises the images
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":

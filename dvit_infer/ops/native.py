@@ -15,6 +15,7 @@ import torch
 
 from dvit_infer import __version__
 from dvit_infer.errors import InputError
+from dvit_infer.utils.threads import num_threads
 
 FILE = "libdvit_kernels.so"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum dvit_dtype
@@ -67,7 +68,7 @@ def supports(device: torch.device, n: int, c: int) -> bool:
 def prune_tokens(
     x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `dvit::prune_tokens` on x's device: a CPU, with PyTorch's number of threads, or a GPU, on its current stream.
+    """Run `dvit::prune_tokens` on x's device: a CPU, with `num_threads`, or a GPU, on its current stream.
 
     Args:
         x: (B, P+N, C) tokens of a supported size (`supports`); a last stride other than 1 costs a copy.
@@ -95,7 +96,7 @@ def prune_tokens(
     given = ctypes.byref(shape), ctypes.byref(predictor), eps, x.data_ptr(), kept_x.data_ptr(), index.data_ptr()
     needed = ctypes.c_size_t()
     if x.device.type == "cpu":
-        threads = torch.get_num_threads()
+        threads = num_threads()
         _check(lib, lib.dvit_prune_tokens_workspace(given[0], threads, ctypes.byref(needed)))
         workspace = x.new_empty(needed.value, dtype=torch.uint8)
         _check(lib, lib.dvit_prune_tokens(*given, workspace.data_ptr(), needed, threads))

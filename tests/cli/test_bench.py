@@ -264,6 +264,16 @@ def test_a_report_is_written(tiny, capsys):
     assert "wrote page.html" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_load_is_said(tiny, capsys):
+    rows = run(tiny, "--batch", "1", "--compare", "reference", "--load", "1", "--report", "page.html")
+    assert [row.pop("load") for row in rows] == [1, 1]
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert ", beside 1 busy process; speed-up over reference" in heading
+    assert ", beside 1 busy process</h1>" in Path("page.html").read_text()
+    assert rows[0].keys() == run(tiny, "--batch", "1", "--compare", "reference")[0].keys()
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
@@ -274,6 +284,11 @@ def test_a_report_is_written(tiny, capsys):
         (["--sweep", "0:0.5:0.1"], "--sweep"),
         (["--sweep", "nan:0.5:0.1"], "--sweep"),
         (["--sweep", "0.5:0.9:1e-12"], "--sweep"),
+        (["--load", "-1"], "--load"),
+        (["--load", "1025"], "--load"),
+        (["--load", "1" * 40], "--load"),
+        (["--load", "1.5"], "--load"),
+        (["--load", "two"], "--load"),
         (["--seconds", "-1"], "--seconds"),
         (["--seconds", "nan"], "--seconds"),
         (["--report", "."], "--report"),

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dvit_infer.benchmark.load import describe_load
 from dvit_infer.benchmark.report.charts import latency, nodes, sweeps, throughput
 from dvit_infer.benchmark.report.figures import Chart, label_candidates
 from dvit_infer.benchmark.report.tables import LIMIT_COLUMNS, MODEL_COLUMNS, NODE_COLUMNS, table
@@ -98,7 +99,8 @@ def page(content: Mapping[str, Any]) -> str:
 def _title(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
     what = _distinct(rows, "model") or "dvit-bench"
     machine = environment.get("gpu") or environment.get("machine")
-    return f"{what} on {machine}" if machine else what
+    load = _distinct(rows, "load")
+    return (f"{what} on {machine}" if machine else what) + (f", {describe_load(load)}" if load else "")
 
 
 def _header(environment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
