@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 Size = tuple[int, int]  # (height, width)
 Floats = tuple[float, ...]
+Ranges = tuple[tuple[str, float, float], ...]  # (linear, lowest, highest) of its inputs
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -100,6 +101,7 @@ class Config:
         crop_mode: how images are resized and cropped; see `images.preprocess.Preprocess`.
         interpolation: the filter that resizes them, by Pillow's name.
         weights: which of a checkpoint's sets of weights is used.
+        ranges: of the inputs of linears, by calibration images, for int8; (): they were not measured.
         assumed: those of mean, std and crop_pct that nothing states: not the file, nor its trainer, nor the caller.
             `crop_pct` stands for `crop_mode` and `interpolation` too.
     """
@@ -119,6 +121,7 @@ class Config:
     interpolation: str = "bicubic"
     weights: str | None = None
     assumed: tuple[str, ...] = ()
+    ranges: Ranges = ()
 
     @property
     def grid(self) -> Size:

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,22 @@ from torch import nn
 
 from dvit_infer.backends import runner_for
 from dvit_infer.backends.openvino import OpenVinoRunner, constants_of, openvino_model
+from dvit_infer.backends.ranges import activation_ranges
 from dvit_infer.classifier import Classifier, Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node, fold
 from dvit_infer.graph.nodes import Prune
+from dvit_infer.images.calibration import AT_ONCE, calibration_images
+from dvit_infer.images.tensors import check_images
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.labels import labels_of
+from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
-from dvit_infer.utils.devices import resolve_device, resolve_dtype
+from dvit_infer.utils.devices import is_int8, resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
 
 
@@ -39,7 +43,7 @@ class Engine(Verifiable):
     Attributes:
         notes: the facts read, assumed or given when the checkpoint was recognised.
         params: the number of weights in the file, without those of a reduction that does not run.
-        config, runner, device, dtype, micro_batch: as for every `Classifier`.
+        config, runner, device, dtype, micro_batch: as for every `Classifier`; with int8, `dtype` is that of all else.
     """
 
     def __init__(
@@ -51,16 +55,22 @@ class Engine(Verifiable):
         dtype: torch.dtype,
         source: WeightSource,
         backend: str | None = None,
+        int8: bool = False,
     ) -> None:
         graph = folded_graph(config, checkpoint, device, dtype)
         self._weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
-        key = source.digest + header_text(config).encode() + str(dtype).encode()
-        super().__init__(config, runner_for(graph, backend, self._weights, key), device, dtype)
+        key = source.digest + header_text(config).encode() + f"{dtype} {int8}".encode()
+        super().__init__(config, runner_for(graph, backend, self._weights, key, int8), device, dtype)
+        self._int8 = int8
         self.notes = list(notes)
         self._graph = graph.to(torch.device("meta"), dtype) if isinstance(self.runner, OpenVinoRunner) else graph
         self._source = source
         self.labels = labels_of(checkpoint, config.num_classes)
         self.params = checkpoint.params(unused_key(config))
+
+    @property
+    def precision(self) -> str:
+        return "int8" if self._int8 else super().precision
 
     @property
     def graph(self) -> Graph:
@@ -111,7 +121,7 @@ class Engine(Verifiable):
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         if isinstance(self.runner, OpenVinoRunner):
-            return constants_of(openvino_model(graph, "logits", False), graph.nodes)
+            return constants_of(openvino_model(graph, "logits", False, self._int8), graph.nodes)
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
@@ -139,6 +149,7 @@ def convert(
     assume: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    calibrate: str | Path | torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Engine:
     """Make an engine from a checkpoint.
@@ -158,17 +169,24 @@ def convert(
             no_embed_class, mean, std, crop_pct, crop_mode, interpolation, weights (which set of
             several), and the arguments above.
         device: None: 'cuda' if available, else 'cpu'.
-        dtype: None: bfloat16 on CUDA, float32 on a CPU.
+        dtype: None: bfloat16 on CUDA, float32 on a CPU. 'int8' on a CPU: linears of attention and MLPs in int8, scores
+            in float32; needs OpenVINO.
+        calibrate: for int8: images (B, 3, H, W), uint8 or normalised, or a folder of image files, of which 128 are
+            drawn, whose values fix the ranges of the linears' inputs (static quantisation, the faster one); saved with
+            the model. None: those in the file, else ranges are taken from each call's values (dynamic).
         backend: 'torch', 'triton' (NVIDIA GPUs), 'openvino' (CPUs); None: the fastest that is installed and knows the
             model.
 
     Raises:
         InputError: a ValueError whose one line names the file, the key or the argument.
     """
-    where = resolve_device(device)
-    what = resolve_dtype(dtype, where)
+    where, what, int8 = placed(device, dtype)
+    if calibrate is not None and not int8:
+        raise InputError("calibrate: is for dtype int8")
     checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
-    return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint), backend)
+    if calibrate is not None:
+        config = calibrated(config, checkpoint, calibrate)
+    return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint), backend, int8)
 
 
 def load(
@@ -186,14 +204,46 @@ def load(
     Raises:
         InputError: as for `convert`, or the file is not a saved engine.
     """
-    where = resolve_device(device)
-    what = resolve_dtype(dtype, where)
+    where, what, int8 = placed(device, dtype)
     checkpoint = read_checkpoint(path)
     if not checkpoint.is_saved_engine:
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
     given = {} if keep_rate is None else {"keep_rate": keep_rate}
     config, notes = recognise(checkpoint, None, given, {"method": method, "image_size": image_size})
-    return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint), backend)
+    return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint), backend, int8)
+
+
+def placed(
+    device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> tuple[torch.device, torch.dtype, bool]:
+    """Return the device, the dtype, and whether linears are int8.
+
+    Raises:
+        InputError: one does not exist, or int8 is asked for on a GPU.
+    """
+    int8 = is_int8(dtype)
+    where = resolve_device("cpu" if int8 and device is None else device)
+    return where, resolve_dtype(None if int8 and where.type == "cpu" else dtype, where), int8
+
+
+def calibrated(config: Config, checkpoint: Checkpoint, images: str | Path | torch.Tensor) -> Config:
+    """Return the config with the ranges of the linears' inputs, measured by running images; see `convert`.
+
+    Raises:
+        InputError: there is no image, or the tensor is none of images.
+    """
+    if isinstance(images, torch.Tensor):
+        try:
+            check_images(images, config)
+        except ValueError as error:
+            raise InputError(f"calibrate: {error}") from None
+        batches: Iterable[torch.Tensor] = torch.split(images, AT_ONCE)
+    elif isinstance(images, str | Path):
+        batches = calibration_images(images, preprocess_for(config))
+    else:
+        raise InputError(f"calibrate: images or a folder are expected, not a {type(images).__name__}")
+    graph = folded_graph(config, checkpoint, torch.device("cpu"), torch.float32)
+    return replace(config, ranges=activation_ranges(graph, batches))
 
 
 def load_reference(

@@ -16,7 +16,11 @@ BACKENDS = ("torch", "triton", "openvino")
 
 
 def runner_for(
-    graph: Graph, backend: str | None = None, weights: Callable[[], Graph] | None = None, key: bytes | None = None
+    graph: Graph,
+    backend: str | None = None,
+    weights: Callable[[], Graph] | None = None,
+    key: bytes | None = None,
+    int8: bool = False,
 ) -> TorchRunner | CapturedRunner | OpenVinoRunner:
     """Return the runner for a graph on the device of its weights.
 
@@ -27,6 +31,7 @@ def runner_for(
         backend: one of `BACKENDS`; None: the fastest that is installed and knows the graph.
         weights: returns the graph anew; a runner that is given it may hold no weights itself.
         key: identifies the graph and its weights, for caches.
+        int8: run linears in int8, which only OpenVINO does.
 
     Raises:
         InputError: the backend does not exist or cannot run the graph here; DVIT_KERNELS is neither require nor off, or
@@ -34,10 +39,13 @@ def runner_for(
     """
     if backend is not None and backend not in BACKENDS:
         raise InputError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+    if int8 and (graph.device.type != "cpu" or backend not in (None, "openvino")):
+        where = graph.device.type if graph.device.type != "cpu" else f"backend {backend}"
+        raise InputError(f"dtype: int8 is run by openvino on CPUs, not by {where}")
     asked = setting()
     if graph.device.type == "cpu":
         limit_threads()  # before the runner measures which linear is the fastest
-        return _on_cpu(graph, backend, weights or (lambda: graph), key)
+        return _on_cpu(graph, backend, weights or (lambda: graph), key, int8)
     why_not = why_not_triton(graph.device)
     if backend == "openvino":
         raise InputError(f"backend: {why_not_openvino(graph)}")
@@ -55,7 +63,7 @@ def runner_for(
 
 
 def _on_cpu(
-    graph: Graph, backend: str | None, weights: Callable[[], Graph], key: bytes | None
+    graph: Graph, backend: str | None, weights: Callable[[], Graph], key: bytes | None, int8: bool
 ) -> CpuRunner | OpenVinoRunner:
     if backend == "triton":
         raise InputError("backend: triton runs on NVIDIA GPUs, not on a CPU")
@@ -64,9 +72,9 @@ def _on_cpu(
     why_not = why_not_openvino(graph)
     if why_not is None:
         try:
-            return OpenVinoRunner(graph, weights, key)
+            return OpenVinoRunner(graph, weights, key, int8)
         except InputError as error:
             why_not = str(error)
-    if backend == "openvino":
-        raise InputError(why_not if why_not.startswith("backend: ") else f"backend: {why_not}")
+    if backend == "openvino" or int8:
+        raise InputError(f"{'dtype' if int8 else 'backend'}: {why_not.removeprefix('backend: ')}")
     return CpuRunner(graph, why=why_not.removeprefix("backend: "))

@@ -79,13 +79,12 @@ class BaseComparison(ABC):
         rows = [
             Row(
                 device=self.device.type,
-                dtype=self.dtype_name,
                 batch=batch,
                 max_logit_error=checks[name].max_logit_error,
                 top1_agreement=checks[name].top1_agreement,
                 baseline=self.baseline,
                 speedup=timing.speedup_over(timings[self.baseline]),
-                **{**timing.rates(batch), **self._row_fields(name, timing)},
+                **{"dtype": self.dtype_name, **timing.rates(batch), **self._row_fields(name, timing)},
             )
             for name, timing in timings.items()
         ]

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
-from dvit_infer.engine import Engine
+from dvit_infer.engine import Engine, calibrated, placed
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
@@ -18,7 +18,6 @@ from dvit_infer.models.reading import Note
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
-from dvit_infer.utils.devices import resolve_device, resolve_dtype
 from dvit_infer.utils.memory import is_allocation_failure
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -38,6 +37,7 @@ class Candidate:
         prepare: converts the images once to the form that call takes.
         engine: the engine, if this candidate is one.
         approximate: its outputs match the reference only approximately (int8).
+        dtype: the name of its dtype; None: that of all candidates.
     """
 
     runtime: str
@@ -50,6 +50,7 @@ class Candidate:
     prepare: Call = lambda images: images
     engine: Engine | None = None
     approximate: bool = False
+    dtype: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -70,14 +71,25 @@ class Subject:
 
     Args:
         model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
+        dtype: of all candidates; int8 is only our engine's, beside the others in float32.
+        calibrate, backend: for our engine, as for `convert`.
 
     Raises:
         InputError: The model cannot be read, or the device or dtype does not exist.
     """
 
-    def __init__(self, model: Source | None, device: str | None, dtype: str | None) -> None:
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(dtype, self.device)
+    def __init__(
+        self,
+        model: Source | None,
+        device: str | None,
+        dtype: str | None,
+        calibrate: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.device, self.dtype, self.int8 = placed(device, dtype)
+        self.backend, self._calibrate = backend, calibrate
+        if calibrate is not None and not self.int8:
+            raise InputError("calibrate: is for dtype int8")
         source = example_checkpoint("dynamicvit-deit-s") if model is None else model
         self.checkpoint: Checkpoint = read_checkpoint(source)
         self.source = WeightSource(source, self.checkpoint)
@@ -108,6 +120,10 @@ class Subject:
     def plain_gmacs(self) -> float:
         return self.plain_graph.gmacs
 
+    def with_ranges(self, config: Config) -> Config:
+        """Return the config with ranges of the linears' inputs, if calibration images were given."""
+        return config if self._calibrate is None else calibrated(config, self.checkpoint, self._calibrate)
+
     def params(self, config: Config) -> int:
         return self.checkpoint.params(unused_key(config))
 
@@ -115,14 +131,17 @@ class Subject:
 def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") -> Candidate:
     """The engine, converted by the given config."""
     notes: Sequence[Note] = subject.notes
-    engine = Engine(config, subject.checkpoint, notes, subject.device, subject.dtype, subject.source)
+    config = subject.with_ranges(config)
+    placed_in = subject.device, subject.dtype, subject.source, subject.backend, subject.int8
+    engine = Engine(config, subject.checkpoint, notes, *placed_in)
     weights = mib(w for node in engine.outline.nodes for w in node.weights.values())
     held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # Nothing else in a row records the backend, or whether the native library pruned (DVIT_PRUNE).
     runs = {"openvino": "OpenVINO", "native": "by native"}
     variant = next((name for name, text in runs.items() if text in engine.runner.runtime), None)
-    return Candidate(runtime, variant, config, engine, engine.outline.gmacs, held, given, engine=engine)
+    candidate = Candidate(runtime, variant, config, engine, engine.outline.gmacs, held, given, engine=engine)
+    return replace(candidate, approximate=subject.int8, dtype=engine.precision)
 
 
 def dense_candidate(subject: Subject) -> Candidate:

@@ -51,6 +51,7 @@ class Comparison(BaseComparison):
         names: keys of `CANDIDATES` to run beside the engine; the first is the baseline of every speed-up. 'compile'
             is the reference under torch.compile, with mode max-autotune on CUDA and default on a CPU.
         keep_rates: run the engine at each of these rates, and dense. Empty: at the model's own rate.
+        calibrate, backend: for our engine, as for `convert`.
 
     Raises:
         InputError: The model, a name or a rate is invalid, or a package is not installed.
@@ -63,12 +64,15 @@ class Comparison(BaseComparison):
         device: str | None = None,
         dtype: str | None = None,
         keep_rates: Sequence[float] = (),
+        calibrate: str | None = None,
+        backend: str | None = None,
     ) -> None:
         if unknown := [name for name in names if name not in CANDIDATES]:
             raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(CANDIDATES)}")
-        self.subject = subject = Subject(model, device, dtype)
+        self.subject = subject = Subject(model, device, dtype, calibrate, backend)
         self.config, self.device, self.dtype_name = subject.config, subject.device, subject.dtype_name
-        self.title = f"{self.config.arch}, {self.config.reduction}; {self.dtype_name}"
+        named = "int8 engine, the rest in float32" if subject.int8 else self.dtype_name
+        self.title = f"{self.config.arch}, {self.config.reduction}; {named}"
         is_dense = not self.config.reduction.stages
         wanted = dict.fromkeys([*names, *(["dense"] if is_dense or keep_rates else [])])
         self._candidates: dict[str, Candidate] = {}
@@ -99,7 +103,7 @@ class Comparison(BaseComparison):
     def engine(self) -> Engine:
         """The engine at the model's own keep rate, else the last of the sweep; dense if the model is dense."""
         engines = [candidate.engine for candidate in self._candidates.values() if candidate.engine is not None]
-        return next((engine for engine in engines if engine.config == self.config), engines[-1])
+        return next((engine for engine in engines if engine.config.reduction == self.config.reduction), engines[-1])
 
     def images(self, batch: int) -> torch.Tensor:
         """Return synthetic images; beyond `DISTINCT_IMAGES` they repeat, with different noise added."""
@@ -185,6 +189,7 @@ class Comparison(BaseComparison):
             "keep_rate": candidate.keep_rate,
             "runtime": candidate.runtime,
             "variant": candidate.variant,
+            "dtype": candidate.dtype or self.dtype_name,
             "gmacs": candidate.gmacs,
             "params": self.subject.params(candidate.config),
             "peak_mib": None if timing.peak_mib is None or held is None else timing.peak_mib + held,
@@ -196,7 +201,7 @@ class Comparison(BaseComparison):
         if unchecked:
             names = ", ".join(unchecked)
             return f"not checked whether {names} computes the same function: in no image is the choice of tokens clear"
-        exact = [row for row in rows if row.variant != "int8"]
+        exact = [row for row in rows if "int8" not in (row.variant, row.dtype)]
         largest = max(row.max_logit_error for row in exact if row.max_logit_error is not None)
         reduced = "" if self.dtype_name == "float32" else f", near ties in {self.dtype_name} included"
         but = "" if len(exact) == len(rows) else " but int8, which is approximate,"

@@ -107,7 +107,7 @@ def openvino_candidate(subject: Subject) -> Candidate:
 
 def openvino_call(model: Path | bytes, precision: str) -> Call:
     """Compile an ONNX model without local functions by OpenVINO for this CPU."""
-    compiled = compile_model(core().read_model(model), precision)
+    compiled = compile_model(core().read_model(model), {"INFERENCE_PRECISION_HINT": precision})
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
 
 

@@ -22,7 +22,7 @@ def _parser() -> Parser:
         "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
-    add_model_options(parser, "device", "dtype")
+    add_model_options(parser, "device", "dtype", "calibrate", "backend")
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
@@ -81,14 +81,24 @@ def _bench(options: argparse.Namespace) -> int:
     comparison: Comparison | OnnxComparison
     with progress("loading"):
         if is_onnx(options.model):
-            if odd := [name for name in ("dtype", "keep_rate", "nodes") if getattr(options, name)]:
+            if odd := [
+                name for name in ("dtype", "calibrate", "backend", "keep_rate", "nodes") if getattr(options, name)
+            ]:
                 raise InputError(
                     f"{odd[0]}: {options.model} was converted with this fixed; give the checkpoint instead"
                 )
             comparison = OnnxComparison(options.model, names or (), options.device)
         else:
             given = USUAL if names is None else names
-            comparison = Comparison(options.model, given, options.device, options.dtype, options.keep_rate or ())
+            comparison = Comparison(
+                options.model,
+                given,
+                options.device,
+                options.dtype,
+                options.keep_rate or (),
+                calibrate=options.calibrate,
+                backend=options.backend,
+            )
             counted = fvcore_gmacs(comparison.reference, comparison.images(1).to(comparison.device))
             limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
         batches = batches or [comparison.fixed_batch or (256 if comparison.device.type == "cuda" else 8)]

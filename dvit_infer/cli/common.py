@@ -202,7 +202,9 @@ _MODEL_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "image-size": (size, "S|HxW", "default: the model's own"),
     "assume": (assumptions, "num_heads=6,skip_lam=2", "facts that the file does not contain"),
     "device": (str, "D", "cpu, cuda, cuda:1, mps (Apple); default: cuda if available, else cpu"),
-    "dtype": (str, "T", "default: bfloat16 on CUDA, float32 on a CPU"),
+    "dtype": (str, "T", "float32, bfloat16, float16, int8 (CPUs); default: bfloat16 on CUDA, float32 on a CPU"),
+    "calibrate": (str, "FOLDER", "int8: measure the ranges of values on these images (static quantisation)"),
+    "backend": (str, "B", "torch, triton (NVIDIA GPUs) or openvino (CPUs); default: the fastest that is installed"),
 }
 
 

@@ -12,12 +12,13 @@ from dvit_infer.cli.common import Parser, add_model_options, progress, run
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from dvit_infer.classifier import Verifiable
     from dvit_infer.engine import Engine
     from dvit_infer.parity.report import Report
 
-ONNX_ONLY = ("opset", "kept", "uint8", "inline", "quantize", "calibrate", "classes")
+ONNX_ONLY = ("opset", "kept", "uint8", "inline", "quantize", "classes")
 
 
 def _parser() -> Parser:
@@ -26,7 +27,7 @@ def _parser() -> Parser:
         "checkpoint", metavar="CKPT", help="a .pth, .pth.tar, .pt or .safetensors file, or a folder of shards"
     )
     parser.add_argument("-o", "--out", metavar="OUT", help="default: <stem>.dvit.safetensors or .dvit.onnx here")
-    add_model_options(parser, dtype="float32, bfloat16 or float16: for verification, and of an ONNX file")
+    add_model_options(parser, dtype="float32, bfloat16, float16 or int8: for verification, and of an ONNX file")
     parser.add_argument("--format", choices=["safetensors", "onnx"], default="safetensors", help="format of the output")
     parser.add_argument(
         "--no-verify", action="store_true", help="write the file without comparing it with the reference"
@@ -43,7 +44,6 @@ def _parser() -> Parser:
     onnx.add_argument(
         "--quantize", metavar="int8", help="int8 weights and matrix products for CPUs; scores stay float32"
     )
-    onnx.add_argument("--calibrate", metavar="FOLDER", help="static quantisation, calibrated on these images")
     onnx.add_argument(
         "--classes", metavar="FILE", help="class names to store in the file; default: those of the checkpoint"
     )
@@ -77,7 +77,7 @@ def _convert(options: argparse.Namespace) -> int:
             if not options.no_verify:
                 # Verify the model that the written file gives, not the one in memory.
                 few = written.device.type == "cpu" and written.precision != "int8"
-                report = dvit.verify(written, options.checkpoint, num_images=8 if few else 64)
+                report = dvit.verify(written, options.checkpoint, 8 if few else 64, _real_images(options, written))
             if json_out is not None:
                 atomic_write_json(json_out, {"environment": environment(), **_found(engine, report)})
             if report is not None and not report.passed:
@@ -103,6 +103,8 @@ def _engine(options: argparse.Namespace) -> "Engine":
     import dvit_infer as dvit
 
     to_onnx = options.format == "onnx"
+    if to_onnx and options.dtype == "int8":
+        raise dvit.InputError("dtype: an ONNX file is made int8 by --quantize int8")
     return dvit.convert(
         options.checkpoint,
         arch=options.arch,
@@ -113,6 +115,8 @@ def _engine(options: argparse.Namespace) -> "Engine":
         assume=options.assume,
         device="cpu" if to_onnx else options.device,
         dtype=options.dtype or ("float32" if to_onnx else None),
+        calibrate=None if to_onnx else options.calibrate,
+        backend=options.backend,
     )
 
 
@@ -124,7 +128,11 @@ def _safetensors(options: argparse.Namespace, engine: "Engine", out: Path) -> "I
 
     with atomic_write(out, "out") as part:
         engine.write(part)
-        yield engine if options.no_verify else dvit.load(part, device=engine.device, dtype=engine.dtype)
+        yield (
+            engine
+            if options.no_verify
+            else dvit.load(part, device=engine.device, dtype=engine.precision, backend=options.backend)
+        )
 
 
 @contextlib.contextmanager
@@ -155,6 +163,18 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
             labels=engine.labels if classes is None else classes.labels,
         )
         yield engine if options.no_verify else dvit.load_onnx(part, device=options.device)
+
+
+def _real_images(options: argparse.Namespace, engine: "Verifiable") -> "torch.Tensor | None":
+    """Return 64 of the calibration images, in the engine's format: int8 is verified on these, not on random ones."""
+    if options.calibrate is None or engine.only_uint8:
+        return None
+    import torch
+
+    from dvit_infer.images.calibration import calibration_images
+    from dvit_infer.models.preprocessing import preprocess_for
+
+    return torch.cat(list(calibration_images(options.calibrate, preprocess_for(engine.config), 64)))
 
 
 def _calibration(options: argparse.Namespace, engine: "Engine") -> "Iterator[np.ndarray] | None":

@@ -58,7 +58,7 @@ def _eval(options: argparse.Namespace) -> int:
     where = environment()
     stages = ",".join(map(str, engine.config.num_keep)) or "all"
     print(f"{engine.config.arch}, keeping {stages} of {engine.config.num_patches} patches; ", end="")
-    print(f"{_name(engine.dtype)} on {where['machine']}, torch {where['torch']}; images {preprocess}")
+    print(f"{engine.precision} on {where['machine']}, torch {where['torch']}; images {preprocess}")
     print(shown(str(folder)))
     if note := one_logit(engine.config):
         print(note)
@@ -84,7 +84,7 @@ def _row(engine: "Classifier", found: "Accuracy") -> dict[str, Any]:
         "keep_rate": engine.config.reduction.keep_rate,
         "runtime": "engine" if engine.config.reduction.stages else "dense",
         "device": engine.device.type,
-        "dtype": _name(engine.dtype),
+        "dtype": engine.precision,
         "batch": found.batch,
         "images": found.images,
         "top1": found.top1,
@@ -99,10 +99,6 @@ def _row(engine: "Classifier", found: "Accuracy") -> dict[str, Any]:
         row["top1_agreement"] = found.agreement
         row["confusion"] = found.confusion
     return row
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

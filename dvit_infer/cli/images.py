@@ -20,7 +20,7 @@ MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
-    add_model_options(parser, "device", "dtype", "keep-rate", "method", "image-size", "assume")
+    add_model_options(parser, "device", "dtype", "calibrate", "backend", "keep-rate", "method", "image-size", "assume")
     parser.add_argument(
         "--classes", metavar="FILE", help="class names: one a line, a class and a name a line, or JSON (list or map)"
     )
@@ -54,7 +54,10 @@ def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Cla
     exported = is_onnx(options.model)
     batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(options.device))
     worker_count(options.workers)
-    chosen = {name: getattr(options, name) for name in ("keep_rate", "method", "image_size", "assume", "dtype")}
+    chosen = {
+        name: getattr(options, name)
+        for name in ("keep_rate", "method", "image_size", "assume", "dtype", "calibrate", "backend")
+    }
     if exported and (odd := [name for name, value in chosen.items() if value is not None]):
         raise dvit.InputError(f"{odd[0]}: {options.model} was converted with this fixed; convert the checkpoint again")
     engine: Classifier

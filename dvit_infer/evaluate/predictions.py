@@ -63,8 +63,10 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     # What a model does not have is left out, so that ids stay as they were before a family could have it.
     later = {f.name: f.default for f in fields(engine.config.body) if f.name not in _FIRST}
+    if not engine.config.ranges:
+        del facts["ranges"]
     facts["body"] = {name: fact for name, fact in facts["body"].items() if name not in later or fact != later[name]}
-    content = [VERSION, facts, str(engine.dtype), _prepared(preprocess)]
+    content = [VERSION, facts, f"torch.{engine.precision}", _prepared(preprocess)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for part in engine.digest(source):
         digest.update(part)
@@ -130,7 +132,7 @@ def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, 
     predictions = zip(paths, finite, best.indices.tolist(), best.values.tolist(), strict=True)
     for row, (path, is_finite, classes, probabilities) in enumerate(predictions):
         if not is_finite:
-            yield Prediction(path, error=f"the model's output in {str(engine.dtype)[6:]} is NaN or Inf")
+            yield Prediction(path, error=f"the model's output in {engine.precision} is NaN or Inf")
             continue
         top = tuple((index, round(share, 6)) for index, share in zip(classes, probabilities, strict=True))
         yield Prediction(path, top, tuple(tuple(stage[row]) for stage in stages) if kept else None)

@@ -100,9 +100,7 @@ def look(engine: Classifier, batches: Iterable[torch.Tensor], labels: Mapping[in
         stages = [_mask(stage, config) for stage in kept]
         for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
             if math.isnan(probabilities[place]):
-                raise InputError(
-                    f"dtype: in {str(engine.dtype).removeprefix('torch.')} the model's output has NaN or Inf"
-                )
+                raise InputError(f"dtype: in {engine.precision} the model's output has NaN or Inf")
             named = (labels or {}).get(classes[place], f"class {classes[place]}"), probabilities[place]
             label, probability = named if config.num_classes else ("no classifier", None)
             masks = tuple(stage[place] for stage in stages)

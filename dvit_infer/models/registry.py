@@ -100,7 +100,8 @@ def recognise(
     if stored is None:
         _check_method(reading, checkpoint.metadata, options.get("method"))
     weights = checkpoint.weights or (None if stored is None else stored.weights)
-    config = replace(family.read(reading, arch, options), weights=weights)
+    ranges = () if stored is None else stored.ranges
+    config = replace(family.read(reading, arch, options), weights=weights, ranges=ranges)
     if config.crop_pct is None:
         crop = None if config.crop_mode == "squash" else family.crop_pct(config)
         if crop is None and given.get("crop_mode") not in (None, "squash"):

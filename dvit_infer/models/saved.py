@@ -1,10 +1,11 @@
 """The config in the header of a saved file, with every value checked."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
-from dvit_infer.config import Body, Config, Reduction, Stage, grid
+from dvit_infer.config import Body, Config, Ranges, Reduction, Stage, grid
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.header import HEADER_KEY
@@ -50,6 +51,7 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             interpolation=check.interpolation("interpolation", values["interpolation"]),
             weights=None if values["weights"] is None else _text("weights", values["weights"]),
             assumed=_assumed(values["assumed"]),
+            ranges=_ranges(values["ranges"]),
         )
     except InputError as error:
         raise InputError(f"{name}: its {HEADER_KEY} header is invalid: {error}") from None
@@ -126,6 +128,21 @@ def _assumed(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(what, str) and what in known for what in value):
         raise InputError(f"assumed: {str(value)[:40]!r} is not a list of {', '.join(known)}")
     return tuple(value)
+
+
+def _ranges(value: Any) -> Ranges:
+    """Check ranges: (linear, lowest, highest), around zero."""
+
+    def is_range(one: Any) -> bool:
+        if not isinstance(one, list | tuple) or len(one) != 3 or not isinstance(one[0], str):
+            return False
+        return (
+            all(check.is_number(x) and math.isfinite(x) for x in one[1:]) and one[1] <= 0 <= one[2] and one[1] < one[2]
+        )
+
+    if not isinstance(value, list | tuple) or not all(map(is_range, value)):
+        raise InputError("ranges: they are not a list of names with a lowest and a highest value")
+    return tuple((name, float(low), float(high)) for name, low, high in value)
 
 
 def _flag(what: str, value: Any) -> bool:

@@ -1,9 +1,7 @@
 """Quantise the linears of an ONNX model to int8 for CPUs by ONNX Runtime's quantiser, with calibration images."""
 
 import contextlib
-import heapq
 import logging
-import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,12 +12,9 @@ from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, 
 
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.images.find import find_images
-from dvit_infer.images.stream import Entry, batches, decode, pixels
+from dvit_infer.images.calibration import CALIBRATE_WITH, calibration_images
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.preprocessing import preprocess_for
-
-CALIBRATE_WITH, AT_ONCE = 128, 16  # images in all, and in a batch
 
 
 def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | None = None) -> onnx.ModelProto:
@@ -91,38 +86,20 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
 def calibration_batches(
     folder: str | Path, config: Config, *, count: int = CALIBRATE_WITH, uint8: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield batches of images drawn uniformly (with a fixed seed) from a folder, in the model's input format.
+    """Yield `calibration_images` in the model's input format.
 
     Args:
-        folder: a folder with images at any depth; unreadable ones are skipped.
-        count: largest number of images.
+        count: the largest number of images.
         uint8: (B, H, W, 3) uint8, else (B, 3, H, W) float32, normalised.
 
     Raises:
-        InputError: The folder does not exist or has no image; or, during iteration, none that can be read.
+        InputError: as for `calibration_images`.
     """
-    try:
-        found = find_images([str(folder)])
-    except InputError as error:
-        raise InputError(f"calibrate: {error}") from None
-    return _batches(folder, found, config, count, uint8)
-
-
-def _batches(folder: str | Path, found: Iterator[str], config: Config, count: int, uint8: bool) -> Iterator[np.ndarray]:
-    chance = random.Random(0)
-    paths = heapq.nsmallest(
-        count, found, key=lambda path: chance.random()
-    )  # not the first paths: they would be of one class folder
-    decoded = decode(map(Entry, paths), preprocess_for(config), workers=0)
-    readable = False
-    for batch in batches(decoded, AT_ONCE):
-        images = pixels(batch)
-        if images is not None:
-            readable = True
-            images = images.permute(0, 2, 3, 1) if uint8 else normalise(images, config.mean, config.std)
-            yield images.contiguous().numpy()
-    if not readable:
-        raise InputError(f"calibrate: {folder}: none of {len(paths)} images can be read")
+    found = calibration_images(folder, preprocess_for(config), count)
+    return (
+        (images.permute(0, 2, 3, 1) if uint8 else normalise(images, config.mean, config.std)).contiguous().numpy()
+        for images in found
+    )
 
 
 class _Reader:

@@ -144,6 +144,10 @@ class Builder(ABC, Generic[V]):
         """Emit the linear `name` of a node's weights."""
         return self.linear(x, name, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
+    def dense(self, x: V, weight: V, bias: V, act: str) -> V:
+        """Emit act(x weight + bias) for values: the weight is (in, out), the bias float32."""
+        return self.activate(self.emit("Add", self.emit("MatMul", x, weight), self.in_dtype(bias)), act)
+
     def norm(self, x: V, eps: float, dim: int) -> V:
         """Emit a LayerNorm whose gain and shift are folded into the following linear."""
         return self.in_dtype(self.normalise(self.float32(x), dim, eps))

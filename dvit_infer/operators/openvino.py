@@ -1,13 +1,15 @@
 """The builder of OpenVINO models."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import numpy as np
 import openvino
 import torch
 from openvino import opset13 as ops
 
+from dvit_infer.config import Ranges
 from dvit_infer.operators.builder import Builder
 from dvit_infer.operators.prune_tokens import packed_by_name, prune_tokens
 from dvit_infer.reduction.predictor import PredictorPrune
@@ -28,11 +30,20 @@ class OpenVinoBuilder(Builder[Value]):
     """The operators and constants of an OpenVINO model that is being written, in float32.
 
     Constants share the memory of the weights that they are made of.
+
+    Args:
+        core: OpenVINO's core.
+        int8: names of the nodes whose linears are int8, weights by output channel and inputs as a whole.
+        ranges: the lowest and the highest input of each of these linears, by 'node/linear'; (): the runtime takes them
+            from the inputs themselves (dynamic quantisation).
     """
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, int8: Collection[str] = (), ranges: Ranges = ()) -> None:
         super().__init__(torch.float32)
         self._attributes = dict(core.read_model(model=_EXACT.encode(), weights=b"").get_parameters()[0].get_rt_info())
+        self._int8 = frozenset(int8)
+        self._ranges = {name: (low, high) for name, low, high in ranges}
+        self._quantised: dict[str, Value] = {}
         self._weights: dict[str, Value] = {}
         self._exact = False
         self._count = 0
@@ -73,8 +84,38 @@ class OpenVinoBuilder(Builder[Value]):
             self._exact = False
 
     def product(self, x: Value, name: str, weight: torch.Tensor) -> Value:
-        node = ops.matmul(x, self.own(f"{name}.weight", weight), False, True)
-        return self._added(node, self.fresh("MatMul"))[0]
+        if self.stem in self._int8 and (not self._ranges or f"{self.stem}/{name}" in self._ranges):
+            x, factor = self._quantised_input(x, f"{self.stem}/{name}"), self._quantised_weight(name, weight)
+        else:
+            factor = self.own(f"{name}.weight", weight)
+        return self._added(ops.matmul(x, factor, False, True), self.fresh("MatMul"))[0]
+
+    def _quantised_weight(self, name: str, weight: torch.Tensor) -> Value:
+        """Emit a weight (out, in) as int8, symmetric, with a scale for each output channel."""
+        scale = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        whole = self.own(f"{name}.weight", (weight.float() / scale).round().clamp(-127, 127).to(torch.int8))
+        return ops.multiply(ops.convert(whole, "f32"), self.own(f"{name}.weight/scale", scale)).output(0)
+
+    def _quantised_input(self, x: Value, linear: str) -> Value:
+        """Emit the quantisation of a linear's input, once for all linears that read it."""
+        if not self._ranges:
+            return x
+        key = f"{x.get_node().get_friendly_name()}/{x.get_index()}"
+        if key not in self._quantised:
+            low, high = _grid(*self._ranges[linear])
+            ends = ops.constant(np.float32(low)), ops.constant(np.float32(high))
+            node = ops.fake_quantize(x, *ends, *ends, 256)
+            self._quantised[key] = self._added(node, self.fresh("FakeQuantize"))[0]
+        return self._quantised[key]
+
+    def dense(self, x: Value, weight: Value, bias: Value, act: str) -> Value:
+        if not (self._exact and self._int8):
+            return super().dense(x, weight, bias, act)
+        # The CPU plugin makes one linear of a product and a constant bias, and that one does not keep its precision. It
+        # does not look across a reshape.
+        rows, width = x.get_partial_shape()[1].get_length(), weight.get_shape()[1]
+        y = self.emit("Reshape", self.emit("MatMul", x, weight), self.ints(0, 1, rows, width))
+        return self.emit("Reshape", self.activate(self.emit("Add", y, bias), act), self.ints(0, rows, width))
 
     def normalise(
         self,
@@ -115,6 +156,19 @@ class OpenVinoBuilder(Builder[Value]):
         weights = {name: self.own(name, w) for name, w in packed_by_name(node.packed).items()}
         counts = self.ints(node.num_keep), self.ints(node.num_prefix)
         return prune_tokens(self, x, weights, lambda y: self.norm(y, node.eps, node.dim), *counts)
+
+
+def _grid(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of 256 steps that hold a range, with a step at zero.
+
+    They are symmetric, unless most of them would be empty, as behind GELU: then the kernels correct for a zero point.
+    """
+    if -low > high / 4:
+        largest = max(-low, high)
+        return -largest * 128 / 127, largest
+    step = (high - low) / 255
+    zero = round(-low / step)
+    return -zero * step, (255 - zero) * step
 
 
 def _pad(x: Value, pads: Value) -> Any:

@@ -41,14 +41,14 @@ def prune_tokens(
 def _scores(to: Builder[V], normed: V, weights: Mapping[str, V]) -> V:
     """Emit (B, N) float32, the difference of the keep and drop logits."""
     w = weights
-    hidden = to.activate(to.emit("Add", to.emit("MatMul", normed, w["w1"]), to.in_dtype(w["b1"])), "gelu")
+    hidden = to.dense(normed, w["w1"], w["b1"], "gelu")
     # The mean half is equal for all tokens of an image, so its part of the layer is computed once.
     own, averaged = to.halves(hidden)
     mean = to.reduce("ReduceMean", to.float32(averaged), 1, keepdims=1)
     shared = to.emit("Add", to.emit("MatMul", mean, to.float32(w["w2_mean"])), w["b2"])
     second = to.emit("Add", to.emit("MatMul", own, w["w2_own"]), to.in_dtype(shared))
-    third = to.emit("Add", to.emit("MatMul", to.activate(second, "gelu"), w["w3"]), to.in_dtype(w["b3"]))
-    last = to.emit("MatMul", to.float32(to.activate(third, "gelu")), w["w4"])
+    third = to.dense(to.activate(second, "gelu"), w["w3"], w["b3"], "gelu")
+    last = to.emit("MatMul", to.float32(third), w["w4"])
     return to.emit("Add", last, w["b4"], out="score")
 
 

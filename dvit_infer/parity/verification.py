@@ -20,24 +20,27 @@ from dvit_infer.utils.devices import MICRO_BATCH
 LOGIT_TOLERANCE = 1e-4  # float32
 MARGIN = 1e-5  # float32: a kept set is compared only if the gap at its cut, and at every earlier one, is larger
 RMS_FACTOR = 2.0  # bfloat16 and float16: the engine's rms error may be at most this times plain PyTorch's
+LEAST_TOP1 = 0.98  # int8: agreement with float32
 MOST_RMS = 0.5  # relative to the logits' rms: beyond this error the outputs have nothing in common
 NODE_TOLERANCE = 1e-5  # rms error of a node's output over its rms, beyond RMS_FACTOR times plain PyTorch's
 
 
 @torch.no_grad()
-def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
+def verify(engine: Verifiable, source: Source, num_images: int = 64, images: torch.Tensor | None = None) -> Report:
     """Compare an engine, or an ONNX file, with the reference model built from `source` and the engine's config.
 
     It passes if every engine weight follows from the file's and, over `num_images` random images: in float32,
     logits are within 1e-4 and kept sets are equal where their cut is clear (gap over 1e-5); in bfloat16 and float16,
     with the reference's kept sets given, the rms error is at most twice that of plain PyTorch in that dtype and top-1
     agreement no lower than its own by more than two standard errors. An int8 model passes if its error is within
-    `MOST_RMS`: the report says how much it changed.
+    `MOST_RMS` and top-1 agreement at least 98%, or lower by no more than two standard errors: the report says how
+    much it changed.
 
     Args:
         engine: any engine, or the result of `load_onnx`.
         source: the checkpoint it was made from, as for `convert`.
         num_images: the number of images; with fewer than 64 the check is weaker.
+        images: images to use in place of random ones, as for a call of the engine.
 
     Raises:
         InputError: the file cannot be read, or holds another model than the engine's.
@@ -46,10 +49,11 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
         raise InputError(f"num_images: {num_images}; at least one image is needed")
     checkpoint = checkpoint_of(engine, source)
     config = engine.config
-    given = images = sample_images(num_images, config.image_size, seed=1)
-    if engine.only_uint8:
-        given = sample_uint8_images(num_images, config.image_size, seed=1)
-        images = normalise(given, config.mean, config.std)
+    if images is not None:
+        given, num_images = images, len(images)
+    else:
+        given = (sample_uint8_images if engine.only_uint8 else sample_images)(num_images, config.image_size, seed=1)
+    images = normalise(given, config.mean, config.std) if given.dtype == torch.uint8 else given
     reference = build_reference(config, checkpoint).to(engine.device)
     expected = evaluate(reference, images)
     if not torch.isfinite(expected.logits).all():
@@ -91,6 +95,8 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64) -> Report:
         scale = expected.logits.square().mean().sqrt().item()
         if not rms_error <= MOST_RMS * scale:
             failures.append(f"{output}: rms error {rms_error:.2e} is over half of their rms, {scale:.2e}")
+        if config.num_classes and top1 + 2 * _standard_error(top1, 1.0, num_images) < LEAST_TOP1:
+            failures.append(f"top-1 agreement: {top1:.1%} is below {LEAST_TOP1:.0%} by more than chance")
     elif engine.dtype == torch.float32:
         if not max_error <= LOGIT_TOLERANCE:  # so that NaN fails
             failures.append(f"{output}: max error {max_error:.2e} is over {LOGIT_TOLERANCE:.0e}")

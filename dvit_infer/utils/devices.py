@@ -122,3 +122,8 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     if resolved is None or resolved not in DTYPES.values():
         raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
     return resolved
+
+
+def is_int8(dtype: str | torch.dtype | None) -> bool:
+    """Return whether linears are to be int8; all else is then what a CPU's default says."""
+    return dtype in ("int8", torch.int8)
