@@ -125,7 +125,7 @@ class Engine(Verifiable):
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
-        return self.runner.constants() if isinstance(self.runner, OpenVinoRunner) else self.tensors(self._graph)
+        return self.runner.constants() if isinstance(self.runner, OpenVinoRunner) else self.tensors(self.graph)
 
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]

@@ -1,8 +1,10 @@
 """The OpenVINO backend: runs the whole graph as one OpenVINO model, on CPUs."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from dvit_infer.images.tensors import prepare
 from dvit_infer.utils.threads import limit_threads, num_threads
 
 EXTRA = "dvit-infer[cpu]"
+OLDEST = (2024, 0)
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Values of a row that share a range in dynamic quantisation. DeiT-S/0.7 on two threads of a Xeon, batch 1, 8, 32: with
 # 32 of them 1.3 x float32, with 64 1.5 x, with 128 1.65, 1.67 and 1.54 x, as with 384.
@@ -57,7 +60,15 @@ def why_not_openvino(graph: Graph) -> str | None:
         return "openvino has prune_tokens of its own, not that of DVIT_PRUNE"
     if importlib.util.find_spec("openvino") is None:
         return f"openvino is not installed, which would be faster: pip install '{EXTRA}'"
+    if version() < OLDEST:
+        old, new = (".".join(map(str, two)) for two in (version(), OLDEST))
+        return f"openvino {old} is too old, {new} or later runs it"
     return None
+
+
+def version() -> tuple[int, ...]:
+    """Return the year and number of the OpenVINO that is installed, without importing it."""
+    return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("openvino"))[:2])
 
 
 class OpenVinoRunner:
@@ -97,13 +108,12 @@ class OpenVinoRunner:
 
     @property
     def runtime(self) -> str:
-        import openvino
-
-        version, name = openvino.__version__.split("-")[0], str(self.dtype).removeprefix("torch.")
+        name = str(self.dtype).removeprefix("torch.")
         if self.int8:
             rest = {"f32": "float32", "bf16": "bfloat16"}[self._settings["INFERENCE_PRECISION_HINT"]]
             name = f"int8 ({'static' if self.config.ranges else 'dynamic'}; scores float32, the rest {rest})"
-        return "; ".join([f"OpenVINO {version}, {name}, {num_threads()} threads", *self._notes])
+        runs = f"OpenVINO {importlib.metadata.version('openvino')}, {name}, {num_threads()} threads"
+        return "; ".join([runs, *self._notes])
 
     @property
     def _settings(self) -> dict[str, Any]:

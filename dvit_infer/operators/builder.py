@@ -144,9 +144,13 @@ class Builder(ABC, Generic[V]):
         """Emit the linear `name` of a node's weights."""
         return self.linear(x, name, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
-    def dense(self, x: V, weight: V, bias: V, act: str) -> V:
-        """Emit act(x weight + bias) for values: the weight is (in, out), the bias float32."""
-        return self.activate(self.emit("Add", self.emit("MatMul", x, weight), self.in_dtype(bias)), act)
+    def dense(self, x: V, weight: V, bias: V, act: str = "none", exact: bool = False) -> V:
+        """Emit act(x weight + bias) for values: the weight is (in, out), the bias float32.
+
+        The bias is rounded to the dtype unless `exact`, which is for x and weight in float32.
+        """
+        y = self.emit("Add", self.emit("MatMul", x, weight), bias if exact else self.in_dtype(bias))
+        return y if act == "none" else self.activate(y, act)
 
     def norm(self, x: V, eps: float, dim: int) -> V:
         """Emit a LayerNorm whose gain and shift are folded into the following linear."""

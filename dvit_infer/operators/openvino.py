@@ -108,14 +108,15 @@ class OpenVinoBuilder(Builder[Value]):
             self._quantised[key] = self._added(node, self.fresh("FakeQuantize"))[0]
         return self._quantised[key]
 
-    def dense(self, x: Value, weight: Value, bias: Value, act: str) -> Value:
-        if not (self._exact and self._int8):
+    def dense(self, x: Value, weight: Value, bias: Value, act: str = "none", exact: bool = False) -> Value:
+        if not (self._exact and (exact or self._int8)):
             return super().dense(x, weight, bias, act)
         # The CPU plugin makes one linear of a product and a constant bias, and that one does not keep its precision. It
         # does not look across a reshape.
         rows, width = x.get_partial_shape()[1].get_length(), weight.get_shape()[1]
         y = self.emit("Reshape", self.emit("MatMul", x, weight), self.ints(0, 1, rows, width))
-        return self.emit("Reshape", self.activate(self.emit("Add", y, bias), act), self.ints(0, rows, width))
+        y = self.emit("Add", y, bias)
+        return self.emit("Reshape", y if act == "none" else self.activate(y, act), self.ints(0, rows, width))
 
     def normalise(
         self,
@@ -193,7 +194,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Conv": _conv,
     "Gather": lambda x, index, axis: ops.gather(x, index, ops.constant(axis)),
     "GatherElements": lambda x, index, axis: ops.gather_elements(x, index, axis),
-    "Identity": lambda x: ops.reshape(x, ops.constant([0, 0]), True),
+    "Identity": lambda x: ops.reshape(x, ops.constant([0] * len(x.get_partial_shape())), True),
     "IsNaN": ops.is_nan,
     "MatMul": lambda a, b: ops.matmul(a, b, False, False),
     "Min": ops.minimum,

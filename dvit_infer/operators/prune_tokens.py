@@ -45,7 +45,7 @@ def _scores(to: Builder[V], normed: V, weights: Mapping[str, V]) -> V:
     # The mean half is equal for all tokens of an image, so its part of the layer is computed once.
     own, averaged = to.halves(hidden)
     mean = to.reduce("ReduceMean", to.float32(averaged), 1, keepdims=1)
-    shared = to.emit("Add", to.emit("MatMul", mean, to.float32(w["w2_mean"])), w["b2"])
+    shared = to.dense(mean, to.float32(w["w2_mean"]), w["b2"], exact=True)
     second = to.emit("Add", to.emit("MatMul", own, w["w2_own"]), to.in_dtype(shared))
     third = to.dense(to.activate(second, "gelu"), w["w3"], w["b3"], "gelu")
     last = to.emit("MatMul", to.float32(third), w["w4"])

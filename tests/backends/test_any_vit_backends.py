@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from any_vit import KINDS, tiny
+from any_vit import DROPPING, KINDS, agrees, tiny
 from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
@@ -19,24 +19,9 @@ from dvit_infer.ops.choices import Choices, using
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
 LINEARS = [Linear(torch.float32, prepacked=False), Linear(torch.float32, prepacked=True)]
 QUICK = ("clip", "eva02", "beit", "siglip")  # together every part that the Triton backend runs in a way of its own
-METHODS = ["random", pytest.param("none", marks=pytest.mark.slow), pytest.param("predictor", marks=pytest.mark.slow)]
 
 
-def agrees(runner, model, batches=(3, 1)):
-    """Assert that a runner gives the reference's logits, features, tokens and kept sets."""
-    for batch in batches:
-        images = model.images(batch)
-        with torch.no_grad():
-            expected = model.reference().evaluate(images)
-        out = runner.run(images)
-        assert all(torch.equal(a, b) for a, b in zip(out.choices, expected.kept, strict=True))
-        for output, want in (("logits", expected.logits), ("features", expected.features), ("tokens", expected.tokens)):
-            found = runner.run(images, output=output).x
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, want, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DROPPING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cpu_backend(kind, method):
     model = tiny(kind, method, size=(24, 40))

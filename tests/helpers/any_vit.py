@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 
 import dvit_infer as dvit
@@ -64,6 +65,9 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "distilled-headless": ({"num_prefix": 2}, 0),
     "headless-mean": ({"pool": "mean", "num_prefix": 0}, 0),
 }
+
+
+DROPPING = ["random", pytest.param("none", marks=pytest.mark.slow), pytest.param("predictor", marks=pytest.mark.slow)]
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,17 @@ def _weights(config: Config) -> dict[str, torch.Tensor]:
         if name == "rope.periods":  # as those of `rope_theta`: other signs and sizes mean nothing
             state[name] = 1.0 + torch.arange(len(tensor), dtype=torch.float32)
     return state
+
+
+def agrees(runner, model, batches=(3, 1)):
+    """Assert that a runner gives the reference's logits, features, tokens and kept sets."""
+    for batch in batches:
+        images = model.images(batch)
+        with torch.no_grad():
+            expected = model.reference().evaluate(images)
+        out = runner.run(images)
+        assert all(torch.equal(a, b) for a, b in zip(out.choices, expected.kept, strict=True))
+        for output, want in (("logits", expected.logits), ("features", expected.features), ("tokens", expected.tokens)):
+            found = runner.run(images, output=output).x
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, want, atol=2e-5, rtol=0)

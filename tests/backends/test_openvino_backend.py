@@ -1,0 +1,236 @@
+"""The OpenVINO backend: the reference's answers for every kind; float32 scores; threads; what it cannot run."""
+
+import copy
+import importlib.util
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from any_vit import DROPPING, KINDS, agrees, tiny
+from golden_cases import case_images, official_checkpoint, options
+
+import dvit_infer as dvit
+from dvit_infer.backends import runner_for
+from dvit_infer.backends.cpu import CpuRunner
+from dvit_infer.backends.openvino import OpenVinoRunner, compile_model, core, openvino_model
+from dvit_infer.graph import fold
+from dvit_infer.operators.prune_tokens import select
+from dvit_infer.ops.prune_tokens import select_tokens_ref
+
+ops = pytest.importorskip("openvino").opset13
+from dvit_infer.operators.openvino import OpenVinoBuilder  # noqa: E402
+
+CASE = "tiny-deit-r0.7-s1"
+F32, BF16 = ({"INFERENCE_PRECISION_HINT": hint} for hint in ("f32", "bf16"))
+
+
+def runner(model):
+    graph = fold(model.graph())
+    return OpenVinoRunner(graph, lambda: graph)
+
+
+def converted(case_id=CASE, **more):
+    return dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id) | more)
+
+
+@pytest.mark.parametrize("method", DROPPING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind, method):
+    model = tiny(kind, method, size=(24, 40))
+    runs = runner(model)
+    agrees(runs, model)
+    if method != "none":
+        images, kept = model.images(3), model.kept(3)
+        with torch.no_grad():
+            expected = model.reference().evaluate(images, kept).logits
+        out = runs.run(images, kept)
+        torch.testing.assert_close(out.x, expected, atol=2e-5, rtol=0)
+        assert all(torch.equal(a, b) for a, b in zip(out.choices, kept, strict=True))
+
+
+def test_it_is_the_default_and_says_so():
+    engine = converted()
+    assert isinstance(engine.runner, OpenVinoRunner)
+    assert str(engine.graph).splitlines()[-1].startswith("run by OpenVINO 20")
+    assert isinstance(converted(backend="openvino").runner, OpenVinoRunner)
+    assert type(converted(backend="torch").runner) is CpuRunner
+    images = case_images(CASE)
+    raw = (images * 40 + 120).clamp(0, 255).to(torch.uint8)
+    for given in (images, raw, images.half(), images[:1], images.flip(3)):
+        torch.testing.assert_close(engine(given), converted(backend="torch")(given), atol=2e-5, rtol=0)
+
+
+def test_the_choice_is_the_op_s():
+    """Ties, zeros of both signs, NaN and infinities."""
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([[0.0, -0.0, 1.0, nan, -inf, inf, -0.0, 0.0, nan, 1.0, -3e38, -inf]])
+    scores = torch.cat([scores, torch.randint(0, 4, (5, 12)).float()])
+    for k in range(1, scores.shape[1] + 1):
+        to, score = OpenVinoBuilder(core()), ops.parameter([-1, 12], np.float32)
+        model = pytest.importorskip("openvino").Model([select(to, score.output(0), to.ints(k))], [score], "select")
+        found = compile_model(model, F32)([scores.numpy()])[0]
+        assert torch.equal(torch.from_numpy(found), select_tokens_ref(scores, k))
+
+
+def operators(compiled):
+    """(kind, precision, the operators it was made of) of everything that runs."""
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    names = ("layerType", "runtimePrecision", "originalLayersNames")
+    return [tuple(info[name].astype(str) for name in names) for info in nodes]
+
+
+def scoring(compiled, *kinds):
+    return {precision for kind, precision, made_of in operators(compiled) if "prune." in made_of and kind in kinds}
+
+
+@pytest.mark.skipif("BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no bfloat16 here")
+def test_scores_stay_float32():
+    graph = converted(dtype="bfloat16").graph
+    compiled = compile_model(openvino_model(graph, "logits", False), BF16)
+    assert scoring(compiled, "MVN", "Reduce", "Split") == {"f32"}
+    assert {precision for kind, precision, _ in operators(compiled) if kind == "TopK"} <= {"f32", "i32"}
+    assert scoring(compiled, "MatMul") == {"f32"}  # the product with a vector that is the score
+    blocks = {p for kind, p, made_of in operators(compiled) if "blocks." in made_of and kind == "FullyConnected"}
+    assert blocks == {"bf16"}
+
+    quantised = compile_model(openvino_model(converted().graph, "logits", False, int8=True), BF16)
+    assert scoring(quantised, "MVN", "Reduce", "Split", "FullyConnected", "MatMul") == {"f32"}
+
+
+@pytest.mark.parametrize("case_id", [CASE, "tiny-lvvit-r0.7-s1"])
+def test_in_bfloat16_it_keeps_what_pytorch_keeps(case_id):
+    """As much of the reference's sets as plain PyTorch in bfloat16 does, but for a token in a hundred."""
+    checkpoint = official_checkpoint(case_id)
+    reports = [
+        dvit.verify(converted(case_id, dtype="bfloat16", backend=backend), checkpoint)
+        for backend in ("openvino", "torch")
+    ]
+    assert all(report.passed for report in reports)
+    for ours, theirs in zip(*(report.kept_overlap for report in reports), strict=True):
+        assert ours > theirs - 0.01
+
+
+def test_threads_share_an_engine():
+    engine, images = converted(), case_images(CASE)
+    expected = [engine(images[i : i + 1]) for i in range(len(images))]
+    start = threading.Barrier(4)
+
+    def call(worker):
+        start.wait()
+        return [torch.equal(engine(images[i : i + 1]), expected[i]) for i in range(len(images)) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(all(same) for same in pool.map(call, range(4)))
+
+
+def test_hooks_and_nodes_are_pytorchs():
+    engine, images = converted(), case_images(CASE)
+    _, kept = engine(images, return_kept=True)
+    values = engine.node_values(engine.outline.nodes, images, kept)
+    assert [node.name for node, _ in values] == [node.name for node in engine.outline.nodes]
+    torch.testing.assert_close(values[-1][1], engine(images), atol=2e-5, rtol=0)
+    seen = []
+    engine.runner.run(images, None, lambda node, out: seen.append(node.name))
+    assert seen == [node.name for node in engine.graph.nodes]
+
+
+def test_copies_and_pickles_give_the_same(tmp_path):
+    engine, images = converted(), case_images(CASE)
+    for other in (copy.deepcopy(engine), copy.copy(engine), pickle.loads(pickle.dumps(engine))):
+        assert torch.equal(other(images), engine(images))
+        assert str(other.graph) == str(engine.graph)
+
+
+def test_a_file_that_has_gone(tmp_path):
+    """The engine runs; its table can be printed; weights cannot be read."""
+    converted().save(tmp_path / "m.safetensors")
+    engine = dvit.load(tmp_path / "m.safetensors", device="cpu")
+    table = str(engine.graph)
+    assert engine.graph.nodes[-1].weights["head.bias"].isfinite().all()
+    (tmp_path / "m.safetensors").unlink()
+    assert engine(case_images(CASE)).isfinite().all()
+    assert str(engine.graph) == table == str(engine.outline)
+    with pytest.raises(dvit.InputError, match=r"m\.safetensors"):
+        engine.runner.run(case_images(CASE), None, lambda node, out: None)
+
+
+def test_without_openvino_pytorch_runs_it_and_one_line_says_what_is_faster(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
+    engine = converted()
+    assert type(engine.runner) is CpuRunner
+    hint = "openvino is not installed, which would be faster: pip install 'dvit-infer[cpu]'"
+    assert str(engine.graph).splitlines()[-1].endswith(f"({hint})")
+    for given, what in (({"backend": "openvino"}, "backend"), ({"dtype": "int8"}, "dtype")):
+        with pytest.raises(dvit.InputError, match=rf"^{what}: openvino is not installed"):
+            converted(**given)
+
+
+def test_a_node_that_it_does_not_know(monkeypatch):
+    monkeypatch.setattr("dvit_infer.graph.nodes.Mlp.kind", "mixer")
+    monkeypatch.setattr("dvit_infer.backends.torch.TorchRunner.mixer", CpuRunner.mlp, raising=False)
+    said = "blocks.0.mlp, a node of kind 'mixer', cannot be written for openvino"
+    engine = converted()
+    assert type(engine.runner) is CpuRunner
+    assert str(engine.graph).endswith(f"({said})")
+    with pytest.raises(dvit.InputError, match=f"^backend: {said}"):
+        converted(backend="openvino")
+
+
+def test_a_model_that_openvino_cannot_compile(monkeypatch):
+    def fails(*given):
+        raise RuntimeError(
+            "Exception from src/inference/src/cpp/core.cpp:117:\nCheck 'x' failed at y:\nno such thing\n"
+        )
+
+    monkeypatch.setattr("dvit_infer.backends.openvino.compile_model", fails)
+    assert "(openvino cannot compile dynamicvit-deit-64x4: Check 'x' failed at y:)" in str(converted().graph)
+    with pytest.raises(dvit.InputError, match=r"^backend: openvino cannot compile"):
+        converted(backend="openvino")
+
+
+def test_an_openvino_that_is_too_old(monkeypatch):
+    monkeypatch.setattr("dvit_infer.backends.openvino.version", lambda: (2023, 1))
+    assert "(openvino 2023.1 is too old, 2024.0 or later runs it)" in str(converted().graph)
+    with pytest.raises(dvit.InputError, match=r"^backend: openvino 2023\.1 is too old"):
+        converted(backend="openvino")
+
+
+def test_backends_that_do_not_fit():
+    graph = converted().graph
+    for given, said in {
+        ("onnx", False): "backend: 'onnx' is not one of torch, triton, openvino",
+        ("triton", False): "backend: triton runs on NVIDIA GPUs",
+        ("torch", True): "dtype: int8 is run by openvino on CPUs, not by backend torch",
+    }.items():
+        with pytest.raises(dvit.InputError, match=f"^{said}"):
+            runner_for(graph, given[0], int8=given[1])
+    with pytest.raises(dvit.InputError, match=r"^backend: openvino runs float32 and bfloat16, not float16"):
+        converted(dtype="float16", backend="openvino")
+    assert type(converted(dtype="float16").runner) is CpuRunner
+    meta = graph.to(torch.device("meta"), torch.float32)
+    with pytest.raises(dvit.InputError, match=r"^backend: openvino runs on CPUs, not on meta"):
+        runner_for(meta, "openvino")
+    with pytest.raises(dvit.InputError, match=r"^dtype: int8 is run by openvino on CPUs, not by meta"):
+        runner_for(meta, int8=True)
+
+
+def test_with_dvit_prune_pytorch_runs_it(monkeypatch):
+    monkeypatch.setenv("DVIT_PRUNE", "native")
+    with pytest.raises(dvit.InputError, match=r"^backend: openvino has prune_tokens of its own"):
+        converted(backend="openvino")
+
+
+def test_out_of_memory_is_said(monkeypatch):
+    engine = converted()
+
+    class Request:
+        def infer(self, *given, **named):
+            raise RuntimeError("Exception from src/x.cpp:1:\nstd::bad_alloc")
+
+    monkeypatch.setattr(engine.runner, "_request", lambda variant: Request())
+    with pytest.raises(MemoryError):
+        engine(case_images(CASE))
