@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dvit_infer.backends.cpu import CpuRunner
-from dvit_infer.backends.openvino_cache import LEAST_BYTES, Cache
+from dvit_infer.backends.openvino_cache import LEAST_BYTES, Cache, release_pages
 from dvit_infer.backends.state import Hook, State
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
@@ -98,6 +98,7 @@ class OpenVinoRunner:
         self._lock, self._local = threading.Lock(), threading.local()
         self._models: dict[tuple[Wanted, bool], Any] = {}
         self._notes: list[str] = []
+        self._mapped: dict[tuple[Wanted, bool], Path] = {}  # models whose weights are mapped and not all packed yet
         self._compile(("logits", False), graph)
 
     def __deepcopy__(self, memo: object) -> "OpenVinoRunner":
@@ -167,6 +168,8 @@ class OpenVinoRunner:
             if "alloc" in str(error):
                 raise MemoryError(str(error)) from None
             raise
+        if (path := self._mapped.pop((output, given is not None), None)) is not None:
+            release_pages(path)
         x, *kept = (torch.from_numpy(found[i]) for i in range(len(found)))
         return State(x, choices=list(given) if given is not None else kept)
 
@@ -182,11 +185,15 @@ class OpenVinoRunner:
 
     def _compile(self, variant: tuple[Wanted, bool], graph: Graph | None = None) -> None:
         try:
-            self._models[variant] = compile_model(self._written(variant, graph), self._settings)
+            written = self._written(variant, graph)
+            self._models[variant] = compile_model(written, self._settings)
         except InputError as error:
             raise InputError(f"backend: {error} for openvino") from None
         except RuntimeError as error:  # OpenVINO's only class
             raise InputError(f"backend: openvino cannot compile {self.config.arch}: {first_reason(error)}") from None
+        if isinstance(written, Path):
+            release_pages(written)
+            self._mapped[variant] = written  # the first call packs more of them
 
     def _anew(self, variant: tuple[Wanted, bool], graph: Graph | None) -> Any:
         return openvino_model(graph or self._weights(), *variant, int8=self.int8)

@@ -1,6 +1,7 @@
 """Models written for OpenVINO, kept in the user's cache folder: their weights are mapped from there, not held."""
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ from dvit_infer.utils.files import cache_folder
 LEAST_BYTES = 8 << 20  # smaller models are written in no time, and hold next to nothing
 MOST_BYTES = 8 << 30  # beyond it, the files that were used longest ago go
 _CHUNK = 1 << 22
+_DONT_NEED = 4  # madvise
 
 
 class Cache:
@@ -64,6 +66,21 @@ class Cache:
                 os.rename(part, self._folder)
         if not (self._folder / "sums.json").exists():
             raise OSError("it cannot be replaced")
+
+
+def release_pages(path: Path) -> None:
+    """Let the system take back the pages of a model's mapped weights, which OpenVINO has packed by now (Linux).
+
+    They are of a shared, read-only mapping: whatever is needed again is read again.
+    """
+    name = f" {os.path.realpath(path.with_suffix('.bin'))}\n"
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
+        advise = ctypes.CDLL(None).madvise
+        for line in maps:
+            span, permissions, _ = line.split(" ", 2)
+            if line.endswith(name) and permissions == "r--s":
+                start, end = (int(bound, 16) for bound in span.split("-"))
+                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from openvino import opset13 as ops
 
@@ -66,12 +65,10 @@ class OpenVinoBuilder(Builder[Value]):
     def weight(self, name: str, tensor: torch.Tensor) -> Value:
         if name not in self._weights:
             tensor = tensor.detach().contiguous()
-            if tensor.dtype == torch.bfloat16:  # NumPy has none
-                constant = ops.constant(tensor.float().numpy(), dtype=openvino.Type.bf16)
-                node = ops.convert(constant, "f32")
-            else:
-                node = constant = ops.constant(tensor.numpy(), shared_memory=tensor.ndim > 0)
-            constant.set_friendly_name(name)
+            if tensor.dtype == torch.bfloat16:  # as constants in bfloat16, OpenVINO would hold them in float32 too
+                tensor = tensor.float()
+            node = ops.constant(tensor.numpy(), shared_memory=tensor.ndim > 0)
+            node.set_friendly_name(name)
             self._weights[name] = node.output(0)
         return self._weights[name]
 
