@@ -80,13 +80,14 @@ def candidates() -> Iterator[Candidate]:
         expected = eager if runtime == "engine" else engines["dense", "float32"]
         against = float32 if dtype == "float32" else bfloat16
         own = dense_params if runtime == "dense" else params
-        variant = None if f"in {dtype}" in engine.runner.runtime else "float32 arithmetic"
+        runs = engine.runner.runtime
+        variant = "openvino" if "OpenVINO" in runs else None if f"in {dtype}" in runs else "float32 arithmetic"
         held = functools.partial(held_mib, engine)
-        yield Candidate(runtime, variant, dtype, engine, engine.graph.gmacs, own, held, against, expected)
+        yield Candidate(runtime, variant, dtype, engine, engine.outline.gmacs, own, held, against, expected)
 
 
 def held_mib(engine: dvit.Engine) -> float:
-    graph = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
+    graph = sum(w.numel() * w.element_size() for node in engine.outline.nodes for w in node.weights.values())
     return (graph + engine.runner.buffer_bytes) / 2**20
 
 

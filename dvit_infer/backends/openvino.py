@@ -186,9 +186,13 @@ class OpenVinoRunner:
     def _compile(self, variant: tuple[Wanted, bool], graph: Graph | None = None) -> None:
         try:
             written = self._written(variant, graph)
-            self._models[variant] = compile_model(written, self._settings)
-        except InputError as error:
-            raise InputError(f"backend: {error} for openvino") from None
+            try:
+                self._models[variant] = compile_model(written, self._settings)
+            except RuntimeError:
+                if not isinstance(written, Path):
+                    raise
+                written = self._anew(variant, graph)  # another process may just be replacing the file
+                self._models[variant] = compile_model(written, self._settings)
         except RuntimeError as error:  # OpenVINO's only class
             raise InputError(f"backend: openvino cannot compile {self.config.arch}: {first_reason(error)}") from None
         if isinstance(written, Path):
@@ -196,7 +200,11 @@ class OpenVinoRunner:
             self._mapped[variant] = written  # the first call packs more of them
 
     def _anew(self, variant: tuple[Wanted, bool], graph: Graph | None) -> Any:
-        return openvino_model(graph or self._weights(), *variant, int8=self.int8)
+        graph = graph or self._weights()
+        try:
+            return openvino_model(graph, *variant, int8=self.int8)
+        except InputError as error:
+            raise InputError(f"backend: {error} for openvino") from None
 
     def _written(self, variant: tuple[Wanted, bool], graph: Graph | None) -> Any:
         """Return the path of a model in the cache, or a model in memory."""

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from dvit_infer.utils.files import cache_folder
+from dvit_infer.utils.files import cache_folder, write_error
 
 LEAST_BYTES = 8 << 20  # smaller models are written in no time, and hold next to nothing
 MOST_BYTES = 8 << 30  # beyond it, the files that were used longest ago go
@@ -47,13 +47,14 @@ class Cache:
                 part = Path(name) / "part"
                 part.mkdir()
                 write(part / "model.xml")
+                if (error := write_error(Path(name) / "more")) is not None:  # OpenVINO may not notice a full disk
+                    raise error
                 (part / "sums.json").write_text(json.dumps(_sums(part)))
                 self._replace(part)
             _forget(self._folder)
-        except (OSError, RuntimeError) as error:  # OpenVINO raises the latter for a full disk
-            self.note = (
-                f"no cache in {self._folder.parent}: {getattr(error, 'strerror', None) or 'it cannot be written'}"
-            )
+        except (OSError, RuntimeError) as error:  # the latter is OpenVINO's, and says nothing of use
+            why = getattr(error, "strerror", None) or "it cannot be written"
+            self.note = f"no cache in {self._folder.parent}: {why}"
             return None
         return path
 

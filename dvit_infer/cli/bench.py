@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from dvit_infer.backends.openvino import OpenVinoRunner
     from dvit_infer.benchmark.compare import USUAL, Comparison, fvcore_gmacs
     from dvit_infer.benchmark.compare_onnx import OnnxComparison
     from dvit_infer.benchmark.load import check_load
@@ -126,6 +127,8 @@ def _bench(options: argparse.Namespace) -> int:
             rows += node_rows(times, comparison.engine, batch)
         rows += limit_rows(limits, comparison.subject.dtype)
         print(limits)
+        if isinstance(comparison.engine.runner, OpenVinoRunner):
+            print("nodes: run one by one in PyTorch; OpenVINO runs all of them in one")
     content = {"version": VERSION, "environment": where, "rows": rows}
     if "json" in outs:
         write_json(outs["json"], content)

@@ -1,5 +1,6 @@
 """The cache of OpenVINO models: written once, mapped, replaced when damaged, done without when it cannot be written."""
 
+import json
 import os
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def test_a_full_disk_leaves_nothing(saved, cache, monkeypatch):
     assert not cache()
 
 
+def test_a_full_disk_that_openvino_does_not_notice(saved, cache, monkeypatch):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(openvino_cache, "write_error", lambda path: full)
+    found, said = logits(saved)
+    assert found.isfinite().all()
+    assert "no cache in" in said
+    assert "No space left on device" in said
+    assert not cache()
+
+
+def test_a_file_that_openvino_cannot_read_though_its_checksum_is_right(saved, cache):
+    """As when another process is just replacing it."""
+    expected, _ = logits(saved)
+    (folder,) = {path.parent for path in cache()}
+    (folder / "model.xml").write_text("<net")
+    (folder / "sums.json").write_text(json.dumps(openvino_cache._sums(folder)))
+    assert torch.equal(logits(saved)[0], expected)
+
+
 def test_those_used_longest_ago_go(saved, cache, monkeypatch):
     for rate, time in ((0.5, 100), (0.6, 200)):
         logits(saved, keep_rate=rate)
@@ -119,8 +139,6 @@ def test_those_used_longest_ago_go(saved, cache, monkeypatch):
 
 def test_verification_reads_what_runs(saved, cache):
     """One weight changed in the cache, and its checksum with it: caught."""
-    import json
-
     logits(saved)
     (folder,) = {path.parent for path in cache()}
     content = bytearray((folder / "model.bin").read_bytes())
