@@ -21,7 +21,9 @@ def attention(to: Builder[V], node: Attention, x: V) -> V:
     q, k, v = (to.emit("Reshape", part, to.ints(0, -1, node.num_heads, dim // node.num_heads)) for part in (q, k, v))
     places = _Places(to, node)
     q, k = (places.in_places(part, name, n) for part, name, n in ((q, "q", node.rows), (k, "k", node.tokens)))
-    mixed = to.emit("Reshape", to.attend(q, k, v, node.scale, places.bias()), to.ints(0, node.rows, dim))
+    reader = "" if node.has_inner_norm else "proj"
+    mixed = to.attend(q, k, v, node.scale, places.bias(), reader)
+    mixed = to.emit("Reshape", mixed, to.ints(0, node.rows, dim))
     mixed = to.norm(mixed, node.eps, dim) if node.has_inner_norm else mixed
     branch = to.linear_of(mixed, "proj", w)
     return to.said(to.emit("Add", x, branch, out=node.name), node.rows, dim)

@@ -161,10 +161,11 @@ class Builder(ABC, Generic[V]):
         gain, shift = (weights[f"{name}.{part}"].float() for part in ("weight", "bias"))
         return self.normalise(x, len(gain), eps, gain, shift, name)
 
-    def attend(self, q: V, k: V, v: V, scale: float, bias: V | None = None) -> V:
+    def attend(self, q: V, k: V, v: V, scale: float, bias: V | None = None, reader: str = "") -> V:
         """Emit softmax(scale * q k^T + bias) v for q, k, v (B, tokens, heads, head size), in that layout.
 
-        The bias (heads, queries, tokens) or (B, heads, queries, tokens) is in float32.
+        The bias (heads, queries, tokens) or (B, heads, queries, tokens) is in float32. `reader` is the linear that
+        reads the result as it is; "": none does.
         """
         q, k, v = (
             self.emit("Transpose", part, perm=perm)
@@ -176,7 +177,11 @@ class Builder(ABC, Generic[V]):
         scores = self.float32(scores)
         scores = scores if bias is None else self.emit("Add", scores, bias)
         mixed = self.emit("MatMul", self.in_dtype(self.emit("Softmax", scores, axis=-1)), v)
-        return self.emit("Transpose", mixed, perm=(0, 2, 1, 3))
+        return self.emit("Transpose", self.read_by(reader, mixed) if reader else mixed, perm=(0, 2, 1, 3))
+
+    def read_by(self, linear: str, x: V) -> V:
+        """Return a value in another layout than the linear reads it in; a builder may prepare it here already."""
+        return x
 
     def tokens(self, x: V, first: int, end: int) -> V:
         return self.emit("Slice", x, self.ints(first), self.ints(end), self.ints(1))

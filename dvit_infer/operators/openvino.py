@@ -43,6 +43,7 @@ class OpenVinoBuilder(Builder[Value]):
         self._int8 = frozenset(int8)
         self._ranges = {name: (low, high) for name, low, high in ranges}
         self._quantised: dict[str, Value] = {}
+        self._prepared: set[str] = set()  # linears whose input is quantised in another layout
         self._weights: dict[str, Value] = {}
         self._exact = False
         self._count = 0
@@ -81,11 +82,21 @@ class OpenVinoBuilder(Builder[Value]):
             self._exact = False
 
     def product(self, x: Value, name: str, weight: torch.Tensor) -> Value:
-        if self.stem in self._int8 and (not self._ranges or f"{self.stem}/{name}" in self._ranges):
-            x, factor = self._quantised_input(x, f"{self.stem}/{name}"), self._quantised_weight(name, weight)
+        linear = f"{self.stem}/{name}"
+        if self.stem in self._int8 and (not self._ranges or linear in self._ranges):
+            x = x if linear in self._prepared else self._quantised_input(x, linear)
+            factor = self._quantised_weight(name, weight)
         else:
             factor = self.own(f"{name}.weight", weight)
         return self._added(ops.matmul(x, factor, False, True), self.fresh("MatMul"))[0]
+
+    def read_by(self, linear: str, x: Value) -> Value:
+        """Quantise attention's result before it is transposed, which is part of the product then (0 to 8% of speed)."""
+        linear = f"{self.stem}/{linear}"
+        if self.stem not in self._int8 or linear not in self._ranges:
+            return x
+        self._prepared.add(linear)
+        return self._quantised_input(x, linear)
 
     def _quantised_weight(self, name: str, weight: torch.Tensor) -> Value:
         """Emit a weight (out, in) as int8, symmetric, with a scale for each output channel."""

@@ -194,7 +194,7 @@ def test_a_model_that_openvino_cannot_compile(monkeypatch):
 
 def test_an_openvino_that_is_too_old(monkeypatch):
     monkeypatch.setattr("dvit_infer.backends.openvino.version", lambda: (2023, 1))
-    assert "(openvino 2023.1 is too old, 2024.0 or later runs it)" in str(converted().graph)
+    assert "(openvino 2023.1 is too old, 2025.4 or later runs it)" in str(converted().graph)
     with pytest.raises(dvit.InputError, match=r"^backend: openvino 2023\.1 is too old"):
         converted(backend="openvino")
 
