@@ -197,7 +197,7 @@ def test_image_size_tuple_and_resampling():
 
 def test_dtype_and_device_are_named_when_unknown(tiny):
     for arguments in (
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"dtype": torch.float64},
         {"device": "tpu"},
         {"device": "mps"},

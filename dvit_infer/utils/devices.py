@@ -120,7 +120,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in DTYPES.values():
-        raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}")
+        raise InputError(f"dtype: {dtype} is not one of {', '.join(DTYPES)}; engines on CPUs take int8 too")
     return resolved
 
 

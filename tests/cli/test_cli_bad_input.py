@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("_empty_folder")
         (["--method", "magic"], "--method"),
         (["--arch", "resnet"], "dynamicvit-deit-s"),
         (["--device", "tpu"], "--device"),
-        (["--dtype", "int8"], "--dtype"),
+        (["--dtype", "int4"], "--dtype"),
         (["--assume", "heads"], "--assume"),
         (["--assume", "heads=2"], "--assume"),
         (["--assume", "num_heads=2,num_heads=4"], "--assume"),
@@ -82,7 +82,7 @@ def test_cuda_without_one(command, checkpoint, capsys):
         (["--batch", "x"], "--batch"),
         (["--compare", "magic"], "--compare"),
         (["--compare", ""], "--compare"),
-        (["--dtype", "int8"], "--dtype"),
+        (["--dtype", "int4"], "--dtype"),
         (["--json", "."], "--json"),
     ],
 )

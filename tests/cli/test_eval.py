@@ -218,7 +218,7 @@ def test_folders_that_cannot_be_evaluated(checkpoint, capsys):
         (["--keep-rate", "2"], "--keep-rate"),
         (["--method", "magic"], "--method"),
         (["--image-size", "65"], "--image-size"),
-        (["--dtype", "int8"], "--dtype"),
+        (["--dtype", "int4"], "--dtype"),
     ],
 )
 def test_bad_options(argv, named, checkpoint, capsys):

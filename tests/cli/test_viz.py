@@ -253,7 +253,7 @@ def test_odd_images_go_through_the_shared_decoder(checkpoint, tmp_path, capsys):
         (["--keep-rate", "0"], "--keep-rate"),
         (["--image-size", "225"], "--image-size"),
         (["--device", "tpu"], "--device"),
-        (["--dtype", "int8"], "--dtype"),
+        (["--dtype", "int4"], "--dtype"),
         (["--assume", "heads=2"], "--assume"),
         (["--surprise"], "--surprise"),
     ],
