@@ -204,7 +204,13 @@ class Classifier(ABC):
 
 
 class Verifiable(Classifier):
-    """A classifier that `verify` can compare with its reference: its weights and the values inside it can be read."""
+    """A classifier that `verify` can compare with its reference: its weights and the values inside it can be read.
+
+    Attributes:
+        fan_in_dim: the dimension of its matrices over which an output channel's weights, and int8's scale, run.
+    """
+
+    fan_in_dim = 0
 
     @abstractmethod
     def own_tensors(self) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dvit_infer.backends import runner_for
-from dvit_infer.backends.openvino import OpenVinoRunner, constants_of, openvino_model
+from dvit_infer.backends.openvino import OpenVinoRunner
+from dvit_infer.backends.openvino_model import constants_of, openvino_model
 from dvit_infer.backends.ranges import activation_ranges
 from dvit_infer.classifier import Classifier, Source, Verifiable
 from dvit_infer.config import Config
@@ -45,6 +46,8 @@ class Engine(Verifiable):
         params: the number of weights in the file, without those of a reduction that does not run.
         config, runner, device, dtype, micro_batch: as for every `Classifier`; with int8, `dtype` is that of all else.
     """
+
+    fan_in_dim = 1
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class Engine(Verifiable):
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         if isinstance(self.runner, OpenVinoRunner):
-            return constants_of(openvino_model(graph, "logits", False, self._int8), graph.nodes)
+            return constants_of(openvino_model(graph), graph.nodes)
         return {f"{node.name} {name}": w for node in graph.nodes for name, w in node.weights.items()}
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
@@ -223,7 +226,9 @@ def placed(
     """
     int8 = is_int8(dtype)
     where = resolve_device("cpu" if int8 and device is None else device)
-    return where, resolve_dtype(None if int8 and where.type == "cpu" else dtype, where), int8
+    if int8 and where.type != "cpu":
+        raise InputError(f"dtype: int8 is run by openvino on CPUs, not on {where.type}")
+    return where, resolve_dtype(None if int8 else dtype, where), int8
 
 
 def calibrated(config: Config, checkpoint: Checkpoint, images: str | Path | torch.Tensor) -> Config:
@@ -281,6 +286,9 @@ class FoldedWeights:
         if self._graph is not None:
             return self._graph
         return folded_graph(self._config, self._source.read(), self._device, self._dtype)
+
+    def __deepcopy__(self, memo: object) -> "FoldedWeights":
+        return self
 
     def __reduce__(self) -> tuple[type["FoldedWeights"], tuple[Any, ...]]:
         return FoldedWeights, (self._config, self._source, self._device, self._dtype, self())

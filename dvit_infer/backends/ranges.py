@@ -1,12 +1,15 @@
 """The ranges of the values that linears multiply, for static quantisation: measured by running calibration images."""
 
+import math
 from collections.abc import Iterable
+from statistics import fmean
 
 import torch
 
 from dvit_infer.backends.cpu import CpuRunner
 from dvit_infer.backends.state import State
 from dvit_infer.config import Ranges
+from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Branch, Mlp
 
@@ -25,11 +28,14 @@ def activation_ranges(graph: Graph, batches: Iterable[torch.Tensor]) -> Ranges:
     Args:
         graph: folded, in float32 on a CPU.
         batches: images (B, 3, H, W), uint8 or normalised.
+
+    Raises:
+        InputError: a value is NaN or Inf.
     """
     runner = _RangeRunner(graph)
     for images in batches:
         runner.run(images)
-    means = {name: torch.tensor(found).mean(dim=0).tolist() for name, found in runner.found.items()}
+    means = {name: [fmean(ends) for ends in zip(*found, strict=True)] for name, found in runner.found.items()}
     return tuple((name, min(low, 0.0), max(high, _LEAST)) for name, (low, high) in means.items())
 
 
@@ -62,8 +68,12 @@ class _RangeRunner(CpuRunner):
     def _see(self, name: str, x: torch.Tensor) -> None:
         if not self._node:
             return
-        values = x.float().flatten()
-        values = values[:: -(-len(values) // _MOST_VALUES)]
-        low, high = torch.quantile(values, torch.tensor([LOW, HIGH])).tolist()
+        values, step = x.float().flatten(), -(-x.numel() // _MOST_VALUES)
+        while math.gcd(step, x.shape[-1]) > 1:  # else it would step over whole channels
+            step += 1
+        quantiles = torch.tensor([LOW, HIGH], dtype=torch.float32, device=values.device)
+        low, high = torch.quantile(values[::step], quantiles).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError("calibrate: the model gives NaN or Inf for these images")
         for reader in _READERS.get(name, (name,)):
             self.found.setdefault(f"{self._node}/{reader}", []).append((low, high))

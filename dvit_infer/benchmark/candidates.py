@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine, calibrated, placed
@@ -135,7 +136,8 @@ def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") 
     placed_in = subject.device, subject.dtype, subject.source, subject.backend, subject.int8
     engine = Engine(config, subject.checkpoint, notes, *placed_in)
     weights = mib(w for node in engine.outline.nodes for w in node.weights.values())
-    held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
+    unknown = isinstance(engine.runner, OpenVinoRunner)
+    held = lambda: None if unknown else weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # Nothing else in a row records the backend, or whether the native library pruned (DVIT_PRUNE).
     runs = {"openvino": "OpenVINO", "native": "by native"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dvit_infer.backends.openvino import PRECISIONS, compile_model, core
+from dvit_infer.backends.openvino_model import PRECISIONS, compile_model, core
 from dvit_infer.benchmark.candidates import Call, Candidate, Subject, first_line, mib
 from dvit_infer.config import Config
 from dvit_infer.engine import folded_graph

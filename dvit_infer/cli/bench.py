@@ -82,6 +82,8 @@ def _bench(options: argparse.Namespace) -> int:
     comparison: Comparison | OnnxComparison
     with progress("loading"):
         if is_onnx(options.model):
+            if options.backend is not None:
+                raise InputError(f"backend: {options.model} runs in what --compare names; the checkpoint has a choice")
             if odd := [
                 name for name in ("dtype", "calibrate", "backend", "keep_rate", "nodes") if getattr(options, name)
             ]:

@@ -84,6 +84,8 @@ def _convert(options: argparse.Namespace) -> int:
                 raise _ParityError
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
     print(f"{engine.config.arch}: {engine.outline.gmacs:.3f} GMACs per image as run")
+    if options.format != "onnx":
+        print(f"run by {engine.outline.runtime}")
     print("not verified, as requested" if report is None else report)
     if report is not None and not report.passed:
         print(
@@ -105,6 +107,8 @@ def _engine(options: argparse.Namespace) -> "Engine":
     to_onnx = options.format == "onnx"
     if to_onnx and options.dtype == "int8":
         raise dvit.InputError("dtype: an ONNX file is made int8 by --quantize int8")
+    if to_onnx and options.backend:
+        raise dvit.InputError("backend: is of engines; ONNX Runtime verifies ONNX files")
     return dvit.convert(
         options.checkpoint,
         arch=options.arch,
@@ -116,7 +120,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
         device="cpu" if to_onnx else options.device,
         dtype=options.dtype or ("float32" if to_onnx else None),
         calibrate=None if to_onnx else options.calibrate,
-        backend=options.backend,
+        backend="torch" if to_onnx else options.backend,  # only folds the weights then
     )
 
 
@@ -166,15 +170,19 @@ def _onnx(options: argparse.Namespace, engine: "Engine", out: Path) -> "Iterator
 
 
 def _real_images(options: argparse.Namespace, engine: "Verifiable") -> "torch.Tensor | None":
-    """Return 64 of the calibration images, in the engine's format: int8 is verified on these, not on random ones."""
+    """Return 64 images of the calibration folder, others than those of the calibration if there are as many.
+
+    int8 is verified on these: ranges of real images do not fit random ones.
+    """
     if options.calibrate is None or engine.only_uint8:
         return None
     import torch
 
-    from dvit_infer.images.calibration import calibration_images
+    from dvit_infer.images.calibration import CALIBRATE_WITH, calibration_images
     from dvit_infer.models.preprocessing import preprocess_for
 
-    return torch.cat(list(calibration_images(options.calibrate, preprocess_for(engine.config), 64)))
+    drawn = calibration_images(options.calibrate, preprocess_for(engine.config), CALIBRATE_WITH + 64)
+    return torch.cat(list(drawn))[-64:]
 
 
 def _calibration(options: argparse.Namespace, engine: "Engine") -> "Iterator[np.ndarray] | None":

@@ -59,6 +59,7 @@ def _eval(options: argparse.Namespace) -> int:
     stages = ",".join(map(str, engine.config.num_keep)) or "all"
     print(f"{engine.config.arch}, keeping {stages} of {engine.config.num_patches} patches; ", end="")
     print(f"{engine.precision} on {where['machine']}, torch {where['torch']}; images {preprocess}")
+    print(f"run by {engine.runner.runtime}")
     print(shown(str(folder)))
     if note := one_logit(engine.config):
         print(note)

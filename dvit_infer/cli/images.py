@@ -49,15 +49,18 @@ def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Cla
     from dvit_infer.images.stream import batch_size, check_fits, worker_count
     from dvit_infer.models.preprocessing import preprocess_for
     from dvit_infer.onnx.engine import is_onnx, onnx_device
-    from dvit_infer.utils.devices import resolve_device
+    from dvit_infer.utils.devices import is_int8, resolve_device
 
     exported = is_onnx(options.model)
-    batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(options.device))
+    device = "cpu" if is_int8(options.dtype) and options.device is None else options.device
+    batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(device))
     worker_count(options.workers)
     chosen = {
         name: getattr(options, name)
         for name in ("keep_rate", "method", "image_size", "assume", "dtype", "calibrate", "backend")
     }
+    if exported and options.backend is not None:
+        raise dvit.InputError(f"backend: {options.model} runs in ONNX Runtime; the checkpoint has a choice")
     if exported and (odd := [name for name, value in chosen.items() if value is not None]):
         raise dvit.InputError(f"{odd[0]}: {options.model} was converted with this fixed; convert the checkpoint again")
     engine: Classifier

@@ -82,9 +82,9 @@ class OnnxBuilder(Builder[str]):
         if gain is not None and shift is not None:
             affine = [self.own(f"{name}.weight", gain), self.own(f"{name}.bias", shift)]
         else:
-            affine = [self.weight(f"ones/{dim}", torch.ones(dim))]
+            affine = [self.weight(f"ones/{dim}", torch.ones(dim, dtype=torch.float32))]
             if needs_norm_bias(self.opset):
-                affine.append(self.weight(f"zeros/{dim}", torch.zeros(dim)))
+                affine.append(self.weight(f"zeros/{dim}", torch.zeros(dim, dtype=torch.float32)))
         return self.emit("LayerNormalization", x, *affine, axis=-1, epsilon=eps)
 
     def activate(self, x: str, act: str) -> str:

@@ -1,5 +1,7 @@
 """Graphs as ONNX models."""
 
+from collections.abc import Sequence
+
 import onnx
 import torch
 from onnx import TensorProto, helper
@@ -74,7 +76,11 @@ def _graph_proto(graph: Graph, opset: int, uint8: bool, kept: bool) -> onnx.Grap
 
 def _normalised(to: OnnxBuilder, graph: Graph, images: str) -> str:
     """Convert uint8 (B, H, W, 3) to normalised (B, 3, H, W) in the dtype, like `images.tensors.normalise`."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (graph.config.mean, graph.config.std))
+
+    def constant(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
+    mean, std, scale = (constant(values) for values in (graph.config.mean, graph.config.std, [1 / 255]))
     x = to.emit("Cast", to.emit("Transpose", images, perm=(0, 3, 1, 2)), to=TensorProto.FLOAT)
-    x = to.emit("Sub", to.emit("Mul", x, to.own("inverse", torch.tensor(1 / 255))), to.own("mean", mean))
+    x = to.emit("Sub", to.emit("Mul", x, to.own("inverse", scale)), to.own("mean", mean))
     return to.in_dtype(to.emit("Mul", x, to.own("inverse_std", 1 / std)))

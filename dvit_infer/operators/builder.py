@@ -19,15 +19,21 @@ class Builder(ABC, Generic[V]):
     Attributes:
         dtype: the dtype of values and weights; float32 is used inside of norms, softmax, rotation and pooling.
         stem: prefix of the names of the values being written.
-        rows: the original rows (B, P+k) of the tokens that remain; None: all do.
+        rows: the original rows (B, P+k) of the tokens that remain; None: all do. `stage` names them.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.stem = "images"
         self.rows: V | None = None
+        self.stage = ""
         self._tables: dict[str, tuple[str, torch.Tensor]] = {}  # the last one of each name
-        self._remaining: dict[tuple[str, int], V] = {}
+        self._remaining: dict[tuple[str, str], V] = {}
+
+    def begin(self) -> None:
+        """Begin to write a graph; only weights are shared with what was written before."""
+        self.rows, self.stage = None, ""
+        self._remaining.clear()
 
     @abstractmethod
     def emit_all(self, op: str, *inputs: V, outs: tuple[str, ...], **attributes: Any) -> tuple[V, ...]:
@@ -107,7 +113,7 @@ class Builder(ABC, Generic[V]):
         """Return the rows of a table for the tokens that remain, for each image; once if several nodes need them."""
         if self.rows is None:
             return self.table(name, tensor)
-        key = self._table(name, tensor), id(self.rows)
+        key = self._table(name, tensor), self.stage
         if key not in self._remaining:
             self._remaining[key] = self.emit("Gather", self.table(name, tensor), self.rows, axis=0)
         return self._remaining[key]
@@ -123,7 +129,7 @@ class Builder(ABC, Generic[V]):
         return self.weight("ints/" + "_".join(map(str, values)), torch.tensor(values, dtype=torch.int64))
 
     def number(self, value: float) -> V:
-        return self.weight(f"float32/{value:g}", torch.tensor(value))
+        return self.weight(f"float32/{value:g}", torch.tensor(value, dtype=torch.float32))
 
     def float32(self, x: V) -> V:
         return x

@@ -48,6 +48,11 @@ class OpenVinoBuilder(Builder[Value]):
         self._exact = False
         self._count = 0
 
+    def begin(self) -> None:
+        super().begin()
+        self._quantised.clear()
+        self._prepared.clear()
+
     def emit_all(self, op: str, *inputs: Value, outs: tuple[str, ...], **attributes: Any) -> tuple[Value, ...]:
         node = _OPERATORS[op](*inputs, **attributes)
         return self._added(node, outs[0])[: len(outs)]
@@ -118,7 +123,7 @@ class OpenVinoBuilder(Builder[Value]):
 
     def dense(self, x: Value, weight: Value, bias: Value, act: str = "none", exact: bool = False) -> Value:
         if not (self._exact and (exact or self._int8)):
-            return super().dense(x, weight, bias, act)
+            return super().dense(x, weight, bias, act, exact)
         # The CPU plugin makes one linear of a product and a constant bias, and that one does not keep its precision. It
         # does not look across a reshape.
         rows, width = x.get_partial_shape()[1].get_length(), weight.get_shape()[1]

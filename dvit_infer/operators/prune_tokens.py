@@ -54,9 +54,13 @@ def _scores(to: Builder[V], normed: V, weights: Mapping[str, V]) -> V:
 
 def select(to: Builder[V], score: V, num_keep: V) -> V:
     """Emit index (B, num_keep): the smallest of 0 - score, so -0.0 equals 0.0; NaN ranks behind even -inf."""
-    descending = to.emit("Sub", to.weight("no_score", torch.zeros(1)), score)
-    finite = to.emit("Min", descending, to.weight("lowest", torch.tensor([torch.finfo(torch.float32).max])))
-    nan_key = to.weight("nan_key", torch.tensor([torch.inf]))
+
+    def constant(name: str, value: float) -> V:
+        return to.weight(name, torch.tensor([value], dtype=torch.float32))
+
+    descending = to.emit("Sub", constant("no_score", 0.0), score)
+    finite = to.emit("Min", descending, constant("lowest", torch.finfo(torch.float32).max))
+    nan_key = constant("nan_key", torch.inf)
     key = to.emit("Where", to.emit("IsNaN", score), nan_key, finite)
     # Equal values: the lower index first. The second one brings them into ascending order.
     _, best = to.emit_all("TopK", key, num_keep, outs=("best_key", "best"), axis=1, largest=0, sorted=1)

@@ -49,6 +49,7 @@ def write(
         InputError: a node kind cannot be written.
         ValueError: the graph is not folded.
     """
+    to.begin()
     nodes, reader = nodes_for(graph.nodes, output)
     writer = _Writer(to, kept, given, any(name in node.weights for node in nodes for name in PLACES))
     for node in nodes:
@@ -99,7 +100,7 @@ class _Writer(Generic[V]):
         if self._wants_kept:
             self.kept.append(self._positions)
         if self._has_places:
-            to.rows = self._with_prefix(node, self._positions)
+            to.rows, to.stage = self._with_prefix(node, self._positions), node.name
         self._stage += 1
         return to.said(kept_x, *node.out_shape)
 

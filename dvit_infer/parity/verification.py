@@ -208,7 +208,8 @@ def _wrong_weight(engine: Verifiable, anew: Graph) -> str | None:
         largest = want.abs().max() if want.numel() else 0.0  # a model may have no prefix tokens
         allowed = 1e-5 * want.abs() + 1e-7 * largest
         if engine.precision == "int8" and want.ndim == 2 and not name.startswith("prune."):
-            allowed = allowed + 0.51 * want.abs().amax(dim=0) / 127  # half a quantisation step of its column
+            largest = want.abs().amax(dim=engine.fan_in_dim, keepdim=True)
+            allowed = allowed + 0.51 * largest / 127  # half a quantisation step of its output channel
         if own.shape != want.shape or not ((own - want).abs() <= allowed).all():  # also False for NaN
             return f"{name} does not follow from the file"
     return None

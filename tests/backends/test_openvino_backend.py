@@ -1,9 +1,12 @@
 """The OpenVINO backend: the reference's answers for every kind; float32 scores; threads; what it cannot run."""
 
 import copy
-import importlib.util
+import gc
 import pickle
+import sys
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,7 +18,8 @@ from golden_cases import case_images, official_checkpoint, options
 import dvit_infer as dvit
 from dvit_infer.backends import runner_for
 from dvit_infer.backends.cpu import CpuRunner
-from dvit_infer.backends.openvino import OpenVinoRunner, compile_model, core, openvino_model
+from dvit_infer.backends.openvino import OpenVinoRunner
+from dvit_infer.backends.openvino_model import compile_model, core, openvino_model, why_not_openvino
 from dvit_infer.graph import fold
 from dvit_infer.operators.prune_tokens import select
 from dvit_infer.ops.prune_tokens import select_tokens_ref
@@ -89,14 +93,14 @@ def scoring(compiled, *kinds):
 @pytest.mark.skipif("BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="no bfloat16 here")
 def test_scores_stay_float32():
     graph = converted(dtype="bfloat16").graph
-    compiled = compile_model(openvino_model(graph, "logits", False), BF16)
+    compiled = compile_model(openvino_model(graph), BF16)
     assert scoring(compiled, "MVN", "Reduce", "Split") == {"f32"}
     assert {precision for kind, precision, _ in operators(compiled) if kind == "TopK"} <= {"f32", "i32"}
     assert scoring(compiled, "MatMul") == {"f32"}  # the product with a vector that is the score
     blocks = {p for kind, p, made_of in operators(compiled) if "blocks." in made_of and kind == "FullyConnected"}
     assert blocks == {"bf16"}
 
-    quantised = compile_model(openvino_model(converted().graph, "logits", False, int8=True), BF16)
+    quantised = compile_model(openvino_model(converted().graph, int8=True), BF16)
     assert scoring(quantised, "MVN", "Reduce", "Split", "FullyConnected", "MatMul") == {"f32"}
 
 
@@ -144,29 +148,100 @@ def test_copies_and_pickles_give_the_same(tmp_path):
         assert str(other.graph) == str(engine.graph)
 
 
-def test_a_file_that_has_gone(tmp_path):
-    """The engine runs; its table can be printed; weights cannot be read."""
+@pytest.mark.parametrize("large", [False, True])
+def test_a_file_that_has_gone(large, tmp_path, monkeypatch):
+    """The engine gives every output; its table can be printed; PyTorch's weights of a large model cannot be read."""
+    monkeypatch.setattr("dvit_infer.backends.openvino.LEAST_BYTES", 0 if large else 1 << 30)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     converted().save(tmp_path / "m.safetensors")
-    engine = dvit.load(tmp_path / "m.safetensors", device="cpu")
+    engine, images = dvit.load(tmp_path / "m.safetensors", device="cpu"), case_images(CASE)
     table = str(engine.graph)
     assert engine.graph.nodes[-1].weights["head.bias"].isfinite().all()
     (tmp_path / "m.safetensors").unlink()
-    assert engine(case_images(CASE)).isfinite().all()
+    logits, kept = engine(images, return_kept=True)
+    torch.testing.assert_close(engine(images, kept=kept), logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(engine.tokens(images)[0][:, 0], engine.features(images), atol=2e-5, rtol=0)
+    assert torch.equal(copy.deepcopy(engine)(images), logits)
     assert str(engine.graph) == table == str(engine.outline)
-    with pytest.raises(dvit.InputError, match=r"m\.safetensors"):
-        engine.runner.run(case_images(CASE), None, lambda node, out: None)
+    if large:
+        with pytest.raises(dvit.InputError, match=r"m\.safetensors"):
+            engine.runner.run(images, None, lambda node, out: None)
+
+
+@pytest.mark.parametrize("kind", ["deit", "dinov3", "beit", "clip", "siglip", "eva02"])
+def test_all_variants_of_one_model(kind, tmp_path, monkeypatch):
+    """As they are kept in the cache: tables of places and int8's inputs are each variant's own."""
+    monkeypatch.setattr("dvit_infer.backends.openvino.LEAST_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny(kind, "random", size=(24, 40))
+    graph = fold(model.graph())
+    runs = OpenVinoRunner(graph, lambda: graph, b"key")
+    assert len(list((tmp_path / "cache").rglob("model.bin"))) == 1
+    agrees(runs, model)
+    images, kept = model.images(3), model.kept(3)
+    with torch.no_grad():
+        expected = model.reference().evaluate(images, kept).logits
+    torch.testing.assert_close(runs.run(images, kept).x, expected, atol=2e-5, rtol=0)
+
+
+def test_under_other_defaults():
+    """Default dtype float64, default device meta."""
+    images, expected = case_images(CASE), converted()(case_images(CASE))
+    torch.set_default_dtype(torch.float64)
+    try:
+        engine = converted(backend="openvino")
+        int8 = converted(dtype="int8", calibrate=images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(engine(images), expected)
+    with torch.device("meta"):
+        again = converted(dtype="int8", calibrate=images)
+    assert torch.equal(int8(images), again(images))
+
+
+def test_a_call_keeps_no_more_than_its_images_alive():
+    engine, many = converted(), torch.randn(200, 3, 224, 224)
+    known = weakref.ref(many.untyped_storage())
+    engine(many[:2])
+    del many
+    gc.collect()
+    assert known() is None
+
+
+def test_one_core_for_all_threads(monkeypatch):
+    import openvino
+
+    from dvit_infer.backends import openvino_model as module
+
+    made = []
+    monkeypatch.setattr(module, "_core", [])
+    monkeypatch.setattr(openvino, "Core", lambda: made.append(time.sleep(0.05)) or object())
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: id(module.core()), range(4)))) == len(made) == 1
 
 
 def test_without_openvino_pytorch_runs_it_and_one_line_says_what_is_faster(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
+    pickled = pickle.dumps(converted())
+    monkeypatch.setitem(sys.modules, "openvino", None)  # importing it raises ModuleNotFoundError
     engine = converted()
     assert type(engine.runner) is CpuRunner
-    hint = "openvino is not installed, which would be faster: pip install 'dvit-infer[cpu]'"
+    hint = "openvino would be faster; run pip install 'dvit-infer[cpu]'"
     assert str(engine.graph).splitlines()[-1].endswith(f"({hint})")
     for given, what in (({"backend": "openvino"}, "backend"), ({"dtype": "int8"}, "dtype")):
-        with pytest.raises(dvit.InputError, match=rf"^{what}: openvino is not installed"):
+        with pytest.raises(dvit.InputError, match=rf"^{what}: openvino is not installed; run pip install"):
             converted(**given)
+    other = pickle.loads(pickled)
+    torch.testing.assert_close(other(case_images(CASE)), engine(case_images(CASE)), atol=2e-5, rtol=0)
+    assert str(other.graph) == str(engine.graph)
+
+
+def test_a_damaged_openvino(monkeypatch, tmp_path):
+    (tmp_path / "openvino.py").write_text("raise OSError('libtbb.so.12: cannot open shared object file\\nand more')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino")
+    said = "openvino cannot be imported: libtbb.so.12: cannot open shared object file"
+    assert why_not_openvino(converted().graph) == said
+    assert f"({said})" in str(converted().graph)
 
 
 def test_a_node_that_it_does_not_know(monkeypatch):
@@ -193,8 +268,8 @@ def test_a_model_that_openvino_cannot_compile(monkeypatch):
 
 
 def test_an_openvino_that_is_too_old(monkeypatch):
-    monkeypatch.setattr("dvit_infer.backends.openvino.version", lambda: (2023, 1))
-    assert "(openvino 2023.1 is too old, 2025.4 or later runs it)" in str(converted().graph)
+    monkeypatch.setattr("dvit_infer.backends.openvino_model.version", lambda: (2023, 1))
+    assert "(openvino 2023.1 is too old; 2025.4 or later runs it)" in str(converted().graph)
     with pytest.raises(dvit.InputError, match=r"^backend: openvino 2023\.1 is too old"):
         converted(backend="openvino")
 
