@@ -108,7 +108,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
     if to_onnx and options.dtype == "int8":
         raise dvit.InputError("dtype: an ONNX file is made int8 by --quantize int8")
     if to_onnx and options.backend:
-        raise dvit.InputError("backend: is of engines; ONNX Runtime verifies ONNX files")
+        raise dvit.InputError("backend: is for engines; ONNX Runtime runs ONNX files")
     return dvit.convert(
         options.checkpoint,
         arch=options.arch,
