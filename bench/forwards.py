@@ -57,7 +57,8 @@ class Uncaptured:
 
 
 def engine_under(choices: Choices, source: Mapping[str, Any], device: torch.device, **options: Any) -> dvit.Engine:
-    """Return an engine that runs by these choices; on a CPU, which has none, one with the same interface."""
+    """Return an engine that runs by these choices; on a CPU, which has none, PyTorch's with the same interface."""
+    options = options if device.type != "cpu" else {"backend": "torch", **options}
     with chosen(choices):
         engine = dvit.convert(source, device=device, **options)
     if device.type == "cpu":

@@ -30,7 +30,7 @@ GOLDEN = ROOT / "tests" / "golden"
 TRIES = 6  # of a process whose linears have to be chosen as those of the other
 # Executed in a checkout: every file of a folder -> how the engine runs, and a digest of its logits and kept sets.
 OUTPUTS = """
-import hashlib, json, sys, warnings
+import hashlib, inspect, json, sys, warnings
 from pathlib import Path
 import torch
 import dvit_infer as dvit
@@ -39,7 +39,8 @@ torch.set_num_threads(2)
 found = {}
 for path in sorted(Path(sys.argv[1]).glob("*.pt")):
     case = torch.load(path, weights_only=False)
-    engine = dvit.convert(case["checkpoint"], device="cpu", dtype="float32", **case["options"])
+    here = {"backend": "torch"} if "backend" in inspect.signature(dvit.convert).parameters else {}  # not in older ones
+    engine = dvit.convert(case["checkpoint"], device="cpu", dtype="float32", **here, **case["options"])
     logits, kept = engine(case["images"], return_kept=True)
     digest = hashlib.sha256()
     for tensor in (logits, *kept):

@@ -82,11 +82,11 @@ def recorded() -> Iterator[Launch]:
     """Yield every launch of the suite's forwards, with meta tensors as arguments."""
     for arch in ARCHS:
         for method in ("predictor", "none"):
-            engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=BF16, method=method)
+            engine = dvit.convert(checkpoint(arch, False), device="cpu", backend="torch", dtype=BF16, method=method)
             for programmatic in (False, True):  # 128: one of two branches
                 yield from launches_of(engine, (256, 1, 128), (BF16, torch.uint8), programmatic)
     for arch, dtype in itertools.product((*ARCHS, "deit-b-distilled"), (BF16, torch.float16, torch.float32)):
-        engine = dvit.convert(checkpoint(arch, False), device="cpu", dtype=dtype)
+        engine = dvit.convert(checkpoint(arch, False), device="cpu", backend="torch", dtype=dtype)
         yield from launches_of(engine, (64,), (dtype,), False)  # as tests verify them
 
 

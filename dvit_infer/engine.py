@@ -48,6 +48,7 @@ class Engine(Verifiable):
     """
 
     fan_in_dim = 1
+    _weights: "FoldedWeights | None" = None  # of a runner that keeps none
 
     def __init__(
         self,
@@ -61,12 +62,14 @@ class Engine(Verifiable):
         int8: bool = False,
     ) -> None:
         graph = folded_graph(config, checkpoint, device, dtype)
-        self._weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
+        weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
         key = source.digest + header_text(config).encode() + f"{dtype} {int8}".encode()
-        super().__init__(config, runner_for(graph, backend, self._weights, key, int8), device, dtype)
+        super().__init__(config, runner_for(graph, backend, weights, key, int8), device, dtype)
         self._int8 = int8
         self.notes = list(notes)
-        self._graph = graph.to(torch.device("meta"), dtype) if isinstance(self.runner, OpenVinoRunner) else graph
+        self._graph = graph
+        if isinstance(self.runner, OpenVinoRunner):
+            self._graph, self._weights = graph.to(torch.device("meta"), dtype), weights
         self._source = source
         self.labels = labels_of(checkpoint, config.num_classes)
         self.params = checkpoint.params(unused_key(config))
@@ -83,7 +86,7 @@ class Engine(Verifiable):
         it is the `outline`.
         """
         graph = self._graph
-        if graph.device.type == "meta":
+        if self._weights is not None:
             with contextlib.suppress(InputError):
                 graph = self._weights()
         return replace(graph, runtime=self.runner.runtime)

@@ -87,10 +87,11 @@ def test_run_returns_logits_and_choices_and_warm_up_runs_every_size():
     assert sizes == [(1, torch.float32), (3, torch.float32), (2, torch.uint8)]
 
 
-def test_an_engine_holds_one_copy_of_its_weights(checkpoint):
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_an_engine_holds_one_copy_of_its_weights(backend, checkpoint):
     """Pickled, it is as large as its folded graph; a state dict stays with its owner."""
     for source in (checkpoint, official_checkpoint(CASES[0])):
-        engine = dvit.convert(source, device="cpu", assume={"num_heads": 2})
+        engine = dvit.convert(source, device="cpu", backend=backend, assume={"num_heads": 2})
         weights = sum(w.numel() * w.element_size() for node in engine.graph.nodes for w in node.weights.values())
         assert weights < len(pickle.dumps(engine)) < 1.2 * weights + 100_000
     shared = engine._source._state

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine, calibrated, placed
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
+from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
@@ -135,9 +135,13 @@ def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") 
     config = subject.with_ranges(config)
     placed_in = subject.device, subject.dtype, subject.source, subject.backend, subject.int8
     engine = Engine(config, subject.checkpoint, notes, *placed_in)
-    weights = mib(w for node in engine.outline.nodes for w in node.weights.values())
-    unknown = isinstance(engine.runner, OpenVinoRunner)
-    held = lambda: None if unknown else weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
+    whole = [w for node in engine.outline.nodes for w in node.weights.values()]
+    if subject.int8:  # whose matrices these are
+        nodes = [node for node in engine.outline.nodes if isinstance(node, Attention | Mlp)]
+        packed = {id(w) for node in nodes for w in node.weights.values() if w.ndim == 2}
+        whole = [w.to(torch.int8) if id(w) in packed else w for w in whole]
+    weights = mib(whole)
+    held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # Nothing else in a row records the backend, or whether the native library pruned (DVIT_PRUNE).
     runs = {"openvino": "OpenVINO", "native": "by native"}

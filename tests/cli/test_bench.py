@@ -132,7 +132,9 @@ def test_a_reduced_dtype_hides_no_other_function(tiny_lvvit, capsys, monkeypatch
 
     def spoiled(subject, config, runtime="engine") -> Candidate:
         candidate = usual(subject, config, runtime)
-        candidate.engine.graph.nodes[-1].weights["head.weight"].mul_(1.2)
+        graph = candidate.engine.graph_in(torch.bfloat16)
+        graph.nodes[-1].weights["head.weight"].mul_(1.2)
+        candidate.engine.runner = runner_for(graph)
         return candidate
 
     argv = [tiny_lvvit, "--device", "cpu", "--batch", "2", "--seconds", "0.1", "--dtype", "bfloat16"]

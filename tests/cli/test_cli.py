@@ -144,7 +144,7 @@ def test_bench_against_the_compiled_reference(checkpoint, capsys, monkeypatch):
     assert bench.main(argv) == 0
     assert "compile (default)" in capsys.readouterr().out
     rows = json.loads(Path("c.json").read_text())["rows"]
-    assert [(row["runtime"], row["variant"]) for row in rows] == [("compile", "default"), ("engine", None)]
+    assert [(row["runtime"], row["variant"]) for row in rows] == [("compile", "default"), ("engine", "openvino")]
     assert rows[0]["gmacs"] > rows[1]["gmacs"]
     assert all(row["max_logit_error"] < 1e-4 for row in rows)
     assert modes == ["default"]

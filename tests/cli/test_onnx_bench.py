@@ -129,7 +129,7 @@ def test_ways_of_dvit_bench_with_a_checkpoint(checkpoint, capsys):
     out = capsys.readouterr().out
     assert "onnxruntime (converted)" in out
     assert "onnxruntime (int8)" in out
-    assert "engine: PyTorch" in out
+    assert "engine: OpenVINO" in out
 
 
 SIGNAL_AFTERWARDS = """

@@ -10,7 +10,7 @@ import torch
 from any_vit import KINDS, tiny
 
 import dvit_infer as dvit
-from dvit_infer.backends.openvino import core
+from dvit_infer.backends.openvino_model import core
 from dvit_infer.cli import bench, convert, eval
 from dvit_infer.graph import fold
 from dvit_infer.images.synthetic import sample_uint8_images

@@ -11,7 +11,7 @@ from golden_cases import EVERY_CASE, answers, case_images, official_checkpoint, 
 
 import dvit_infer as dvit
 import dvit_infer.images.synthetic
-from dvit_infer.backends.openvino import core
+from dvit_infer.backends.openvino_model import core
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.onnx.building import OnnxBuilder
 from dvit_infer.onnx.session import LEVELS, open_session, run_bound, run_session

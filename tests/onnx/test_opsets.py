@@ -8,7 +8,7 @@ from golden_cases import answers, case_images, official_checkpoint, options, sam
 
 import dvit_infer as dvit
 import dvit_infer.images.synthetic
-from dvit_infer.backends.openvino import core
+from dvit_infer.backends.openvino_model import core
 from dvit_infer.onnx.export import OPENVINO_HINT
 from dvit_infer.onnx.opsets import IR_VERSIONS
 from dvit_infer.onnx.session import LEVELS, open_session
@@ -115,7 +115,7 @@ def test_openvino_with_the_hint_of_the_file(opset, tmp_path):
     read = core().read_model(tmp_path / "m.onnx")
     assert read.get_rt_info(["framework", "openvino_hint"]).value == hint
     name, value = hint.split("=")
-    compiled = core.compile_model(read, "CPU", {name: value})
+    compiled = core().compile_model(read, "CPU", {name: value})
     expected, kept, margin = answers(CASES[0])
     logits, *found = (torch.from_numpy(compiled([case_images(CASES[0]).numpy()])[i]) for i in range(4))
     assert (logits - expected).abs().max() <= TOLERANCE["float32"]

@@ -247,7 +247,7 @@ def test_a_captured_forward_may_begin_at_the_tokens():
             found = runner.run_nodes(State(tokens), runner.nodes[1:])
             torch.testing.assert_close(found.x, expected.x, atol=1e-6, rtol=0)
             assert all(torch.equal(a, b) for a, b in zip(found.choices, expected.choices, strict=True))
-    plain = dvit.convert(official_checkpoint(TINY), device="cpu", **options(TINY))
+    plain = dvit.convert(official_checkpoint(TINY), device="cpu", backend="torch", **options(TINY))
     plain.runner.embed_into(images, tokens)
     assert torch.equal(plain.runner.run_nodes(State(tokens), plain.runner.nodes[1:]).x, plain(images))
 

@@ -81,7 +81,7 @@ def test_a_library_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch
 @pytest.mark.parametrize("case_id", ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"])
 def test_engines_give_the_golden_answers(case_id, linear):
     engine = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id))
-    assert engine.graph.runtime.endswith(", prune_tokens by native (CPU)")
+    assert ", prune_tokens by native (CPU)" in engine.graph.runtime
     engine.runner = CpuRunner(engine.runner._graph, linear)
     assert engine.runner.runtime == f"PyTorch, {linear}, prune_tokens by native (CPU)"
     expected, expected_kept, _ = answers(case_id)
