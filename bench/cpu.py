@@ -87,8 +87,7 @@ def candidates() -> Iterator[Candidate]:
 
 
 def held_mib(engine: dvit.Engine) -> float:
-    graph = sum(w.numel() * w.element_size() for node in engine.outline.nodes for w in node.weights.values())
-    return (graph + engine.runner.buffer_bytes) / 2**20
+    return (engine.weight_bytes + engine.runner.buffer_bytes) / 2**20
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,17 @@ from dvit_infer.backends.ranges import activation_ranges
 from dvit_infer.classifier import Classifier, Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
-from dvit_infer.graph import Graph, Node, fold
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.graph import Graph, Node
+from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.images.calibration import AT_ONCE, calibration_images
 from dvit_infer.images.tensors import check_images
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.folded import FoldedWeights, folded_graph
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.labels import labels_of
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
+from dvit_infer.models.registry import build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import is_int8, resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
@@ -48,7 +48,7 @@ class Engine(Verifiable):
     """
 
     fan_in_dim = 1
-    _weights: "FoldedWeights | None" = None  # of a runner that keeps none
+    _weights: FoldedWeights | None = None  # of a runner that keeps none
 
     def __init__(
         self,
@@ -95,6 +95,15 @@ class Engine(Verifiable):
     def outline(self) -> Graph:
         """The same nodes; their weights may have shapes only (device meta), but nothing has to be read for them."""
         return replace(self._graph, runtime=self.runner.runtime)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights in the precision in which they run: int8 are the matrices of attention and MLPs."""
+        return sum(
+            w.numel() * (1 if self._int8 and isinstance(node, Attention | Mlp) and w.ndim == 2 else w.element_size())
+            for node in self._graph.nodes
+            for w in node.weights.values()
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the weights, unfolded, under their official names and in the source's dtype, and the config.
@@ -273,57 +282,9 @@ def load_reference(
     return build_reference(config, checkpoint)
 
 
-class FoldedWeights:
-    """The weights of an engine whose runner keeps none, folded from its source when they are needed.
-
-    If `graph` is given, it is held: the caller may change a state dict, and a pickled copy's file may not be there.
-    """
-
-    def __init__(
-        self, config: Config, source: WeightSource, device: torch.device, dtype: torch.dtype, graph: Graph | None = None
-    ) -> None:
-        self._config, self._source, self._device, self._dtype = config, source, device, dtype
-        self._graph = graph
-
-    def __call__(self) -> Graph:
-        if self._graph is not None:
-            return self._graph
-        return folded_graph(self._config, self._source.read(), self._device, self._dtype)
-
-    def __deepcopy__(self, memo: object) -> "FoldedWeights":
-        return self
-
-    def __reduce__(self) -> tuple[type["FoldedWeights"], tuple[Any, ...]]:
-        return FoldedWeights, (self._config, self._source, self._device, self._dtype, self())
-
-
 def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
     """Return the checkpoint of an engine, with the set of weights that the engine uses."""
     return read_checkpoint(source, engine.config.weights, or_bare=True)
-
-
-def folded_graph(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Graph:
-    """Return the graph that an engine runs: built from the reference model, folded, on the device in the dtype.
-
-    Raises:
-        InputError: a weight is too large for the dtype.
-    """
-    graph = fold(build_graph(build_reference(config, checkpoint), config), dtype)
-    if dtype == torch.float16:
-        _check_float16(checkpoint.name, graph)
-    return graph.to(device, dtype)
-
-
-def _check_float16(name: str, graph: Graph) -> None:
-    """Raise InputError for a weight of a folded graph, which is in float32 or converted already, that overflows."""
-    for node in graph.nodes:
-        for part, weight in node.weights.items():
-            changed = weight if isinstance(node, Prune) else weight.half()  # a Prune node keeps its own dtypes
-            if not torch.isinf(changed).any():
-                continue
-            value = weight[torch.isinf(changed)].flatten()[0].item()
-            holds = f"holds {value:g}, more than" if math.isfinite(value) else "holds a value over"
-            raise InputError(f"{name}: {node.name}.{part} {holds} float16's largest 65504; bfloat16 or float32 hold it")
 
 
 def _recognised(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
 from dvit_infer.backends.openvino import OpenVinoRunner
-from dvit_infer.backends.openvino_model import why_not_openvino
+from dvit_infer.backends.openvino_model import FASTER, MISSING, why_not_openvino
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
@@ -78,4 +78,4 @@ def _on_cpu(
             why_not = str(error)
     if backend == "openvino" or int8:
         raise InputError(f"{'dtype' if int8 else 'backend'}: {why_not.removeprefix('backend: ')}")
-    return CpuRunner(graph, why=why_not.removeprefix("backend: ").replace("is not installed;", "would be faster;"))
+    return CpuRunner(graph, why=FASTER if why_not == MISSING else why_not.removeprefix("backend: "))

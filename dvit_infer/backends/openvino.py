@@ -17,6 +17,7 @@ from dvit_infer.backends.openvino_model import (
     constants_of,
     core,
     first_reason,
+    no_images,
     only,
     openvino_model,
 )
@@ -60,6 +61,7 @@ class OpenVinoRunner:
         self._models: dict[Variant, Any] = {}
         self._mapped: dict[Variant, Path] = {}  # whose weights are mapped and not all packed yet
         self._note = ""
+        self._no_images = no_images(self.config)
         self._compile(VARIANTS[0], graph)
 
     def __deepcopy__(self, memo: object) -> "OpenVinoRunner":
@@ -122,20 +124,30 @@ class OpenVinoRunner:
         if hook is not None:
             return self.plain().run(images, given, hook, return_choices, output)
         images = prepare(images, self.config, self.device, torch.float32)
-        if images.untyped_storage().nbytes() > images.nbytes:  # OpenVINO holds on to its input until the next one
-            images = images.clone()
-        inputs, variant = [images, *_indices(given or ())], Variant(output, bool(given))
-        request = self._request(variant)
+        variant = Variant(output, bool(given))
         try:
-            found = request.infer([tensor.detach().numpy() for tensor in inputs], share_inputs=True)
+            x, *kept = self._infer(self._request(variant), [images, *_indices(given or ())])
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise MemoryError(str(error)) from None
             raise
         if (path := self._mapped.pop(variant, None)) is not None:
             release_pages(path)
-        x, *kept = (torch.from_numpy(found[i]) for i in range(len(found)))
         return State(x, choices=list(given) if given else kept)
+
+    def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return copies of the outputs; the inputs are read where they are, and let go of then."""
+        import numpy as np
+        from openvino import Tensor
+
+        shared = [Tensor(tensor.detach().numpy(), shared_memory=True) for tensor in inputs]
+        try:
+            for i, tensor in enumerate(shared):
+                request.set_input_tensor(i, tensor)
+            request.infer()
+            return [torch.from_numpy(np.array(tensor.data)) for tensor in request.output_tensors]
+        finally:
+            request.set_input_tensor(0, self._no_images)
 
     def _request(self, variant: Variant) -> Any:
         """Return the calling thread's infer request for a variant."""

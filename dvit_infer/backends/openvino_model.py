@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dvit_infer.config import Config
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
 from dvit_infer.graph.nodes import Attention, Mlp, Node
 from dvit_infer.utils.threads import limit_threads
 
-EXTRA = "dvit-infer[cpu]"
+_INSTALL = "run pip install 'dvit-infer[cpu]'"
+MISSING, FASTER = f"openvino is not installed; {_INSTALL}", f"openvino would be faster; {_INSTALL}"
 OLDEST = (2025, 4)  # before, Python could not set attributes of nodes
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _core: list[Any] = []
@@ -73,12 +75,12 @@ def why_not_openvino(graph: Graph) -> str | None:
     if os.environ.get("DVIT_PRUNE"):
         return "openvino has prune_tokens of its own, not that of DVIT_PRUNE"
     try:
-        found = version()
-    except ModuleNotFoundError:
-        return f"openvino is not installed; run pip install '{EXTRA}'"
-    except Exception as error:  # whatever a damaged installation raises
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"openvino cannot be imported: {reason}"
+        importlib.import_module("openvino")
+    except Exception as error:  # importing runs another project's code, and a damaged installation may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "openvino":
+            return MISSING
+        return f"openvino cannot be imported: {next(iter(str(error).splitlines()), type(error).__name__)}"
+    found = version()
     if found < OLDEST:
         old, new = (".".join(map(str, two)) for two in (found, OLDEST))
         return f"openvino {old} is too old; {new} or later runs it"
@@ -131,6 +133,13 @@ def only(model: Any, variant: Variant) -> Any:
         parameter for parameter in model.get_parameters() if variant.given or parameter.get_friendly_name() == "images"
     ]
     return openvino.Model(results, inputs, model.get_friendly_name())
+
+
+def no_images(config: Config) -> Any:
+    """Return an input that stands for none: a request holds on to its last one, and with it to a caller's memory."""
+    import openvino
+
+    return openvino.Tensor(openvino.Type.f32, openvino.Shape([1, 3, *config.image_size]))
 
 
 def constants_of(model: Any, nodes: Sequence[Node]) -> dict[str, torch.Tensor]:

@@ -3,16 +3,16 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine, calibrated, placed
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
@@ -135,19 +135,23 @@ def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") 
     config = subject.with_ranges(config)
     placed_in = subject.device, subject.dtype, subject.source, subject.backend, subject.int8
     engine = Engine(config, subject.checkpoint, notes, *placed_in)
-    whole = [w for node in engine.outline.nodes for w in node.weights.values()]
-    if subject.int8:  # whose matrices these are
-        nodes = [node for node in engine.outline.nodes if isinstance(node, Attention | Mlp)]
-        packed = {id(w) for node in nodes for w in node.weights.values() if w.ndim == 2}
-        whole = [w.to(torch.int8) if id(w) in packed else w for w in whole]
-    weights = mib(whole)
-    held = lambda: weights + engine.runner.buffer_bytes / 2**20  # noqa: E731
+    held = lambda: (engine.weight_bytes + engine.runner.buffer_bytes) / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # Nothing else in a row records the backend, or whether the native library pruned (DVIT_PRUNE).
-    runs = {"openvino": "OpenVINO", "native": "by native"}
-    variant = next((name for name, text in runs.items() if text in engine.runner.runtime), None)
-    candidate = Candidate(runtime, variant, config, engine, engine.outline.gmacs, held, given, engine=engine)
-    return replace(candidate, approximate=subject.int8, dtype=engine.precision)
+    variant = "native" if "by native" in engine.runner.runtime else None
+    variant = "openvino" if isinstance(engine.runner, OpenVinoRunner) else variant
+    return Candidate(
+        runtime,
+        variant,
+        config,
+        engine,
+        engine.outline.gmacs,
+        held,
+        given,
+        engine=engine,
+        approximate=subject.int8,
+        dtype=engine.precision,
+    )
 
 
 def dense_candidate(subject: Subject) -> Candidate:

@@ -14,9 +14,9 @@ from torch import nn
 from dvit_infer.backends.openvino_model import PRECISIONS, compile_model, core
 from dvit_infer.benchmark.candidates import Call, Candidate, Subject, first_line, mib
 from dvit_infer.config import Config
-from dvit_infer.engine import folded_graph
 from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.folded import folded_graph
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_graph, build_reference, family_of
 from dvit_infer.onnx.session import open_session, run_session

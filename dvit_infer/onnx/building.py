@@ -70,22 +70,11 @@ class OnnxBuilder(Builder[str]):
     def in_dtype(self, x: str) -> str:
         return x if self.dtype == torch.float32 else self.emit("Cast", x, to=self.element)
 
-    def normalise(
-        self,
-        x: str,
-        dim: int,
-        eps: Any,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        name: str = "",
-    ) -> str:
-        if gain is not None and shift is not None:
-            affine = [self.own(f"{name}.weight", gain), self.own(f"{name}.bias", shift)]
-        else:
-            affine = [self.weight(f"ones/{dim}", torch.ones(dim, dtype=torch.float32))]
-            if needs_norm_bias(self.opset):
-                affine.append(self.weight(f"zeros/{dim}", torch.zeros(dim, dtype=torch.float32)))
-        return self.emit("LayerNormalization", x, *affine, axis=-1, epsilon=eps)
+    def normalise(self, x: str, dim: int, eps: Any, affine: tuple[str, str] | None = None) -> str:
+        given: tuple[str, ...] = affine or (self.weight(f"ones/{dim}", torch.ones(dim, dtype=torch.float32)),)
+        if affine is None and needs_norm_bias(self.opset):
+            given += (self.weight(f"zeros/{dim}", torch.zeros(dim, dtype=torch.float32)),)
+        return self.emit("LayerNormalization", x, *given, axis=-1, epsilon=eps)
 
     def activate(self, x: str, act: str) -> str:
         """Emit an activation: one operator for GELU where there is one, else in float32."""

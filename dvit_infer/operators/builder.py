@@ -48,16 +48,8 @@ class Builder(ABC, Generic[V]):
         """Return a name for the output of the next operator."""
 
     @abstractmethod
-    def normalise(
-        self,
-        x: V,
-        dim: int,
-        eps: float,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        name: str = "",
-    ) -> V:
-        """Emit the LayerNorm of rows (..., dim) in float32; without gain and shift, or with them as weights `name`."""
+    def normalise(self, x: V, dim: int, eps: float, affine: tuple[V, V] | None = None) -> V:
+        """Emit the LayerNorm of rows (..., dim) in float32, with gain and shift if they are not folded."""
 
     @abstractmethod
     def activate(self, x: V, act: str) -> V:
@@ -165,7 +157,12 @@ class Builder(ABC, Generic[V]):
     def norm_of(self, x: V, name: str, weights: Weights, eps: float) -> V:
         """Emit the LayerNorm `name` of a node's weights for float32 values; in float32."""
         gain, shift = (weights[f"{name}.{part}"].float() for part in ("weight", "bias"))
-        return self.normalise(x, len(gain), eps, gain, shift, name)
+        return self.affine_norm(x, name, gain, shift, eps)
+
+    def affine_norm(self, x: V, name: str, gain: torch.Tensor, shift: torch.Tensor, eps: float) -> V:
+        """Emit a LayerNorm with gain and shift, which become weights `name`, for float32 values; in float32."""
+        affine = self.own(f"{name}.weight", gain), self.own(f"{name}.bias", shift)
+        return self.normalise(x, len(gain), eps, affine)
 
     def attend(self, q: V, k: V, v: V, scale: float, bias: V | None = None, reader: str = "") -> V:
         """Emit softmax(scale * q k^T + bias) v for q, k, v (B, tokens, heads, head size), in that layout.

@@ -68,7 +68,7 @@ def last_norm(to: Builder[V], node: Head | Pool, x: V) -> V:
     if node.last_norm is None:
         return to.float32(x)
     gain, shift = node.last_norm
-    return to.normalise(to.float32(x), node.dim, node.eps, gain.float(), shift.float(), "last_norm")
+    return to.affine_norm(to.float32(x), "last_norm", gain.float(), shift.float(), node.eps)
 
 
 def _after_pooling(to: Builder[V], node: Pool, y: V) -> V:

@@ -43,6 +43,7 @@ class OpenVinoBuilder(Builder[Value]):
         self._int8 = frozenset(int8)
         self._ranges = {name: (low, high) for name, low, high in ranges}
         self._quantised: dict[str, Value] = {}
+        self._factors: dict[str, Value] = {}
         self._prepared: set[str] = set()  # linears whose input is quantised in another layout
         self._weights: dict[str, Value] = {}
         self._exact = False
@@ -105,9 +106,13 @@ class OpenVinoBuilder(Builder[Value]):
 
     def _quantised_weight(self, name: str, weight: torch.Tensor) -> Value:
         """Emit a weight (out, in) as int8, symmetric, with a scale for each output channel."""
+        key = f"{self.stem}/{name}"
+        if key in self._factors:
+            return self._factors[key]
         scale = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         whole = self.own(f"{name}.weight", (weight.float() / scale).round().clamp(-127, 127).to(torch.int8))
-        return ops.multiply(ops.convert(whole, "f32"), self.own(f"{name}.weight/scale", scale)).output(0)
+        factor = ops.multiply(ops.convert(whole, "f32"), self.own(f"{name}.weight/scale", scale)).output(0)
+        return self._factors.setdefault(key, factor)
 
     def _quantised_input(self, x: Value, linear: str) -> Value:
         """Emit the quantisation of a linear's input, once for all linears that read it."""
@@ -131,19 +136,9 @@ class OpenVinoBuilder(Builder[Value]):
         y = self.emit("Add", y, bias)
         return self.emit("Reshape", y if act == "none" else self.activate(y, act), self.ints(0, rows, width))
 
-    def normalise(
-        self,
-        x: Value,
-        dim: int,
-        eps: float,
-        gain: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        name: str = "",
-    ) -> Value:
+    def normalise(self, x: Value, dim: int, eps: float, affine: tuple[Value, Value] | None = None) -> Value:
         y = self._added(ops.mvn(x, self.ints(-1), True, eps, "inside_sqrt"), self.fresh("MVN"))[0]
-        if gain is None or shift is None:
-            return y
-        return self.emit("Add", self.emit("Mul", y, self.own(f"{name}.weight", gain)), self.own(f"{name}.bias", shift))
+        return y if affine is None else self.emit("Add", self.emit("Mul", y, affine[0]), affine[1])
 
     def activate(self, x: Value, act: str) -> Value:
         if act == "quick_gelu":

@@ -214,8 +214,14 @@ def test_one_core_for_all_threads(monkeypatch):
     from dvit_infer.backends import openvino_model as module
 
     made = []
+
+    def slow() -> object:
+        time.sleep(0.05)
+        made.append(object())
+        return made[-1]
+
     monkeypatch.setattr(module, "_core", [])
-    monkeypatch.setattr(openvino, "Core", lambda: made.append(time.sleep(0.05)) or object())
+    monkeypatch.setattr(openvino, "Core", slow)
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: id(module.core()), range(4)))) == len(made) == 1
 
@@ -233,6 +239,14 @@ def test_without_openvino_pytorch_runs_it_and_one_line_says_what_is_faster(monke
     other = pickle.loads(pickled)
     torch.testing.assert_close(other(case_images(CASE)), engine(case_images(CASE)), atol=2e-5, rtol=0)
     assert str(other.graph) == str(engine.graph)
+
+
+def test_an_openvino_without_what_it_needs(monkeypatch, tmp_path):
+    """Is not taken for none."""
+    (tmp_path / "openvino.py").write_text("import what_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "openvino")
+    assert why_not_openvino(converted().graph) == "openvino cannot be imported: No module named 'what_it_needs'"
 
 
 def test_a_damaged_openvino(monkeypatch, tmp_path):
@@ -302,10 +316,9 @@ def test_with_dvit_prune_pytorch_runs_it(monkeypatch):
 def test_out_of_memory_is_said(monkeypatch):
     engine = converted()
 
-    class Request:
-        def infer(self, *given, **named):
-            raise RuntimeError("Exception from src/x.cpp:1:\nstd::bad_alloc")
+    def fails(request, inputs):
+        raise RuntimeError("Exception from src/x.cpp:1:\nstd::bad_alloc")
 
-    monkeypatch.setattr(engine.runner, "_request", lambda variant: Request())
+    monkeypatch.setattr(engine.runner, "_infer", fails)
     with pytest.raises(MemoryError):
         engine(case_images(CASE))

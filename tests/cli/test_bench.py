@@ -1,6 +1,5 @@
 """dvit-bench: the peers, a sweep, the nodes; and that another function is found out."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -20,21 +19,6 @@ from dvit_infer.cli import bench
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 NODE = "op kind runtime model keep_rate dtype batch shape us p20_us p80_us max_error gmacs mib floor_us bound share"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("bench") / "tiny.pth"
-    torch.save(official_checkpoint("tiny-deit-r0.7-s1") | {"args": {"num_heads": 2, "base_rate": 0.7}}, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def tiny_lvvit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("bench") / "tiny-lvvit.pth"
-    args = {"num_heads": 2, "skip_lam": 2.0, "base_rate": 0.7}
-    torch.save({"model": state_dict("tiny-lvvit", 1), "args": args}, path)
-    return str(path)
 
 
 def run(model: str, *argv: str) -> list[dict]:
@@ -274,57 +258,3 @@ def test_a_load_is_said(tiny, capsys):
     assert ", beside 1 busy process; speed-up over reference" in heading
     assert ", beside 1 busy process</h1>" in Path("page.html").read_text()
     assert rows[0].keys() == run(tiny, "--batch", "1", "--compare", "reference")[0].keys()
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--sweep", "0.9:0.5:0.1"], "--sweep"),
-        (["--sweep", "0.5:0.9"], "--sweep"),
-        (["--sweep", "0.5:0.9:0"], "--sweep"),
-        (["--sweep", "0.5:1.5:0.1"], "--sweep"),
-        (["--sweep", "0:0.5:0.1"], "--sweep"),
-        (["--sweep", "nan:0.5:0.1"], "--sweep"),
-        (["--sweep", "0.5:0.9:1e-12"], "--sweep"),
-        (["--load", "-1"], "--load"),
-        (["--load", "1025"], "--load"),
-        (["--load", "1" * 40], "--load"),
-        (["--load", "1.5"], "--load"),
-        (["--load", "two"], "--load"),
-        (["--seconds", "-1"], "--seconds"),
-        (["--seconds", "nan"], "--seconds"),
-        (["--report", "."], "--report"),
-        (["--report", "nowhere/x.html"], "--report"),
-        (["--report", "same", "--json", "same"], "--report"),
-        (["--compare", "onnxruntime", "--dtype", "bfloat16"], "onnxruntime"),
-        (["--compare", "openvino", "--dtype", "float16"], "openvino"),
-    ],
-)
-def test_bad_options(argv, named, tiny, capsys):
-    assert named in fails(bench, [tiny, "--device", "cpu", *argv], capsys)
-
-
-def test_a_dense_model_has_no_keep_rates(capsys):
-    state = {k: v for k, v in state_dict("tiny-deit", 1).items() if "predictor" not in k}
-    torch.save({"model": state, "args": {"num_heads": 2}}, "dense.pth")
-    line = fails(bench, ["dense.pth", "--device", "cpu", "--sweep", "0.5:0.9:0.1"], capsys)
-    assert line.startswith("error: --sweep: dense.pth holds no score predictors")
-
-
-def test_a_swept_rate_that_leaves_no_token_is_named(tiny, capsys):
-    line = fails(bench, [tiny, "--device", "cpu", "--sweep", "0.001:0.001:0.1"], capsys)
-    assert line.startswith("error: --sweep: a keep rate of 0.001 leaves no patch token")
-
-
-@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime", "openvino", "timm"])
-def test_a_package_that_is_not_there_is_named(package, tiny, capsys, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    candidate = {"onnxscript": "onnxruntime"}.get(package, package)
-    line = fails(bench, [tiny, "--device", "cpu", "--compare", candidate], capsys)
-    assert package in line
-    assert "pip install" in line
-
-
-def test_timm_has_no_lvvit(tiny_lvvit, capsys):
-    assert "timm has no lvvit" in fails(bench, [tiny_lvvit, "--device", "cpu", "--compare", "timm"], capsys)
