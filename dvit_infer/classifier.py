@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dvit_infer.backends.state import Hook, State
-from dvit_infer.config import Config
+from dvit_infer.config import Config, Reduction
 from dvit_infer.graph import Graph, Node
 from dvit_infer.graph.heads import Wanted
 from dvit_infer.images.tensors import check_images, is_plain
@@ -47,7 +47,8 @@ class Output(NamedTuple):
 
     Attributes:
         logits: (B, K) float32.
-        choices: for each stage the original positions of the patches that were kept, (B, k) int64, ascending.
+        choices: for each stage the original positions of the patches that were kept, (B, k) int64, ascending; or the
+            groups that were merged, (B, N) int64, as a call returns them.
     """
 
     logits: torch.Tensor
@@ -98,12 +99,15 @@ class Classifier(ABC):
             images: (B, 3, H, W), any B >= 1, any device and strides; floating point is taken as normalised, uint8 is
                 normalised inside with the config's mean and std.
             return_kept: also return which patches were kept.
-            kept: one (B, k) int64 tensor per stage: original patch positions, ascending, to keep instead of the
-                predictors' choice. The positions of a stage must be a subset of those of the stage before.
+            kept: for each stage what to do instead of the model's own choice, in the form that is returned. The
+                positions of a stage must be a subset of those of the stage before; its groups must contain those of
+                the stage before.
 
         Returns:
             Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions: one (B, k) int64
-            tensor per stage, in the original grid, row-major, ascending.
+            tensor per stage, in the original grid, row-major, ascending. N + j stands for the token into which stage j
+            fused the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage:
+            for every original patch the lowest one of the group that then holds it.
 
         Raises:
             ValueError: images or kept have an invalid rank, size, dtype or content.
@@ -135,14 +139,15 @@ class Classifier(ABC):
 
         Returns:
             (B, P+k, D) float32 with the prefix tokens in front, and (B, k) int64 original positions of the patch
-            tokens, in the same order, ascending.
+            tokens, in the same order: ascending, N + j of the token that stage j fused; of merged tokens the lowest of
+            each group, in the order in which they are left.
 
         Raises:
             InputError: the model gives logits only.
         """
         out = self._in_parts(images, None, True, "tokens")
-        if out.choices:
-            return out.x, out.choices[-1]
+        if out.positions is not None:
+            return out.x, out.positions
         return out.x, torch.arange(self.config.num_patches, device=out.x.device).repeat(len(out.x), 1)
 
     def warm_up(self, batches: Iterable[int] = (1,), *, uint8: bool = False) -> None:
@@ -184,7 +189,12 @@ class Classifier(ABC):
             start += len(out.x)
             done.append(out)
         choices = zip(*(out.choices for out in done), strict=True)
-        return State(torch.cat([out.x for out in done]), choices=[torch.cat(stage) for stage in choices])
+        positions = [out.positions for out in done if out.positions is not None]
+        return State(
+            torch.cat([out.x for out in done]),
+            torch.cat(positions) if positions else None,
+            choices=[torch.cat(stage) for stage in choices],
+        )
 
     def _take_less(self, images: int) -> None:
         """Halve the micro-batch for this and all later calls, after the GPU ran out of memory.
@@ -228,28 +238,53 @@ class Verifiable(Classifier):
 
 
 def check_kept(kept: Sequence[torch.Tensor], config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:
-    """Check the kept sets given by a caller and return them on the device; their indices are then in bounds.
+    """Check the choices given by a caller and return them on the device; their indices are then in bounds.
 
     Raises:
-        ValueError: the number of stages, a shape, a dtype or an order is wrong, or an earlier stage dropped a position.
+        ValueError: the number of stages, a shape, a dtype or an order is wrong, an earlier stage dropped a position, or
+            groups are none, or split what an earlier stage merged.
     """
     if not isinstance(kept, list | tuple):
         raise ValueError(f"kept: a list of tensors is expected, not a {type(kept).__name__}")
-    if len(kept) != len(config.num_keep):
-        raise ValueError(f"kept: {len(kept)} stages given, the model has {len(config.num_keep)}")
-    alive = torch.ones(batch, config.num_patches, dtype=torch.bool, device=device)
+    reduction = config.reduction
+    if len(kept) != len(reduction.stages):
+        raise ValueError(f"kept: {len(kept)} stages given, the model has {len(reduction.stages)}")
     stages = []
-    for stage, (index, count) in enumerate(zip(kept, config.num_keep, strict=True)):
+    for stage, (index, count) in enumerate(zip(kept, reduction.choice_sizes, strict=True)):
         if not isinstance(index, torch.Tensor) or not is_plain(index):
             raise ValueError(f"kept: stage {stage} is a {type(index).__name__}; a dense tensor is expected")
         if tuple(index.shape) != (batch, count) or index.dtype != torch.int64:
             found = f"{index.dtype} of shape {tuple(index.shape)}"
             raise ValueError(f"kept: stage {stage} is {found}; int64 ({batch}, {count}) is expected")
-        index = index.to(device).contiguous()
-        if index.min() < 0 or index.max() >= config.num_patches or (index.diff(dim=1) <= 0).any():
-            raise ValueError(f"kept: stage {stage} is not ascending positions from 0 to {config.num_patches - 1}")
+        stages.append(index.to(device).contiguous())
+    (_check_groups if reduction.merges else _check_positions)(stages, reduction)
+    return stages
+
+
+def _check_positions(stages: Sequence[torch.Tensor], reduction: Reduction) -> None:
+    n = reduction.num_patches
+    alive: torch.Tensor | None = None
+    for stage, index in enumerate(stages):
+        if index.min() < 0 or index.max() >= n + stage or (index.diff(dim=1) <= 0).any():
+            known = f"positions from 0 to {n - 1}" + (f", or {n} and up for fused tokens" if stage else "")
+            raise ValueError(f"kept: stage {stage} is not ascending {known}")
+        if alive is None:  # with room for a fused token of every stage
+            alive = torch.ones(len(index), n + len(stages), dtype=torch.bool, device=index.device)
+            alive[:, n:] = False
         if not alive.gather(1, index).all():
             raise ValueError(f"kept: stage {stage} keeps a position that an earlier stage dropped")
         alive = torch.zeros_like(alive).scatter_(1, index, True)
-        stages.append(index)
-    return stages
+        alive[:, n + stage] = reduction.fuses(stage)
+
+
+def _check_groups(stages: Sequence[torch.Tensor], reduction: Reduction) -> None:
+    n, before = reduction.num_patches, None
+    for stage, (groups, s) in enumerate(zip(stages, reduction.stages, strict=True)):
+        own = torch.arange(n, device=groups.device).expand_as(groups)
+        if groups.min() < 0 or (groups > own).any() or (groups.gather(1, groups) != groups).any():
+            raise ValueError(f"kept: stage {stage} does not give for every patch the lowest one of its group")
+        if (groups == own).sum(dim=1).ne(s.keep or 0).any():
+            raise ValueError(f"kept: stage {stage} does not make {s.keep} groups")
+        if before is not None and (groups.gather(1, before) != groups).any():
+            raise ValueError(f"kept: stage {stage} splits a group that an earlier stage made")
+        before = groups

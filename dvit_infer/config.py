@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 Size = tuple[int, int]  # (height, width)
 Floats = tuple[float, ...]
+Setting = bool | float | str | tuple[float, ...]
 Ranges = tuple[tuple[str, float, float], ...]  # (linear, lowest, highest) of its inputs
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -39,12 +40,14 @@ class Reduction:
         stages: the stages in order, with their counts spelled out.
         settings: what the method was given, by name; the first is part of the label.
         num_patches: the number of patch tokens before the first stage.
+        merges: whether tokens are merged, not dropped.
     """
 
     method: str = "none"
     stages: tuple[Stage, ...] = ()
-    settings: tuple[tuple[str, float], ...] = ()
+    settings: tuple[tuple[str, Setting], ...] = ()
     num_patches: int = 0
+    merges: bool = False
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -55,14 +58,35 @@ class Reduction:
         """The share of patch tokens that the first stage keeps: 1 if dense."""
         if not self.stages:
             return 1.0
-        return dict(self.settings).get("keep_rate", (self.stages[0].keep or 0) / max(1, self.num_patches))
+        stated = dict(self.settings).get("keep_rate")
+        if isinstance(stated, float) and stated <= 1:
+            return stated
+        return (self.stages[0].keep or 0) / max(1, self.num_patches)
+
+    @property
+    def choice_sizes(self) -> tuple[int, ...]:
+        """The number of positions by which each stage's choice is stated: those kept, or all, each with its group."""
+        return tuple(self.num_patches if self.merges else stage.keep or 0 for stage in self.stages)
+
+    def fuses(self, stage: int) -> bool:
+        """Return whether a stage fuses the tokens that it drops into one more."""
+        before = self.num_patches if not stage else (self.stages[stage - 1].keep or 0) + self.fuses(stage - 1)
+        return bool(dict(self.settings).get("fuse")) and (self.stages[stage].keep or 0) < before
 
     def __str__(self) -> str:
         if not self.stages:
             return "dense"
-        named = " ".join([self.method, *(f"{value:g}" for _, value in self.settings[:1])])
+        named = " ".join([self.method, *(_listed(value) for _, value in self.settings[:1])]).strip()
         counts = ",".join("?" if stage.keep is None else str(stage.keep) for stage in self.stages)
         return f"{named}: {counts} of {self.num_patches}"
+
+
+def _listed(value: Setting) -> str:
+    if isinstance(value, str):
+        return value
+    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
+    return ",".join(f"{number:g}" for number in numbers) if len(numbers) <= 3 else ""  # counts say it then
 
 
 @dataclass(frozen=True)

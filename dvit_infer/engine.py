@@ -157,9 +157,10 @@ def convert(
     source: Source,
     *,
     arch: str | None = None,
-    keep_rate: float | None = None,
+    keep_rate: float | Sequence[float] | None = None,
     prune_at: Sequence[int] | None = None,
     method: str | None = None,
+    merge: int | Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     assume: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
@@ -174,15 +175,19 @@ def convert(
             loaded state dict, or a module of timm or transformers, which is neither kept nor changed.
         arch: a name from `list_archs()`; None: recognised from keys and shapes.
         keep_rate: the share r of the original patch tokens that the first stage keeps; the second keeps r**2, and so
-            on. None: from the file's args, else 0.7.
-        prune_at: 0-based indices of the blocks before which tokens are dropped; None: from the file or its depth.
-        method: 'predictor', 'random' (a control that needs no training), or 'none' for the dense model; None:
-            'predictor' if the weights hold predictors, else 'none'.
+            on. For 'evit' that of the current ones in every stage, or a list with one for each; a whole number over 1
+            is a count. None: from the file's args, else 0.7.
+        prune_at: 0-based indices of the blocks before which ('evit': in which) tokens are dropped; None: from the file
+            or its depth.
+        method: 'predictor'; 'evit', 'tome' or 'random' (a control), which need no training; or 'none' for the dense
+            model. None: as the file was trained, 'predictor' if the weights hold predictors, else 'none'.
+        merge: for 'tome' the number of tokens merged in every block, or a list with one for each; a block merges at
+            most half of its patch tokens. None: 80% of the patches in equal parts, where it pays.
         image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
             resamples the position embedding.
         assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size,
             no_embed_class, mean, std, crop_pct, crop_mode, interpolation, weights (which set of
-            several), and the arguments above.
+            several), fuse and score of 'evit', prop_attn of 'tome', and the arguments above.
         device: None: 'cuda' if available, else 'cpu'.
         dtype: None: bfloat16 on CUDA, float32 on a CPU. 'int8' on a CPU: linears of attention and MLPs in int8, scores
             in float32; needs OpenVINO.
@@ -198,7 +203,7 @@ def convert(
     where, what, int8 = placed(device, dtype)
     if calibrate is not None and not int8:
         raise InputError("calibrate: is for dtype int8")
-    checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
+    checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
     if calibrate is not None:
         config = calibrated(config, checkpoint, calibrate)
     return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint), backend, int8)
@@ -210,7 +215,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     method: str | None = None,
-    keep_rate: float | None = None,
+    keep_rate: float | Sequence[float] | None = None,
+    merge: int | Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Engine:
@@ -223,7 +229,7 @@ def load(
     checkpoint = read_checkpoint(path)
     if not checkpoint.is_saved_engine:
         raise InputError(f"{path}: is no saved engine; convert() reads checkpoints")
-    given = {} if keep_rate is None else {"keep_rate": keep_rate}
+    given = {name: value for name, value in (("keep_rate", keep_rate), ("merge", merge)) if value is not None}
     config, notes = recognise(checkpoint, None, given, {"method": method, "image_size": image_size})
     return Engine(config, checkpoint, notes, where, what, WeightSource(path, checkpoint), backend, int8)
 
@@ -267,9 +273,10 @@ def load_reference(
     source: Source,
     *,
     arch: str | None = None,
-    keep_rate: float | None = None,
+    keep_rate: float | Sequence[float] | None = None,
     prune_at: Sequence[int] | None = None,
     method: str | None = None,
+    merge: int | Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     assume: Mapping[str, Any] | None = None,
 ) -> nn.Module:
@@ -278,7 +285,7 @@ def load_reference(
     Its forward returns logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it returns a
     `TrainOutput` (models/reference.py). Arguments and errors are as for `convert`.
     """
-    checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, method, image_size, assume)
+    checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
     return build_reference(config, checkpoint)
 
 
@@ -290,16 +297,17 @@ def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
 def _recognised(
     source: Source,
     arch: str | None,
-    keep_rate: float | None,
+    keep_rate: float | Sequence[float] | None,
     prune_at: Sequence[int] | None,
     method: str | None,
+    merge: int | Sequence[int] | None,
     image_size: int | tuple[int, int] | None,
     assume: Mapping[str, Any] | None,
 ) -> tuple[Checkpoint, Config, list[Note]]:
     if assume is not None and not isinstance(assume, Mapping):
         raise InputError(f"assume: a dict such as {{'num_heads': 6}} is expected, not {assume!r}")
     given = dict(assume or {})
-    for what, value in (("keep_rate", keep_rate), ("prune_at", prune_at)):
+    for what, value in (("keep_rate", keep_rate), ("prune_at", prune_at), ("merge", merge)):
         if value is not None:
             given[what] = value
     checkpoint = read_checkpoint(source, given.get("weights"))

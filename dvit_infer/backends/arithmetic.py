@@ -29,6 +29,11 @@ def places_of(node: Attention, positions: torch.Tensor | None) -> dict[str, torc
     `sin` and `cos`: (n, 1 or heads, D) or (B, n, 1 or heads, D); `pair_bias` as `attend` takes it, for the node's rows.
     """
     tables = {name: node.weights[name] for name in PLACES if name in node.weights}
+    if not tables:
+        return {}
+    if positions is not None:  # a fused token, at N or more, has no place
+        tables = {name: _padded(name, table) for name, table in tables.items()}
+        positions = positions.clamp(max=_patches(tables, node.num_prefix) - 1)
     rows = None if positions is None else _with_prefix(positions, node.num_prefix)
     for name, table in tables.items():
         if name == "pair_bias":
@@ -53,6 +58,49 @@ def rotate_patches(x: torch.Tensor, node: Attention, sin: torch.Tensor, cos: tor
     else:
         turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
     return torch.cat([x[:, : node.num_prefix], (patches * cos + turned * sin).to(x.dtype)], dim=1)
+
+
+def signal_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    node: Attention,
+    bias: torch.Tensor | None = None,
+    pair_bias: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Return what a node's attention leaves, in float32 (`nodes.Signal`); arguments as of `TorchRunner.mix`."""
+    if not node.leaves:
+        return None
+    if node.leaves == "mean_keys":
+        return k.float().mean(dim=2)
+    if node.leaves == "class_attention":
+        query, pairs = q[:, :1], None if pair_bias is None else pair_bias[..., :1, :]
+    else:
+        query, pairs = q[:, node.num_prefix :].float().mean(dim=1, keepdim=True), None
+    scores = (query.float() * node.scale).transpose(1, 2) @ k.float().permute(0, 2, 3, 1)
+    scores = scores if bias is None else scores + bias[:, None, None]
+    scores = scores if pairs is None else scores + pairs
+    return scores.softmax(dim=-1)[:, :, 0]
+
+
+def weighted_mean(x: torch.Tensor, sizes: torch.Tensor | None, first: int) -> torch.Tensor:
+    """Return the mean (B, C) of the tokens x (B, n, C) of all from `first` on, by their sizes (B, any); None: 1."""
+    if sizes is None:
+        return x.mean(dim=1)
+    share = sizes[:, first:]
+    share = share / share.sum(dim=1, keepdim=True)
+    return (share[:, None].to(x.dtype) @ x)[:, 0]
+
+
+def _padded(name: str, table: torch.Tensor) -> torch.Tensor:
+    """Return a table of places with one more row, of a token without a place: not rotated, no bias."""
+    if name == "pair_bias":
+        return F.pad(table, (0, 1, 0, 1))
+    return F.pad(table, (0, 0, 0, 1), value=float(name == "cos"))
+
+
+def _patches(tables: dict[str, torch.Tensor], num_prefix: int) -> int:
+    name, table = next(iter(tables.items()))
+    return table.shape[-2] - (num_prefix if name == "pair_bias" else 0)
 
 
 def _with_prefix(positions: torch.Tensor, num_prefix: int) -> torch.Tensor:

@@ -210,9 +210,9 @@ class CpuRunner(TorchRunner):
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return super().prepare(images).to(self._linear.dtype)
 
-    def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(node, PredictorPrune):
-            return super().select(node, x)
+            return super().select(node, x, signal)
         if self._native:
             from dvit_infer.ops.native import prune_tokens  # here: not needed otherwise
 
@@ -238,16 +238,24 @@ class CpuRunner(TorchRunner):
             flat.addmm_(y.reshape(len(flat), -1), weight.t(), alpha=scale)
         state.x = x
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, pair_bias: torch.Tensor | None = None
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        pair_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # float16 scores may overflow; CPU attention keeps them in float32
         if q.dtype != torch.bfloat16 or pair_bias is not None:
-            return super().attend(q, k, v, scale, pair_bias)
+            return super().mix(q, k, v, scale, bias, pair_bias)
         # In bfloat16, plain softmax is 2.4 times as fast as CPU attention at these lengths (measured on an EPYC).
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         scores = q @ k.transpose(-2, -1)
-        return ((scores if scale == 1.0 else scores * scale).softmax(dim=-1) @ v).transpose(1, 2)
+        scores = scores if scale == 1.0 else scores * scale
+        scores = scores if bias is None else scores + bias[:, None, None].to(scores.dtype)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
     def _score_product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False

@@ -1,30 +1,26 @@
 """What travels between the nodes of a graph while it runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from dvit_infer.graph.nodes import Node
+from dvit_infer.reduction.tokens import Tokens
 
 
 @dataclass(slots=True)
-class State:
-    """What travels from node to node.
+class State(Tokens):
+    """What travels from node to node: tokens, with what is known about them.
 
     Attributes:
-        x: images (B, 3, H, W), then tokens (B, P+N, C), and after the head logits (B, K) float32.
-        given: one (B, k) tensor per stage, original positions to keep instead of the graph's choice; None: none are.
-        positions: (B, N) original positions of x's patches; None: all, in order.
+        x: images (B, 3, H, W), then tokens (B, P+n, C), and after the head logits (B, K) float32.
+        given: for each stage what to do instead of the graph's choice, as `choices`; None: nothing is given.
         stats: statistics of x's rows for the next LayerNorm; None: it computes them.
-        choices: what each stage so far kept, (B, k) original positions.
     """
 
-    x: torch.Tensor
     given: Sequence[torch.Tensor] | None = None
-    positions: torch.Tensor | None = None
     stats: torch.Tensor | None = None
-    choices: list[torch.Tensor] = field(default_factory=list)
 
 
 Hook = Callable[[Node, torch.Tensor], None]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.arithmetic import activate, places_of, rotate_patches
+from dvit_infer.backends.arithmetic import activate, places_of, rotate_patches, signal_of, weighted_mean
 from dvit_infer.backends.precision import as_asked
 from dvit_infer.backends.state import Hook, State
 from dvit_infer.graph.graph import Graph
@@ -14,7 +14,10 @@ from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, N
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.attention import attention_ref
+from dvit_infer.ops.merge_tokens import average_rows_ref, match_tokens_ref, merge_tokens_ref
 from dvit_infer.reduction.predictor import PredictorPrune
+from dvit_infer.reduction.tokens import index_of_kept, note_kept, note_merged, rows_of_groups
+from dvit_infer.reduction.tome import Merge
 
 ALL = slice(None)  # tokens
 
@@ -93,7 +96,7 @@ class TorchRunner:
 
         Args:
             images: (B, 3, H, W), any device, strides and dtype that `check_images` accepts.
-            given: one (B, k) tensor per stage: original patch positions to keep instead of the graph's choice.
+            given: one tensor per stage: what to do instead of the graph's choice, as `State.choices`.
             hook: called with every node and its output, which is valid until the next node runs.
             return_choices: whether they are wanted; if not, a runner may leave them out to save time.
             output: what x is in the end: logits (B, K), or in float32 after the last norm the features (B, D) that the
@@ -103,8 +106,8 @@ class TorchRunner:
             The state after the last node.
         """
         self.check(len(images), images.dtype)
-        state = State(self.prepare(images), given)
-        nodes, reader = nodes_for(self.nodes, output)
+        state = State(self.prepare(images), given=given)
+        nodes, reader = nodes_for(self.nodes, output, return_choices or given is not None)
         state = self.run_nodes(state, nodes, hook)
         with as_asked(self.device, self.dtype):
             if reader is None:
@@ -112,7 +115,9 @@ class TorchRunner:
             elif isinstance(reader, Pool) or output == "tokens":
                 state.x = self.last_norm(reader, state.x).float()
             else:
-                state.x = self.last_norm(reader, state.x[:, reader.feature_rows]).mean(dim=1)
+                rows = reader.feature_rows
+                sizes = state.sizes if reader.reads == "mean" else None
+                state.x = weighted_mean(self.last_norm(reader, state.x[:, rows]), sizes, rows.start)
         return state
 
     def run_nodes(self, state: State, nodes: Sequence[Node], hook: Hook | None = None) -> State:
@@ -170,8 +175,9 @@ class TorchRunner:
         places = places_of(node, state.positions)
         if "sin" in places:
             q, k = (rotate_patches(part, node, places["sin"], places["cos"]) for part in (q, k))
-        y = self.attend(q, k, v, node.scale, places.get("pair_bias")).flatten(2)
-        self.linear_add(node, "proj", self.inner_norm(node, y), state)
+        bias = state.sizes.log() if node.adds_sizes and state.sizes is not None else None
+        y, state.signal = self.attend(q, k, v, node, bias, places.get("pair_bias"))
+        self.linear_add(node, "proj", self.inner_norm(node, y.flatten(2)), state)
 
     def head_norm(self, node: Attention, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return queries or keys (B, tokens, heads, head size), normalised for each head."""
@@ -193,21 +199,35 @@ class TorchRunner:
         self.linear_add(node, "fc2", self.inner_norm(node, hidden), state)
 
     def prune(self, node: Prune, state: State) -> None:
-        if state.given is None:
-            state.x, index = self.select(node, state.x)
+        if state.given is not None:
+            index = index_of_kept(state, state.given[len(state.choices)])
+            state.x = node.keep(state.x, index, state.signal) if node.rows is None else state.x
+        elif node.rows is not None:
+            index = node.choose(state.signal)
         else:
-            given = state.given[len(state.choices)]
-            index = given if state.positions is None else torch.searchsorted(state.positions, given)
-            state.x = op.gather_tokens_ref(state.x, index, node.num_prefix)
-        state.positions = index if state.positions is None else state.positions.gather(1, index)
-        state.choices.append(state.positions)
+            state.x, index = self.select(node, state.x, state.signal)
+        note_kept(state, index, node.fused)
+
+    def merge(self, node: Merge, state: State) -> None:
+        assert state.signal is not None
+        if state.given is not None:
+            rows = rows_of_groups(state, state.given[len(state.choices)], node.num_prefix)
+        else:
+            rows = None
+        if node.rows is not None:
+            rows = match_tokens_ref(state.signal, node.merged, node.num_prefix) if rows is None else rows
+        elif rows is not None:
+            state.x, state.sizes = average_rows_ref(state.x, state.sizes, rows, node.left)
+        else:
+            state.x, state.sizes, rows = self.merge_tokens(state.x, state.signal, state.sizes, node)
+        note_merged(state, rows, node.num_prefix, node.num_keep)
 
     def head(self, node: Head, state: State) -> None:
         x = state.x
         if node.reads == "mean":
             w, patches = node.weights, x[:, node.num_prefix :]
             y = F.layer_norm(patches, patches.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
-            y = y.float().mean(dim=1).to(x.dtype)
+            y = weighted_mean(y.float(), state.sizes, node.num_prefix).to(x.dtype)
             state.x = F.linear(y, w["head.weight"], w["head.bias"]).float()
             return
         logits = self.norm_linear(node, "head", x, 0, out_dtype=torch.float32)
@@ -221,7 +241,8 @@ class TorchRunner:
         y = self.last_norm(node, state.x[:, : node.rows]).float()
         parts = [y[:, : node.class_rows].mean(dim=1)] if node.reads.startswith("prefix") else []
         if node.reads != "prefix":
-            parts.append(y[:, 0 if node.reads == "all" else node.num_prefix :].mean(dim=1))
+            first = 0 if node.reads == "all" else node.num_prefix
+            parts.append(weighted_mean(y[:, first:], state.sizes, first))
         state.x = self.after_pooling(node, torch.cat(parts, dim=-1))
 
     def map_pool(self, node: MapPool, state: State) -> None:
@@ -230,7 +251,7 @@ class TorchRunner:
         (b, n, _), heads = x.shape, node.num_heads
         q = queries.expand(b, -1, -1).reshape(b, 1, heads, -1)
         k, v = self.linear("kv", x, w["kv.weight"], w["kv.bias"]).view(b, n, 2, heads, -1).unbind(2)
-        y = F.linear(self.attend(q, k, v, node.scale).flatten(2), w["proj.weight"], w["proj.bias"])
+        y = F.linear(self.mix(q, k, v, node.scale).flatten(2), w["proj.weight"], w["proj.bias"])
         hidden = self.norm_rows(y, w["mlp_norm.weight"], w["mlp_norm.bias"], node.eps)
         hidden = activate(F.linear(hidden, w["fc1.weight"], w["fc1.bias"]), node.act)
         y = y + F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
@@ -301,17 +322,41 @@ class TorchRunner:
         state.x = state.x + (branch if node.residual_scale == 1.0 else branch * node.residual_scale)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, pair_bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return softmax(scale * q k^T + pair_bias) v for q, k, v of (B, tokens, heads, head size), in that layout.
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        node: Attention,
+        bias: torch.Tensor | None = None,
+        pair_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what a node's attention mixes, as `mix`, and what it leaves for the reduction behind it."""
+        return self.mix(q, k, v, node.scale, bias, pair_bias), signal_of(q, k, node, bias, pair_bias)
 
-        `pair_bias` is (heads, queries, tokens) or (B, heads, queries, tokens) in float32.
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        pair_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return softmax(scale * q k^T + bias + pair_bias) v for (B, tokens, heads, head size), in that layout.
+
+        `bias` is (B, tokens), `pair_bias` (heads, queries, tokens) or (B, heads, queries, tokens), both in float32.
         """
-        if pair_bias is not None:
-            return attention_ref(q, k, v, scale, pair_bias=pair_bias)
+        if bias is not None or pair_bias is not None:
+            return attention_ref(q, k, v, scale, bias, pair_bias=pair_bias)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
-    def select(self, node: Prune, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
-        return node.prune(x)
+        return node.prune(x, signal)
+
+    def merge_tokens(
+        self, x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, node: Merge
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, P+N, C) -> the tokens that remain, their sizes, and the row of every token among them."""
+        return merge_tokens_ref(x, keys, sizes, node.merged, node.num_prefix)

@@ -159,10 +159,16 @@ class TritonRunner(TorchRunner):
         state.x, left = linear(y, w, b, state.x, stats_block=block)
         state.stats = left if block else None
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, pair_bias: torch.Tensor | None = None
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None = None,
+        pair_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return attention(q, k, v, scale, pair_bias=pair_bias)
+        return attention(q, k, v, scale, bias, pair_bias=pair_bias)
 
 
 def _is_captured(device: torch.device) -> bool:

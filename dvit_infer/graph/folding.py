@@ -12,7 +12,7 @@ import torch
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Head, MapPool, Pool
-from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
+from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Reduce, Weights
 
 _QUICK = 1.702  # of CLIP's GELU
 
@@ -162,19 +162,22 @@ def _share_places(nodes: list[Node]) -> list[Node]:
 def _class_only(nodes: list[Node]) -> list[Node]:
     """If the head reads only prefix tokens, compute queries, projection and MLP of the last block only for them."""
     at = next((i for i, node in enumerate(nodes) if isinstance(node, Head | Pool)), 0)
-    front, (attention, mlp), tail = nodes[: max(0, at - 2)], nodes[max(0, at - 2) : at] or (None, None), nodes[at:]
-    reader = tail[0]
-    if not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
+    reader = nodes[at]
+    start = next((i for i in (at - 2, at - 3) if i >= 0 and isinstance(nodes[i], Attention)), at)
+    last = nodes[start:at]  # attention, perhaps a reduction, MLP
+    if not last or not isinstance(attention := last[0], Attention) or not isinstance(mlp := last[-1], Mlp):
         return nodes
-    if not isinstance(reader, Head | Pool) or reader.reads != "prefix":
+    if not isinstance(reader, Head | Pool) or reader.reads != "prefix" or attention.leaves == "pooled_attention":
         return nodes
     rows, note = reader.rows, "class rows only"
+    between = [replace(node, rows=rows, folded=(*node.folded, note)) for node in last[1:-1] if isinstance(node, Reduce)]
     return [
-        *front,
+        *nodes[:start],
         replace(attention, rows=rows, weights=_queries_apart(attention), folded=(*attention.folded, note)),
+        *between,
         replace(mlp, tokens=rows, folded=(*mlp.folded, note)),
         replace(reader, tokens=rows, num_prefix=rows, folded=(*reader.folded, note)),
-        *tail[1:],
+        *nodes[at + 1 :],
     ]
 
 

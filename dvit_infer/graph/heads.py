@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from dvit_infer.graph.nodes import Node, NormNode, TokenNode, norm_macs
+from dvit_infer.graph.nodes import Node, NormNode, Reduce, TokenNode, norm_macs
 
 Reads = Literal["prefix", "mean", "all", "prefix and mean"]
 Wanted = Literal["logits", "features", "tokens"]
@@ -157,11 +157,14 @@ class Classify(Node):
         return self.weights["weight"].numel()
 
 
-def nodes_for(nodes: Sequence[Node], output: Wanted) -> tuple[list[Node], Head | Pool | None]:
+def nodes_for(nodes: Sequence[Node], output: Wanted, choices: bool = True) -> tuple[list[Node], Head | Pool | None]:
     """Return the nodes that lead to an output, and the node whose last LayerNorm then remains to be applied.
 
     None: their result is the output. Of a `Head`'s features, the mean of its `feature_rows` is taken after the norm.
+    A reduction whose tokens nothing reads is left out, unless its choice is wanted.
     """
+    if output != "tokens" and not choices:
+        nodes = [node for node in nodes if not isinstance(node, Reduce) or node.rows is None]
     if output == "logits":
         return list(nodes), None
     at, reader = next((i, node) for i, node in enumerate(nodes) if isinstance(node, Head | Pool))

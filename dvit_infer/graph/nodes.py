@@ -8,11 +8,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 
+from dvit_infer.ops.prune_tokens import gather_tokens_ref
+
 Weights = Mapping[str, torch.Tensor]
+# What attention leaves for the reduction behind it, in float32: the weights with which the first token attends,
+# (B, heads, P+N), or with which a token would whose query is the mean of the patches'; the mean over heads of the keys,
+# (B, P+N, D), as they are compared.
+Signal = Literal["", "class_attention", "pooled_attention", "mean_keys"]
 PLACES = ("sin", "cos", "pair_bias")  # weights of Attention that say where tokens are, for all patches of an image
 
 
@@ -197,6 +203,10 @@ class Attention(Branch):
     Queries and keys may be normalised (weights `q_norm`, `k_norm`), then those of patches rotated by their places
     (`sin`, `cos`: (N, D) or (heads, N, D) float32); `pair_bias` (heads, P+N, P+N) float32 is for all patches of an
     image too; a LayerNorm `inner_norm` may stand before `proj`.
+
+    Attributes:
+        leaves: what it leaves for the reduction behind it.
+        adds_sizes: whether the logarithm of the number of patches in a token is added to the scores of its key.
     """
 
     kind = "attention"
@@ -208,6 +218,8 @@ class Attention(Branch):
     scale: float
     num_prefix: int = 0
     rope_half: bool = False
+    leaves: Signal = ""
+    adds_sizes: bool = False
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -228,7 +240,8 @@ class Attention(Branch):
         linears = r * c * c + n * c * 2 * c + r * c * c
         normed = sum(norm_macs(self.weights, rows, c, name) for name, rows in (("q_norm", r), ("k_norm", n)))
         inner = norm_macs(self.weights, r, c, "inner_norm") if self.has_inner_norm else 0
-        return norm_macs(self.weights, n, c) + normed * self.has_qk_norm + linears + 2 * r * n * c + inner
+        pooled = n * c if self.leaves == "pooled_attention" else 0
+        return norm_macs(self.weights, n, c) + normed * self.has_qk_norm + linears + 2 * r * n * c + inner + pooled
 
     @property
     def has_qk_norm(self) -> bool:
@@ -266,26 +279,77 @@ class Mlp(Branch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(TokenNode):
-    """Drops patch tokens. Each reduction has a subclass, which chooses; prefix tokens stay, in front."""
+class Reduce(TokenNode):
+    """Leaves fewer patch tokens. Each reduction has a subclass, which chooses; prefix tokens stay, in front.
 
-    kind = "prune"
+    Attributes:
+        rows: the number of prefix rows that pass, if nothing behind it reads others. It then chooses only for those
+            who ask which tokens stay, and moves none. None: it moves all.
+    """
+
     num_keep: int
     num_prefix: int
     channels: int
+    rows: int | None = None
 
     @property
     def dim(self) -> int:
         return self.channels
 
     @property
+    def in_shape(self) -> tuple[int, ...]:
+        return self.tokens if self.rows is None else self.rows, self.dim
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
-        return self.num_prefix + self.num_keep, self.dim
+        return self.left if self.rows is None else self.rows, self.dim
+
+    @property
+    def left(self) -> int:
+        """The number of tokens that it leaves."""
+        return self.num_prefix + self.num_keep
+
+    @property
+    def macs(self) -> int:
+        return 0 if self.rows is not None else self.choice_macs
+
+    @property
+    @abstractmethod
+    def choice_macs(self) -> int:
+        """The number of MACs for one image of choosing and moving tokens."""
+
+    def for_all_rows(self) -> Self:
+        return replace(self, rows=None)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Return a copy on `device`; its weights are in the dtypes that the choice needs."""
         return self.with_weights(lambda w: w.to(device, copy=True))
 
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Reduce):
+    """Drops patch tokens.
+
+    Attributes:
+        fused: the original position of one more token, behind the others, into which those dropped are fused; None:
+            there is none.
+    """
+
+    kind = "prune"
+    fused: int | None = None
+
+    @property
+    def left(self) -> int:
+        return super().left + (self.fused is not None)
+
     @abstractmethod
-    def prune(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prune(self, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, P+N, C) -> the kept tokens (B, P+k, C), and their (B, k) ascending positions among the N."""
+
+    def choose(self, signal: torch.Tensor | None) -> torch.Tensor:
+        """Return the positions alone; for a choice that depends on the signal alone."""
+        raise NotImplementedError(f"{type(self).__name__} needs the tokens")
+
+    def keep(self, x: torch.Tensor, index: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
+        """Return the same tokens for given positions (B, k)."""
+        return gather_tokens_ref(x, index, self.num_prefix)

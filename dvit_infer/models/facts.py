@@ -1,13 +1,15 @@
 """Check each fact about a model that a file or a user states; the message names its origin."""
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from dvit_infer.config import CROP_MODES, INTERPOLATIONS
 from dvit_infer.errors import InputError
 from dvit_infer.reduction import METHODS
+from dvit_infer.reduction.settings import is_number as is_number  # here, as the other checks
+from dvit_infer.reduction.settings import positive_float as positive_float
 from dvit_infer.utils.bounds import check_bound
 
 Facts = dict[str, tuple[Any, str]]  # a fact's name -> its value and where it stands
@@ -22,10 +24,6 @@ def text_of(value: object) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(text_of, value))
     return "".join(c if c.isprintable() else "?" for c in str(value)[:80])  # it may come from the file
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_square(count: int) -> bool:
@@ -43,21 +41,6 @@ def positive_int(what: str, value: Any) -> int:
 def count(what: str, value: Any) -> int:
     """Return a number that may be zero."""
     return 0 if value == 0 and type(value) is int else positive_int(what, value)
-
-
-def positive_float(what: str, value: Any) -> float:
-    if not is_number(value) or not value > 0:
-        raise InputError(f"{what}: {value!r} is not a positive number")
-    check_bound(what, value, 1e30, excluded=True)
-    if value <= 1e-30:
-        raise InputError(f"{what}: {value:g} is under the bound; a number above 1e-30 is expected")
-    return float(value)
-
-
-def keep_rate(what: str, value: Any) -> float:
-    if not is_number(value) or not 0 < value <= 1:
-        raise InputError(f"{what}: {value!r} is not a keep rate; a number above 0, at most 1, is expected")
-    return float(value)
 
 
 def block_indices(what: str, value: Any, depth: int, count: int | None) -> tuple[int, ...]:
@@ -129,8 +112,8 @@ def method(what: str, value: Any, learned: str | None, name: str) -> str:
     if not isinstance(value, str) or (value != "none" and value not in METHODS):
         raise InputError(f"{what}: {value!r} is not one of {', '.join([*METHODS, 'none'])}")
     if value != "none" and METHODS[value].KEY is not None and value != learned:
-        raise InputError(f"{what}: {value!r} needs score predictors, and {name} holds none; 'none' runs it dense")
+        free = ", ".join(repr(name) for name, known in METHODS.items() if known.KEY is None)
+        raise InputError(
+            f"{what}: {value!r} needs score predictors, and {name} holds none; {free} need none, 'none' runs it dense"
+        )
     return str(value)
-
-
-SETTINGS: dict[str, Callable[[str, Any], float]] = {"keep_rate": keep_rate, "predictor_eps": positive_float}

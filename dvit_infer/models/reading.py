@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dvit_infer.config import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Config
+from dvit_infer.config import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Body, Config
 from dvit_infer.errors import InputError
 from dvit_infer.models.beside import Facts, facts_of
 from dvit_infer.models.checkpoint import Checkpoint
@@ -19,6 +19,10 @@ ASSUMABLE = (
     "predictor_eps",
     "prune_at",
     "keep_rate",
+    "merge",
+    "fuse",
+    "prop_attn",
+    "score",
     "trained_size",
     "no_embed_class",
     "act",
@@ -198,8 +202,11 @@ class Reading:
         note = self.notes[index]
         self.notes[index] = replace(note, value=text_of(value), why=f"{note.why}; {why}")
 
-    def finish(self, arch: str) -> None:
-        """Raise InputError for a given fact that means nothing for this model."""
+    def finish(self, arch: str, body: Body | None = None) -> None:
+        """Raise InputError for a given fact that means nothing for this model, unless it is one of its body anyway."""
+        for name, value in self.given.items():
+            if name not in self._used and body is not None and value == getattr(body, name, None) is not None:
+                self.resolve(name, value, "")
         if unused := [name for name in self.given if name not in self._used]:
             raise InputError(f"assume: {unused[0]} means nothing for {arch}")
 

@@ -3,42 +3,64 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dvit_infer.config import Reduction
+from dvit_infer.config import Reduction, Setting
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.reading import Reading
 from dvit_infer.reduction import METHODS
+from dvit_infer.reduction.settings import Trunk
 
 STAGES = 3  # of a method without weights
 
 
 def read_reductions(
-    read: Reading, asked: Any, depth: int, num_patches: int, learned: str | None = None, count: int = 0
+    read: Reading, asked: Any, trunk: Trunk, learned: str | None = None, count: int = 0
 ) -> tuple[Reduction, Reduction]:
     """Return the reduction that runs and the one whose modules are among the weights.
 
     Args:
         read: the facts; each one used gets a note.
         asked: the method that was requested, or None.
-        depth: the number of blocks.
-        num_patches: the number of patch tokens before the first stage.
+        trunk: what methods may know about the model.
         learned: the method whose modules are among the weights; None: there are none.
         count: the number of these modules, one per stage.
 
     Raises:
-        InputError: a method, a setting or a block is impossible.
+        InputError: a method, a setting or a block is impossible, or means nothing for the method.
     """
     method = _method(read, asked, learned, count)
     read.use_reduction(method)
-    if method == "none" and learned is None:
-        for what in ("keep_rate", "prune_at"):
-            if read.given.get(what) is not None:
-                raise InputError(f"{what}: {read.name} holds no score predictors, so no tokens can be pruned")
+    _check_given(read, method, learned)
     if method in ("none", learned):
-        own = Reduction() if learned is None else _resolved(read, learned, depth, num_patches, count)
+        own = Reduction() if learned is None else _resolved(read, learned, trunk, count)
         return (Reduction() if method == "none" else own), own
-    runs = _resolved(read, method, depth, num_patches, None)
-    return runs, Reduction() if learned is None else _unasked(read, learned, depth, num_patches, count)
+    runs = _resolved(read, method, trunk, None)
+    return runs, Reduction() if learned is None else _unasked(read, learned, trunk, count)
+
+
+def _check_given(read: Reading, method: str, learned: str | None) -> None:
+    """Raise InputError for a setting that the caller gave and no method here has."""
+    used = [METHODS[name] for name in (method, learned) if name in METHODS]
+    allowed = {name for one in used for name in one.SETTINGS}
+    allowed |= {"prune_at"} if any(not one.EVERY_BLOCK for one in used) else set()
+    for what in ("prune_at", *dict.fromkeys(name for one in METHODS.values() for name in one.SETTINGS)):
+        if read.given.get(what) is None or what in allowed:
+            continue
+        owners = [
+            name
+            for name, one in METHODS.items()
+            if (what in one.SETTINGS or (what == "prune_at" and not one.EVERY_BLOCK)) and one.KEY is None
+        ]
+        if not owners:
+            continue  # that of predictors alone
+        if method == "none":
+            without = f"{read.name} holds no score predictors" if len(owners) > 1 else "the dense model runs"
+            raise InputError(f"{what}: {without}, so no tokens are reduced; method {' or '.join(owners)} has {what}")
+        raise InputError(f"{what}: method {method} has none; {' and '.join(owners)} {_have(owners)}")
+
+
+def _have(owners: list[str]) -> str:
+    return "has one" if len(owners) == 1 else "have"
 
 
 def _method(read: Reading, given: Any, learned: str | None, count: int) -> str:
@@ -63,38 +85,42 @@ def _evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(depth * (s + 1) // (count + 1) for s in range(count))
 
 
-def _resolved(read: Reading, method: str, depth: int, num_patches: int, count: int | None) -> Reduction:
+def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Reduction:
     """Return a reduction by given facts, else by the file's, else by defaults; `count`: stages there have to be."""
-    stages = STAGES if count is None else count
+    known, depth = METHODS[method].SETTINGS, trunk.depth
     found = {
-        name: read.resolve(name, *default, stored_as=_stored_as(name))
-        for name, default in METHODS[method].SETTINGS.items()
+        name: read.resolve(name, one.default(trunk), one.why, stored_as=_stored_as(name)) for name, one in known.items()
     }
-    asked = read.resolve("prune_at", _evenly(depth, stages), f"{depth} blocks in {stages + 1} equal parts")
-    blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
-    settings = {name: check.SETTINGS[name](read.origin(name), value) for name, value in found.items()}
-    return _reduction(method, settings, blocks, num_patches)
+    blocks = tuple(range(depth))
+    if not METHODS[method].EVERY_BLOCK:
+        stages = STAGES if count is None else count
+        asked = read.resolve("prune_at", _evenly(depth, stages), f"{depth} blocks in {stages + 1} equal parts")
+        blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
+    settings = {name: known[name].check(read.origin(name), value) for name, value in found.items()}
+    if why := METHODS[method].why_not(settings, trunk):
+        raise InputError(f"{read.origin('method')}: {method!r} {why}")
+    return _reduction(method, settings, blocks, trunk.num_patches)
 
 
-def _unasked(read: Reading, method: str, depth: int, num_patches: int, count: int) -> Reduction:
+def _unasked(read: Reading, method: str, trunk: Trunk, count: int) -> Reduction:
     """Return the reduction of the weights' own modules while another one runs: by the file, without notes."""
     if read.stored is not None and read.stored.learned.method == method:
         learned = read.stored.learned
-        return _reduction(method, dict(learned.settings), learned.blocks, num_patches)
-    defaults = {name: default for name, (default, _) in METHODS[method].SETTINGS.items()}
-    found = {name: read.value_of(name, _stored_as(name)) for name in defaults}
+        return _reduction(method, dict(learned.settings), learned.blocks, trunk.num_patches)
+    known = METHODS[method].SETTINGS
+    found = {name: read.value_of(name, _stored_as(name)) for name in known}
     settings = {
-        name: default if found[name] is None else check.SETTINGS[name](f"{read.name}: {name}", found[name])
-        for name, default in defaults.items()
+        name: one.default(trunk) if found[name] is None else one.check(f"{read.name}: {name}", found[name])
+        for name, one in known.items()
     }
-    stated = read.value_of("prune_at") or _evenly(depth, count)
-    blocks = check.block_indices(f"{read.name}: prune_at", stated, depth, count)
-    return _reduction(method, settings, blocks, num_patches)
+    stated = read.value_of("prune_at") or _evenly(trunk.depth, count)
+    blocks = check.block_indices(f"{read.name}: prune_at", stated, trunk.depth, count)
+    return _reduction(method, settings, blocks, trunk.num_patches)
 
 
-def _reduction(method: str, settings: Mapping[str, float], blocks: tuple[int, ...], num_patches: int) -> Reduction:
+def _reduction(method: str, settings: Mapping[str, Setting], blocks: tuple[int, ...], num_patches: int) -> Reduction:
     stages = METHODS[method].stages(settings, blocks, num_patches)
-    return Reduction(method, stages, tuple(settings.items()), num_patches)
+    return Reduction(method, stages, tuple(settings.items()), num_patches, METHODS[method].MERGES)
 
 
 def check_counts(read: Reading, reduction: Reduction, image_size: tuple[int, int], size_is_given: bool) -> None:

@@ -11,10 +11,13 @@ from torch import nn
 class EvalOutput(NamedTuple):
     """The output of inference.
 
-    logits: (B, K). kept: one (B, k) int64 tensor of original patch positions per stage, ascending.
-    margin: (B, stages) gap between the scores of the last token kept and the first one dropped; inf if all stay.
+    logits: (B, K). kept: one (B, k) int64 tensor of original patch positions per stage, ascending; of a model that
+    merges tokens (B, N): for every original patch the lowest one of the group that holds it.
+    margin: (B, stages) the least gap between scores that rounding would have to close to change what the stage does, as
+    that of the last token kept and the first one dropped; inf if it cannot.
     features: (B, D), what the classifier reads, or the embedding of a model without one.
-    tokens: (B, P+k, C) after the last norm, if one is applied to all tokens.
+    tokens: (B, P+k, C) after the last norm, if one is applied to all tokens. positions: (B, k) of its patch tokens: of
+    a merged one the lowest of its group; None: all, in order.
     """
 
     logits: torch.Tensor
@@ -22,6 +25,7 @@ class EvalOutput(NamedTuple):
     margin: torch.Tensor
     features: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 class TrainOutput(NamedTuple):

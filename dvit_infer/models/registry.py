@@ -157,7 +157,7 @@ def _check_header(name: str, stored: Config, config: Config, overridden: set[str
 
     The name may differ: an unnamed size may get a name later.
     """
-    if counts := overridden & {"keep_rate", "prune_at", "predictor_eps", "image_size"}:
+    if counts := overridden & {"prune_at", "image_size", *(name for one in METHODS.values() for name in one.SETTINGS)}:
         overridden = overridden | {"learned"}
     if counts or "method" in overridden:
         overridden = overridden | {"reduction"}

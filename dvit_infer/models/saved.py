@@ -104,17 +104,22 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
     stated = [_named(Stage, stage) for stage in stages]
     if settings.keys() != METHODS[method].SETTINGS.keys():
         raise InputError(f"{key}: its settings are not {', '.join(METHODS[method].SETTINGS)}")
-    known = {name: check.SETTINGS[name](name, settings[name]) for name in METHODS[method].SETTINGS}
-    blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], depth, None)
+    known = {name: one.check(name, settings[name]) for name, one in METHODS[method].SETTINGS.items()}
+    blocks = tuple(range(depth))
+    if not METHODS[method].EVERY_BLOCK:
+        blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], depth, None)
     counted = METHODS[method].stages(known, blocks, num_patches)
     if not check.is_number(values["num_patches"]) or values["num_patches"] not in (0, num_patches):
         raise InputError(f"{key}: num_patches is {str(values['num_patches'])[:20]}, the image has {num_patches}")
-    if any(
-        stage["keep"] not in (None, other.keep) or stage["where"] != other.where
+    if len(stated) != len(counted) or any(
+        stage["block"] != other.block or stage["keep"] not in (None, other.keep) or stage["where"] != other.where
         for stage, other in zip(stated, counted, strict=True)
     ):
         raise InputError(f"{key}: its stages do not keep what its settings say")
-    return Reduction(method, counted, tuple(known.items()), num_patches)
+    merges = METHODS[method].MERGES
+    if values["merges"] not in (False, merges):
+        raise InputError(f"{key}: merges is {str(values['merges'])[:20]}, for method {method}")
+    return Reduction(method, counted, tuple(known.items()), num_patches, merges)
 
 
 def _text(what: str, value: Any) -> str:

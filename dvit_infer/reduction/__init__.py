@@ -1,6 +1,7 @@
 """Reductions: which tokens stay. One file per method; `METHODS` lists them.
 
-A method decides; a node of the graph moves the rows. It is a module with the names of `Method`.
+A method decides; moving tokens is apart from it, in `choices.py` for reference models and in nodes of the graph. A
+method is a module with the names of `Method`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,46 +10,77 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dvit_infer.config import Stage
-from dvit_infer.graph.nodes import Prune
-from dvit_infer.reduction import predictor, random
+from dvit_infer.config import Setting, Stage
+from dvit_infer.graph.nodes import Reduce, Signal
+from dvit_infer.reduction import evit, predictor, random, tome
+from dvit_infer.reduction.choices import Assign, Keep
+from dvit_infer.reduction.settings import Known, Trunk
 
 
 class Method(Protocol):
     """A method of choosing tokens.
 
     Attributes:
-        SETTINGS: the facts that it needs, by name, each with its default and the reason for it.
+        SETTINGS: what it can be told, by name.
         KEY: the prefix of its modules' keys in official files; None: it has no weights.
+        MERGES: whether it merges tokens; else it drops some.
+        EVERY_BLOCK: whether it may act in every block, by its settings; else the caller names the blocks.
     """
 
-    SETTINGS: Mapping[str, tuple[float, str]]
+    SETTINGS: Mapping[str, Known]
     KEY: str | None
+    MERGES: bool
+    EVERY_BLOCK: bool
 
-    def stages(self, settings: Mapping[str, float], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
-        """Return the stages at these blocks, with the number of patch tokens that each keeps."""
+    def why_not(self, settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
+        """Return why a model cannot be reduced so, and what would do; None: it can."""
 
-    def modules(self, dim: int, settings: Mapping[str, float], count: int) -> nn.ModuleList:
+    def stages(self, settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
+        """Return the stages at these blocks, with the number of patch tokens that each keeps.
+
+        Raises:
+            InputError: settings do not fit the blocks.
+        """
+
+    def signal(self, settings: Mapping[str, Setting]) -> Signal:
+        """Return what the attention before a choice leaves for it."""
+
+    def modules(self, dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
         """Return the modules of `count` stages for tokens of `dim` channels, with uninitialised weights."""
 
     def choose(
-        self, patches: torch.Tensor, stage: int, keep: int, modules: Sequence[nn.Module]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        x: torch.Tensor,
+        signal: torch.Tensor | None,
+        stage: int,
+        keep: int,
+        num_prefix: int,
+        num_patches: int,
+        modules: Sequence[nn.Module],
+        settings: Mapping[str, Setting],
+    ) -> Keep | Assign:
         """Choose tokens in the reference model; this defines the method.
 
         Args:
-            patches: (B, N, C), the tokens that earlier stages left.
+            x: (B, P+n, C), the tokens that earlier stages left.
+            signal: what the attention before left, as `Tokens.signal`; None: nothing.
             stage: 0-based.
-            keep: how many of them to keep.
+            keep: how many patch tokens remain.
+            num_prefix: P.
+            num_patches: the number of patch tokens before the first stage.
             modules: those in the weights.
-
-        Returns:
-            (B, keep) ascending indices among the N, and (B,) the gap between the scores of the last token kept and the
-            first one dropped; inf if the choice cannot be changed by rounding.
+            settings: the method's.
         """
 
-    def node(self, stage: int, modules: Sequence[nn.Module], **facts: Any) -> Prune:
-        """Return the node that does the same in a graph; `facts` are the fields of every `Prune`."""
+    def node(
+        self,
+        stage: int,
+        modules: Sequence[nn.Module],
+        settings: Mapping[str, Setting],
+        num_patches: int,
+        **facts: Any,
+    ) -> Reduce:
+        """Return the node that does the same in a graph; `facts` are the fields of every `Reduce`."""
 
 
-METHODS: dict[str, Method] = {"predictor": predictor, "random": random}
+METHODS: dict[str, Method] = {"predictor": predictor, "evit": evit, "tome": tome, "random": random}

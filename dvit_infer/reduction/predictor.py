@@ -7,15 +7,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dvit_infer.config import Stage
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.config import Setting, Stage
+from dvit_infer.graph.nodes import Prune, Signal
 from dvit_infer.ops.prune_tokens import pack_predictor
+from dvit_infer.reduction.choices import Keep
+from dvit_infer.reduction.settings import Known, Trunk, always, keep_rate, positive_float
 
-SETTINGS: Mapping[str, tuple[float, str]] = {
-    "keep_rate": (0.7, "neither the weights nor the file's args say it"),
-    "predictor_eps": (1e-5, "LayerNorm's default, as in DynamicViT"),
+EPS = 1e-5
+SETTINGS: Mapping[str, Known] = {
+    "keep_rate": Known(always(0.7), "neither the weights nor the file's args say it", keep_rate),
+    "predictor_eps": Known(always(EPS), "LayerNorm's default, as in DynamicViT", positive_float),
 }
 KEY: str | None = "score_predictor"
+MERGES = False
+EVERY_BLOCK = False
 
 
 class Predictor(nn.Module):
@@ -56,7 +61,7 @@ class PredictorPrune(Prune):
         return list(self.weights.values())
 
     @property
-    def macs(self) -> int:
+    def choice_macs(self) -> int:
         n, c = self.tokens - self.num_prefix, self.dim
         if "in_conv.0.weight" in self.weights:
             return n * (5 * c + c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2)
@@ -70,36 +75,56 @@ class PredictorPrune(Prune):
         packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(self.weights, dtype))}
         return replace(self, weights=packed, folded=(*self.folded, "LayerNorm", "mean half", "logit difference"))
 
-    def prune(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prune(self, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         kept_x, index = torch.ops.dvit.prune_tokens(x, self.packed, self.num_keep, self.num_prefix, self.eps)
         return kept_x, index
 
 
-def stages(settings: Mapping[str, float], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
+def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
+    return None
+
+
+def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
     """Return stages that keep r, r**2, r**3 of the original tokens.
 
     The counts are `int(N * rate)` in double precision, as in DynamicViT's own inference script (Rao et al. 2021,
     section 3.3, and `infer.py`): a rounded rate can change a count.
     """
     rate = settings["keep_rate"]
+    assert isinstance(rate, float)
     return tuple(Stage(block, int(num_patches * rate ** (s + 1))) for s, block in enumerate(blocks))
 
 
-def modules(dim: int, settings: Mapping[str, float], count: int) -> nn.ModuleList:
-    return nn.ModuleList(Predictor(dim, settings["predictor_eps"]) for _ in range(count))
+def signal(settings: Mapping[str, Setting]) -> Signal:
+    return ""
+
+
+def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
+    eps = settings["predictor_eps"]
+    assert isinstance(eps, float)
+    return nn.ModuleList(Predictor(dim, eps) for _ in range(count))
 
 
 def choose(
-    patches: torch.Tensor, stage: int, keep: int, modules: Sequence[nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    signal: torch.Tensor | None,
+    stage: int,
+    keep: int,
+    num_prefix: int,
+    num_patches: int,
+    modules: Sequence[nn.Module],
+    settings: Mapping[str, Setting],
+) -> Keep:
     """Return the best tokens by the difference of the two logits: the order of log P(keep), without saturation."""
-    logits = modules[stage](patches).float()
+    logits = modules[stage](x[:, num_prefix:]).float()
     score, order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True)
     gap = score[:, keep - 1] - score[:, keep] if keep < score.shape[1] else torch.full_like(score[:, 0], torch.inf)
-    return order[:, :keep].sort(dim=1).values, gap
+    return Keep(order[:, :keep].sort(dim=1).values, gap)
 
 
-def node(stage: int, modules: Sequence[nn.Module], **facts: Any) -> PredictorPrune:
+def node(
+    stage: int, modules: Sequence[nn.Module], settings: Mapping[str, Setting], num_patches: int, **facts: Any
+) -> PredictorPrune:
     predictor = modules[stage]
     assert isinstance(predictor, Predictor)
     weights = {name: weight.detach() for name, weight in predictor.state_dict().items()}

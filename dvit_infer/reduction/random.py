@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.config import Setting
+from dvit_infer.graph.nodes import Prune, Signal
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
 from dvit_infer.reduction import predictor
+from dvit_infer.reduction.choices import Keep
+from dvit_infer.reduction.settings import Known, Trunk, always, keep_rate
 
-SETTINGS: Mapping[str, tuple[float, str]] = {"keep_rate": (0.7, "as DynamicViT's")}
+SETTINGS: Mapping[str, Known] = {"keep_rate": Known(always(0.7), "as DynamicViT's", keep_rate)}
 KEY: str | None = None
+MERGES = False
+EVERY_BLOCK = False
 SEED = 0
 
 stages = predictor.stages  # r, r**2, r**3 of the original tokens too, so that the two can be compared
@@ -23,10 +28,10 @@ class RandomPrune(Prune):
     """Keeps the rows `index` (k,), the same in every image."""
 
     @property
-    def macs(self) -> int:
+    def choice_macs(self) -> int:
         return 0
 
-    def prune(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prune(self, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         index = self.weights["index"].expand(len(x), -1)
         return gather_tokens_ref(x, index, self.num_prefix), index
 
@@ -37,17 +42,34 @@ def indices(tokens: int, keep: int) -> torch.Tensor:
     return torch.randperm(tokens, generator=generator, device="cpu")[:keep].sort().values
 
 
-def modules(dim: int, settings: Mapping[str, float], count: int) -> nn.ModuleList:
+def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
+    return None
+
+
+def signal(settings: Mapping[str, Setting]) -> Signal:
+    return ""
+
+
+def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
     return nn.ModuleList()
 
 
 def choose(
-    patches: torch.Tensor, stage: int, keep: int, modules: Sequence[nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    index = indices(patches.shape[1], keep).to(patches.device)
-    return index.expand(patches.shape[0], -1), torch.full_like(patches[:, 0, 0], torch.inf)
+    x: torch.Tensor,
+    signal: torch.Tensor | None,
+    stage: int,
+    keep: int,
+    num_prefix: int,
+    num_patches: int,
+    modules: Sequence[nn.Module],
+    settings: Mapping[str, Setting],
+) -> Keep:
+    index = indices(x.shape[1] - num_prefix, keep).to(x.device)
+    return Keep(index.expand(x.shape[0], -1), torch.full_like(x[:, 0, 0], torch.inf))
 
 
-def node(stage: int, modules: Sequence[nn.Module], **facts: Any) -> RandomPrune:
+def node(
+    stage: int, modules: Sequence[nn.Module], settings: Mapping[str, Setting], num_patches: int, **facts: Any
+) -> RandomPrune:
     index = indices(facts["tokens"] - facts["num_prefix"], facts["num_keep"])
     return RandomPrune(weights={"index": index}, **facts)

@@ -19,6 +19,8 @@ from dvit_infer.models.registry import build_reference, recognise
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.reduction import predictor
+from dvit_infer.reduction.settings import keep_rate as predictor_rate
+from dvit_infer.reduction.settings import positive_float
 from dvit_infer.training.new_weights import HEADS, new_heads, new_predictors
 from dvit_infer.training.saving import digest
 
@@ -177,7 +179,7 @@ def _read_start(
     given: dict[str, Any],
 ) -> _Start:
     """Read the checkpoint, recognise its dense counterpart, and resolve where the student prunes."""
-    rate = None if keep_rate is None else check.keep_rate("keep_rate", keep_rate)
+    rate = None if keep_rate is None else predictor_rate("keep_rate", keep_rate)
     checkpoint = read_checkpoint(dense, given.get("weights"))
     is_dynamic = any(key.startswith(f"{predictor.KEY}.") for key in checkpoint.state)
     wanted = {"keep_rate": rate, "prune_at": prune_at} if is_dynamic else {}
@@ -191,7 +193,7 @@ def _read_start(
         rate, eps = config.learned.keep_rate, dict(config.learned.settings)["predictor_eps"]
         blocks: Sequence[int] = config.learned.blocks
     else:
-        eps = given.get("predictor_eps") or predictor.SETTINGS["predictor_eps"][0]
+        eps = given.get("predictor_eps") or predictor.EPS
         evenly = tuple(body.depth * stage // (STAGES + 1) for stage in range(1, STAGES + 1))
         blocks = evenly if prune_at is None else tuple(prune_at)
     if rate is None:
@@ -199,6 +201,7 @@ def _read_start(
     if rate == 1:
         raise InputError("keep_rate: 1 keeps every patch, so there is nothing to learn; a number below 1 is expected")
     blocks = check.block_indices("prune_at", blocks, body.depth, len(blocks))
+    eps = positive_float("predictor_eps", eps)
     return _Start(str(dense), checkpoint, config, body, notes, is_dynamic, rate, blocks, eps)
 
 

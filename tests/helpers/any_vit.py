@@ -20,6 +20,7 @@ from dvit_infer.models.source import WeightSource
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.plain import PlainViT
 from dvit_infer.reduction import METHODS
+from dvit_infer.reduction.settings import Trunk
 
 SIZE, PATCH, CLASSES = (32, 48), 8, 10  # 24 patches
 CPU = torch.device("cpu")
@@ -120,8 +121,10 @@ def tiny(kind: str, method: str = "none", size: tuple[int, int] = SIZE, **other:
 
 
 def _reduction(method: str, patches: int) -> Reduction:
-    settings = {name: default for name, (default, _) in METHODS[method].SETTINGS.items()}
-    return Reduction(method, METHODS[method].stages(settings, (0, 1), patches), tuple(settings.items()), patches)
+    trunk = Trunk(2, patches, 1)
+    settings = {name: known.default(trunk) for name, known in METHODS[method].SETTINGS.items()}
+    stages = METHODS[method].stages(settings, (0, 1), patches)
+    return Reduction(method, stages, tuple(settings.items()), patches, METHODS[method].MERGES)
 
 
 @cache

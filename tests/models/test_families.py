@@ -152,7 +152,7 @@ def test_lvvit_keys_that_do_not_belong_are_named():
         ({"image_size": 16}, "image_size: .* leaves no patch token of the 1 of a 16x16 image"),
         ({"image_size": (224, 224, 3)}, "image_size"),
         ({"image_size": 1 << 20}, "image_size"),
-        ({"method": "evit"}, "method: 'evit' is not one of predictor, random, none"),
+        ({"method": "ats"}, "method: 'ats' is not one of predictor, evit, tome, random, none"),
         ({"assume": {"num_heads": 3}}, "num_heads: 3 does not divide"),
         ({"assume": {"num_heads": 0}}, "num_heads"),
         ({"assume": {"nonsense": 1}}, "assume: 'nonsense'"),

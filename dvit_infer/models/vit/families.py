@@ -20,6 +20,7 @@ from dvit_infer.models.vit.reference import RelativePosition
 from dvit_infer.models.vit.relative_position import resample_table
 from dvit_infer.models.vit.timm_config import timm_archs
 from dvit_infer.reduction import METHODS
+from dvit_infer.reduction.progress import Progress
 
 
 def _plain(config: Config) -> PlainViT:
@@ -48,8 +49,7 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
         "score_predictor": modules,
         "trainable": runs.method == learned.method,
         "prune_at": runs.blocks,
-        "num_keep": config.num_keep,
-        "choose": METHODS[runs.method].choose if runs.stages else None,
+        "begin": functools.partial(Progress, runs, body.num_prefix) if runs.stages else None,
     }
 
 

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dvit_infer.config import Config
+from dvit_infer.config import Config, Stage
 from dvit_infer.graph.heads import Classify, Head, MapPool, Pool, Reads
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Mlp, Node, Norm
+from dvit_infer.graph.nodes import Attention, Convolution, Embed, Mlp, Node, Norm, Reduce
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.lvvit import ConvStem
 from dvit_infer.models.vit.reference import VisionTransformer
 from dvit_infer.reduction import METHODS
 
 Tensors = dict[str, torch.Tensor]
+PLACES_OF_STAGES = ("before", "after_attention")
 _READS: dict[str, Reads] = {"token": "prefix", "mean": "mean", "mean_all": "all", "token_mean": "prefix and mean"}
 
 
@@ -41,7 +42,7 @@ def _own(module: nn.Module, **names: str) -> Tensors:
 def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
     image, body = config.image_size, model.body
     # The input of a block can be recorded by a hook; that of a predictor before it lacks the prefix tokens.
-    first = "" if 0 in config.reduction.blocks else "blocks.0:in"
+    first = "" if any(s.block == 0 and s.where == "before" for s in config.reduction.stages) else "blocks.0:in"
     stem = model.patch_embed
     if isinstance(stem, ConvStem):
         for conv, norm, follower in (("conv1", "bn1", "conv2"), ("conv2", "bn2", "conv3"), ("conv3", "bn3", "proj")):
@@ -68,42 +69,52 @@ def _embed(model: VisionTransformer, config: Config) -> Iterator[Node]:
 
 
 def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
-    body = model.body
-    prefix, tokens = body.num_prefix, body.num_prefix + config.num_patches
-    modules = list(model.score_predictor or ())
+    body, reduction = model.body, config.reduction
+    tokens = body.num_prefix + config.num_patches
+    adds_sizes = False  # once there are merged tokens
     places = [_tensors(sin=p.sin, cos=p.cos, pair_bias=None if p.bias is None else p.bias[0]) for p in model.places()]
     for i, block in enumerate(model.blocks):
-        if i in config.reduction.blocks:
-            stage = config.reduction.blocks.index(i)
-            keep = config.num_keep[stage]
-            yield METHODS[config.reduction.method].node(
-                stage,
-                modules,
-                name=f"prune.{stage}",
-                equals=f"blocks.{i}:in",
-                tokens=tokens,
-                num_keep=keep,
-                num_prefix=prefix,
-                channels=body.embed_dim,
-            )
-            tokens = prefix + keep
-        common: dict[str, Any] = {"tokens": tokens, "eps": body.eps, "residual_scale": 1.0 / body.skip_lam}
+        before, after = (
+            [s for s in reduction.stages if (s.block, s.where) == (i, where)] for where in PLACES_OF_STAGES
+        )
+        for stage in before:
+            reduce = _reduce(model, config, stage, tokens, f"blocks.{i}:in")
+            yield reduce
+            tokens = reduce.left
+        common: dict[str, Any] = {"eps": body.eps, "residual_scale": 1.0 / body.skip_lam}
         yield Attention(
             name=f"blocks.{i}.attn",
             has_inner_norm=body.attn_norm,
-            equals=f"blocks.{i}.norm2:in",
+            equals="" if after else f"blocks.{i}.norm2:in",
             weights=_attention(block, body) | places[i],
             rows=tokens,
             num_heads=body.num_heads,
-            num_prefix=prefix,
+            num_prefix=body.num_prefix,
             scale=body.head_dim**-0.5,
             rope_half=body.rope_half,
+            leaves=METHODS[reduction.method].signal(dict(reduction.settings)) if after else "",
+            adds_sizes=adds_sizes,
+            tokens=tokens,
             **common,
         )
+        for stage in after:
+            reduce = _reduce(model, config, stage, tokens, f"blocks.{i}.norm2:in")
+            yield reduce
+            tokens, adds_sizes = reduce.left, bool(dict(reduction.settings).get("prop_attn"))
         weights = _own(block, norm="norm2", inner_norm="mlp.norm", fc2="mlp.fc2", gamma="ls2.gamma")
         weights |= _own(block, gamma="gamma_2") | _first_linear(block, body)
         mlp: dict[str, Any] = {"act": body.act, "gated": bool(body.gated), "has_inner_norm": body.mlp_norm}
-        yield Mlp(name=f"blocks.{i}.mlp", equals=f"blocks.{i}:out", weights=weights, **mlp, **common)
+        yield Mlp(name=f"blocks.{i}.mlp", equals=f"blocks.{i}:out", weights=weights, tokens=tokens, **mlp, **common)
+
+
+def _reduce(model: VisionTransformer, config: Config, stage: Stage, tokens: int, equals: str) -> Reduce:
+    body, reduction = model.body, config.reduction
+    number, method = reduction.stages.index(stage), METHODS[reduction.method]
+    facts: dict[str, Any] = {"key_dim": body.head_dim} if reduction.merges else {}
+    facts |= {"tokens": tokens, "num_keep": stage.keep, "num_prefix": body.num_prefix, "channels": body.embed_dim}
+    facts |= {"name": f"{'merge' if reduction.merges else 'prune'}.{number}", "equals": equals}
+    modules = list(model.score_predictor or ())
+    return method.node(number, modules, dict(reduction.settings), config.num_patches, **facts)
 
 
 def _attention(block: nn.Module, body: ViT) -> Tensors:

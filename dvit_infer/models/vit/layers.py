@@ -1,6 +1,6 @@
 """The layers of a plain vision transformer, in evaluation and in training."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,24 @@ class Places(NamedTuple):
 
 
 NOWHERE = Places()
+
+
+class Reducing(Protocol):
+    """What reduces the tokens between the attention of a block and its MLP.
+
+    Attributes:
+        leaves: what attention has to leave for it, "class_attention", "pooled_attention", "mean_keys", or "": nothing.
+        sizes: (B, P+n), the number of patches in each token, whose logarithm is added to its key's scores; None: 1.
+    """
+
+    @property
+    def leaves(self) -> str: ...
+
+    @property
+    def sizes(self) -> torch.Tensor | None: ...
+
+    def __call__(self, x: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
+        """(B, P+n, C), and what attention left, in float32 -> the tokens that remain."""
 
 
 def softmax_with_policy(scores: torch.Tensor, policy: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -93,24 +111,52 @@ class Attention(nn.Module):
         prefix, patches = x[:, :, : self.num_prefix], x[:, :, self.num_prefix :]
         return torch.cat([prefix, rotate(patches, places.sin, places.cos, self.rope_half)], dim=2)
 
-    def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None, places: Places = NOWHERE) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        policy: torch.Tensor | None = None,
+        places: Places = NOWHERE,
+        reducing: Reducing | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, n, C) -> the same, and what a reduction needs to know of it, if it does."""
         b, n, c = x.shape
         q, k, v = self.queries_keys_values(x)
         q, k = self._rotated(q, places), self._rotated(k, places)
         # On a CPU, scaled_dot_product_attention's bfloat16 gradient takes 2 to 5 times as long as plain products'.
         slow = self.training and q.device.type == "cpu" and q.dtype == torch.bfloat16
         bias = None if places.bias is None else places.bias.to(q.dtype)
+        if reducing is not None and reducing.sizes is not None:
+            added = reducing.sizes.log()[:, None, None].to(q.dtype)
+            bias = added if bias is None else bias + added
         if self.fused and policy is None and not slow:
             mixed = F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)
         elif self.fused and policy is not None and bias is None:
             mixed = masked_attention(q, k, v, policy, self.scale)
         else:
-            scores = (q * self.scale) @ k.transpose(-2, -1)
-            scores = scores if bias is None else scores + bias
-            mixed = (scores.softmax(dim=-1) if policy is None else softmax_with_policy(scores, policy)) @ v
+            mixed = self._weights(q, k, bias, policy) @ v
         y = mixed.transpose(1, 2).reshape(b, n, c)
         out: torch.Tensor = self.proj(y if self.norm is None else self.norm(y))
-        return out
+        return out, None if reducing is None else self._signal(q, k, bias, reducing.leaves)
+
+    def _weights(
+        self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, policy: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        scores = scores if bias is None else scores + bias
+        return scores.softmax(dim=-1) if policy is None else softmax_with_policy(scores, policy)
+
+    def _signal(self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, leaves: str) -> torch.Tensor | None:
+        """Return what a reduction needs, in float32: (B, heads, n) weights of one query, or (B, n, head size) keys."""
+        if not leaves:
+            return None
+        if leaves == "mean_keys":
+            return k.float().mean(dim=1)
+        if leaves == "class_attention":
+            query = q[:, :, :1]
+        else:  # a bias for a mean query does not exist, but for one that is the same for all queries
+            query, bias = q[:, :, self.num_prefix :].mean(dim=2, keepdim=True), None
+        first = None if bias is None else bias[:, :, :1].float()
+        return self._weights(query.float(), k.float(), first)[:, :, 0]
 
 
 class Mlp(nn.Module):
@@ -172,8 +218,16 @@ class Block(nn.Module):
             return branch * self.get_parameter(f"gamma_{number}")
         return self.get_submodule(f"ls{number}")(branch) if self.scales else branch
 
-    def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None, places: Places = NOWHERE) -> torch.Tensor:
-        x = x + self._scaled(self.attn(self.norm1(x), policy, places) / self.skip_lam, 1)
+    def forward(
+        self,
+        x: torch.Tensor,
+        policy: torch.Tensor | None = None,
+        places: Places = NOWHERE,
+        reducing: Reducing | None = None,
+    ) -> torch.Tensor:
+        branch, signal = self.attn(self.norm1(x), policy, places, reducing)
+        x = x + self._scaled(branch / self.skip_lam, 1)
+        x = x if reducing is None else reducing(x, signal)
         out: torch.Tensor = x + self._scaled(self.mlp(self.norm2(x)) / self.skip_lam, 2)
         return out
 

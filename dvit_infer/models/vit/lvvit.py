@@ -41,7 +41,7 @@ class LVViT(VisionTransformer):
         self.head = nn.Linear(body.embed_dim, num_classes)
         self.aux_head = nn.Linear(body.embed_dim, num_classes)
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         return x[:, 0]
 
     def classify(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:

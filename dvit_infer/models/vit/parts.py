@@ -10,6 +10,7 @@ from dvit_infer.models.inputs import read_inputs
 from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.body import ViT
+from dvit_infer.reduction.settings import Trunk
 
 
 def trainer_of(read: Reading, family: str, predictors: int, num_prefix: int) -> str | None:
@@ -117,9 +118,9 @@ def finished_config(
     """
     rows, columns = grid(image_size, body)
     learned_by = "predictor" if predictors else None
-    reduction, learned = read_reductions(
-        read, options.get("method"), body.depth, rows * columns, learned_by, predictors
-    )
+    reads_patches = body.pool != "token" or bool(body.stem_dim)  # LV-ViT's auxiliary logits
+    trunk = Trunk(body.depth, rows * columns, body.class_tokens, reads_patches)
+    reduction, learned = read_reductions(read, options.get("method"), trunk, learned_by, predictors)
     config = Config(
         body=body,
         image_size=image_size,
@@ -128,6 +129,6 @@ def finished_config(
         **facts,
         **read_inputs(read, implied),
     )
-    read.finish(config.arch)
+    read.finish(config.arch, body)
     check_counts(read, reduction, image_size, options.get("image_size") is not None)
     return config

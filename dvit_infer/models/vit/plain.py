@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.layers import AttentionPool
@@ -59,14 +60,14 @@ class PlainViT(VisionTransformer):
         if self.distilled and num_classes:
             self.head_dist = nn.Linear(dim, num_classes)
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._pooled(x)
+    def pool(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        y = self._pooled(x, weights)
         y = self.fc_norm(y) if self.body.fc_norm else y
         y = self.pre_logits(y) if self.body.pre_logits else y
         out: torch.Tensor = self.head(y) if self.body.projection else y
         return out
 
-    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+    def _pooled(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         p, pool = self.num_prefix, self.body.pool
         if pool.startswith("map"):
             out: torch.Tensor = self.attn_pool(x[:, p:] if pool == "map" else x)
@@ -75,8 +76,10 @@ class PlainViT(VisionTransformer):
             first: torch.Tensor = x[:, :2].mean(dim=1) if self.distilled else x[:, 0]
             return first
         if pool == "token_mean":
-            return torch.cat([x[:, 0], x[:, p:].mean(dim=1)], dim=1)
-        return x[:, p if pool == "mean" else 0 :].mean(dim=1)
+            return torch.cat([x[:, 0], _mean(x[:, p:], weights)], dim=1)
+        if pool == "mean":
+            return _mean(x[:, p:], weights)
+        return _mean(x, None if weights is None else F.pad(weights, (p, 0), value=1.0))
 
     def classify(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         if not self.num_classes:
@@ -89,3 +92,11 @@ class PlainViT(VisionTransformer):
 
     def patch_outputs(self, x: torch.Tensor) -> torch.Tensor:
         return x[:, self.num_prefix :]
+
+
+def _mean(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of tokens (B, n, C), weighted by (B, n)."""
+    if weights is None:
+        return x.mean(dim=1)
+    share = weights / weights.sum(dim=1, keepdim=True)
+    return (x * share[..., None].to(x.dtype)).sum(dim=1)

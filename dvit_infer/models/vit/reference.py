@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -9,23 +10,47 @@ from torch.nn import functional as F
 
 from dvit_infer.models.reference import EvalOutput, Reference, TrainOutput
 from dvit_infer.models.vit.body import ViT
-from dvit_infer.models.vit.layers import NOWHERE, Block, Places
+from dvit_infer.models.vit.layers import NOWHERE, Block, Places, Reducing
 from dvit_infer.models.vit.relative_position import relative_position_bias, table_rows
 from dvit_infer.models.vit.rope import rope_tables
 
-# (patches (B, N, C), stage, keep, score_predictor) -> indices (B, keep), ascending, and the gap (B,) at the cut
-Choose = Callable[[torch.Tensor, int, int, Sequence[nn.Module]], tuple[torch.Tensor, torch.Tensor]]
+
+class Progress(Reducing, Protocol):
+    """The stages of a reduction in one forward; a `Reducing` between attention and MLP of the current block.
+
+    Attributes:
+        kept, margins: for each stage so far what it did, and (B,) the gap of its choice, as in `EvalOutput`.
+        positions: (B, n) original positions of the patch tokens; None: all, in order.
+        weights: (B, n) the number of patches in each patch token; None: 1.
+    """
+
+    margins: list[torch.Tensor]
+
+    @property
+    def kept(self) -> list[torch.Tensor]: ...
+
+    @property
+    def positions(self) -> torch.Tensor | None: ...
+
+    @property
+    def weights(self) -> torch.Tensor | None: ...
+
+    def before(self, block: int, x: torch.Tensor) -> torch.Tensor:
+        """Begin a block: (B, P+n, C) -> the tokens that remain before its attention."""
+
+
+# (score_predictor, what every stage is to do or None for its own choice) -> the stages of one forward
+Begin = Callable[[Sequence[nn.Module], Sequence[torch.Tensor] | None], Progress]
 
 
 class VisionTransformer(Reference):
-    """A vision transformer whose patch tokens are dropped before the blocks `prune_at`.
+    """A vision transformer, some of whose patch tokens may be dropped or merged.
 
     Args:
         body: its facts.
         grid: patches down and across at the image size it is built for.
-        prune_at: one block index per stage; empty to run dense, with or without predictors.
-        num_keep: the number of patch tokens kept at each stage.
-        choose: chooses them.
+        prune_at: the block of every stage; empty to run dense, with or without predictors.
+        begin: begins the stages of a forward in evaluation; None: it runs dense.
         score_predictor: one module per stage, if the weights hold some.
         trainable: whether these modules choose.
     """
@@ -38,17 +63,15 @@ class VisionTransformer(Reference):
         *,
         grid: tuple[int, int],
         prune_at: Sequence[int] = (),
-        num_keep: Sequence[int] = (),
-        choose: Choose | None = None,
+        begin: Begin | None = None,
         score_predictor: nn.ModuleList | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()
         self.body, self.grid = body, grid
-        self.choose, self.trainable = choose, trainable
+        self.begin, self.trainable = begin, trainable
         self.num_prefix = body.num_prefix
         self.prune_at = tuple(prune_at)
-        self.num_keep = tuple(num_keep)
         dim = body.embed_dim
         if body.class_tokens:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -73,8 +96,11 @@ class VisionTransformer(Reference):
         self.score_predictor = score_predictor
 
     @abstractmethod
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, P+n, C) tokens as `last_tokens` returns them -> (B, D), which the classifier reads."""
+    def pool(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, P+n, C) tokens as `last_tokens` returns them -> (B, D), which the classifier reads.
+
+        A mean of patches is that of the original ones: `weights` (B, n) says how many are in each token; None: 1.
+        """
 
     @abstractmethod
     def classify(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
@@ -139,27 +165,21 @@ class VisionTransformer(Reference):
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
         """Run inference: drop tokens at every stage; `kept` overrides the choice."""
         x = self.embed(images)
-        b, p = x.shape[0], self.num_prefix  # not len(): an exporter would take it for a constant
-        positions = torch.arange(x.shape[1] - p, device=x.device).expand(b, -1)
-        all_kept, margins = [], []
+        progress = None if self.begin is None else self.begin(list(self.score_predictor or ()), kept)
         places = self.places()
         for i, block in enumerate(self.blocks):
-            if i in self.prune_at:
-                stage = self.prune_at.index(i)
-                assert self.choose is not None
-                index, margin = self.choose(x[:, p:], stage, self.num_keep[stage], list(self.score_predictor or ()))
-                if kept is not None:
-                    index = torch.searchsorted(positions.contiguous(), kept[stage].to(x.device).contiguous())
-                rows = torch.cat([torch.arange(p, device=x.device).expand(b, -1), index + p], dim=1)
-                x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
-                positions = positions.gather(1, index)
-                all_kept.append(positions)
-                margins.append(margin)
-            x = block(x, None, _of_kept(places[i], positions, p) if all_kept else places[i])
-        margin = torch.stack(margins, dim=1) if margins else x.new_empty(b, 0)
+            x = x if progress is None else progress.before(i, x)
+            positions = None if progress is None else progress.positions
+            here = places[i] if positions is None else _of_kept(places[i], positions, self.num_prefix)
+            x = block(x, None, here, progress)
         tokens = self.last_tokens(x)
-        pooled = self.pool(tokens)
-        return EvalOutput(self.classify(tokens, pooled), all_kept, margin, pooled, tokens)
+        if progress is None:
+            pooled = self.pool(tokens)
+            return EvalOutput(self.classify(tokens, pooled), [], x.new_empty(x.shape[0], 0), pooled, tokens)
+        pooled = self.pool(tokens, progress.weights)
+        margin = torch.stack(progress.margins, dim=1) if progress.margins else x.new_empty(x.shape[0], 0)
+        logits = self.classify(tokens, pooled)
+        return EvalOutput(logits, progress.kept, margin, pooled, tokens, progress.positions)
 
     def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
         """Run with dropped tokens masked out of attention and decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
@@ -222,16 +242,18 @@ class RelativePosition(nn.Module):
 
 
 def _of_kept(places: Places, positions: torch.Tensor, num_prefix: int) -> Places:
-    """Return what of the places remains when the patches at `positions` (B, n) do."""
+    """Return what of the places remains for patches at `positions` (B, n); a fused one, at N or more, has no place."""
     if places == NOWHERE:
         return places
     sin, cos, bias = places
     if sin is not None and cos is not None:  # (B, 1 or heads, n, D)
-        sin, cos = (t[..., positions, :] for t in (sin, cos))
+        sin, cos = (F.pad(t, (0, 0, 0, 1), value=value) for t, value in ((sin, 0.0), (cos, 1.0)))
+        sin, cos = (t[..., positions.clamp(max=t.shape[-2] - 1), :] for t in (sin, cos))
         sin, cos = (t.transpose(0, 1) if t.ndim == 4 else t[:, None] for t in (sin, cos))
     if bias is not None:
+        bias = F.pad(bias, (0, 1, 0, 1))
         prefix = torch.arange(num_prefix, device=positions.device).expand(len(positions), -1)
-        rows = torch.cat([prefix, positions + num_prefix], dim=1)
+        rows = torch.cat([prefix, (positions + num_prefix).clamp(max=bias.shape[-1] - 1)], dim=1)
         bias = bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
     return Places(sin, cos, bias)
 

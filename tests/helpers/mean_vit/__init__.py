@@ -1,8 +1,10 @@
 """A made-up family, as a stranger would add one: a ViT without class token; its head reads the patches' mean."""
 
+import functools
+
 from dvit_infer.config import Config
 from dvit_infer.models.family import Family
-from dvit_infer.reduction import METHODS
+from dvit_infer.reduction.progress import Progress
 from mean_vit.graph import graph
 from mean_vit.read import MeanViT, matches, read, resized
 from mean_vit.reference import MeanViTModel
@@ -14,8 +16,7 @@ def reference(config: Config) -> MeanViTModel:
         **vars(config.body),
         num_patches=config.num_patches,
         num_classes=config.num_classes,
-        stages=[(stage.block, stage.keep) for stage in reduction.stages],
-        choose=METHODS[reduction.method].choose if reduction.stages else None,
+        begin=functools.partial(Progress, reduction, 0) if reduction.stages else None,
     )
 
 

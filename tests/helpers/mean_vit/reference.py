@@ -13,12 +13,12 @@ from dvit_infer.models.vit.layers import Block
 class MeanViTModel(Reference):
     """Patches, blocks, LayerNorm, mean of the patches, head.
 
-    `stages` are pairs of block and number of tokens kept, `choose` a reduction's.
+    `begin` begins the stages of a reduction in one forward; None: the model is dense.
     """
 
-    def __init__(self, *, patch_size, embed_dim, depth, num_heads, mlp_dim, num_patches, num_classes, stages, choose):
+    def __init__(self, *, patch_size, embed_dim, depth, num_heads, mlp_dim, num_patches, num_classes, begin):
         super().__init__()
-        self.stages, self.choose = stages, choose
+        self.begin = begin
         self.patchify = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.positions = nn.Parameter(torch.zeros(1, num_patches, embed_dim))
         body = ViT(patch_size, embed_dim, depth, num_heads, mlp_dim, eps=1e-6)
@@ -28,18 +28,12 @@ class MeanViTModel(Reference):
 
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
         x = self.patchify(images).flatten(2).transpose(1, 2) + self.positions
-        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        chosen, margins = [], []
+        progress = None if self.begin is None else self.begin((), kept)
         for i, layer in enumerate(self.layers):
-            for s, (block, keep) in enumerate(self.stages):
-                if block == i:
-                    index, margin = self.choose(x, s, keep, ())
-                    if kept is not None:
-                        index = torch.searchsorted(positions.contiguous(), kept[s].contiguous())
-                    x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-                    positions = positions.gather(1, index)
-                    chosen.append(positions)
-                    margins.append(margin)
-            x = layer(x)
-        margin = torch.stack(margins, dim=1) if margins else x.new_empty(len(x), 0)
-        return EvalOutput(self.head(self.norm(x).mean(dim=1)), chosen, margin)
+            x = layer(x if progress is None else progress.before(i, x), reducing=progress)
+        x = self.norm(x)
+        if progress is None:
+            return EvalOutput(self.head(x.mean(dim=1)), [], x.new_empty(len(x), 0))
+        weights = torch.ones_like(x[:, :, 0]) if progress.weights is None else progress.weights
+        mean = (weights / weights.sum(dim=1, keepdim=True))[:, None] @ x
+        return EvalOutput(self.head(mean[:, 0]), progress.kept, torch.stack(progress.margins, dim=1))

@@ -1,0 +1,113 @@
+"""ToMe: merge the most similar tokens of every block (Bolya et al. 2023). It needs no training.
+
+Between attention and MLP, patch tokens in even rows are matched with those in odd rows by the mean over heads of their
+keys (bipartite soft matching, section 3), and the most similar ones are averaged into their matches, weighted by the
+number of patches in each. Attention adds the logarithm of that number to the scores of a key (section 3, equation 1).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dvit_infer.config import Setting, Stage
+from dvit_infer.errors import InputError
+from dvit_infer.graph.nodes import Reduce, Signal
+from dvit_infer.ops.merge_tokens import find_matches_ref, rows_of_matches
+from dvit_infer.reduction.choices import Assign
+from dvit_infer.reduction.settings import Known, Trunk, always, flag, merge_counts
+
+SHARE = 0.8  # of the patches merged by default: the paper's r = 13 of a ViT-S or -B with 196 patches and 12 blocks
+
+
+def _by_default(trunk: Trunk) -> Setting:
+    """Return `SHARE` of the patches in equal parts, none in a last block of which nothing but prefix tokens is read."""
+    each = max(1, int(SHARE * trunk.num_patches / trunk.depth))
+    return each if trunk.reads_patches else (each,) * (trunk.depth - 1) + (0,)
+
+
+SETTINGS: Mapping[str, Known] = {
+    "merge": Known(_by_default, f"{SHARE:.0%} of the patches in equal parts, where it pays", merge_counts),
+    "prop_attn": Known(always(True), "ToMe's default", flag),
+}
+KEY: str | None = None
+MERGES = True
+EVERY_BLOCK = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Reduce):
+    """Merges the `merged` most similar tokens into others: the op dvit::merge_tokens.
+
+    Attributes:
+        key_dim: channels of the mean keys.
+    """
+
+    kind = "merge"
+    key_dim: int
+
+    @property
+    def merged(self) -> int:
+        return self.tokens - self.num_prefix - self.num_keep
+
+    @property
+    def choice_macs(self) -> int:
+        patches = self.tokens - self.num_prefix
+        return (patches // 2) * (patches - patches // 2) * self.key_dim + self.merged * self.dim
+
+
+def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
+    return None
+
+
+def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
+    """Return a stage for every block that merges: at most half of its patch tokens, as ToMe (`utils.parse_r`)."""
+    merge = settings["merge"]
+    counts = merge if isinstance(merge, tuple) else (merge,) * len(blocks)
+    if len(counts) != len(blocks):
+        raise InputError(f"merge: {len(counts)} numbers are given, one for each of {len(blocks)} blocks is expected")
+    found, tokens = [], num_patches
+    for block, count in zip(blocks, counts, strict=True):
+        assert isinstance(count, int | float)
+        if merged := min(int(count), tokens // 2):
+            tokens -= merged
+            found.append(Stage(block, tokens, "after_attention"))
+    return tuple(found)
+
+
+def signal(settings: Mapping[str, Setting]) -> Signal:
+    return "mean_keys"
+
+
+def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
+    return nn.ModuleList()
+
+
+def choose(
+    x: torch.Tensor,
+    signal: torch.Tensor | None,
+    stage: int,
+    keep: int,
+    num_prefix: int,
+    num_patches: int,
+    modules: Sequence[nn.Module],
+    settings: Mapping[str, Setting],
+) -> Assign:
+    assert signal is not None
+    found = find_matches_ref(signal, num_prefix)
+    merge = x.shape[1] - num_prefix - keep
+    similarity = found.similarity
+    gaps = [similarity[:, :merge] - found.second[:, :merge]]
+    falls = similarity[:, :-1] - similarity[:, 1:]
+    # Without prefix tokens the others stay in order of similarity, which the next block's even and odd rows depend on.
+    gaps.append(falls[:, merge - 1 : merge] if num_prefix else falls[:, merge - 1 :])
+    gap = torch.cat([*gaps, similarity.new_full((len(x), 1), torch.inf)], dim=1).amin(dim=1)
+    return Assign(rows_of_matches(found, x.shape[1], merge, num_prefix), gap)
+
+
+def node(
+    stage: int, modules: Sequence[nn.Module], settings: Mapping[str, Setting], num_patches: int, **facts: Any
+) -> Merge:
+    return Merge(weights={}, **facts)
