@@ -25,6 +25,8 @@ from dvit_infer.backends.state import Hook, State
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
+from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import prepare
 
 # Values of a row that share a range in dynamic quantisation. DeiT-S/0.7 on two threads of a Xeon, batch 1, 8, 32: with
@@ -57,6 +59,7 @@ class OpenVinoRunner:
         self._weights, self._held = weights, graph if size < LEAST_BYTES else None
         self._key = key if size >= LEAST_BYTES else None
         self._nodes = graph.to(torch.device("meta"), graph.dtype).nodes
+        self._reductions = [node for node in self._nodes if isinstance(node, Reduce)]
         self._lock, self._local = threading.Lock(), threading.local()
         self._models: dict[Variant, Any] = {}
         self._mapped: dict[Variant, Path] = {}  # whose weights are mapped and not all packed yet
@@ -126,14 +129,26 @@ class OpenVinoRunner:
         images = prepare(images, self.config, self.device, torch.float32)
         variant = Variant(output, bool(given))
         try:
-            x, *kept = self._infer(self._request(variant), [images, *_indices(given or ())])
+            x, *choices = self._infer(self._request(variant), [images, *self._choices(given or ())])
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise MemoryError(str(error)) from None
             raise
         if (path := self._mapped.pop(variant, None)) is not None:
             release_pages(path)
-        return State(x, choices=list(given) if given else kept)
+        state = State(x)
+        if given or return_choices or output == "tokens":
+            for node, choice in zip(self._reductions, choices or self._choices(given or ()), strict=True):
+                node.note(state, choice)
+        return state
+
+    def _choices(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the choice of each stage, as its node states it, that does what is given."""
+        tokens, choices = Tokens(torch.empty(0)), []
+        for node, stage in zip(self._reductions, given, strict=False):
+            choices.append(node.choice_of(tokens, stage))
+            node.note(tokens, choices[-1])
+        return choices
 
     def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies of the outputs; the inputs are read where they are, and let go of then."""
@@ -202,12 +217,3 @@ def _unpickled(weights: Callable[[], Graph], key: bytes | None, int8: bool) -> A
     from dvit_infer.backends import runner_for  # which imports this module
 
     return runner_for(weights(), None, weights, key, int8)
-
-
-def _indices(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the positions of each stage's kept tokens among those that the stage before left."""
-    before = [None, *given][: len(given)]
-    return [
-        positions if there is None else torch.searchsorted(there, positions)
-        for positions, there in zip(given, before, strict=True)
-    ]

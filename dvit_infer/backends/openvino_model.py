@@ -12,7 +12,7 @@ import torch
 from dvit_infer.config import Config
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
-from dvit_infer.graph.nodes import Attention, Mlp, Node
+from dvit_infer.graph.nodes import Attention, Mlp, Node, Reduce
 from dvit_infer.utils.threads import limit_threads
 
 _INSTALL = "run pip install 'dvit-infer[cpu]'"
@@ -96,9 +96,9 @@ def version() -> tuple[int, ...]:
 def openvino_model(graph: Graph, variants: Sequence[Variant] = VARIANTS[:1], int8: bool = False) -> Any:
     """Return a graph as an OpenVINO model for any number of images, whose variants share their weights.
 
-    Inputs: images (B, 3, H, W) float32, normalised, and with `given` the positions of each stage's kept tokens among
-    its patches, (B, k) int64. Outputs, by the names of variants: the output, and unless sets are given each stage's
-    kept positions, (B, k) int64, as `logits/kept_0` and so on.
+    Inputs: images (B, 3, H, W) float32, normalised, and with `given` the choice of each stage, (B, any) int64, as its
+    node states it. Outputs, by the names of variants: the output, and unless choices are given those of each stage, as
+    `logits/choice_00` and so on.
     """
     import numpy as np
     import openvino
@@ -108,16 +108,22 @@ def openvino_model(graph: Graph, variants: Sequence[Variant] = VARIANTS[:1], int
     from dvit_infer.operators.writer import write
 
     images = ops.parameter([-1, 3, *graph.config.image_size], np.float32, name="images")
-    chosen = [ops.parameter([-1, k], np.int64, name=f"index_{i}") for i, k in enumerate(graph.config.num_keep)]
+    reductions = [node for node in graph.nodes if isinstance(node, Reduce)]
+    chosen = [
+        ops.parameter([-1, node.choice_size], np.int64, name=f"choice_{i:02}") for i, node in enumerate(reductions)
+    ]
     linears = [node.name for node in graph.nodes if isinstance(node, Attention | Mlp)]
     results = []
     with torch.device("cpu"):  # whatever the caller's default is
         to = OpenVinoBuilder(core(), linears if int8 else (), graph.config.ranges)
         for variant in variants:
             values = [parameter.output(0) for parameter in chosen] if variant.given else []
-            written = write(to, graph, images.output(0), output=variant.output, kept=not variant.given, given=values)
+            written = write(to, graph, images.output(0), output=variant.output, given=values)
             results.append(ops.result(written.x, name=str(variant)))
-            results += [ops.result(kept, name=f"{variant}/kept_{i}") for i, kept in enumerate(written.kept)]
+            if not variant.given:
+                results += [
+                    ops.result(choice, name=f"{variant}/choice_{i:02}") for i, choice in enumerate(written.choices)
+                ]
     used = chosen if any(variant.given for variant in variants) else []
     return openvino.Model(results, [images, *used], graph.config.arch)
 
@@ -126,7 +132,7 @@ def only(model: Any, variant: Variant) -> Any:
     """Return the part of a model with several variants that computes one."""
     import openvino
 
-    names = re.compile(rf"{variant}(/kept_\d+)?")
+    names = re.compile(rf"{variant}(/choice_\d+)?")
     results = [result for result in model.get_results() if names.fullmatch(result.get_friendly_name())]
     results.sort(key=lambda result: result.get_friendly_name())
     inputs = [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dvit_infer.graph.nodes import Node
-from dvit_infer.reduction.tokens import Tokens
+from dvit_infer.graph.tokens import Tokens
 
 
 @dataclass(slots=True)

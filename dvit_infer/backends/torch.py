@@ -16,7 +16,6 @@ from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.attention import attention_ref
 from dvit_infer.ops.merge_tokens import average_rows_ref, match_tokens_ref, merge_tokens_ref
 from dvit_infer.reduction.predictor import PredictorPrune
-from dvit_infer.reduction.tokens import index_of_kept, note_kept, note_merged, rows_of_groups
 from dvit_infer.reduction.tome import Merge
 
 ALL = slice(None)  # tokens
@@ -200,27 +199,26 @@ class TorchRunner:
 
     def prune(self, node: Prune, state: State) -> None:
         if state.given is not None:
-            index = index_of_kept(state, state.given[len(state.choices)])
+            index = node.choice_of(state, state.given[len(state.choices)])
             state.x = node.keep(state.x, index, state.signal) if node.rows is None else state.x
         elif node.rows is not None:
             index = node.choose(state.signal)
         else:
             state.x, index = self.select(node, state.x, state.signal)
-        note_kept(state, index, node.fused)
+        node.note(state, index)
 
     def merge(self, node: Merge, state: State) -> None:
-        assert state.signal is not None
+        keys = state.signal
+        assert keys is not None
         if state.given is not None:
-            rows = rows_of_groups(state, state.given[len(state.choices)], node.num_prefix)
+            rows = node.choice_of(state, state.given[len(state.choices)])
+            if node.rows is None:
+                state.x, state.sizes = average_rows_ref(state.x, state.sizes, rows, node.left)
+        elif node.rows is not None:
+            rows = match_tokens_ref(keys, node.merged, node.num_prefix)
         else:
-            rows = None
-        if node.rows is not None:
-            rows = match_tokens_ref(state.signal, node.merged, node.num_prefix) if rows is None else rows
-        elif rows is not None:
-            state.x, state.sizes = average_rows_ref(state.x, state.sizes, rows, node.left)
-        else:
-            state.x, state.sizes, rows = self.merge_tokens(state.x, state.signal, state.sizes, node)
-        note_merged(state, rows, node.num_prefix, node.num_keep)
+            state.x, state.sizes, rows = self.merge_tokens(state.x, keys, state.sizes, node)
+        node.note(state, rows)
 
     def head(self, node: Head, state: State) -> None:
         x = state.x

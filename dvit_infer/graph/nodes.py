@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
+from dvit_infer.graph.tokens import Tokens, index_of_kept, note_kept
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
 
 Weights = Mapping[str, torch.Tensor]
@@ -310,6 +311,19 @@ class Reduce(TokenNode):
         return self.num_prefix + self.num_keep
 
     @property
+    @abstractmethod
+    def choice_size(self) -> int:
+        """The number of numbers by which it states its choice for an image, which `note` takes."""
+
+    @abstractmethod
+    def note(self, tokens: Tokens, choice: torch.Tensor) -> None:
+        """Note what a choice (B, choice_size) int64 did with tokens that have been moved by it."""
+
+    @abstractmethod
+    def choice_of(self, tokens: Tokens, given: torch.Tensor) -> torch.Tensor:
+        """Return the choice that does what is given in the form of `Tokens.choices`."""
+
+    @property
     def macs(self) -> int:
         return 0 if self.rows is not None else self.choice_macs
 
@@ -328,7 +342,7 @@ class Reduce(TokenNode):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Reduce):
-    """Drops patch tokens.
+    """Drops patch tokens. Its choice are the positions (B, k), among the patch tokens, of those that stay.
 
     Attributes:
         fused: the original position of one more token, behind the others, into which those dropped are fused; None:
@@ -341,6 +355,16 @@ class Prune(Reduce):
     @property
     def left(self) -> int:
         return super().left + (self.fused is not None)
+
+    @property
+    def choice_size(self) -> int:
+        return self.num_keep
+
+    def note(self, tokens: Tokens, choice: torch.Tensor) -> None:
+        note_kept(tokens, choice, self.fused)
+
+    def choice_of(self, tokens: Tokens, given: torch.Tensor) -> torch.Tensor:
+        return index_of_kept(tokens, given)
 
     @abstractmethod
     def prune(self, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

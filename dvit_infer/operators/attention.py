@@ -22,11 +22,38 @@ def attention(to: Builder[V], node: Attention, x: V) -> V:
     places = _Places(to, node)
     q, k = (places.in_places(part, name, n) for part, name, n in ((q, "q", node.rows), (k, "k", node.tokens)))
     reader = "" if node.has_inner_norm else "proj"
-    mixed = to.attend(q, k, v, node.scale, places.bias(), reader)
+    bias = places.bias()
+    sizes = None
+    if node.adds_sizes and to.sizes is not None:
+        sizes = to.emit("Unsqueeze", to.emit("Log", to.sizes), to.ints(1, 2))
+        bias = sizes if bias is None else to.emit("Add", bias, sizes)
+    to.signal = _signal(to, node, q, k, bias, sizes)
+    mixed = to.attend(q, k, v, node.scale, bias, reader)
     mixed = to.emit("Reshape", mixed, to.ints(0, node.rows, dim))
     mixed = to.norm(mixed, node.eps, dim) if node.has_inner_norm else mixed
     branch = to.linear_of(mixed, "proj", w)
     return to.said(to.emit("Add", x, branch, out=node.name), node.rows, dim)
+
+
+def _signal(to: Builder[V], node: Attention, q: V, k: V, bias: V | None, sizes: V | None) -> V | None:
+    """Emit what a node's attention leaves for the reduction behind it, in float32."""
+    if not node.leaves:
+        return None
+    with to.exactly():
+        q, k = to.float32(q), to.float32(k)
+        if node.leaves == "mean_keys":
+            return to.reduce("ReduceMean", k, 2)
+        if node.leaves == "class_attention":
+            query = to.tokens(q, 0, 1)
+            bias = None if bias is None else bias if bias is sizes else to.part(bias, -2, 0, 1)
+        else:
+            patches = to.tokens(q, node.num_prefix, node.tokens) if node.num_prefix else q
+            query, bias = to.reduce("ReduceMean", patches, 1, keepdims=1), sizes
+        query, k = to.emit("Transpose", query, perm=(0, 2, 1, 3)), to.emit("Transpose", k, perm=(0, 2, 3, 1))
+        scores = to.emit("MatMul", query, k)
+        scores = scores if node.scale == 1.0 else to.emit("Mul", scores, to.number(node.scale))
+        scores = scores if bias is None else to.emit("Add", scores, bias)
+        return to.emit("Reshape", to.emit("Softmax", scores, axis=-1), to.ints(0, node.num_heads, node.tokens))
 
 
 class _Places(Generic[V]):
@@ -63,6 +90,8 @@ class _Places(Generic[V]):
         found = []
         for name, table, prefix in (("sin", sin, 0.0), ("cos", cos, 1.0)):
             table = torch.nn.functional.pad(table, (0, 0, node.num_prefix, 0), value=prefix)
+            if to.fuses and to.rows is not None:  # a row for tokens without a place
+                table = torch.nn.functional.pad(table, (0, 0, 0, 1), value=prefix)
             table = table.transpose(0, 1) if table.ndim == 3 else table[:, None]
             found.append(to.remaining(name, table))
         return found[0], found[1]
@@ -75,6 +104,8 @@ class _Places(Generic[V]):
         table = node.weights["pair_bias"]  # (heads, all tokens, all tokens)
         if to.rows is None:
             return to.table("pair_bias", table[:, : node.rows])
+        if to.fuses:  # a row and a column for tokens without a place
+            table = torch.nn.functional.pad(table, (0, 1, 0, 1))
         queries = to.rows if node.rows == node.tokens else to.tokens(to.rows, 0, node.rows)
         start = to.emit("Mul", to.emit("Unsqueeze", queries, to.ints(2)), to.ints(table.shape[2]))
         pairs = to.emit("Add", start, to.emit("Unsqueeze", to.rows, to.ints(1)))

@@ -19,7 +19,11 @@ class Builder(ABC, Generic[V]):
     Attributes:
         dtype: the dtype of values and weights; float32 is used inside of norms, softmax, rotation and pooling.
         stem: prefix of the names of the values being written.
-        rows: the original rows (B, P+k) of the tokens that remain; None: all do. `stage` names them.
+        rows: the original rows (B, P+k) of the tokens that remain; None: all do. `stage` names them. A fused token has
+            the row behind all others, in tables with `fuses`.
+        fuses: whether the graph fuses tokens.
+        sizes: (B, P+k) float32, the number of patches in each token; None: 1.
+        signal: what attention left for the reduction behind it (`graph.nodes.Signal`).
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -27,12 +31,15 @@ class Builder(ABC, Generic[V]):
         self.stem = "images"
         self.rows: V | None = None
         self.stage = ""
+        self.fuses = False
+        self.sizes: V | None = None
+        self.signal: V | None = None
         self._tables: dict[str, tuple[str, torch.Tensor]] = {}  # the last one of each name
         self._remaining: dict[tuple[str, str], V] = {}
 
     def begin(self) -> None:
         """Begin to write a graph; only weights are shared with what was written before."""
-        self.rows, self.stage = None, ""
+        self.rows, self.stage, self.sizes, self.signal = None, "", None, None
         self._remaining.clear()
 
     @abstractmethod
@@ -164,6 +171,12 @@ class Builder(ABC, Generic[V]):
         affine = self.own(f"{name}.weight", gain), self.own(f"{name}.bias", shift)
         return self.normalise(x, len(gain), eps, affine)
 
+    def top(self, x: V, count: int, axis: int, largest: int = 1) -> tuple[V, ...]:
+        """Emit the largest or smallest values along an axis, sorted, and where they are; of equal ones the first."""
+        name = self.fresh("TopK")
+        outs = f"{name}_values", f"{name}_places"
+        return self.emit_all("TopK", x, self.ints(count), outs=outs, axis=axis, largest=largest, sorted=1)
+
     def attend(self, q: V, k: V, v: V, scale: float, bias: V | None = None, reader: str = "") -> V:
         """Emit softmax(scale * q k^T + bias) v for q, k, v (B, tokens, heads, head size), in that layout.
 
@@ -187,7 +200,12 @@ class Builder(ABC, Generic[V]):
         return x
 
     def tokens(self, x: V, first: int, end: int) -> V:
-        return self.emit("Slice", x, self.ints(first), self.ints(end), self.ints(1))
+        return self.part(x, 1, first, end)
+
+    def part(self, x: V, axis: int, first: int, end: int, step: int = 1) -> V:
+        """Emit what lies from `first` up to `end` on an axis, or every second of these."""
+        steps = () if step == 1 else (self.ints(step),)
+        return self.emit("Slice", x, self.ints(first), self.ints(end), self.ints(axis), *steps)
 
     def token(self, x: V, at: int) -> V:
         """Emit one token of all images, (B, C)."""

@@ -10,7 +10,7 @@ def head(to: Builder[V], node: Head, x: V) -> V:
     y = to.norm(x, node.eps, node.dim)
     if node.reads == "mean":
         patches = to.float32(to.tokens(y, node.num_prefix, node.tokens))
-        y = to.in_dtype(to.reduce("ReduceMean", patches, 1))
+        y = to.in_dtype(mean_of(to, patches, node.num_prefix, node.tokens))
         return to.result(to.linear_of(y, "head", node.weights), node.name, *node.out_shape)
     logits = to.linear_of(to.token(y, 0), "head", node.weights)
     if "head_dist.weight" in node.weights:
@@ -35,9 +35,20 @@ def pool(to: Builder[V], node: Pool, x: V) -> V:
     if node.reads.startswith("prefix"):
         parts.append(to.token(y, 0) if rows == 1 else to.reduce("ReduceMean", to.tokens(y, 0, rows), 1))
     if node.reads != "prefix":
-        patches = to.tokens(y, node.num_prefix, node.tokens) if node.reads != "all" and node.num_prefix else y
-        parts.append(to.reduce("ReduceMean", patches, 1))
+        first = 0 if node.reads == "all" else node.num_prefix
+        parts.append(mean_of(to, to.tokens(y, first, node.tokens) if first else y, first, node.tokens))
     return _after_pooling(to, node, to.emit("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0])
+
+
+def mean_of(to: Builder[V], x: V, first: int, end: int) -> V:
+    """Emit the mean (B, C) of x (B, n, C), the tokens from `first` up to `end`, by the number of patches in each."""
+    if to.sizes is None:
+        return to.reduce("ReduceMean", x, 1)
+    with to.exactly():
+        sizes = to.tokens(to.sizes, first, end)
+        shares = to.emit("Div", sizes, to.reduce("ReduceSum", sizes, 1, keepdims=1))
+        mean = to.emit("MatMul", to.emit("Unsqueeze", shares, to.ints(1)), x)
+        return to.emit("Reshape", mean, to.ints(0, -1))
 
 
 def map_pool(to: Builder[V], node: MapPool, x: V) -> V:

@@ -147,7 +147,7 @@ class OpenVinoBuilder(Builder[Value]):
         return self._added(node, self.fresh(act))[0]
 
     def reduce(self, op: str, x: Value, axis: int, keepdims: int = 0) -> Value:
-        node = {"ReduceMean": ops.reduce_mean, "ReduceMax": ops.reduce_max}[op](x, self.ints(axis), bool(keepdims))
+        node = _REDUCTIONS[op](x, self.ints(axis), bool(keepdims))
         return self._added(node, self.fresh(op))[0]
 
     def halves(self, x: Value) -> tuple[Value, ...]:
@@ -196,8 +196,23 @@ def _top_k(x: Value, k: Value, axis: int, largest: int, sorted: int) -> Any:
     )
 
 
+_REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "ReduceMax": ops.reduce_max,
+    "ReduceMean": ops.reduce_mean,
+    "ReduceMin": ops.reduce_min,
+    "ReduceSum": ops.reduce_sum,
+}
+
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": ops.add,
+    "CumSum": ops.cum_sum,
+    "Div": ops.divide,
+    "Equal": ops.equal,
+    "Less": ops.less,
+    "Log": ops.log,
+    "Max": ops.maximum,
+    "ScatterElements": lambda x, index, values, axis: ops.scatter_elements_update(x, index, values, axis),
+    "Sqrt": ops.sqrt,
     "Concat": lambda *parts, axis: ops.concat(list(parts), axis),
     "Conv": _conv,
     "Gather": lambda x, index, axis: ops.gather(x, index, ops.constant(axis)),
@@ -211,7 +226,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "Relu": ops.relu,
     "Reshape": lambda x, shape: ops.reshape(x, shape, True),
     "Sigmoid": ops.sigmoid,
-    "Slice": lambda x, start, end, axes: ops.slice(x, start, end, ops.constant([1]), axes),
+    "Slice": lambda x, start, end, axes, step=None: ops.slice(x, start, end, step or ops.constant([1]), axes),
     "Softmax": lambda x, axis: ops.softmax(x, axis),
     "Sub": ops.subtract,
     "Tanh": ops.tanh,

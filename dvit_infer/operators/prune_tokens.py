@@ -52,8 +52,11 @@ def _scores(to: Builder[V], normed: V, weights: Mapping[str, V]) -> V:
     return to.emit("Add", last, w["b4"], out="score")
 
 
-def select(to: Builder[V], score: V, num_keep: V) -> V:
-    """Emit index (B, num_keep): the smallest of 0 - score, so -0.0 equals 0.0; NaN ranks behind even -inf."""
+def select(to: Builder[V], score: V, num_keep: V, stem: str = "") -> V:
+    """Emit index (B, num_keep): the smallest of 0 - score, so -0.0 equals 0.0; NaN ranks behind even -inf.
+
+    `stem` is the prefix of the names of its values.
+    """
 
     def constant(name: str, value: float) -> V:
         return to.weight(name, torch.tensor([value], dtype=torch.float32))
@@ -63,5 +66,6 @@ def select(to: Builder[V], score: V, num_keep: V) -> V:
     nan_key = constant("nan_key", torch.inf)
     key = to.emit("Where", to.emit("IsNaN", score), nan_key, finite)
     # Equal values: the lower index first. The second one brings them into ascending order.
-    _, best = to.emit_all("TopK", key, num_keep, outs=("best_key", "best"), axis=1, largest=0, sorted=1)
-    return to.emit_all("TopK", best, num_keep, outs=("index", "order"), axis=1, largest=0, sorted=1)[0]
+    names = [f"{stem}/{name}" if stem else name for name in ("best_key", "best", "index", "order")]
+    _, best = to.emit_all("TopK", key, num_keep, outs=(names[0], names[1]), axis=1, largest=0, sorted=1)
+    return to.emit_all("TopK", best, num_keep, outs=(names[2], names[3]), axis=1, largest=0, sorted=1)[0]

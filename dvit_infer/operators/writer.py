@@ -9,22 +9,32 @@ import torch
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Head, Wanted, nodes_for
-from dvit_infer.graph.nodes import PLACES, Attention, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
+from dvit_infer.graph.nodes import PLACES, Attention, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune, Reduce
 from dvit_infer.operators.attention import attention
 from dvit_infer.operators.builder import Builder, V
-from dvit_infer.operators.heads import classify, head, last_norm, map_pool, pool
+from dvit_infer.operators.heads import classify, head, last_norm, map_pool, mean_of, pool
+from dvit_infer.operators.reduce import Origins, keep, merge
 from dvit_infer.reduction.predictor import PredictorPrune
 from dvit_infer.reduction.random import RandomPrune
+from dvit_infer.reduction.tome import Merge
 
 _FOLDED_AWAY = ("bn.weight", "in_conv.0.weight", "gamma", "inner_norm.weight", "latent")
 
 
 @dataclass(frozen=True)
 class Written(Generic[V]):
-    """What was written: the output, and each stage's kept positions, (B, k) int64 in the original grid, if wanted."""
+    """What was written.
+
+    Attributes:
+        x: the output.
+        kept: for each stage, if wanted, what it did, as a call of the engine returns it.
+        choices: for each stage its choice by itself: the kept positions among its patches, (B, k) int64, or for every
+            token its row among those that remain, (B, P+n) int64.
+    """
 
     x: V
     kept: list[V]
+    choices: list[V]
 
 
 def write(
@@ -43,7 +53,7 @@ def write(
         x: images (B, 3, H, W), normalised, in the builder's dtype.
         output: what to return, as of a runner.
         kept: whether to return the kept positions too, named `kept_0` and so on.
-        given: for each stage the positions (B, k) among its patches to keep, in place of its own choice.
+        given: for each stage a choice in place of its own, as in `Written.choices`.
 
     Raises:
         InputError: a node kind cannot be written.
@@ -51,66 +61,63 @@ def write(
     """
     to.begin()
     nodes, reader = nodes_for(graph.nodes, output)
-    writer = _Writer(to, kept, given, any(name in node.weights for node in nodes for name in PLACES))
+    to.fuses = any(isinstance(node, Prune) and node.fused is not None for node in nodes)
+    has_places = any(name in node.weights for node in nodes for name in PLACES)
+    writer = _Writer(to, graph.config.num_patches, kept, given, has_places)
     for node in nodes:
         x = writer.write(node, x)
     if reader is not None:
         x = last_norm(to, reader, x)
         if isinstance(reader, Head) and output == "features":
             rows = reader.feature_rows
-            x = to.reduce("ReduceMean", to.tokens(x, rows.start, rows.stop or reader.tokens), 1)
-    return Written(x, writer.kept)
+            end = rows.stop or reader.tokens
+            features = to.tokens(x, rows.start, end)
+            is_mean = reader.reads == "mean"
+            x = mean_of(to, features, rows.start, end) if is_mean else to.reduce("ReduceMean", features, 1)
+    return Written(x, writer.origins.kept if kept else [], writer.choices)
 
 
 class _Writer(Generic[V]):
     """Writes nodes, and follows where the tokens between them were."""
 
-    def __init__(self, to: Builder[V], wants_kept: bool, given: Sequence[V], has_places: bool) -> None:
+    def __init__(
+        self, to: Builder[V], num_patches: int, wants_kept: bool, given: Sequence[V], has_places: bool
+    ) -> None:
         self._to, self._wants_kept, self._given, self._has_places = to, wants_kept, given, has_places
-        self._stage = 0
-        self._positions: V | None = None  # original positions (B, k) of the remaining patches; None: all
-        self.kept: list[V] = []
+        self.origins = Origins(to, num_patches, wants_kept)
+        self.choices: list[V] = []
 
     def write(self, node: Node, x: V) -> V:
-        if not isinstance(node, Prune) and node.kind not in _WRITES:
+        if not isinstance(node, Reduce) and node.kind not in _WRITES:
             raise InputError(f"{node.name}, a node of kind {node.kind!r}, cannot be written")
         if not _is_folded(node):
             raise ValueError(f"{node.name} is not folded; fold the graph first")
         self._to.stem = node.name
-        return self._prune(node, x) if isinstance(node, Prune) else _WRITES[node.kind](self._to, node, x)
+        return self._reduce(node, x) if isinstance(node, Reduce) else _WRITES[node.kind](self._to, node, x)
 
-    def _prune(self, node: Prune, x: V) -> V:
+    def _reduce(self, node: Reduce, x: V) -> V:
         to = self._to
-        if isinstance(node, PredictorPrune) and not self._given:
-            kept_x, index = to.prune_tokens(node, x)
-        elif self._given or isinstance(node, RandomPrune):
-            index = (
-                self._given[self._stage] if self._given else to.for_each(node.weights["index"], x, f"{node.name}/index")
-            )
-            rows = to.tokens(x, 0, node.num_prefix), to.rows_of(to.tokens(x, node.num_prefix, node.tokens), index)
-            kept_x = to.emit("Concat", *rows, axis=1, out=node.name)
+        given = self._given[len(self.choices)] if self._given else None
+        if isinstance(node, Merge):
+            x, choice = merge(to, node, x, given)
+        elif isinstance(node, PredictorPrune) and given is None:
+            x, choice = to.prune_tokens(node, x)
+        elif isinstance(node, RandomPrune) and given is None:
+            x, choice = keep(to, node, x, to.for_each(node.weights["index"], x, f"{node.name}/index"))
+        elif isinstance(node, Prune):
+            x, choice = keep(to, node, x, given)
         else:
             raise InputError(f"{node.name}, a {type(node).__name__}, cannot be written")
-        to.said(index, node.num_keep, dtype=torch.int64)
-        out = f"kept_{self._stage}" if self._wants_kept else None
-        if self._positions is None:
-            self._positions = to.emit("Identity", index, out=out)
-        elif self._wants_kept or self._has_places:
-            self._positions = to.emit("GatherElements", self._positions, index, out=out, axis=1)
-        if self._wants_kept:
-            self.kept.append(self._positions)
+        to.said(choice, node.choice_size, dtype=torch.int64)
+        self.choices.append(choice)
+        if self._wants_kept or self._has_places:
+            if isinstance(node, Merge):
+                self.origins.note_merged(node, choice)
+            else:
+                self.origins.note_kept(node, choice)
         if self._has_places:
-            to.rows, to.stage = self._with_prefix(node, self._positions), node.name
-        self._stage += 1
-        return to.said(kept_x, *node.out_shape)
-
-    def _with_prefix(self, node: Prune, positions: V) -> V:
-        """Emit the original rows of all tokens that remain, (B, P+k): those of prefix tokens come first."""
-        to, prefix = self._to, node.num_prefix
-        if not prefix:
-            return positions
-        first = to.own("first", torch.tensor([*range(prefix), *[prefix] * node.num_keep]))
-        return to.emit("Add", to.emit("Pad", positions, to.ints(0, prefix, 0, 0)), first)
+            to.rows, to.stage = self.origins.rows(node), node.name
+        return to.said(x, *node.out_shape) if node.rows is None else x
 
 
 def _is_folded(node: Node) -> bool:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dvit_infer.graph.tokens import Tokens, index_of_kept, note_kept, note_merged, rows_of_groups
 from dvit_infer.ops.keep_tokens import fuse_rows_ref
 from dvit_infer.ops.merge_tokens import average_rows_ref
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
-from dvit_infer.reduction.tokens import Tokens, index_of_kept, note_kept, note_merged, rows_of_groups
 
 
 @dataclass(frozen=True)

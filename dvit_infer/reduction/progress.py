@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Reduction
+from dvit_infer.graph.tokens import Tokens
 from dvit_infer.reduction import METHODS
-from dvit_infer.reduction.tokens import Tokens
 
 
 class Progress:

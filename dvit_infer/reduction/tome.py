@@ -15,6 +15,7 @@ from torch import nn
 from dvit_infer.config import Setting, Stage
 from dvit_infer.errors import InputError
 from dvit_infer.graph.nodes import Reduce, Signal
+from dvit_infer.graph.tokens import Tokens, note_merged, rows_of_groups
 from dvit_infer.ops.merge_tokens import find_matches_ref, rows_of_matches
 from dvit_infer.reduction.choices import Assign
 from dvit_infer.reduction.settings import Known, Trunk, always, flag, merge_counts
@@ -41,6 +42,8 @@ EVERY_BLOCK = True
 class Merge(Reduce):
     """Merges the `merged` most similar tokens into others: the op dvit::merge_tokens.
 
+    Its choice are the rows (B, P+n), among the tokens that remain, of all tokens.
+
     Attributes:
         key_dim: channels of the mean keys.
     """
@@ -51,6 +54,16 @@ class Merge(Reduce):
     @property
     def merged(self) -> int:
         return self.tokens - self.num_prefix - self.num_keep
+
+    @property
+    def choice_size(self) -> int:
+        return self.tokens
+
+    def note(self, tokens: Tokens, choice: torch.Tensor) -> None:
+        note_merged(tokens, choice, self.num_prefix, self.num_keep)
+
+    def choice_of(self, tokens: Tokens, given: torch.Tensor) -> torch.Tensor:
+        return rows_of_groups(tokens, given, self.num_prefix)
 
     @property
     def choice_macs(self) -> int:
