@@ -115,7 +115,9 @@ def openvino_model(graph: Graph, variants: Sequence[Variant] = VARIANTS[:1], int
     linears = [node.name for node in graph.nodes if isinstance(node, Attention | Mlp)]
     results = []
     with torch.device("cpu"):  # whatever the caller's default is
-        to = OpenVinoBuilder(core(), linears if int8 else (), graph.config.ranges)
+        to = OpenVinoBuilder(
+            core(), linears if int8 else (), graph.config.ranges, half=int8 or graph.dtype == torch.bfloat16
+        )
         for variant in variants:
             values = [parameter.output(0) for parameter in chosen] if variant.given else []
             written = write(to, graph, images.output(0), output=variant.output, given=values)

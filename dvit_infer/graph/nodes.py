@@ -288,6 +288,7 @@ class Reduce(TokenNode):
             who ask which tokens stay, and moves none. None: it moves all.
     """
 
+    choice_name: ClassVar[str]  # of what it chooses, in files
     num_keep: int
     num_prefix: int
     channels: int
@@ -350,6 +351,7 @@ class Prune(Reduce):
     """
 
     kind = "prune"
+    choice_name = "index"
     fused: int | None = None
 
     @property

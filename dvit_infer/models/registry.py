@@ -196,6 +196,12 @@ def build_graph(model: nn.Module, config: Config) -> Graph:
     return Graph(config, tuple(family_of(config).graph(model, config)))
 
 
+def outline(config: Config) -> Graph:
+    """Return the graph of a config, whose weights have shapes only."""
+    with torch.device("meta"):
+        return build_graph(family_of(config).reference(config), config)
+
+
 def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], arch: str) -> None:
     found = {key: tuple(value.shape) for key, value in checkpoint.state.items()}
     for key in expected:

@@ -96,7 +96,7 @@ class OnnxBuilder(Builder[str]):
         return self.in_dtype(self.emit("Mul", y, self.number(0.5)))
 
     def reduce(self, op: str, x: str, axis: int, keepdims: int = 0) -> str:
-        if axes_are_input(self.opset):
+        if axes_are_input(self.opset) or op == "ReduceSum":
             return self.emit(op, x, self.ints(axis), keepdims=keepdims)
         return self.emit(op, x, axes=(axis,), keepdims=keepdims)
 

@@ -130,7 +130,7 @@ def _check_shapes(name: str, session: Any, config: Config, only_uint8: bool) -> 
     width_out = config.num_classes or config.body.pooled_dim
     expected = {"images": [height, width, 3] if only_uint8 else [3, height, width], "logits": [width_out]}
     found = {value.name: list(value.shape[1:]) for value in [*session.get_inputs(), *session.get_outputs()]}
-    expected |= {f"kept_{i}": [k] for i, k in enumerate(config.num_keep) if "kept_0" in found}
+    expected |= {f"kept_{i}": [k] for i, k in enumerate(config.reduction.choice_sizes) if "kept_0" in found}
     for value, shape in expected.items():
         if found.get(value) != shape:
             raise InputError(f"{name}: its header says {value} are {shape}, its graph says {found.get(value)}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | 
     present = {value.name for value in graph.output}
     graph.output.extend(known[name] for name in outputs if name not in present)
     if given:
-        choices = [name for name in known if name.startswith("prune.") and name.endswith("/index")]
+        choices = [name for name in known if re.fullmatch(r"(prune|merge)\.\d+/(index|rows)", name)]
         for node in graph.node:
             for position, name in enumerate(node.output):
                 if name in choices:

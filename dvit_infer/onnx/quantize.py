@@ -15,6 +15,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.calibration import CALIBRATE_WITH, calibration_images
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.preprocessing import preprocess_for
+from dvit_infer.operators.attention import EXACT
 
 
 def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | None = None) -> onnx.ModelProto:
@@ -40,7 +41,11 @@ def quantize_int8(model: onnx.ModelProto, calibration: Iterable[np.ndarray] | No
         ValueError: The model has no linears.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
-    linears = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    linears = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in weights and not node.input[1].endswith(f"/{EXACT}.weight")
+    ]
     if not linears:
         raise ValueError("model: has no linear with constant weights")
     with _silent(), tempfile.TemporaryDirectory() as folder:

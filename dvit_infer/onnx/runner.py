@@ -1,5 +1,6 @@
 """Run an exported ONNX model in ONNX Runtime."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from dvit_infer.backends.state import Hook, State
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph.heads import Wanted
+from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.registry import outline
 from dvit_infer.onnx.session import input_dtype, open_session, run_session
 
 
@@ -29,7 +33,7 @@ class OnnxRunner:
         self.session, self._path, self._config, self._device = session, path, config, device
         self.runtime = f"ONNX Runtime, {session.get_providers()[0].removesuffix('ExecutionProvider')} provider"
         self._dtype = input_dtype(self.session)
-        self._kept = [f"kept_{stage}" for stage in range(len(config.num_keep))]
+        self._kept = [f"kept_{stage}" for stage in range(len(config.reduction.stages))]
         self._has_kept = {value.name for value in self.session.get_outputs()} >= set(self._kept)
         self._probes: dict[tuple[bool, tuple[str, ...]], Any] = {}
 
@@ -72,21 +76,29 @@ class OnnxRunner:
         if wanted or not return_choices:
             return State(logits, choices=chosen)
         # Logits come from the file itself; only the choices come from the probe.
-        names = [f"prune.{stage}/index" for stage in range(len(self._kept))]
+        names = list(self._choices)
         chosen = run_session(self._probe(False, tuple(names)), inputs, names, str(self._path)) if names else []
-        for stage in range(1, len(chosen)):
-            chosen[stage] = chosen[stage - 1].gather(1, chosen[stage])
-        return State(logits, choices=chosen)
+        state = State(logits)
+        for node, choice in zip(self._choices.values(), chosen, strict=True):
+            node.note(state, choice)
+        return state
+
+    @functools.cached_property
+    def _choices(self) -> dict[str, Reduce]:
+        """The values in the file that state each stage's choice, with its node."""
+        nodes = [node for node in outline(self._config).nodes if isinstance(node, Reduce)] if self._kept else []
+        return {f"{node.name}/{node.choice_name}": node for node in nodes}
 
     def node_values(
         self, images: torch.Tensor, kept: Sequence[torch.Tensor], names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """Return the logits and the named values, with the kept set of each stage given as original positions."""
+        """Return the logits and the named values, with what each stage did given, as the engine returns it."""
         given = {"images": self.prepare(images)}
-        before: torch.Tensor | None = None
-        for stage, positions in enumerate(kept):
-            index = positions if before is None else torch.searchsorted(before, positions)
-            given[f"prune.{stage}/index"], before = index.to(self._device), positions
+        tokens = Tokens(images)
+        for (name, node), stage in zip(self._choices.items(), kept, strict=False):
+            choice = node.choice_of(tokens, stage)
+            given[name] = choice.to(self._device)
+            node.note(tokens, choice)
         wanted = ["logits", *(name for name in names if name != "logits")]
         found = run_session(self._probe(bool(kept), tuple(wanted[1:])), given, wanted, str(self._path))
         return dict(zip(wanted, found, strict=True))

@@ -25,8 +25,9 @@ def onnx_model(
     """Return a folded graph as an ONNX model for any number of images.
 
     Input `images` (B, 3, H, W), normalised, in the graph's dtype; outputs `logits` (B, K) float32, of a model without
-    classes the embedding, and, with `kept`, `kept_0` and so on, (B, k) int64 original patch positions, ascending. In a
-    float16 model LayerNorm, softmax, rotation, pooling and scores are float32, and so are activations that opset lacks.
+    classes the embedding, and, with `kept`, `kept_0` and so on: for each stage (B, k) int64 original patch positions,
+    ascending, or where tokens are merged (B, N), for every original patch the lowest one of its group. In a float16
+    model LayerNorm, softmax, rotation, pooling and scores are float32, and so are activations that opset lacks.
 
     Args:
         graph: folded, in float32 or float16.
@@ -69,7 +70,7 @@ def _graph_proto(graph: Graph, opset: int, uint8: bool, kept: bool) -> onnx.Grap
     outputs = [value_info("logits", TensorProto.FLOAT, *graph.nodes[-1].out_shape)]
     outputs += [
         value_info(name, TensorProto.INT64, count)
-        for name, count in zip(written.kept, graph.config.num_keep, strict=False)
+        for name, count in zip(written.kept, graph.config.reduction.choice_sizes, strict=False)
     ]
     return helper.make_graph(to.nodes, "dvit_infer", [images], outputs, to.weights, value_info=to.values)
 

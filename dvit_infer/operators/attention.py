@@ -7,6 +7,8 @@ import torch
 from dvit_infer.graph.nodes import Attention, Weights
 from dvit_infer.operators.builder import Builder, V
 
+EXACT = "mean_k"  # the linear whose result decides which tokens are merged: not for int8
+
 
 def attention(to: Builder[V], node: Attention, x: V) -> V:
     w, dim, few = node.weights, node.dim, node.rows != node.tokens
@@ -27,7 +29,10 @@ def attention(to: Builder[V], node: Attention, x: V) -> V:
     if node.adds_sizes and to.sizes is not None:
         sizes = to.emit("Unsqueeze", to.emit("Log", to.sizes), to.ints(1, 2))
         bias = sizes if bias is None else to.emit("Add", bias, sizes)
-    to.signal = _signal(to, node, q, k, bias, sizes)
+    if node.leaves == "mean_keys" and not places.move:
+        to.signal = _mean_keys(to, y, weights["k"], biases.get("k"), node.num_heads)
+    else:
+        to.signal = _signal(to, node, q, k, bias, sizes)
     mixed = to.attend(q, k, v, node.scale, bias, reader)
     mixed = to.emit("Reshape", mixed, to.ints(0, node.rows, dim))
     mixed = to.norm(mixed, node.eps, dim) if node.has_inner_norm else mixed
@@ -56,12 +61,23 @@ def _signal(to: Builder[V], node: Attention, q: V, k: V, bias: V | None, sizes: 
         return to.emit("Reshape", to.emit("Softmax", scores, axis=-1), to.ints(0, node.num_heads, node.tokens))
 
 
+def _mean_keys(to: Builder[V], y: V, weight: torch.Tensor, bias: torch.Tensor | None, heads: int) -> V:
+    """Emit the mean over heads of linear keys, (B, n, D) float32: one small linear, which does not read the keys."""
+    weight = weight.float().view(heads, -1, weight.shape[1]).mean(dim=0)
+    keys = to.emit("MatMul", y, to.own(f"{EXACT}.weight", weight.t().to(to.dtype)))
+    if bias is not None:
+        mean = bias.float().view(heads, -1).mean(dim=0)
+        keys = to.emit("Add", keys, to.own(f"{EXACT}.bias", mean.to(to.dtype)))
+    return to.float32(keys)
+
+
 class _Places(Generic[V]):
     """Norms of queries and keys, rotary positions and relative position bias of one node."""
 
     def __init__(self, to: Builder[V], node: Attention) -> None:
         self._to, self._node = to, node
         self._tables = self._rotation() if "sin" in node.weights else None
+        self.move = node.has_qk_norm or self._tables is not None  # whether queries and keys differ from linears
 
     def in_places(self, x: V, name: str, tokens: int) -> V:
         """Emit queries or keys (B, tokens, heads, head size), normalised and rotated; prefix tokens come first."""

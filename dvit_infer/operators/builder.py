@@ -22,9 +22,12 @@ class Builder(ABC, Generic[V]):
         rows: the original rows (B, P+k) of the tokens that remain; None: all do. `stage` names them. A fused token has
             the row behind all others, in tables with `fuses`.
         fuses: whether the graph fuses tokens.
+        pads_to_even: whether products over an odd number of rows are slow.
         sizes: (B, P+k) float32, the number of patches in each token; None: 1.
         signal: what attention left for the reduction behind it (`graph.nodes.Signal`).
     """
+
+    pads_to_even = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -47,9 +47,14 @@ def merge(to: Builder[V], node: Merge, x: V, rows: V | None) -> tuple[V, V]:
     if node.rows is not None:
         return x, rows
     with to.exactly():
+        columns, sizes = rows, to.sizes
+        if to.pads_to_even and node.tokens % 2:  # a token of size 0
+            x, columns = to.emit("Pad", x, to.ints(0, 0, 0, 0, 1, 0)), to.emit("Pad", rows, to.ints(0, 0, 0, 1))
+            ones = to.own("ones", (torch.arange(node.tokens + 1) < node.tokens).float()[None])
+            sizes = ones if sizes is None else to.emit("Pad", sizes, to.ints(0, 0, 0, 1))
         numbers = to.weight(f"rows/{node.left}", torch.arange(node.left)[:, None])
-        shares = to.emit("Equal", to.emit("Unsqueeze", rows, to.ints(1)), numbers)  # (B, left, P+n)
-        sizes = to.number(1.0) if to.sizes is None else to.emit("Unsqueeze", to.sizes, to.ints(1))
+        shares = to.emit("Equal", to.emit("Unsqueeze", columns, to.ints(1)), numbers)  # (B, left, P+n)
+        sizes = to.number(1.0) if sizes is None else to.emit("Unsqueeze", sizes, to.ints(1))
         shares = to.emit("Where", shares, sizes, to.number(0.0))
         total = to.reduce("ReduceSum", shares, 2, keepdims=1)
         shares = to.emit("Div", shares, total)

@@ -49,6 +49,7 @@ class Merge(Reduce):
     """
 
     kind = "merge"
+    choice_name = "rows"
     key_dim: int
 
     @property
