@@ -14,6 +14,7 @@ from dvit_infer.classifier import Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
+from dvit_infer.graph.nodes import Reduce
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.models.labels import checked_labels
 from dvit_infer.models.registry import config_of
@@ -73,9 +74,10 @@ class OnnxEngine(Verifiable):
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> list[tuple[Node, torch.Tensor]]:
-        names = {node.name: node.name for node in nodes} | {nodes[-1].name: "logits"}
+        there = [node for node in nodes if not isinstance(node, Reduce) or node.rows is None]  # others move no tokens
+        names = {node.name: node.name for node in there} | {nodes[-1].name: "logits"}
         values = self.runner.node_values(images, kept, tuple(names.values()))
-        return [(node, values[names[node.name]]) for node in nodes]
+        return [(node, values[names[node.name]]) for node in there]
 
     def digest(self, source: Source) -> Iterator[bytes]:
         with self.path.open("rb") as content:  # the file contains a digest of weights stored beside it

@@ -50,7 +50,7 @@ def merge(to: Builder[V], node: Merge, x: V, rows: V | None) -> tuple[V, V]:
         columns, sizes = rows, to.sizes
         if to.pads_to_even and node.tokens % 2:  # a token of size 0
             x, columns = to.emit("Pad", x, to.ints(0, 0, 0, 0, 1, 0)), to.emit("Pad", rows, to.ints(0, 0, 0, 1))
-            ones = to.own("ones", (torch.arange(node.tokens + 1) < node.tokens).float()[None])
+            ones = to.weight(f"ones/{node.tokens}", (torch.arange(node.tokens + 1) < node.tokens).float()[None])
             sizes = ones if sizes is None else to.emit("Pad", sizes, to.ints(0, 0, 0, 1))
         numbers = to.weight(f"rows/{node.left}", torch.arange(node.left)[:, None])
         shares = to.emit("Equal", to.emit("Unsqueeze", columns, to.ints(1)), numbers)  # (B, left, P+n)

@@ -45,6 +45,7 @@ class Report:
     features_error: float | None = None
     plain_features_error: float | None = None
     output: Literal["logits", "embedding"] = "logits"
+    merges: bool = False
 
     @property
     def passed(self) -> bool:
@@ -64,7 +65,8 @@ class Report:
             rows.append((what, f"{self.features_error:.2e}", f"{self.plain_features_error:.2e}"))
         for stage, overlap in enumerate(self.kept_overlap):
             clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
-            rows.append((f"kept tokens, stage {stage}", f"{overlap:.2%}, {clear}", ""))
+            what = "patches in the same group" if self.merges else "kept tokens"
+            rows.append((f"{what}, stage {stage}", f"{overlap:.2%}, {clear}", ""))
         quantised = self.dtype == "int8"  # there is no plain PyTorch in it, and every node differs
         follow = "all follow from the file, to half a step" if quantised else "all follow from the file"
         rows.append(("weights", self.wrong_weight or follow, ""))

@@ -128,7 +128,10 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64, images: tor
         plain_top1_agreement=plain_top1,
         kept_compared=tuple(clear.sum(dim=0).tolist()),
         kept_equal=tuple(int(same.sum()) for same in equal),
-        kept_overlap=tuple(_overlap(own, kept) for own, kept in zip(own_kept, expected.kept, strict=True)),
+        kept_overlap=tuple(
+            (_same_group if config.reduction.merges else _overlap)(own, kept)
+            for own, kept in zip(own_kept, expected.kept, strict=True)
+        ),
         wrong_weight=wrong_weight,
         first_difference=None
         if quantised
@@ -138,6 +141,7 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64, images: tor
         ),
         failures=tuple(failures),
         output=output,
+        merges=config.reduction.merges,
         features_error=None if features is None else features[0],
         plain_features_error=None if features is None else features[1],
     )
@@ -181,6 +185,11 @@ def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return the mean share of positions common to two (B, k) sets: those that occur twice in both together."""
     twice = torch.cat([ours, theirs], dim=1).sort(dim=1).values.diff(dim=1) == 0
     return twice.sum().item() / theirs.numel()
+
+
+def _same_group(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the share of patches whose group has the same lowest patch in both."""
+    return (ours == theirs).float().mean().item()
 
 
 def _errors(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
