@@ -67,9 +67,10 @@ def _method(read: Reading, given: Any, learned: str | None, count: int) -> str:
     if given is not None:
         method = check.method("method", given, learned, read.name)
         read.note("given", "method", method, "by you")
-    elif (stated := read.metadata.get("method")) is not None:
+    elif read.states("method"):
+        stated, why = read.stated("method")
         method = check.method(f"{read.name}: method", stated, learned, read.name)
-        read.note("read", "method", method, f"{read.metadata_source}: method")
+        read.note("read", "method", method, why)
     else:
         method = learned or "none"
         read.note("read", "method", method, f"keys: {count or 'no'} score predictors")
