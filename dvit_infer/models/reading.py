@@ -175,7 +175,7 @@ class Reading:
         """Read the facts of a reduction from the part of the saved config that has this method, if there is one."""
         if self.stored is not None:
             runs, learned = self.stored.reduction, self.stored.learned
-            found = runs if runs.stages and runs.method == method else learned
+            found = runs if runs.method == method != "none" else learned
             self.metadata |= {**dict(found.settings), "prune_at": found.blocks or None}
 
     def resolve_if_known(self, what: str) -> Any:
