@@ -39,8 +39,8 @@ def read_reductions(
 
 
 def _check_given(read: Reading, method: str, learned: str | None) -> None:
-    """Raise InputError for a setting that the caller gave and no method here has."""
-    used = [METHODS[name] for name in (method, learned) if name in METHODS]
+    """Raise InputError for a setting that the caller gave and the method has not; of 'none', that of the weights."""
+    used = [METHODS[name] for name in (learned if method == "none" else method,) if name in METHODS]
     allowed = {name for one in used for name in one.SETTINGS}
     allowed |= {"prune_at"} if any(not one.EVERY_BLOCK for one in used) else set()
     for what in ("prune_at", *dict.fromkeys(name for one in METHODS.values() for name in one.SETTINGS)):

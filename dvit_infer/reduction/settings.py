@@ -1,6 +1,6 @@
 """What a method can be told: its settings, their defaults, and their checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -46,6 +46,10 @@ def positive_float(what: str, value: Any) -> float:
     return float(value)
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > 0
+
+
 def _shown(value: Any) -> str:
     """Return a value for a message, which is one line: it may come from a file."""
     return " ".join(repr(value)[:80].split())
@@ -59,9 +63,8 @@ def keep_rate(what: str, value: Any) -> float:
 
 def keep_rates(what: str, value: Any) -> float | tuple[float, ...]:
     """Return one rate or count for all stages, or one for each; a whole number over 1 is a count of tokens."""
-    if isinstance(value, list | tuple) and value:
-        rates = tuple(_rate_or_count(what, one) for one in value)
-        return rates[0] if len(set(rates)) == 1 and rates[0] <= 1 else rates
+    if _is_list(value):
+        return tuple(_rate_or_count(what, one) for one in value)
     return _rate_or_count(what, value)
 
 
@@ -77,7 +80,7 @@ def _rate_or_count(what: str, value: Any) -> float:
 
 def merge_counts(what: str, value: Any) -> int | tuple[int, ...]:
     """Return one number of tokens to merge for all blocks, or one for each."""
-    if isinstance(value, list | tuple) and value:
+    if _is_list(value):
         return tuple(_merge_count(what, one) for one in value)
     return _merge_count(what, value)
 
