@@ -10,7 +10,7 @@ from dvit_infer.models.reading import Reading
 from dvit_infer.reduction import METHODS
 from dvit_infer.reduction.settings import Trunk
 
-STAGES = 3  # of a method without weights
+STAGES = 3  # of a method without weights, if there are as many blocks
 
 
 def read_reductions(
@@ -94,8 +94,8 @@ def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Re
     }
     blocks = tuple(range(depth))
     if not METHODS[method].EVERY_BLOCK:
-        stages = STAGES if count is None else count
-        asked = read.resolve("prune_at", _evenly(depth, stages), f"{depth} blocks in {stages + 1} equal parts")
+        evenly = tuple(dict.fromkeys(_evenly(depth, STAGES))) if count is None else _evenly(depth, count)
+        asked = read.resolve("prune_at", evenly, f"{depth} blocks in {len(evenly) + 1} equal parts")
         blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
     settings = {name: known[name].check(read.origin(name), value) for name, value in found.items()}
     if why := METHODS[method].why_not(settings, trunk):
