@@ -189,6 +189,14 @@ def test_families_of_trainers_are_reduced_too(keys, size, method):
     assert engine.config.learned.method == "predictor"
 
 
+def test_neither_is_trained():
+    for method in METHODS:
+        for keys, assume in ((DEIT, {"num_heads": 2}), (LVVIT, {"num_heads": 2, "skip_lam": 2.0})):
+            reference = dvit.load_reference(state_dict(keys, 1), method=method, assume=assume).train()
+            with pytest.raises(NotImplementedError, match="a reduction without predictors cannot be trained"):
+                reference(case_images(f"{keys}-r0.7-s1")[:1])
+
+
 def test_merges_stop_at_half_and_zero_is_dense():
     def merged(merge):
         return dvit.convert(state_dict(DEIT, 1), device="cpu", method="tome", merge=merge, assume={"num_heads": 2})
