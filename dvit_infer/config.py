@@ -59,6 +59,7 @@ class Reduction:
         if not self.stages:
             return 1.0
         stated = dict(self.settings).get("keep_rate")
+        stated = stated[0] if isinstance(stated, tuple) else stated
         if isinstance(stated, float) and stated <= 1:
             return stated
         return (self.stages[0].keep or 0) / max(1, self.num_patches)

@@ -47,7 +47,7 @@ def block_indices(what: str, value: Any, depth: int, count: int | None) -> tuple
     """Return strictly increasing block indices, one per predictor if there are `count` of them."""
     indices = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, Integral) for i in indices):
-        raise InputError(f"{what}: {value!r} is not a list of block indices")
+        raise InputError(f"{what}: {text_of(value)!r} is not a list of block indices")
     indices = tuple(map(int, indices))
     if not indices and count != 0:
         raise InputError(f"{what}: no block is given")

@@ -113,6 +113,11 @@ class Reading:
         known = {what: fact for what, fact in self.beside.items() if what != "unsupported"}
         self.beside = {**known, **{what: (v, f"{where} (given)") for what, (v, where) in facts.items()}, **images}
 
+    def take_trained(self, facts: Facts, assumed: Sequence[str]) -> None:
+        """Take the facts of a trainer that is known; those `assumed` are not in the file."""
+        self.beside = {**facts, **self.beside}
+        self.by_type += tuple(assumed)
+
     def note(self, how: Literal["read", "assumed", "given"], what: str, value: object, why: str) -> None:
         if isinstance(value, Mapping):  # rotary positions; what is 0 or False is not there
             text = " ".join(f"{name}={text_of(part)}" for name, part in value.items() if part)
@@ -170,7 +175,7 @@ class Reading:
         """Read the facts of a reduction from the part of the saved config that has this method, if there is one."""
         if self.stored is not None:
             runs, learned = self.stored.reduction, self.stored.learned
-            found = runs if runs.stages and runs.method == method else learned
+            found = runs if runs.method == method != "none" else learned
             self.metadata |= {**dict(found.settings), "prune_at": found.blocks or None}
 
     def resolve_if_known(self, what: str) -> Any:
@@ -211,8 +216,12 @@ class Reading:
             raise InputError(f"assume: {unused[0]} means nothing for {arch}")
 
     def origin(self, what: str) -> str:
-        """Return a name for a value in messages: the option that gave it, or the file that holds it."""
-        return what if self.given.get(what) is not None else f"{self.name}: {what}"
+        """Return a name for a value in messages: the option that gave it, or the file that holds it, and its key."""
+        if self.given.get(what) is not None:
+            return what
+        found, args = self._stated(what, None), "the file's args: "
+        key = found[1].removeprefix(args) if found is not None and found[1].startswith(args) else what
+        return f"{self.name}: {key}"
 
     def value_of(self, what: str, stored_as: str | None = None) -> Any:
         """Return the value in the metadata (under `what` or `stored_as`), or None, without a note."""

@@ -10,7 +10,7 @@ from dvit_infer.models.reading import Reading
 from dvit_infer.reduction import METHODS
 from dvit_infer.reduction.settings import Trunk
 
-STAGES = 3  # of a method without weights
+STAGES = 3  # of a method without weights, if there are as many blocks
 
 
 def read_reductions(
@@ -39,8 +39,8 @@ def read_reductions(
 
 
 def _check_given(read: Reading, method: str, learned: str | None) -> None:
-    """Raise InputError for a setting that the caller gave and no method here has."""
-    used = [METHODS[name] for name in (method, learned) if name in METHODS]
+    """Raise InputError for a setting that the caller gave and the method has not; of 'none', that of the weights."""
+    used = [METHODS[name] for name in (learned if method == "none" else method,) if name in METHODS]
     allowed = {name for one in used for name in one.SETTINGS}
     allowed |= {"prune_at"} if any(not one.EVERY_BLOCK for one in used) else set()
     for what in ("prune_at", *dict.fromkeys(name for one in METHODS.values() for name in one.SETTINGS)):
@@ -67,9 +67,10 @@ def _method(read: Reading, given: Any, learned: str | None, count: int) -> str:
     if given is not None:
         method = check.method("method", given, learned, read.name)
         read.note("given", "method", method, "by you")
-    elif (stated := read.metadata.get("method")) is not None:
+    elif read.states("method"):
+        stated, why = read.stated("method")
         method = check.method(f"{read.name}: method", stated, learned, read.name)
-        read.note("read", "method", method, f"{read.metadata_source}: method")
+        read.note("read", "method", method, why)
     else:
         method = learned or "none"
         read.note("read", "method", method, f"keys: {count or 'no'} score predictors")
@@ -93,8 +94,8 @@ def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Re
     }
     blocks = tuple(range(depth))
     if not METHODS[method].EVERY_BLOCK:
-        stages = STAGES if count is None else count
-        asked = read.resolve("prune_at", _evenly(depth, stages), f"{depth} blocks in {stages + 1} equal parts")
+        evenly = tuple(dict.fromkeys(_evenly(depth, STAGES))) if count is None else _evenly(depth, count)
+        asked = read.resolve("prune_at", evenly, f"{depth} blocks in {len(evenly) + 1} equal parts")
         blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
     settings = {name: known[name].check(read.origin(name), value) for name, value in found.items()}
     if why := METHODS[method].why_not(settings, trunk):

@@ -19,7 +19,7 @@ from dvit_infer.models.kinds import describe
 from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
-from dvit_infer.models.trained_as import other_method
+from dvit_infer.models.trained_as import EVIT, evit_facts, other_method
 from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
 from dvit_infer.models.vit.timm_config import arch_of, timm_facts
 from dvit_infer.reduction import METHODS
@@ -140,16 +140,32 @@ def _own_archs() -> list[str]:
 
 
 def _check_method(reading: Reading, args: Mapping[str, Any], asked: Any) -> None:
-    """Raise InputError if the file was trained as another function than its keys describe, unless a method is given."""
+    """Take the method that the file was trained with, if it is another function than its keys describe.
+
+    Raises:
+        InputError: there is no such method here, and none is given.
+    """
     other = other_method(args, reading.shapes)
     if other is None:
         return
-    if asked is None:
+    if other == EVIT:
+        facts = evit_facts(args)
+        reading.take_trained(facts, [what for what, (_, where) in facts.items() if not where.startswith("the file's")])
+        if asked is None or asked == "evit":
+            _note_evit(reading, facts["method"][1])
+            return
+    elif asked is None:
         raise InputError(
             f"{reading.name}: was trained as {other}: another function than the model that its keys describe; "
             "dvit-convert --method none (method='none') takes it as the dense one"
         )
     reading.note("given", "trained as", other, f"another function than this, which you gave: method {asked}")
+
+
+def _note_evit(reading: Reading, where: str) -> None:
+    reading.note("read", "trained as", EVIT, where)
+    if "dist_token" in reading.shapes:
+        reading.note("read", "dist_token", "always kept", "as every prefix token here; EViT's own code may drop it")
 
 
 def _check_header(name: str, stored: Config, config: Config, overridden: set[str]) -> None:

@@ -1,6 +1,6 @@
 """What a method can be told: its settings, their defaults, and their checks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -39,24 +39,32 @@ def is_number(value: Any) -> bool:
 
 def positive_float(what: str, value: Any) -> float:
     if not is_number(value) or not value > 0:
-        raise InputError(f"{what}: {value!r} is not a positive number")
+        raise InputError(f"{what}: {_shown(value)} is not a positive number")
     check_bound(what, value, 1e30, excluded=True)
     if value <= 1e-30:
         raise InputError(f"{what}: {value:g} is under the bound; a number above 1e-30 is expected")
     return float(value)
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > 0
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, which is one line: it may come from a file."""
+    return " ".join(repr(value)[:80].split())
+
+
 def keep_rate(what: str, value: Any) -> float:
     if not is_number(value) or not 0 < value <= 1:
-        raise InputError(f"{what}: {value!r} is not a keep rate; a number above 0, at most 1, is expected")
+        raise InputError(f"{what}: {_shown(value)} is not a keep rate; a number above 0, at most 1, is expected")
     return float(value)
 
 
 def keep_rates(what: str, value: Any) -> float | tuple[float, ...]:
     """Return one rate or count for all stages, or one for each; a whole number over 1 is a count of tokens."""
-    if isinstance(value, list | tuple) and value:
-        rates = tuple(_rate_or_count(what, one) for one in value)
-        return rates[0] if len(set(rates)) == 1 and rates[0] <= 1 else rates
+    if _is_list(value):
+        return tuple(_rate_or_count(what, one) for one in value)
     return _rate_or_count(what, value)
 
 
@@ -64,7 +72,7 @@ def _rate_or_count(what: str, value: Any) -> float:
     is_count = is_number(value) and value > 1 and float(value).is_integer()
     if not is_number(value) or not (0 < value <= 1 or is_count):
         raise InputError(
-            f"{what}: {value!r} is neither a keep rate, above 0 and at most 1, nor a number of tokens, 2 or more"
+            f"{what}: {_shown(value)} is neither a keep rate, above 0 and at most 1, nor a number of tokens, 2 or more"
         )
     check_bound(what, value, 1 << 40, excluded=True)
     return int(value) if is_count else float(value)
@@ -72,7 +80,7 @@ def _rate_or_count(what: str, value: Any) -> float:
 
 def merge_counts(what: str, value: Any) -> int | tuple[int, ...]:
     """Return one number of tokens to merge for all blocks, or one for each."""
-    if isinstance(value, list | tuple) and value:
+    if _is_list(value):
         return tuple(_merge_count(what, one) for one in value)
     return _merge_count(what, value)
 
@@ -81,7 +89,7 @@ def _merge_count(what: str, value: Any) -> int:
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 0:
         raise InputError(
-            f"{what}: {value!r} is not a number of tokens to merge; 0, 1, 2, ... is, or one for each block"
+            f"{what}: {_shown(value)} is not a number of tokens to merge; 0, 1, 2, ... is, or one for each block"
         )
     check_bound(what, int(value), 1 << 40, excluded=True)
     return int(value)
@@ -89,7 +97,7 @@ def _merge_count(what: str, value: Any) -> int:
 
 def flag(what: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise InputError(f"{what}: {str(value)[:40]!r} is not true or false")
+        raise InputError(f"{what}: {_shown(value)} is not true or false")
     return value
 
 

@@ -189,6 +189,11 @@ def _read_start(
     body = config.body
     if not isinstance(body, ViT):
         raise InputError(f"{dense}: models of the family {config.family} cannot be trained here")
+    if config.reduction.stages:
+        raise InputError(
+            f"{dense}: runs as {config.reduction.method}, which is not trained here; a dense model becomes a dynamic "
+            "one: dvit-convert --method none writes it as that"
+        )
     if is_dynamic:
         rate, eps = config.learned.keep_rate, dict(config.learned.settings)["predictor_eps"]
         blocks: Sequence[int] = config.learned.blocks

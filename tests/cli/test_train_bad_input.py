@@ -10,6 +10,7 @@ from commands import ENV, fails
 from drawn import draw_all
 from small_training import PLAIN, QUICK, arguments, write_dense
 
+import dvit_infer as dvit
 from dvit_infer.cli import train
 from dvit_infer.training.loop import Run
 
@@ -44,6 +45,17 @@ from dvit_infer.training.loop import Run
 )
 def test_bad_options_are_named(more, expected, dense, folder, capsys):
     assert expected in fails(train, [*arguments(dense, folder, "out.pth"), *more], capsys)
+
+
+@pytest.mark.usefixtures("_empty_folder")
+def test_a_model_that_is_reduced_without_predictors_is_no_start(dense, folder, tmp_path, capsys):
+    content = torch.load(dense, weights_only=False)
+    vars(content["args"])["base_keep_rate"] = 0.7
+    torch.save(content, tmp_path / "evit.pth")
+    dvit.convert(dense, method="tome", device="cpu").save(tmp_path / "tome.safetensors")
+    for name in ("evit.pth", "tome.safetensors"):
+        said = fails(train, arguments(tmp_path / name, folder, "out.pth"), capsys)
+        assert f"{name}: runs as {name.split('.')[0]}, which is not trained here" in said
 
 
 @pytest.mark.usefixtures("_empty_folder")

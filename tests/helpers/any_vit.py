@@ -99,13 +99,19 @@ class Tiny:
         return [order[:, :count].sort(dim=1).values for count in self.config.num_keep]
 
 
-def tiny(kind: str, method: str = "none", size: tuple[int, int] = SIZE, **other: Any) -> Tiny:
-    """A model of the kind, with `other` facts of the body; `method` drops tokens before both of its blocks."""
+def tiny(
+    kind: str,
+    method: str = "none",
+    size: tuple[int, int] = SIZE,
+    settings: dict[str, Any] | None = None,
+    **other: Any,
+) -> Tiny:
+    """A model of the kind, with `other` facts of the body; `method` reduces in all of its blocks, two by default."""
     different, classes = KINDS[kind]
     facts = {"embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_dim": 96, "eps": 1e-6} | different | other
     body = ViT(patch_size=PATCH, **facts)
     patches = size[0] // PATCH * (size[1] // PATCH)
-    runs = _reduction(method, patches) if method != "none" else None
+    runs = _reduction(method, body, patches, settings or {}) if method != "none" else None
     config = Config(
         arch=kind,
         family="vit",
@@ -120,10 +126,12 @@ def tiny(kind: str, method: str = "none", size: tuple[int, int] = SIZE, **other:
     return Tiny(config, _weights(config))
 
 
-def _reduction(method: str, patches: int) -> Reduction:
-    trunk = Trunk(2, patches, 1)
+def _reduction(method: str, body: ViT, patches: int, given: dict[str, Any]) -> Reduction:
+    trunk = Trunk(body.depth, patches, body.class_tokens)
     settings = {name: known.default(trunk) for name, known in METHODS[method].SETTINGS.items()}
-    stages = METHODS[method].stages(settings, (0, 1), patches)
+    settings |= {"score": "pooled"} if "score" in settings and not body.class_tokens else {}
+    settings |= given
+    stages = METHODS[method].stages(settings, range(body.depth), patches)
     return Reduction(method, stages, tuple(settings.items()), patches, METHODS[method].MERGES)
 
 

@@ -22,16 +22,20 @@ _CONFIGS = json.loads((HERE / "configs_anyvit.json").read_text())
 State = dict[str, torch.Tensor]
 
 
-def shapes_of(case: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in the case's file."""
-    row = CASES[case]
-    keys = row.get("keys", f"timm-{row['model']}")
+def shapes_named(keys: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the list `keys`."""
     if keys not in _LARGE:
         listed = json.loads((HERE / "keys" / f"{keys}.json").read_text())
         return {name: tuple(shape) for name, (_, shape) in listed.items()}
     shapes, blocks = _LARGE[keys]["shapes"], _LARGE[keys]["blocks"]
     numbers = {name: range(blocks) if "#" in name else (0,) for name in shapes}
     return {name.replace("#", str(i)): tuple(shape) for name, shape in shapes.items() for i in numbers[name]}
+
+
+def shapes_of(case: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the case's file."""
+    row = CASES[case]
+    return shapes_named(row.get("keys", f"timm-{row['model']}"))
 
 
 def _is_large(case: str) -> bool:

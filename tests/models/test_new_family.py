@@ -27,15 +27,23 @@ def state():
     return {name: torch.from_numpy(fill(name, shape, 0)) for name, shape in shapes.items()}
 
 
+POOLED = {"score": "pooled"}  # it has no class token
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", [None, "random"])
-def test_it_converts_verifies_and_is_saved(state, method, dtype, tmp_path):
-    engine = dvit.convert(state, device="cpu", method=method, dtype=dtype, image_size=(40, 64))
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [(None, {}), ("random", {}), ("evit", {"assume": POOLED}), ("tome", {}), ("tome", {"merge": [5, 0, 9]})],
+)
+def test_it_converts_verifies_and_is_saved(state, method, given, dtype, tmp_path):
+    engine = dvit.convert(
+        state, device="cpu", method=method, dtype=dtype, image_size=(40, 64), backend="torch", **given
+    )
     report = dvit.verify(engine, state, num_images=8)
     assert report.passed, report
     assert report.first_difference is None
     engine.save(tmp_path / "m.safetensors")
-    again = dvit.load(tmp_path / "m.safetensors", device="cpu", dtype=dtype)
+    again = dvit.load(tmp_path / "m.safetensors", device="cpu", dtype=dtype, backend="torch")
     assert again.config == engine.config
     images = sample_images(3, (40, 64))
     assert torch.equal(again(images), engine(images))
@@ -50,6 +58,20 @@ def test_a_head_that_reads_the_mean_is_never_cut_to_a_class_row(state):
     tokens, positions = engine.tokens(images)
     assert torch.equal(positions, engine(images, return_kept=True)[1][-1])
     torch.testing.assert_close(engine.features(images), tokens.mean(dim=1))
+
+
+def test_evit_and_tome_choose_as_in_the_reference(state):
+    with pytest.raises(dvit.InputError, match="there is no class token; assume score=pooled"):
+        dvit.convert(state, device="cpu", method="evit")
+    images = sample_images(3, (48, 48))
+    for given in ({"method": "evit", "assume": POOLED, "prune_at": (0, 2)}, {"method": "tome", "merge": 7}):
+        engine = dvit.convert(state, device="cpu", backend="torch", **given)
+        with torch.no_grad():
+            expected, stages = dvit.load_reference(state, **given)(images, return_kept=True)
+        logits, kept = engine(images, return_kept=True)
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
+        assert all(map(torch.equal, kept, stages))
+        torch.testing.assert_close(engine(images, kept=kept), expected, atol=2e-5, rtol=0)
 
 
 def test_kept_sets_can_be_given(state):

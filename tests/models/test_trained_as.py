@@ -1,4 +1,4 @@
-"""A file that was trained as another function than its keys describe is refused by name, unless a method is given."""
+"""A file trained as another function than its keys describe: EViT's is one, others are refused by name."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from golden_cases import state_dict
 import dvit_infer as dvit
 
 HEADS = {"num_heads": 2}
-EVIT = {"model": "deit_small_patch16_shrink_base", "base_keep_rate": 0.7, "drop_loc": "(3, 6, 9)", "fuse_token": True}
+EVIT = {"model": "deit_small_patch16_shrink_base", "base_keep_rate": 0.7, "drop_loc": "(1, 3)", "fuse_token": True}
 
 
 def file(predictors: bool = False, **args) -> dict:
@@ -20,10 +20,6 @@ def file(predictors: bool = False, **args) -> dict:
 @pytest.mark.parametrize(
     ("args", "method"),
     [
-        (EVIT, "EViT"),
-        ({"base_keep_rate": 0.7}, "EViT"),
-        ({"drop_loc": "(3, 6, 9)", "fuse_token": False}, "EViT"),
-        ({"model": "evit_tiny"}, "EViT"),
         ({"model": "avit_tiny_patch16_224"}, "A-ViT"),
         ({"model": "deit_tiny", "ponder_token_scale": 5e-4, "gate_scale": 10.0}, "A-ViT"),
         ({"model": "tome_deit_small"}, "ToMe"),
@@ -45,9 +41,98 @@ def test_another_method_is_refused_by_name(args, method):
 
 
 def test_a_converted_one_needs_no_method_again(tmp_path):
-    engine = dvit.convert(file(**EVIT), assume=HEADS, method="none", device="cpu")
+    engine = dvit.convert(file(tome_r=13), assume=HEADS, method="none", device="cpu")
     engine.save(tmp_path / "m.safetensors")
     assert dvit.convert(tmp_path / "m.safetensors", device="cpu").config == engine.config
+
+
+@pytest.mark.parametrize(
+    ("args", "settings", "blocks", "read"),
+    [
+        (EVIT, (0.7, True), (1, 3), {"keep_rate", "prune_at", "fuse"}),
+        ({"base_keep_rate": 0.5}, (0.5, False), (1, 2, 3), {"keep_rate"}),
+        ({"drop_loc": "[3, 0, 3]", "fuse_token": False}, (0.7, False), (0, 3), {"prune_at", "fuse"}),
+        ({"drop_loc": "2,", "fuse_token": True}, (0.7, True), (2,), {"prune_at", "fuse"}),
+        ({"drop_loc": [3, 1], "base_keep_rate": 0.9}, (0.9, False), (1, 3), {"prune_at", "keep_rate"}),
+        ({"model": "evit_tiny"}, (0.7, False), (1, 2, 3), set()),
+    ],
+)
+def test_evits_files_are_evit_by_their_trainers_args(args, settings, blocks, read):
+    engine = dvit.convert(file(**args), assume=HEADS, device="cpu")
+    config = engine.config
+    assert (config.reduction.method, config.reduction.blocks) == ("evit", blocks)
+    assert config.reduction.settings == (("keep_rate", settings[0]), ("fuse", settings[1]), ("score", "class"))
+    notes = {note.what: note for note in engine.notes}
+    assert notes["method"].how == "read"
+    names = {"keep_rate": "base_keep_rate", "prune_at": "drop_loc", "fuse": "fuse_token"}
+    for what, name in names.items():
+        assert notes[what].how == ("read" if what in read else "assumed")
+        assert what not in read or notes[what].why == f"the file's args: {name}"
+    assert dvit.verify(engine, file(**args), num_images=2).passed
+
+
+def test_an_evit_may_run_as_something_else_and_by_other_settings(tmp_path):
+    content = {**file(**EVIT), "args": EVIT}  # a dict, as others write it
+    given = dvit.convert(content, assume=HEADS | {"fuse": False}, keep_rate=0.9, prune_at=(2,), device="cpu")
+    assert (str(given.config.reduction), given.config.reduction.blocks) == ("evit 0.9: 177 of 196", (2,))
+    dense = dvit.convert(content, assume=HEADS, method="none", device="cpu")
+    assert next((note.how, note.value) for note in dense.notes if note.what == "trained as") == ("given", "EViT")
+    assert str(dense.config.reduction) == "dense"
+    for method in ("random", "tome"):
+        assert dvit.convert(content, assume=HEADS, method=method, device="cpu").config.reduction.method == method
+    evit = dvit.convert(content, assume=HEADS, device="cpu")
+    for engine in (evit, dense):
+        engine.save(tmp_path / "m.safetensors")
+        assert dvit.load(tmp_path / "m.safetensors", device="cpu").config == engine.config
+        assert dvit.convert(tmp_path / "m.safetensors", device="cpu").config == engine.config
+    assert dvit.load(tmp_path / "m.safetensors", device="cpu", method="evit", keep_rate=0.7).config.num_keep[0] == 138
+
+
+def test_an_evits_positions_are_resampled_as_its_own_code_does():
+    engine = dvit.convert(file(**EVIT), assume=HEADS, device="cpu", image_size=160)
+    said = next(note for note in engine.notes if note.what == "pos_embed")
+    assert said.why.startswith("bicubic without antialiasing")
+
+
+def test_a_distilled_evit_keeps_its_distillation_token_and_says_so():
+    content = file(**EVIT)
+    model = content["model"]
+    model |= {"dist_token": model["cls_token"].flip(2)}
+    model |= {f"head_dist.{part}": model[f"head.{part}"].flip(0) for part in ("weight", "bias")}
+    model["pos_embed"] = torch.cat([model["pos_embed"][:, :1], model["pos_embed"]], dim=1)
+    engine = dvit.convert(content, assume=HEADS, device="cpu")
+    assert str(engine.config.reduction) == "evit 0.7: 138,98 of 196"
+    assert next(note for note in engine.notes if note.what == "dist_token").value == "always kept"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"base_keep_rate": 0}, "base_keep_rate: 0 is neither"),
+        ({"base_keep_rate": -0.5}, "base_keep_rate: -0.5 is neither"),
+        ({"base_keep_rate": float("nan")}, "base_keep_rate: nan is neither"),
+        ({"base_keep_rate": "0.7\n"}, r"base_keep_rate: '0.7\\n' is neither"),
+        ({"drop_loc": "__import__('os')"}, r'drop_loc: "__import__\(\'os\'\)" is not a list of block indices'),
+        ({"drop_loc": "(1, (2, 3))"}, "drop_loc: .* is not a list"),
+        ({"drop_loc": "(" * 5000}, "drop_loc: .* is not a list"),
+        ({"drop_loc": "(1, 1.5)"}, "drop_loc: .* is not a list"),
+        ({"drop_loc": ["1", None]}, "drop_loc: .* is not a list"),
+        ({"drop_loc": {1: 2}}, "drop_loc: .* is not a list"),
+        ({"drop_loc": torch.ones(3, 3)}, "drop_loc: .* is not a list"),
+        ({"drop_loc": "(3, 6, 9)"}, "drop_loc: there is no block 6; the model has blocks 0 to 3"),
+        ({"drop_loc": "(-1, 2)"}, "drop_loc: there is no block -1"),
+        ({"drop_loc": []}, "drop_loc: no block is given"),
+        ({"fuse_token": "yes"}, "fuse_token: 'yes' is not true or false"),
+    ],
+)
+def test_bad_args_of_an_evit_are_named(args, message, tmp_path):
+    path = tmp_path / "evit.pth"
+    torch.save(file(**EVIT | args), path)
+    with pytest.raises(dvit.InputError, match=rf"evit\.pth: {message}") as caught:
+        dvit.convert(path, assume=HEADS, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert str(dvit.convert(path, assume=HEADS, method="none", device="cpu").config.reduction) == "dense"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class MeanViTModel(Reference):
         self.begin = begin
         self.patchify = nn.Conv2d(3, embed_dim, patch_size, patch_size)
         self.positions = nn.Parameter(torch.zeros(1, num_patches, embed_dim))
-        body = ViT(patch_size, embed_dim, depth, num_heads, mlp_dim, eps=1e-6)
+        body = ViT(patch_size, embed_dim, depth, num_heads, mlp_dim, eps=1e-6, num_prefix=0, pool="mean")
         self.layers = nn.ModuleList(Block(body) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -35,5 +35,6 @@ class MeanViTModel(Reference):
         if progress is None:
             return EvalOutput(self.head(x.mean(dim=1)), [], x.new_empty(len(x), 0))
         weights = torch.ones_like(x[:, :, 0]) if progress.weights is None else progress.weights
-        mean = (weights / weights.sum(dim=1, keepdim=True))[:, None] @ x
-        return EvalOutput(self.head(mean[:, 0]), progress.kept, torch.stack(progress.margins, dim=1))
+        share = weights / weights.sum(dim=1, keepdim=True)
+        mean = (share.float()[:, None] @ x.float())[:, 0].to(x.dtype)
+        return EvalOutput(self.head(mean), progress.kept, torch.stack(progress.margins, dim=1))
