@@ -2,6 +2,12 @@
 
 Between attention and MLP of some blocks, patch tokens are ranked by the class token's attention, mean over heads;
 `ceil(keep_rate * current)` stay, where tokens fused before count too. It needs no training, but gains from some.
+
+A model without class token can be ranked by the attention of the patches' mean query (score "pooled"). Of 4,000 images
+of cluttered digits (bench/proof), at keep rates 0.7 and 0.5, with the others fused, 98.9% and 97.7% then get the dense
+model's answer; by the attention that patches receive, mean over all queries, 99.1% and 97.9%, which is as much for the
+number of images, but needs all weights; by the distance of a patch's mean key from the mean of them 98.6% and 97.8%;
+by the class token's attention 98.1% and 96.5%.
 """
 
 import math
