@@ -4,7 +4,8 @@ import functools
 
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
-from dvit_kernels.attention import launch_attention
+from dvit_kernels.attention import launch_attention, launch_attention_with_signal
+from dvit_kernels.attention_signals import SIGNALS
 from dvit_kernels.launch import Launch, collecting, programmatic_launches
 from dvit_kernels.keep_tokens import launch_keep_tokens
 from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats
@@ -181,6 +182,18 @@ def attention() -> None:
     launch_attention(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)
 
 
+def attention_with_signals() -> None:
+    """Launch attention that leaves a signal: DeiT-S and ViT-B at 224 and 384 pixels, and after reduction."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    empty = functools.partial(torch.empty, device="meta")
+    sizes = [(256, n, heads, bf16) for heads in (6, 12) for n in (197, 97, 577)]
+    for batch, n, heads, dtype in (*sizes, (1, 197, 12, bf16), (256, 197, 12, f16), (256, 197, 12, f32)):
+        q, k, v = empty(batch, n, 3, heads, 64, dtype=dtype).unbind(2)
+        for leaves in SIGNALS:
+            for bias in (None, empty(batch, n)):
+                launch_attention_with_signal(q, k, v, 0.125, bias, leaves)
+
+
 def launches() -> list[Launch]:
     """Return the models' launches at batch 1 and 256 in bfloat16; for DeiT-S and DeiT-B also in float16 and float32."""
     with collecting() as found:
@@ -208,6 +221,7 @@ def launches() -> list[Launch]:
         apart(256, 384, torch.bfloat16)
         patch_embedding()
         attention()
+        attention_with_signals()
         with programmatic_launches(True):
             prune_tokens(1, 196, 384, 137, torch.bfloat16)
             x, keys = torch.empty(1, 197, 384, dtype=torch.bfloat16, device="meta"), torch.empty(1, 197, 64, device="meta")
