@@ -6,8 +6,8 @@ import torch
 from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import launch_attention, launch_attention_with_signal
 from dvit_kernels.attention_signals import SIGNALS
-from dvit_kernels.launch import Launch, collecting, programmatic_launches
 from dvit_kernels.keep_tokens import launch_keep_tokens
+from dvit_kernels.launch import Launch, collecting, programmatic_launches
 from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats
 from dvit_kernels.linear import LinearTile, default_stats_block, launch_linear
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
@@ -36,12 +36,15 @@ def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) 
 
 
 def merge_tokens() -> None:
-    """Launch merging in DeiT-S and ViT-B at 224 pixels, as by ToMe with its first and its last tokens; in ViT-B at 384."""
+    """Launch merging in DeiT-S and ViT-B at 224 pixels, from the first tokens to the last; in ViT-B at 384."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     first = [(batch, 197, c, 16, bf16) for batch in (1, 256) for c in (384, 768)]
     others = [(256, 21, 768, 10, bf16), (256, 577, 768, 23, bf16), (256, 197, 768, 16, f16), (256, 197, 768, 16, f32)]
     for batch, tokens, c, merge, dtype in (*first, *others):
-        x, keys = torch.empty(batch, tokens, c, dtype=dtype, device="meta"), torch.empty(batch, tokens, 64, device="meta")
+        x, keys = (
+            torch.empty(batch, tokens, c, dtype=dtype, device="meta"),
+            torch.empty(batch, tokens, 64, device="meta"),
+        )
         for sizes in (None, torch.empty(batch, tokens, device="meta")):
             launch_merge_tokens(x, keys, sizes, merge, 1)
     x = torch.empty(256, 196, 768, dtype=bf16, device="meta")
@@ -52,7 +55,12 @@ def keep_tokens() -> None:
     """Launch EViT's choice in DeiT-S and ViT-B at 224 pixels, after the first and the last one; in ViT-B at 384."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     first = [(batch, 197, c, 138, bf16) for batch in (1, 256) for c in (384, 768)]
-    others = [(256, 97, 768, 67, bf16), (256, 577, 768, 403, bf16), (256, 197, 768, 138, f16), (256, 197, 768, 138, f32)]
+    others = [
+        (256, 97, 768, 67, bf16),
+        (256, 577, 768, 403, bf16),
+        (256, 197, 768, 138, f16),
+        (256, 197, 768, 138, f32),
+    ]
     for batch, tokens, c, num_keep, dtype in (*first, *others):
         x = torch.empty(batch, tokens, c, dtype=dtype, device="meta")
         launch_keep_tokens(x, torch.empty(batch, c // 64, tokens, device="meta"), num_keep, 1, True)
@@ -224,7 +232,10 @@ def launches() -> list[Launch]:
         attention_with_signals()
         with programmatic_launches(True):
             prune_tokens(1, 196, 384, 137, torch.bfloat16)
-            x, keys = torch.empty(1, 197, 384, dtype=torch.bfloat16, device="meta"), torch.empty(1, 197, 64, device="meta")
+            x, keys = (
+                torch.empty(1, 197, 384, dtype=torch.bfloat16, device="meta"),
+                torch.empty(1, 197, 64, device="meta"),
+            )
             launch_merge_tokens(x, keys, None, 16, 1)
             launch_keep_tokens(x, torch.empty(1, 6, 197, device="meta"), 138, 1, True)
             linear(197, 384, 1536, torch.bfloat16)

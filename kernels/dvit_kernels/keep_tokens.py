@@ -1,9 +1,11 @@
 """keep_tokens in one launch: average the class token's attention over heads, choose, copy, and sum what is dropped.
 
 Programs of two kinds share the grid: some copy kept rows, the others each sum the dropped rows in a block of channels.
-All of them repeat the choice, which reads little. Rows of x are so read once: with k of N tokens kept and one fused row,
-the launch moves (P + N + P + k + 1) C elements of x's dtype and reads B H (P+N) attention weights once per program of an
-image. Nothing depends on the order of programs.
+All of them repeat the choice, which reads little.
+
+Bytes, per image, for tokens of s bytes per element: x is read once and the result written once, (P+N + P+k+1) C s for k
+of N tokens and a fused row; beyond that come 4 H N for the attention weights, from memory once, and 8 k for the index.
+The result does not depend on the order of programs.
 """
 
 import torch
@@ -11,7 +13,14 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import Launch, run, wait_for_inputs
-from dvit_kernels.select_tokens import RANK_TOKENS, copy_kept_rows, keep_by_radix, load_scores, order_key, rank_by_counting
+from dvit_kernels.select_tokens import (
+    RANK_TOKENS,
+    copy_kept_rows,
+    keep_by_radix,
+    load_scores,
+    order_key,
+    rank_by_counting,
+)
 
 MAX_TOKENS, MAX_HEADS = 1024, 64
 MANY_IMAGES = 64  # from here, fewer programs per image, so that the choice is repeated less often
@@ -110,9 +119,7 @@ def _keep_tokens_kernel(
         col = (part - num_groups) * BLOCK_FUSE + tl.arange(0, BLOCK_FUSE)
         x_ptr += num_prefix * stride_xn
         fused_ptr = kept_ptr + (first_row + rows) * DIM
-        _sum_dropped_rows(
-            x_ptr, fused_ptr, score, keep, position, col, stride_xn, n_tokens, num_keep, DIM, BLOCK_ROWS
-        )
+        _sum_dropped_rows(x_ptr, fused_ptr, score, keep, position, col, stride_xn, n_tokens, num_keep, DIM, BLOCK_ROWS)
 
 
 def supports(n: int, heads: int) -> bool:

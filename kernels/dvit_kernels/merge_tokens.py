@@ -22,9 +22,7 @@ ENOUGH_PROGRAMS = 132  # multiprocessors of a large GPU
 TILE = 4096  # elements of a block of output rows
 
 
-@triton.jit(
-    do_not_specialize=["n_tokens", "n_evens", "merge", "num_prefix", "first_even", "first_odd", "num_groups"]
-)
+@triton.jit(do_not_specialize=["n_tokens", "n_evens", "merge", "num_prefix", "first_even", "first_odd", "num_groups"])
 def _merge_tokens_kernel(
     x_ptr,  # (B, T, DIM)
     sizes_ptr,  # (B, T) float32, or None: all are 1
@@ -158,8 +156,8 @@ def launch_merge_tokens(
     n, key_dim = tokens - p, keys.shape[2]
     if p < 0 or not supports(n, key_dim) or not 1 <= merge <= n // 2:
         raise ValueError(
-            f"launch_merge_tokens: {merge} of {n} tokens behind {p}, keys of {key_dim} channels; 1 to N // 2 of N from 2 "
-            f"to {MAX_TOKENS} tokens, and keys of up to {MAX_KEY} channels are supported"
+            f"launch_merge_tokens: {merge} of {n} tokens behind {p}, keys of {key_dim} channels; 1 to N // 2 of N "
+            f"from 2 to {MAX_TOKENS} tokens, and keys of up to {MAX_KEY} channels are supported"
         )
     if x.stride(2) != 1:
         x = x.contiguous()
