@@ -79,8 +79,9 @@ def _check(x: torch.Tensor, attention: torch.Tensor, num_keep: int, num_prefix: 
         raise ValueError(f"keep_tokens: attention is on {attention.device}, x is on {x.device}")
     if num_prefix < 0:
         raise ValueError(f"keep_tokens: num_prefix is {num_prefix}, 0 or more is expected")
-    if not 1 <= num_keep <= (most := x.shape[1] - num_prefix - fuse):
-        raise ValueError(f"keep_tokens: num_keep is {num_keep}, from 1 to {max(0, most)} patch tokens can be kept")
+    most = max(0, x.shape[1] - num_prefix - fuse)
+    if not 1 <= num_keep <= most:
+        raise ValueError(f"keep_tokens: num_keep is {num_keep}, from 1 to {most} patch tokens can be kept")
 
 
 def _found(x: torch.Tensor) -> str:

@@ -100,8 +100,8 @@ def average_rows_ref(
     wide = torch.promote_types(x.dtype, torch.float32)
     total = sizes.new_zeros(len(x), count).scatter_add(1, rows, sizes)
     share = (sizes / total.gather(1, rows)).to(wide)
-    wanted = torch.zeros(len(x), count, x.shape[2], dtype=wide, device=x.device)
-    y = wanted.scatter_add(1, rows[..., None].expand_as(x), x.to(wide) * share[..., None])
+    nothing = torch.full((len(x), count, x.shape[2]), -0.0, dtype=wide, device=x.device)  # plus -0.0 it stays -0.0
+    y = nothing.scatter_add(1, rows[..., None].expand_as(x), x.to(wide) * share[..., None])
     return y.to(x.dtype), total
 
 
@@ -147,8 +147,8 @@ def _check(x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, merg
             raise ValueError(f"merge_tokens: {name} is on {tensor.device}, x is on {x.device}")
     if num_prefix < 0:
         raise ValueError(f"merge_tokens: num_prefix is {num_prefix}, 0 or more is expected")
-    if not 1 <= merge <= (x.shape[1] - num_prefix) // 2:
-        most = max(0, (x.shape[1] - num_prefix) // 2)
+    most = max(0, (x.shape[1] - num_prefix) // 2)
+    if not 1 <= merge <= most:
         raise ValueError(f"merge_tokens: merge is {merge}, from 1 to {most} of the patch tokens can be merged")
 
 
