@@ -205,9 +205,9 @@ def choose(
     return choices_for(device).of(op, dtype, heads, queries=queries, tokens=tokens, head_dim=head_dim)
 
 
-def supported(device: torch.device, head_dim: int) -> bool:
-    """Return whether the kernels run on a device, for heads of that size."""
-    if not runs_triton(device, "attention"):
+def supported(device: torch.device, head_dim: int, op: str = "attention") -> bool:
+    """Return whether an op's kernels run on a device, for heads of that size."""
+    if not runs_triton(device, op):
         return False
     from dvit_kernels.attention import supports  # here: Triton takes a while to import
 

@@ -73,7 +73,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: int, queries: int, t
 
     Its rows are its own: PyTorch's attention leaves no signal, which takes it launches more.
     """
-    if not supported(device, head_dim):
+    if not supported(device, head_dim, "attention_with_signal"):
         return Choice("pytorch")
     kind = {"queries": queries, "tokens": tokens, "head_dim": head_dim}
     return choices_for(device).of("attention with signal", dtype, heads, **kind)
