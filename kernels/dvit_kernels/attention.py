@@ -68,7 +68,9 @@ def key_chunks(n: int) -> tuple[int, int, int]:
     return min(found, key=lambda chunks: (sum(chunks), sum(map(bool, chunks))))
 
 
-def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype, pair_bias: bool = False) -> AttentionTile:
+def default_tile(
+    queries: int, keys: int, head_dim: int, dtype: torch.dtype, pair_bias: bool = False, signal: bool = False
+) -> AttentionTile:
     """Return a tile that does not spill registers (AOT.md); the fastest tile must be measured."""
     if dtype == torch.float32:  # without tensor cores, operands in registers
         return AttentionTile(16, 32, num_stages=2)
@@ -78,7 +80,7 @@ def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype, pai
         return AttentionTile(16 if few else 64, *key_chunks(keys))
     if pair_bias and not few:
         return AttentionTile(64 if narrow else 32, 64 if narrow and aligned else 32, num_stages=2)
-    block_m, num_warps = (16, 4) if few else (64, 4) if short and narrow else (128, 8)
+    block_m, num_warps = (16, 4) if few else (64, 4) if narrow and (short or signal) else (128, 8)
     return AttentionTile(block_m, 64, num_warps=num_warps, num_stages=3 if narrow else 2)
 
 
@@ -283,7 +285,7 @@ def launch_attention(
     images = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
     heads, head_dim = q.shape[-2:]
-    tile = tile or default_tile(queries, keys, head_dim, q.dtype, pair_bias is not None)
+    tile = tile or default_tile(queries, keys, head_dim, q.dtype, pair_bias is not None, signal is not None)
     out = q.new_empty(q.shape)
     q, k, v = (_addressable(x, max_tokens if ragged else x.shape[1]) for x in (q, k, v))
     strides = [stride for x in (q, k, v, out) for stride in _strides(x)]

@@ -106,7 +106,7 @@ def _attention_online_kernel(
             HEAD,
             HEADS,
             BLOCK_D,
-            16 if SLICE else 8,  # others spill on sm_100
+            16,
         )
     q_ptr += (at * stride_qb + head * stride_qh) * UNIT
     k_ptr += (at * stride_kb + head * stride_kh) * UNIT
@@ -160,5 +160,5 @@ def _attention_online_kernel(
                 factor,
                 HEAD,
                 BLOCK_D,
-                32 if SLICE else 64,
+                32,
             )
