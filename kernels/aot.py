@@ -73,8 +73,9 @@ def name(launch: Launch) -> str:
     tensors = (v.base if isinstance(v, TensorDescriptor) else v for v in given.values())
     matrices = [v for v in tensors if isinstance(v, torch.Tensor) and v.ndim > 1]
     dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
-    # A pair bias is labelled where it is present, by its PAIR_UNIT.
-    pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr") and p.name != "pair_ptr")
+    # A pair bias and a signal are labelled where they are present, by PAIR_UNIT and LEAVES.
+    labelled = ("pair_ptr", "signal_ptr")
+    pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr") and p.name not in labelled)
     without = [f"no-{name.removesuffix('_ptr')}" for name in pointers if given[name] is None]
     linear = "residual_tokens" in given  # whose strides may be None, for adjacent rows
     strides = [

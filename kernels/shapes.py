@@ -4,11 +4,14 @@ import functools
 
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
-from dvit_kernels.attention import launch_attention
+from dvit_kernels.attention import launch_attention, launch_attention_with_signal
+from dvit_kernels.attention_signals import SIGNALS
+from dvit_kernels.keep_tokens import launch_keep_tokens
 from dvit_kernels.launch import Launch, collecting, programmatic_launches
 from dvit_kernels.layer_norm import launch_layer_norm, launch_row_stats
 from dvit_kernels.linear import LinearTile, default_stats_block, launch_linear
 from dvit_kernels.linear_tma import PAIRED, PREFETCHING
+from dvit_kernels.merge_tokens import launch_merge_tokens
 from dvit_kernels.patch_embedding import launch_patch_embedding
 from dvit_kernels.prune_tokens import launch_prune_tokens
 
@@ -30,6 +33,38 @@ def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) 
     ]
     x = torch.empty(batch, n + 1, c, dtype=dtype, device="meta")
     launch_prune_tokens(x, packed, num_keep, 1, 1e-5)
+
+
+def merge_tokens() -> None:
+    """Launch merging in DeiT-S and ViT-B at 224 pixels, from the first tokens to the last; in ViT-B at 384."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    first = [(batch, 197, c, 16, bf16) for batch in (1, 256) for c in (384, 768)]
+    others = [(256, 21, 768, 10, bf16), (256, 577, 768, 23, bf16), (256, 197, 768, 16, f16), (256, 197, 768, 16, f32)]
+    for batch, tokens, c, merge, dtype in (*first, *others):
+        x, keys = (
+            torch.empty(batch, tokens, c, dtype=dtype, device="meta"),
+            torch.empty(batch, tokens, 64, device="meta"),
+        )
+        for sizes in (None, torch.empty(batch, tokens, device="meta")):
+            launch_merge_tokens(x, keys, sizes, merge, 1)
+    x = torch.empty(256, 196, 768, dtype=bf16, device="meta")
+    launch_merge_tokens(x, torch.empty(256, 196, 64, device="meta"), None, 16, 0)
+
+
+def keep_tokens() -> None:
+    """Launch EViT's choice in DeiT-S and ViT-B at 224 pixels, after the first and the last one; in ViT-B at 384."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    first = [(batch, 197, c, 138, bf16) for batch in (1, 256) for c in (384, 768)]
+    others = [
+        (256, 97, 768, 67, bf16),
+        (256, 577, 768, 403, bf16),
+        (256, 197, 768, 138, f16),
+        (256, 197, 768, 138, f32),
+    ]
+    for batch, tokens, c, num_keep, dtype in (*first, *others):
+        x = torch.empty(batch, tokens, c, dtype=dtype, device="meta")
+        launch_keep_tokens(x, torch.empty(batch, c // 64, tokens, device="meta"), num_keep, 1, True)
+    launch_keep_tokens(x, torch.empty(256, 12, 197, device="meta"), 138, 1, False)
 
 
 def layer_norm() -> None:
@@ -155,6 +190,18 @@ def attention() -> None:
     launch_attention(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)
 
 
+def attention_with_signals() -> None:
+    """Launch attention that leaves a signal: DeiT-S and ViT-B at 224 and 384 pixels, and after reduction."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    empty = functools.partial(torch.empty, device="meta")
+    sizes = [(256, n, heads, bf16) for heads in (6, 12) for n in (197, 97, 577)]
+    for batch, n, heads, dtype in (*sizes, (1, 197, 12, bf16), (256, 197, 12, f16), (256, 197, 12, f32)):
+        q, k, v = empty(batch, n, 3, heads, 64, dtype=dtype).unbind(2)
+        for leaves in SIGNALS:
+            for bias in (None, empty(batch, n)):
+                launch_attention_with_signal(q, k, v, 0.125, bias, leaves)
+
+
 def launches() -> list[Launch]:
     """Return the models' launches at batch 1 and 256 in bfloat16; for DeiT-S and DeiT-B also in float16 and float32."""
     with collecting() as found:
@@ -166,6 +213,8 @@ def launches() -> list[Launch]:
             for dtype in (torch.float16, torch.float32):
                 for c in (384, 768):
                     prune_tokens(batch, n, c, num_keep, dtype)
+        merge_tokens()
+        keep_tokens()
         layer_norm()
         for batch, n, c, ratio in ((256, 197, 384, 4), (1, 197, 384, 4), (256, 197, 768, 4), (1, 68, 768, 4)):
             linear(batch * n, c, ratio * c, torch.bfloat16)
@@ -180,8 +229,15 @@ def launches() -> list[Launch]:
         apart(256, 384, torch.bfloat16)
         patch_embedding()
         attention()
+        attention_with_signals()
         with programmatic_launches(True):
             prune_tokens(1, 196, 384, 137, torch.bfloat16)
+            x, keys = (
+                torch.empty(1, 197, 384, dtype=torch.bfloat16, device="meta"),
+                torch.empty(1, 197, 64, device="meta"),
+            )
+            launch_merge_tokens(x, keys, None, 16, 1)
+            launch_keep_tokens(x, torch.empty(1, 6, 197, device="meta"), 138, 1, True)
             linear(197, 384, 1536, torch.bfloat16)
             qkv = torch.empty(1, 197, 3, 6, 64, dtype=torch.bfloat16, device="meta")
             launch_attention(*qkv.unbind(2), 0.125)

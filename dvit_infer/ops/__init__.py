@@ -6,6 +6,24 @@ function with the docstring, unless that function takes other arguments than the
 Importing any of them registers all as `torch.ops.dvit.<name>`.
 """
 
-from dvit_infer.ops import attention, layer_norm, linear, patch_embedding, prune_tokens
+from dvit_infer.ops import (
+    attention,
+    attention_signal,
+    keep_tokens,
+    layer_norm,
+    linear,
+    merge_tokens,
+    patch_embedding,
+    prune_tokens,
+)
 
-__all__ = ["attention", "layer_norm", "linear", "patch_embedding", "prune_tokens"]
+__all__ = [
+    "attention",
+    "attention_signal",
+    "keep_tokens",
+    "layer_norm",
+    "linear",
+    "merge_tokens",
+    "patch_embedding",
+    "prune_tokens",
+]

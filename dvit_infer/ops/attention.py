@@ -56,6 +56,38 @@ def attention(
     return out
 
 
+def attention_with_signal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    bias: torch.Tensor | None,
+    leaves: str,
+    pair_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result of `attention` for a dense batch, and a signal that token reduction reads; in one launch.
+
+    Args:
+        q, k, v, scale, bias, pair_bias: as for `attention`, with at least one query. `bias` may hold the logarithms of
+            the tokens' sizes (Bolya et al. 2023, proportional attention).
+        leaves: "class_attention" for the weights of query row 0, the class token's; "mean_keys" for the mean of k over
+            heads.
+
+    Returns:
+        A contiguous tensor of q's shape and dtype; the signal in float32, (B, H, N) for the class token's weights, 0 if
+        all keys are masked, and (B, N, D) for mean keys.
+
+    Raises:
+        ValueError: a shape, a dtype, a number or `leaves` is invalid.
+        RuntimeError: on backward.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.dvit.attention_with_signal.default(
+        q, k, v, scale, bias, leaves, pair_bias
+    )
+    return result
+
+
 def attention_ref(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -111,7 +143,8 @@ class _Call(NamedTuple):
     pair_bias: torch.Tensor | None = None
 
 
-def _checked(*arguments: Any, **named: Any) -> _Call:
+def check_attention(*arguments: Any, **named: Any) -> _Call:
+    """Return the arguments of a call; raise ValueError if any is invalid."""
     call = _Call(*arguments, **named)
     q, k, v, scale, bias, cu_seqlens, max_tokens, pair_bias = call
     ragged = cu_seqlens is not None
@@ -165,15 +198,16 @@ def choose(
     pair_bias: bool = False,
 ) -> Choice:
     """Return the choice for a dense batch on a device; `heads` counts those of all its images."""
-    if not _supported(device, head_dim):
+    if not supported(device, head_dim):
         return Choice("pytorch")
     # Rows of its own: a tile that was measured without a pair bias may spill with one.
     op = "attention with pair bias" if pair_bias else "attention"
     return choices_for(device).of(op, dtype, heads, queries=queries, tokens=tokens, head_dim=head_dim)
 
 
-def _supported(device: torch.device, head_dim: int) -> bool:
-    if not runs_triton(device, "attention"):
+def supported(device: torch.device, head_dim: int, op: str = "attention") -> bool:
+    """Return whether an op's kernels run on a device, for heads of that size."""
+    if not runs_triton(device, op):
         return False
     from dvit_kernels.attention import supports  # here: Triton takes a while to import
 
@@ -181,13 +215,13 @@ def _supported(device: torch.device, head_dim: int) -> bool:
 
 
 def _anywhere(*arguments: Any, **named: Any) -> torch.Tensor:
-    call = _checked(*arguments, **named)
+    call = check_attention(*arguments, **named)
     q, (heads, head_dim) = call.q, call.q.shape[-2:]
     if call.cu_seqlens is None:
         sizes = len(q) * heads, q.shape[1], call.k.shape[1], head_dim
         choice = choose(q.device, q.dtype, *sizes, pair_bias=call.pair_bias is not None)
     else:  # PyTorch would synchronise to read the lengths
-        choice = Choice("triton" if _supported(q.device, head_dim) else "pytorch")
+        choice = Choice("triton" if supported(q.device, head_dim) else "pytorch")
     if choice.by == "pytorch":
         return attention_ref(*call)
     return by_kernel(
@@ -210,18 +244,23 @@ def _fault(call: _Call, out: torch.Tensor) -> str | None:
     """Check the kernel's result in a few images, or in all tokens of a ragged batch."""
     few = call
     if call.cu_seqlens is None:
-        some = some_of(call.q)
-        bias = None if call.bias is None else call.bias[some]
-        pair_bias = call.pair_bias
-        if pair_bias is not None and pair_bias.ndim == 4:
-            pair_bias = pair_bias[torch.arange(len(call.q), device=call.q.device)[some] % len(pair_bias)]
-        few = call._replace(q=call.q[some], k=call.k[some], v=call.v[some], bias=bias, pair_bias=pair_bias)
-        out = out[some]
+        q, k, v, bias, pair_bias, some = few_images(call.q, call.k, call.v, call.bias, call.pair_bias)
+        few, out = call._replace(q=q, k=k, v=v, bias=bias, pair_bias=pair_bias), out[some]
     return check_close(out, attention_ref(*few), attention_ref(*_Call(*map(widened, few))))
 
 
+def few_images(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, pair_bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Any]:
+    """Return the arguments for a few images of a dense batch, and the index of these images."""
+    some = some_of(q)
+    if pair_bias is not None and pair_bias.ndim == 4:
+        pair_bias = pair_bias[torch.arange(len(q), device=q.device)[some] % len(pair_bias)]
+    return q[some], k[some], v[some], None if bias is None else bias[some], pair_bias, some
+
+
 def _fake(*arguments: Any, **named: Any) -> torch.Tensor:
-    q = _checked(*arguments, **named).q
+    q = check_attention(*arguments, **named).q
     return q.new_empty(q.shape)
 
 

@@ -27,6 +27,7 @@ from dvit_kernels.attention_parts import (
     store_rows,
     weigh,
 )
+from dvit_kernels.attention_signals import CLASS_ATTENTION, MEAN_KEYS, SIGNALS, store_class_weights, store_mean_keys
 from dvit_kernels.launch import Launch, run, wait_for_inputs
 
 SINGLE_PASS_TOKENS, SINGLE_PASS_HEAD = 256, 64  # beyond, registers are too few on some GPUs
@@ -67,7 +68,9 @@ def key_chunks(n: int) -> tuple[int, int, int]:
     return min(found, key=lambda chunks: (sum(chunks), sum(map(bool, chunks))))
 
 
-def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype, pair_bias: bool = False) -> AttentionTile:
+def default_tile(
+    queries: int, keys: int, head_dim: int, dtype: torch.dtype, pair_bias: bool = False, signal: bool = False
+) -> AttentionTile:
     """Return a tile that does not spill registers (AOT.md); the fastest tile must be measured."""
     if dtype == torch.float32:  # without tensor cores, operands in registers
         return AttentionTile(16, 32, num_stages=2)
@@ -77,7 +80,7 @@ def default_tile(queries: int, keys: int, head_dim: int, dtype: torch.dtype, pai
         return AttentionTile(16 if few else 64, *key_chunks(keys))
     if pair_bias and not few:
         return AttentionTile(64 if narrow else 32, 64 if narrow and aligned else 32, num_stages=2)
-    block_m, num_warps = (16, 4) if few else (64, 4) if short and narrow else (128, 8)
+    block_m, num_warps = (16, 4) if few else (64, 4) if narrow and (short or signal) else (128, 8)
     return AttentionTile(block_m, 64, num_warps=num_warps, num_stages=3 if narrow else 2)
 
 
@@ -90,6 +93,7 @@ def _attention_kernel(
     pair_ptr,  # (n_pair, H, M, N) float32, or None with its strides, n_pair and PAIR_UNIT
     cu_seqlens_ptr,  # (B+1,) int32, or None if dense
     out_ptr,  # out, as q
+    signal_ptr,  # out (B, H, N) or (B, N, HEAD) float32, or None with LEAVES; see attention_signals.py
     stride_qb,  # strides in units of UNIT elements, so that loads are known to be aligned; if ragged, b is n
     stride_qn,
     stride_qh,
@@ -120,12 +124,28 @@ def _attention_kernel(
     CHUNK_A: tl.constexpr,
     CHUNK_B: tl.constexpr,
     CHUNK_C: tl.constexpr,
+    LEAVES: tl.constexpr,
+    HEADS: tl.constexpr,  # for mean keys, else None
     PDL: tl.constexpr,
 ):
     """Hold all keys of a head in up to three chunks, and loop over tiles of its queries."""
     wait_for_inputs(PDL)
     tile, head, at, n_queries = find_program(cu_seqlens_ptr, n_queries, n_heads, programs)
     n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
+    if LEAVES == "mean_keys":
+        store_mean_keys(
+            signal_ptr + at * (N_KEYS * HEAD),
+            k_ptr + at * stride_kb * UNIT,
+            head * programs + tile,
+            n_heads * programs,
+            n_keys,
+            stride_kn * UNIT,
+            stride_kh * UNIT,
+            HEAD,
+            HEADS,
+            BLOCK_D,
+            16,
+        )
     q_ptr += (at * stride_qb + head * stride_qh) * UNIT
     k_ptr += (at * stride_kb + head * stride_kh) * UNIT
     v_ptr += (at * stride_vb + head * stride_vh) * UNIT
@@ -182,6 +202,24 @@ def _attention_kernel(
             total += tl.sum(p, axis=1)
             acc = tl.dot(p.to(v_c.dtype), v_c, acc, input_precision="ieee")
         store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, biased, HEAD)
+        if LEAVES == "class_attention":
+            if start == 0:
+                store_class_weights(
+                    signal_ptr + (at * n_heads + head) * N_KEYS,
+                    q_ptr,
+                    k_ptr,
+                    bias_ptr,
+                    pair_ptr,
+                    row,
+                    shift,
+                    total[:, None],
+                    n_keys,
+                    stride_kn * UNIT,
+                    factor,
+                    HEAD,
+                    BLOCK_D,
+                    64,
+                )
 
 
 def supports(head_dim: int) -> bool:
@@ -227,11 +265,14 @@ def launch_attention(
     max_tokens: int = 0,
     pair_bias: torch.Tensor | None = None,
     tile: AttentionTile | None = None,
+    leaves: str | None = None,
+    signal: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `dvit::attention` as one Triton launch on q's device and current stream, without synchronising.
 
     Arguments and result are as for `dvit_infer.ops.attention.attention`; heads have 16 to 128 channels, in steps of 4;
-    `tile` fixes the block sizes.
+    `tile` fixes the block sizes. For `launch_attention_with_signal`, `signal` is what the launch writes beside the
+    result, as named by `leaves`.
 
     Raises:
         ValueError: the head size is not supported, or a ragged batch has a pair bias.
@@ -244,7 +285,7 @@ def launch_attention(
     images = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
     heads, head_dim = q.shape[-2:]
-    tile = tile or default_tile(queries, keys, head_dim, q.dtype, pair_bias is not None)
+    tile = tile or default_tile(queries, keys, head_dim, q.dtype, pair_bias is not None, signal is not None)
     out = q.new_empty(q.shape)
     q, k, v = (_addressable(x, max_tokens if ragged else x.shape[1]) for x in (q, k, v))
     strides = [stride for x in (q, k, v, out) for stride in _strides(x)]
@@ -257,6 +298,7 @@ def launch_attention(
         "bias_ptr": None if bias is None else bias.contiguous(),
         "cu_seqlens_ptr": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "out_ptr": out,
+        "signal_ptr": signal,
         **_pair_arguments(pair_bias),
         **{name: stride // unit for name, stride in zip(STRIDES, strides, strict=True)},
         "stride_bias": 1 if ragged else keys,
@@ -268,6 +310,8 @@ def launch_attention(
         "UNIT": unit,
         "BLOCK_M": tile.block_m,
         "BLOCK_D": triton.next_power_of_2(head_dim),
+        "LEAVES": leaves,
+        "HEADS": heads if leaves == MEAN_KEYS else None,
     }
     warps_and_stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if full_rate and tile.holds(keys):
@@ -286,3 +330,27 @@ def launch_attention(
     grid = (tiles * heads * images,)
     run([Launch.of(_attention_online_kernel, grid, **given, **blocks, **warps_and_stages)], q.device)
     return out
+
+
+def launch_attention_with_signal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+    leaves: str,
+    pair_bias: torch.Tensor | None = None,
+    tile: AttentionTile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `dvit::attention_with_signal` as the launch of `launch_attention`, for dense batches with queries.
+
+    Raises:
+        ValueError: the head size or the signal is not supported, or there are no queries.
+    """
+    if leaves not in SIGNALS or not q.shape[1]:
+        raise ValueError(f"launch_attention_with_signal: {leaves} of {q.shape[1]} queries; {SIGNALS} of 1 or more")
+    (b, n, heads, head_dim) = k.shape
+    shape = (b, heads, n) if leaves == CLASS_ATTENTION else (b, n, head_dim)
+    signal = q.new_empty(shape, dtype=torch.float32)
+    out = launch_attention(q, k, v, scale, bias, None, 0, pair_bias, tile, leaves, signal)
+    return out, signal

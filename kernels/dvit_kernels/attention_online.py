@@ -15,6 +15,7 @@ from dvit_kernels.attention_parts import (
     store_rows,
     weigh,
 )
+from dvit_kernels.attention_signals import store_class_weights, store_mean_keys
 from dvit_kernels.launch import wait_for_inputs
 
 
@@ -52,6 +53,7 @@ def _attention_online_kernel(
     pair_ptr,
     cu_seqlens_ptr,
     out_ptr,
+    signal_ptr,
     stride_qb,
     stride_qn,
     stride_qh,
@@ -82,6 +84,8 @@ def _attention_online_kernel(
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # a power of two, at least 16, that holds the keys after the last full block
     SLICE: tl.constexpr,  # in float32, channels of a head per step; 0: all
+    LEAVES: tl.constexpr,
+    HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Process one tile of queries in a loop over blocks of keys."""
@@ -90,6 +94,20 @@ def _attention_online_kernel(
     if tile * BLOCK_M >= n_queries:
         return
     n_keys = N_KEYS if cu_seqlens_ptr is None else n_queries
+    if LEAVES == "mean_keys":
+        store_mean_keys(
+            signal_ptr + at * (N_KEYS * HEAD),
+            k_ptr + at * stride_kb * UNIT,
+            head * programs + tile,
+            n_heads * programs,
+            n_keys,
+            stride_kn * UNIT,
+            stride_kh * UNIT,
+            HEAD,
+            HEADS,
+            BLOCK_D,
+            16,
+        )
     q_ptr += (at * stride_qb + head * stride_qh) * UNIT
     k_ptr += (at * stride_kb + head * stride_kh) * UNIT
     v_ptr += (at * stride_vb + head * stride_vh) * UNIT
@@ -126,3 +144,21 @@ def _attention_online_kernel(
         s = mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor)
         acc, total, top = _add(s, v, acc, total, top, biased, factor)
     store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, biased, HEAD)
+    if LEAVES == "class_attention":
+        if tile == 0:
+            store_class_weights(
+                signal_ptr + (at * n_heads + head) * N_KEYS,
+                q_ptr,
+                k_ptr,
+                bias_ptr,
+                pair_ptr,
+                row,
+                shift_of(top, biased, factor)[:, None],
+                total[:, None],
+                n_keys,
+                stride_kn,
+                factor,
+                HEAD,
+                BLOCK_D,
+                32,
+            )

@@ -30,8 +30,11 @@ OUTPUTS = {
     "_project_kernel": ("hidden_ptr", "sums_ptr"),
     "_score_kernel": ("score_ptr",),
     "_select_kernel": ("kept_ptr", "index_ptr"),
-    "_attention_kernel": ("out_ptr",),
-    "_attention_online_kernel": ("out_ptr",),
+    "_match_tokens_kernel": ("best_ptr", "match_ptr"),
+    "_merge_tokens_kernel": ("merged_ptr", "merged_sizes_ptr", "rows_ptr"),
+    "_keep_tokens_kernel": ("kept_ptr", "index_ptr"),
+    "_attention_kernel": ("out_ptr", "signal_ptr"),
+    "_attention_online_kernel": ("out_ptr", "signal_ptr"),
     "_patch_embedding_kernel": ("out_ptr",),
 }
 

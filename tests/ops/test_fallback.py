@@ -15,10 +15,12 @@ from dvit_infer.backends.state import State
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.errors import InputError, KernelError
 from dvit_infer.ops import fallback
-from dvit_infer.ops.attention import attention
+from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import Choices, using
+from dvit_infer.ops.keep_tokens import keep_tokens, keep_tokens_ref
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
 from dvit_infer.ops.linear import linear, row_sums
+from dvit_infer.ops.merge_tokens import merge_tokens, merge_tokens_ref
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 
 pytestmark = pytest.mark.interpreter
@@ -63,6 +65,24 @@ def call_pair_attention(dtype):
     return attention(*qkv, bias=make_rows(6, 7, seed=2), pair_bias=make_rows(3, 2, 7, 7, seed=3))
 
 
+def call_signal(leaves):
+    """The result or the signal: both are checked."""
+
+    def call(dtype):
+        q, k, v = make_rows(2, 7, 3 * 2 * 16).to(dtype).view(2, 7, 3, 2, 16).unbind(2)
+        return attention_with_signal(q, k, v, None, make_rows(2, 7, seed=2), leaves)[1]
+
+    return call
+
+
+def call_merge_tokens(dtype):
+    return merge_tokens(make_rows(3, 21, 64).to(dtype), make_rows(3, 21, 16, seed=2), make_rows(3, 21).exp(), 6)[0]
+
+
+def call_keep_tokens(dtype):
+    return keep_tokens(make_rows(3, 21, 64).to(dtype), make_rows(3, 2, 21, seed=2).softmax(dim=-1), 12)[0]
+
+
 def call_patch_embedding(dtype):
     weight, table = (make_rows(*size) for size in ((32, 3, 4, 4), (1, 7, 32)))
     packed = pack_patch_embedding(weight, None, make_rows(1, 1, 32), table, dtype)
@@ -93,6 +113,10 @@ OPS = [
     pytest.param("row_stats", "layer_norm", lambda d: row_stats(make_rows(7, 5, 40).to(d)), None, id="row_stats"),
     pytest.param("patch_embedding", "patch_embedding", call_patch_embedding, None, id="patch_embedding"),
     pytest.param("prune_tokens", "prune_tokens", call_prune_tokens, 0, id="prune_tokens"),
+    pytest.param("attention_with_signal", "attention", call_signal("mean_keys"), 1, id="mean_keys"),
+    pytest.param("attention_with_signal", "attention", call_signal("class_attention"), 1, id="class_attention"),
+    pytest.param("merge_tokens", "merge_tokens", call_merge_tokens, 0, id="merge_tokens"),
+    pytest.param("keep_tokens", "keep_tokens", call_keep_tokens, 0, id="keep_tokens"),
 ]
 
 
@@ -172,6 +196,52 @@ def test_prune_tokens_that_keeps_others_is_replaced(monkeypatch):
     monkeypatch.setattr("dvit_kernels.prune_tokens.launch_prune_tokens", keep_the_first)
     with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match="scores .* more than a kept one"):
         assert torch.equal(call_prune_tokens(torch.float32), expected)
+
+
+def other_rows(rows):
+    """Two tokens in each other's rows."""
+    return rows[:, [0, 2, 1, *range(3, rows.shape[1])]]
+
+
+def all_into_one(rows):
+    return torch.where(rows > 9, 9, rows)
+
+
+def beyond(rows):
+    return rows + 15
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(other_rows, "do not follow from any"), (all_into_one, "do not follow from any"), (beyond, "not from 0 to 14")],
+)
+def test_merge_tokens_with_wrong_rows_is_replaced(monkeypatch, fault, message):
+    break_kernel(monkeypatch, "merge_tokens", "merge_tokens", fault, 2)
+    expected = call_merge_tokens(torch.float32)
+    with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match=message):
+        assert torch.equal(call_merge_tokens(torch.float32), expected)
+
+
+@pytest.mark.parametrize("p", [0, 1])
+def test_merge_tokens_of_other_matches_is_replaced(monkeypatch, p):
+    def of_other_keys(x, keys, sizes, merge, num_prefix):
+        return merge_tokens_ref(x, keys.flip(2).roll(1, 1), sizes, merge, num_prefix)
+
+    given = make_rows(3, 21, 64), make_rows(3, 21, 16, seed=2), None, 6, p
+    expected = merge_tokens(*given)
+    monkeypatch.setattr("dvit_kernels.merge_tokens.launch_merge_tokens", of_other_keys)
+    with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match="less similar than one that was left"):
+        assert all(torch.equal(a, b) for a, b in zip(merge_tokens(*given), expected, strict=True))
+
+
+def test_keep_tokens_that_keeps_others_is_replaced(monkeypatch):
+    def keep_the_first(x, attention, num_keep, num_prefix, fuse):
+        return keep_tokens_ref(x, attention.flip(2), num_keep, num_prefix, fuse)
+
+    expected = call_keep_tokens(torch.float32)
+    monkeypatch.setattr("dvit_kernels.keep_tokens.launch_keep_tokens", keep_the_first)
+    with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match="scores .* more than a kept one"):
+        assert torch.equal(call_keep_tokens(torch.float32), expected)
 
 
 def engine_by_kernels(case_id=TINY, dtype="float32"):
