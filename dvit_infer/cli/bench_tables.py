@@ -45,7 +45,7 @@ def _candidates(rows: Sequence[Row]) -> str:
         (
             str(row.batch),
             row.runtime if row.variant is None else f"{row.runtime} ({row.variant})",
-            _known(row.keep_rate, "g"),
+            _known(row.keep_rate, ".3g"),
             f"{row.images_per_s:.1f}",
             f"{row.p20_images_per_s:.1f}",
             f"{row.p80_images_per_s:.1f}",

@@ -76,7 +76,8 @@ def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: 
     stated = settings["keep_rate"]
     rates = stated if isinstance(stated, tuple) else (stated,) * len(blocks)
     if len(rates) != len(blocks):
-        raise InputError(f"keep_rate: {len(rates)} given, but there are {len(blocks)} stages (prune_at)")
+        at = ",".join(map(str, blocks))
+        raise InputError(f"keep_rate: {len(rates)} are given, but {len(blocks)} stages (prune_at {at}) need one each")
     found, tokens = [], num_patches
     for block, rate in zip(blocks, rates, strict=True):
         assert isinstance(rate, int | float)

@@ -100,7 +100,7 @@ def test_bad_input_is_named():
     with pytest.raises(dvit.InputError, match="prune_at: no block is given"):
         converted(PRUNED, prune_at=())
     for method in ([], ["random"], 3):
-        with pytest.raises(dvit.InputError, match=r"method: .* is not one of predictor, random, none"):
+        with pytest.raises(dvit.InputError, match=r"method: .* is not one of predictor, evit, tome, random, none"):
             dvit.convert(official_checkpoint(PRUNED), device="cpu", method=method, **options(PRUNED))
     with pytest.raises(dvit.InputError, match="'predictor' needs score predictors"):
         dvit.convert(official_checkpoint(DENSE), device="cpu", method="predictor")
