@@ -28,7 +28,8 @@ class Prediction:
     Attributes:
         image: the path, as found.
         top: class and probability of the `TOP` most likely classes (or all, if fewer), most likely first.
-        kept: for each stage, original patch positions, ascending; None: not requested.
+        kept: for each stage, original patch positions, ascending; of a stage that merges, for every patch the lowest
+            one of the group that holds it; None: not requested.
         error: the reason if there is no prediction, else None.
     """
 
