@@ -87,7 +87,9 @@ def _listed(value: Setting) -> str:
         return value
     numbers = value if isinstance(value, tuple) else (value,)
     numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
-    return ",".join(f"{number:g}" for number in numbers) if len(numbers) <= 3 else ""  # counts say it then
+    return (
+        ",".join(str(n) if isinstance(n, int) else f"{n:g}" for n in numbers) if len(numbers) <= 3 else ""
+    )  # counts say it then
 
 
 @dataclass(frozen=True)

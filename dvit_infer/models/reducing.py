@@ -32,9 +32,9 @@ def read_reductions(
     read.use_reduction(method)
     _check_given(read, method, learned)
     if method in ("none", learned):
-        own = Reduction() if learned is None else _resolved(read, learned, trunk, count)
+        own = Reduction() if learned is None else _resolved(read, learned, trunk, count, asked is not None)
         return (Reduction() if method == "none" else own), own
-    runs = _resolved(read, method, trunk, None)
+    runs = _resolved(read, method, trunk, None, asked is not None)
     return runs, Reduction() if learned is None else _unasked(read, learned, trunk, count)
 
 
@@ -85,8 +85,15 @@ def _evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(depth * (s + 1) // (count + 1) for s in range(count))
 
 
-def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Reduction:
-    """Return a reduction by given facts, else by the file's, else by defaults; `count`: stages there have to be."""
+def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None, is_given: bool) -> Reduction:
+    """Return a reduction by given facts, else by the file's, else by defaults.
+
+    Args:
+        read, trunk: as for `read_reductions`.
+        method: its method.
+        count: the number of stages that there have to be; None: any.
+        is_given: whether the caller gave the method.
+    """
     known, depth = METHODS[method].SETTINGS, trunk.depth
     found = {
         name: read.resolve(name, one.default(trunk), one.why, stored_as=_stored_as(name)) for name, one in known.items()
@@ -98,7 +105,7 @@ def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Re
         blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
     settings = {name: known[name].check(read.origin(name), value) for name, value in found.items()}
     if why := METHODS[method].why_not(settings, trunk):
-        raise InputError(f"{read.origin('method')}: {method!r} {why}")
+        raise InputError(f"{'method' if is_given else f'{read.name}: method'}: {method!r} {why}")
     return _reduction(method, settings, blocks, trunk.num_patches)
 
 

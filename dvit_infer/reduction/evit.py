@@ -65,8 +65,8 @@ class AttentionPrune(Prune):
 def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
     if settings["score"] == "class" and not trunk.class_tokens:
         return (
-            "ranks patches by the class token's attention, and there is no class token; assume score=pooled ranks them "
-            "by the attention of the patches' mean query, and method tome needs no class token"
+            "ranks patches by the class token's attention, but the model has none; assume score=pooled, the attention "
+            "of the patches' mean query, or take method tome, which needs no class token"
         )
     return None
 
