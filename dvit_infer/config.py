@@ -55,14 +55,14 @@ class Reduction:
 
     @property
     def keep_rate(self) -> float:
-        """The share of patch tokens that the first stage keeps: 1 if dense."""
+        """The share of patch tokens that the first stage keeps, or the last one leaves if they merge: 1 if dense."""
         if not self.stages:
             return 1.0
         stated = dict(self.settings).get("keep_rate")
-        stated = stated[0] if isinstance(stated, tuple) else stated
-        if isinstance(stated, float) and stated <= 1:
-            return stated
-        return (self.stages[0].keep or 0) / max(1, self.num_patches)
+        first = stated[0] if isinstance(stated, tuple) else stated
+        if isinstance(first, float) and first <= 1:
+            return first
+        return (self.stages[-1 if self.merges else 0].keep or 0) / max(1, self.num_patches)
 
     @property
     def choice_sizes(self) -> tuple[int, ...]:
@@ -87,7 +87,9 @@ def _listed(value: Setting) -> str:
         return value
     numbers = value if isinstance(value, tuple) else (value,)
     numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
-    return ",".join(f"{number:g}" for number in numbers) if len(numbers) <= 3 else ""  # counts say it then
+    return (
+        ",".join(str(n) if isinstance(n, int) else f"{n:g}" for n in numbers) if len(numbers) <= 3 else ""
+    )  # counts say it then
 
 
 @dataclass(frozen=True)

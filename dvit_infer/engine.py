@@ -160,7 +160,7 @@ def convert(
     keep_rate: float | Sequence[float] | None = None,
     prune_at: Sequence[int] | None = None,
     method: str | None = None,
-    merge: int | Sequence[int] | None = None,
+    merge: int | str | Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     assume: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
@@ -181,8 +181,9 @@ def convert(
             or its depth.
         method: 'predictor'; 'evit', 'tome' or 'random' (a control), which need no training; or 'none' for the dense
             model. None: as the file was trained, 'predictor' if the weights hold predictors, else 'none'.
-        merge: for 'tome' the number of tokens merged in every block, or a list with one for each; a block merges at
-            most half of its patch tokens. None: 80% of the patches in equal parts, where it pays.
+        merge: for 'tome' the number of tokens merged in every block, a list with one for each, or '8:decreasing', which
+            falls from 16 in the first block to 0 in the last; a block merges at most half of its patch tokens. None:
+            80% of the patches in equal parts, where it pays.
         image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
             resamples the position embedding.
         assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size,
@@ -216,7 +217,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     method: str | None = None,
     keep_rate: float | Sequence[float] | None = None,
-    merge: int | Sequence[int] | None = None,
+    merge: int | str | Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> Engine:
@@ -276,7 +277,7 @@ def load_reference(
     keep_rate: float | Sequence[float] | None = None,
     prune_at: Sequence[int] | None = None,
     method: str | None = None,
-    merge: int | Sequence[int] | None = None,
+    merge: int | str | Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     assume: Mapping[str, Any] | None = None,
 ) -> nn.Module:
@@ -300,7 +301,7 @@ def _recognised(
     keep_rate: float | Sequence[float] | None,
     prune_at: Sequence[int] | None,
     method: str | None,
-    merge: int | Sequence[int] | None,
+    merge: int | str | Sequence[int] | None,
     image_size: int | tuple[int, int] | None,
     assume: Mapping[str, Any] | None,
 ) -> tuple[Checkpoint, Config, list[Note]]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from dvit_infer.models.reading import Note
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
 from dvit_infer.models.source import WeightSource
+from dvit_infer.reduction import METHODS
 from dvit_infer.utils.memory import is_allocation_failure
 
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -74,9 +77,10 @@ class Subject:
         model: a saved file, a checkpoint or a state dict; None: DynamicViT-DeiT-S/0.7 with random weights.
         dtype: of all candidates; int8 is only our engine's, beside the others in float32.
         calibrate, backend: for our engine, as for `convert`.
+        facts: keywords of `convert` that say what the model is, such as method, keep_rate and assume.
 
     Raises:
-        InputError: The model cannot be read, or the device or dtype does not exist.
+        InputError: The model cannot be read, a fact is impossible, or the device or dtype does not exist.
     """
 
     def __init__(
@@ -86,15 +90,20 @@ class Subject:
         dtype: str | None,
         calibrate: str | None = None,
         backend: str | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.device, self.dtype, self.int8 = placed(device, dtype)
         self.backend, self._calibrate = backend, calibrate
         if calibrate is not None and not self.int8:
             raise InputError("calibrate: is for dtype int8")
         source = example_checkpoint("dynamicvit-deit-s") if model is None else model
-        self.checkpoint: Checkpoint = read_checkpoint(source)
+        stated = {name: fact for name, fact in (facts or {}).items() if fact is not None}
+        self._arch = stated.pop("arch", None)
+        self._options = {name: stated.pop(name, None) for name in ("method", "image_size")}
+        self._given = {**stated.pop("assume", {}), **stated}
+        self.checkpoint: Checkpoint = read_checkpoint(source, self._given.get("weights"))
         self.source = WeightSource(source, self.checkpoint)
-        self.config, self.notes = recognise(self.checkpoint, None, {}, {})
+        self.config, self.notes = recognise(self.checkpoint, self._arch, self._given, self._options)
 
     @property
     def dtype_name(self) -> str:
@@ -102,11 +111,21 @@ class Subject:
 
     @functools.cached_property
     def dense_config(self) -> Config:
-        return recognise(self.checkpoint, None, {}, {"method": "none"})[0]
+        reducing = {"prune_at", *(name for method in METHODS.values() for name in method.SETTINGS)}
+        given = {name: fact for name, fact in self._given.items() if name not in reducing}
+        return recognise(self.checkpoint, self._arch, given, {**self._options, "method": "none"})[0]
 
     def config_at(self, keep_rate: float) -> Config:
-        """Return the config at a keep rate. Raise InputError if there are no predictors or the rate leaves no token."""
-        return recognise(self.checkpoint, None, {"keep_rate": keep_rate}, {})[0]
+        """Return the config at a keep rate of a sweep.
+
+        Raises:
+            InputError: The model's method has no keep rate, or the rate leaves no token.
+        """
+        given = {**self._given, "keep_rate": keep_rate}
+        try:
+            return recognise(self.checkpoint, self._arch, given, self._options)[0]
+        except InputError as error:
+            raise InputError(re.sub("^keep_rate:", "sweep:", str(error))) from None
 
     @functools.cached_property
     def plain(self) -> Reference:

@@ -52,6 +52,7 @@ class Comparison(BaseComparison):
             is the reference under torch.compile, with mode max-autotune on CUDA and default on a CPU.
         keep_rates: run the engine at each of these rates, and dense. Empty: at the model's own rate.
         calibrate, backend: for our engine, as for `convert`.
+        facts: keywords of `convert` that say what the model is, such as method, keep_rate and assume.
 
     Raises:
         InputError: The model, a name or a rate is invalid, or a package is not installed.
@@ -66,10 +67,11 @@ class Comparison(BaseComparison):
         keep_rates: Sequence[float] = (),
         calibrate: str | None = None,
         backend: str | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         if unknown := [name for name in names if name not in CANDIDATES]:
             raise InputError(f"compare: {unknown[0]!r} is not one of {', '.join(CANDIDATES)}")
-        self.subject = subject = Subject(model, device, dtype, calibrate, backend)
+        self.subject = subject = Subject(model, device, dtype, calibrate, backend, facts)
         self.config, self.device, self.dtype_name = subject.config, subject.device, subject.dtype_name
         named = "int8 engine, the rest in float32" if subject.int8 else self.dtype_name
         self.title = f"{self.config.arch}, {self.config.reduction}; {named}"
@@ -172,6 +174,7 @@ class Comparison(BaseComparison):
             PruningSpeedup(
                 keep_rate=candidate.keep_rate,
                 num_keep=candidate.config.num_keep,
+                merges=candidate.config.reduction.merges,
                 gmacs=candidate.gmacs,
                 images_per_s=timings[name].rates(batch)["images_per_s"],
                 speedup=timings[name].speedup_over(timings["dense"]),

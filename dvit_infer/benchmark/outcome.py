@@ -7,7 +7,7 @@ from dvit_infer.benchmark.timing import Row
 
 @dataclass(frozen=True)
 class PruningSpeedup:
-    """The speed-up of pruning at one keep rate over the dense engine in the same run, and its ceiling."""
+    """The speed-up of pruning, or merging, at one keep rate over the dense engine in the same run, and its ceiling."""
 
     keep_rate: float
     num_keep: tuple[int, ...]
@@ -15,10 +15,12 @@ class PruningSpeedup:
     images_per_s: float
     speedup: float
     ceiling: float  # ratio of the MACs of the two graphs as run
+    merges: bool = False
 
     def __str__(self) -> str:
+        what = "merging" if self.merges else "pruned"
         return (
-            f"pruned over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the MACs of the two "
+            f"{what} over dense engine: {self.speedup:.3f} x of the {self.ceiling:.3f} x that the MACs of the two "
             f"graphs as run allow: {self.speedup / self.ceiling:.1%} realised"
         )
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from dvit_infer.benchmark.timing import rounds
 from dvit_infer.classifier import Runner
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
+from dvit_infer.graph.heads import nodes_for
 from dvit_infer.graph.nodes import Node
+from dvit_infer.graph.saving import saved_time
 from dvit_infer.models.reference import Reference
 from dvit_infer.parity.verification import evaluate, node_outputs
 from dvit_infer.utils.devices import timed
@@ -53,7 +55,9 @@ class Limits:
 class NodeTime:
     """A node's median time for a batch, and its floor: its MACs or its bytes at the measured limits.
 
-    Bytes are counted as if caches held nothing, so a memory-bound node may run below its floor.
+    Bytes are counted as if caches held nothing, so a memory-bound node may run below its floor. `saves_s` is for a node
+    that removes tokens: how much longer the later ones would take with these, if the time of each were proportional to
+    its tokens; None for others.
     """
 
     node: Node
@@ -65,6 +69,7 @@ class NodeTime:
     floor_s: float
     bound: str  # 'compute' or 'memory'
     max_error: float | None  # of its output from the reference's, with kept sets given; None: no counterpart
+    saves_s: float | None = None
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
@@ -104,9 +109,9 @@ def time_nodes(
 ) -> list[NodeTime]:
     """Return the median time of every node for the batch, over calls for about `seconds`.
 
-    PyTorch runs the nodes of an engine whose backend runs them all in one.
-    On a GPU the nodes are launched one by one, not in the CUDA graph that the engine replays, so at small batches the
-    times are dominated by launching.
+    Nodes that run only for those who ask which tokens stay are left out. PyTorch runs the nodes of an engine whose
+    backend runs them all in one. On a GPU the nodes are launched one by one, not in the CUDA graph that the engine
+    replays, so at small batches the times are dominated by launching.
 
     Args:
         images: (B, 3, H, W) float32; split as the engine splits a batch.
@@ -121,10 +126,12 @@ def time_nodes(
     ]
     percentiles = np.percentile(times, [50, 20, 80], axis=0).T
     errors = _errors(engine, reference, images[: engine.micro_batch])
-    return [
+    nodes, medians = nodes_for(engine.outline.nodes, "logits", choices=False)[0], percentiles[:, 0].tolist()
+    found = [
         _node_time(node, taken, [len(part) for part in parts], engine.dtype, limits, errors.get(node.name))
-        for node, taken in zip(engine.outline.nodes, percentiles.tolist(), strict=True)
+        for node, taken in zip(nodes, percentiles.tolist(), strict=True)
     ]
+    return [replace(time, saves_s=saved_time(nodes, medians, i)) for i, time in enumerate(found)]
 
 
 def _node_time(
@@ -143,7 +150,7 @@ def _node_seconds(runner: Runner, images: torch.Tensor, device: torch.device) ->
     marks: list[Any] = []
     if device.type == "cpu":
         start = time.perf_counter()
-        runner.run(images, None, lambda node, out: marks.append(time.perf_counter()))
+        runner.run(images, None, lambda node, out: marks.append(time.perf_counter()), return_choices=False)
         return [float(taken) for taken in np.diff([start, *marks])]
 
     def mark() -> None:
@@ -153,7 +160,7 @@ def _node_seconds(runner: Runner, images: torch.Tensor, device: torch.device) ->
 
     with torch.cuda.device(device):
         mark()
-        runner.run(images, None, lambda node, out: mark())
+        runner.run(images, None, lambda node, out: mark(), return_choices=False)
         torch.cuda.synchronize()
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
 
@@ -191,6 +198,7 @@ def rows(times: Sequence[NodeTime], engine: Engine, batch: int) -> list[dict[str
             "floor_us": t.floor_s * 1e6,
             "bound": t.bound,
             "share": t.seconds / total,
+            "saves_us": None if t.saves_s is None else t.saves_s * 1e6,
         }
         for t in times
     ]

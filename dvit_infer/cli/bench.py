@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dvit_infer.benchmark.outcome import Outcome
     from dvit_infer.benchmark.roofline import NodeTime
 
+FACTS = ("arch", "method", "keep_rate", "prune_at", "merge", "image_size", "assume")  # options that say what it is
 SECONDS = 12.0  # measuring time for each batch size
 
 
@@ -22,16 +23,15 @@ def _parser() -> Parser:
         "model", metavar="MODEL", nargs="?", help="saved file, checkpoint or ONNX file; default: a random DeiT-S/0.7"
     )
     parser.add_argument("--batch", type=integers, metavar="256[,1,...]", help="default: 256 on CUDA, 8 on a CPU")
-    add_model_options(parser, "device", "dtype", "calibrate", "backend")
+    add_model_options(parser)
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
         help="any of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
         "baseline of speed-ups; default: reference,dense; for an ONNX file: any of onnxruntime, openvino",
     )
-    # Stored as keep_rate, so that the library's errors about it name --sweep.
     sweep = "measure keep rates: first, last, step"
-    parser.add_argument("--sweep", dest="keep_rate", type=_rates, metavar="0.5:0.9:0.1", help=sweep)
+    parser.add_argument("--sweep", type=_rates, metavar="0.5:0.9:0.1", help=sweep)
     parser.add_argument("--nodes", action="store_true", help="time every node of the graph against its floor")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="measuring time per batch size; default: %(default)g"
@@ -76,6 +76,8 @@ def _bench(options: argparse.Namespace) -> int:
     if not 0 <= options.seconds <= 86400:
         raise InputError(f"seconds: {options.seconds:g}; 0 to 86400 can be measured")
     check_load(options.load)
+    if options.sweep and options.keep_rate is not None:
+        raise InputError("sweep: it measures keep rates, so --keep-rate has to be left out")
     batches = list(dict.fromkeys(options.batch or ()))
     names = options.compare.split(",") if options.compare is not None else None
     counted = limits = None
@@ -84,9 +86,9 @@ def _bench(options: argparse.Namespace) -> int:
         if is_onnx(options.model):
             if options.backend is not None:
                 raise InputError(f"backend: {options.model} runs in what --compare names; the checkpoint has a choice")
-            if odd := [
-                name for name in ("dtype", "calibrate", "backend", "keep_rate", "nodes") if getattr(options, name)
-            ]:
+            fixed = ("dtype", "calibrate", "sweep", "nodes", *FACTS)
+            values = {name: getattr(options, name) for name in fixed}
+            if odd := [name for name, value in values.items() if value is not None and value is not False]:
                 raise InputError(
                     f"{odd[0]}: {options.model} was converted with this fixed; give the checkpoint instead"
                 )
@@ -98,9 +100,10 @@ def _bench(options: argparse.Namespace) -> int:
                 given,
                 options.device,
                 options.dtype,
-                options.keep_rate or (),
+                options.sweep or (),
                 calibrate=options.calibrate,
                 backend=options.backend,
+                facts={name: getattr(options, name) for name in FACTS},
             )
             counted = fvcore_gmacs(comparison.reference, comparison.images(1).to(comparison.device))
             limits = measure_limits(comparison.device, comparison.subject.dtype) if options.nodes else None
@@ -122,7 +125,10 @@ def _bench(options: argparse.Namespace) -> int:
     finally:  # also after an interrupt, or if a later batch does not fit in memory
         if outcomes:
             print(report_of(outcomes, nodes))
-    beside = {"load": options.load} if options.load else {}  # rows without load are as they were before there was one
+    # Rows without load, and of predictors, are as they were before there was another.
+    beside: dict[str, Any] = {"load": options.load} if options.load else {}
+    if isinstance(comparison, Comparison) and comparison.config.reduction.method not in ("none", "predictor"):
+        beside["method"] = comparison.config.reduction.method
     rows: list[dict[str, Any]] = [asdict(row) | beside for outcome in outcomes.values() for row in outcome.rows]
     if limits is not None and isinstance(comparison, Comparison):
         for batch, times in nodes.items():

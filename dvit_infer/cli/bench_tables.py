@@ -45,7 +45,7 @@ def _candidates(rows: Sequence[Row]) -> str:
         (
             str(row.batch),
             row.runtime if row.variant is None else f"{row.runtime} ({row.variant})",
-            _known(row.keep_rate, "g"),
+            _known(row.keep_rate, ".3g"),
             f"{row.images_per_s:.1f}",
             f"{row.p20_images_per_s:.1f}",
             f"{row.p80_images_per_s:.1f}",
@@ -87,7 +87,7 @@ def _nodes(times: Sequence[NodeTime], batch: int) -> str:
     spent, floor = sum(t.seconds for t in times), sum(t.floor_s for t in times)
     columns = (
         *("node", "kind", ">GMACs", ">MiB", ">floor us", "bound by", ">us", ">of its floor", ">share"),
-        ">max error",
+        *(">saves us", ">max error"),
     )
     rows = [
         (
@@ -100,13 +100,14 @@ def _nodes(times: Sequence[NodeTime], batch: int) -> str:
             f"{t.seconds * 1e6:.0f}",
             f"{t.floor_s / t.seconds:.0%}",
             f"{t.seconds / spent:.1%}",
+            "" if t.saves_s is None else f"{t.saves_s * 1e6:.0f}",
             "-" if t.max_error is None else f"{t.max_error:.1e}",
         )
         for t in times
     ]
     total = (
         *("total", "", f"{sum(t.gmacs for t in times):.3f}", f"{sum(t.bytes_moved for t in times) / 2**20:.1f}"),
-        *(f"{floor * 1e6:.0f}", "", f"{spent * 1e6:.0f}", f"{floor / spent:.0%}", "100.0%", ""),
+        *(f"{floor * 1e6:.0f}", "", f"{spent * 1e6:.0f}", f"{floor / spent:.0%}", "100.0%", "", ""),
     )
     title = f"batch {batch}: time of every node; its floor at the measured limits, as if caches kept nothing"
     return table(columns, rows, title=title, total=total)

@@ -172,8 +172,23 @@ def size(text: str) -> int | tuple[int, ...]:
     return sides[0] if len(sides) == 1 else sides
 
 
+def rates(text: str) -> float | tuple[float, ...]:
+    """Parse '0.7' to 0.7, and '0.9,0.7,0.5' or '120,60,30' to a tuple."""
+    found = tuple(_number(part.strip()) for part in text.split(","))
+    numbers = tuple(number for number in found if not isinstance(number, str))
+    if len(numbers) < len(found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a keep rate such as 0.7, nor a list such as 0.9,0.7,0.5 or (counts) 120,60,30"
+        )
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def assumptions(text: str) -> dict[str, Any]:
-    """Parse 'num_heads=6,mean=0.5:0.5:0.5' to {'num_heads': 6, 'mean': (0.5, 0.5, 0.5)}."""
+    """Parse 'num_heads=6,mean=0.5:0.5:0.5,fuse=false'.
+
+    Returns:
+        {'num_heads': 6, 'mean': (0.5, 0.5, 0.5), 'fuse': False}, for example.
+    """
     chosen: dict[str, Any] = {}
     for item in text.split(","):
         name, equals, value = item.partition("=")
@@ -182,8 +197,11 @@ def assumptions(text: str) -> dict[str, Any]:
         parts = [_number(part) for part in re.split(r"[:x]" if value[:1].isdigit() else ":", value.strip())]
         if name.strip() in chosen:
             raise argparse.ArgumentTypeError(f"{name.strip()} is given twice")
-        chosen[name.strip()] = parts[0] if len(parts) == 1 else tuple(parts)
+        chosen[name.strip()] = _FLAGS.get(value.strip(), parts[0]) if len(parts) == 1 else tuple(parts)
     return chosen
+
+
+_FLAGS: dict[str, Any] = {"true": True, "false": False}
 
 
 def _number(text: str) -> int | float | str:
@@ -196,9 +214,10 @@ def _number(text: str) -> int | float | str:
 # Options that say what the model is and where it runs: type, placeholder, help.
 _MODEL_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "arch": (str, "A", "default: recognised from keys and shapes"),
-    "keep-rate": (float, "R", "default: the model's own, else 0.7"),
-    "prune-at": (integers, "3,6,9", "prune before these blocks, 0-based; default: the file's, else evenly spaced"),
-    "method": (str, "M", "predictor, random (a control) or none (dense)"),
+    "method": (str, "M", "predictor, evit, tome, random (a control) or none (dense); default: the file's own"),
+    "keep-rate": (rates, "R", "default: the model's own, else 0.7; evit: also a list of rates or counts, one a stage"),
+    "prune-at": (integers, "3,6,9", "blocks that begin with fewer tokens (evit: blocks in which they go), 0-based"),
+    "merge": (str, "R", "tome: tokens merged in every block: 8, a list with one a block, or 8:decreasing"),
     "image-size": (size, "S|HxW", "default: the model's own"),
     "assume": (assumptions, "num_heads=6,skip_lam=2", "facts that the file does not contain"),
     "device": (str, "D", "cpu, cuda, cuda:1, mps (Apple); default: cuda if available, else cpu"),
@@ -206,6 +225,9 @@ _MODEL_OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "calibrate": (str, "FOLDER", "int8: measure the ranges of values on these images (static quantisation)"),
     "backend": (str, "B", "torch, triton (NVIDIA GPUs) or openvino (CPUs); default: the fastest that is installed"),
 }
+
+
+REDUCTION = ("method", "keep-rate", "prune-at", "merge")  # which tokens stay
 
 
 def add_model_options(parser: argparse._ActionsContainer, *names: str, dtype: str | None = None) -> None:

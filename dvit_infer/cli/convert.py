@@ -115,6 +115,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
         keep_rate=options.keep_rate,
         prune_at=options.prune_at,
         method=options.method,
+        merge=options.merge,
         image_size=options.image_size,
         assume=options.assume,
         device="cpu" if to_onnx else options.device,

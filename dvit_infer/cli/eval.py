@@ -57,7 +57,8 @@ def _eval(options: argparse.Namespace) -> int:
         )
     where = environment()
     stages = ",".join(map(str, engine.config.num_keep)) or "all"
-    print(f"{engine.config.arch}, keeping {stages} of {engine.config.num_patches} patches; ", end="")
+    does = "merging to" if engine.config.reduction.merges else "keeping"
+    print(f"{engine.config.arch}, {does} {stages} of {engine.config.num_patches} patches; ", end="")
     print(f"{engine.precision} on {where['machine']}, torch {where['torch']}; images {preprocess}")
     print(f"run by {engine.runner.runtime}")
     print(shown(str(folder)))

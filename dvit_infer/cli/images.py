@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dvit_infer.cli.common import Parser, add_model_options, progress
+from dvit_infer.cli.common import REDUCTION, Parser, add_model_options, progress
 from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from dvit_infer.images.classes import ClassMap
     from dvit_infer.images.preprocess import Preprocess
 
+_OWN = tuple(name.replace("-", "_") for name in REDUCTION)
 MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
-    add_model_options(parser, "device", "dtype", "calibrate", "backend", "keep-rate", "method", "image-size", "assume")
+    add_model_options(parser, "device", "dtype", "calibrate", "backend", *REDUCTION, "image-size", "assume")
     parser.add_argument(
         "--classes", metavar="FILE", help="class names: one a line, a class and a name a line, or JSON (list or map)"
     )
@@ -55,10 +56,7 @@ def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Cla
     device = "cpu" if is_int8(options.dtype) and options.device is None else options.device
     batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(device))
     worker_count(options.workers)
-    chosen = {
-        name: getattr(options, name)
-        for name in ("keep_rate", "method", "image_size", "assume", "dtype", "calibrate", "backend")
-    }
+    chosen = {name: getattr(options, name) for name in (*_OWN, "image_size", "assume", "dtype", "calibrate", "backend")}
     if exported and options.backend is not None:
         raise dvit.InputError(f"backend: {options.model} runs in ONNX Runtime; the checkpoint has a choice")
     if exported and (odd := [name for name, value in chosen.items() if value is not None]):

@@ -22,7 +22,8 @@ def _parser() -> Parser:
         "images", metavar="IMAGE_OR_FOLDER", nargs="+", help="files, folders, archives, or patterns in quotes"
     )
     parser.add_argument("-o", "--out", metavar="FILE", help="append to FILE; images that are in it already are skipped")
-    parser.add_argument("--kept", action="store_true", help="add the positions of the kept patches of every stage")
+    kept = "add the positions of the patches that every stage keeps; if it merges, the group of every patch"
+    parser.add_argument("--kept", action="store_true", help=kept)
     add_options(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""dvit-viz: draw the patches that a model keeps."""
+"""dvit-viz: draw the patches that a model keeps or merges."""
 
 import argparse
 import itertools
@@ -25,12 +25,13 @@ NAMED = 100  # unreadable images of a heat map that are named; more are only cou
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dvit-viz", description="Draw the patches that a dynamic model keeps at each stage.")
+    parser = Parser(prog="dvit-viz", description="Draw the patches that a model keeps or merges, stage by stage.")
     parser.add_argument("names", metavar="[MODEL] IMAGE", nargs="+", help=NAMES)
     parser.add_argument(
         "-o", "--out", metavar="FILE.png", help="default: <first image>.kept.png, or .heat.png, in the current folder"
     )
-    parser.add_argument("--heat-map", action="store_true", help="draw the share of all images that kept each patch")
+    heat_map = "draw the share of all images that kept each patch; if they merge, the mean share of a token it has"
+    parser.add_argument("--heat-map", action="store_true", help=heat_map)
     add_options(parser)
     return parser
 
@@ -65,7 +66,8 @@ def _viz(options: argparse.Namespace) -> int:
     check_drops(config)
     batch = batch_size(options.batch, engine.device)
     images = itertools.chain(some, _not_replaced(found, out))
-    kept = f"kept {', '.join(map(str, config.num_keep))} of {config.num_patches}"
+    counts = f"{', '.join(map(str, config.num_keep))} of {config.num_patches}"
+    kept = f"{'merged to' if config.reduction.merges else 'kept'} {counts}"
     tally = _Tally()
 
     def total() -> int:

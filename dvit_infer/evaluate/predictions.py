@@ -28,7 +28,8 @@ class Prediction:
     Attributes:
         image: the path, as found.
         top: class and probability of the `TOP` most likely classes (or all, if fewer), most likely first.
-        kept: for each stage, original patch positions, ascending; None: not requested.
+        kept: for each stage, original patch positions, ascending; of a stage that merges, for every patch the lowest
+            one of the group that holds it; None: not requested.
         error: the reason if there is no prediction, else None.
     """
 
@@ -65,6 +66,8 @@ def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
     later = {f.name: f.default for f in fields(engine.config.body) if f.name not in _FIRST}
     if not engine.config.ranges:
         del facts["ranges"]
+    for reduction in ("reduction", "learned"):
+        del facts[reduction]["merges"]  # its method says so
     facts["body"] = {name: fact for name, fact in facts["body"].items() if name not in later or fact != later[name]}
     content = [VERSION, facts, f"torch.{engine.precision}", _prepared(preprocess)]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())

@@ -6,6 +6,7 @@ import torch
 
 from dvit_infer.config import Config
 from dvit_infer.graph.nodes import Node
+from dvit_infer.graph.saving import saved_macs
 from dvit_infer.utils.tables import table
 
 
@@ -50,14 +51,15 @@ class Graph:
     def __str__(self) -> str:
         c = self.config
         rows, total_bytes = [], 0
-        for node in self.nodes:
-            moved = node.bytes_moved(1, self.dtype.itemsize)
+        for i, node in enumerate(self.nodes):
+            moved, saves = node.bytes_moved(1, self.dtype.itemsize), saved_macs(self.nodes, i)
             total_bytes += moved
             shapes = ("x".join(map(str, shape)) for shape in (node.in_shape, node.out_shape))
-            numbers = f"{node.macs / 1e6:.1f}", f"{moved / 1024:.0f}"
+            saved = "" if saves is None else f"{saves / 1e6:.1f}"
+            numbers = f"{node.macs / 1e6:.1f}", saved, f"{moved / 1024:.0f}"
             rows.append((node.name, node.kind, *shapes, *numbers, ", ".join(node.folded)))
-        total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", f"{total_bytes / 1024:.0f}", "for one image")
+        total = ("total", "", "", "", f"{self.macs / 1e6:.1f}", "", f"{total_bytes / 1024:.0f}", "for one image")
         title = f"{c.arch}, {c.image_size[0]}x{c.image_size[1]}, {c.reduction}"
-        columns = ("node", "kind", "in", "out", ">10^6 MACs", ">KiB moved", "folded")
+        columns = ("node", "kind", "in", "out", ">10^6 MACs", ">saves", ">KiB moved", "folded")
         shown = table(columns, rows, title=title, total=total)
         return f"{shown}\nrun by {self.runtime}" if self.runtime else shown

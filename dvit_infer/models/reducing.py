@@ -7,7 +7,7 @@ from dvit_infer.config import Reduction, Setting
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.reading import Reading
-from dvit_infer.reduction import METHODS
+from dvit_infer.reduction import METHODS, Method
 from dvit_infer.reduction.settings import Trunk
 
 STAGES = 3  # of a method without weights, if there are as many blocks
@@ -32,35 +32,35 @@ def read_reductions(
     read.use_reduction(method)
     _check_given(read, method, learned)
     if method in ("none", learned):
-        own = Reduction() if learned is None else _resolved(read, learned, trunk, count)
+        own = Reduction() if learned is None else _resolved(read, learned, trunk, count, asked is not None)
         return (Reduction() if method == "none" else own), own
-    runs = _resolved(read, method, trunk, None)
+    runs = _resolved(read, method, trunk, None, asked is not None)
     return runs, Reduction() if learned is None else _unasked(read, learned, trunk, count)
 
 
 def _check_given(read: Reading, method: str, learned: str | None) -> None:
-    """Raise InputError for a setting that the caller gave and the method has not; of 'none', that of the weights."""
-    used = [METHODS[name] for name in (learned if method == "none" else method,) if name in METHODS]
-    allowed = {name for one in used for name in one.SETTINGS}
-    allowed |= {"prune_at"} if any(not one.EVERY_BLOCK for one in used) else set()
+    """Raise InputError for a setting that the caller gave and the method has not."""
+    runs = METHODS.get(learned or method) if method == "none" else METHODS[method]
     for what in ("prune_at", *dict.fromkeys(name for one in METHODS.values() for name in one.SETTINGS)):
-        if read.given.get(what) is None or what in allowed:
+        if read.given.get(what) is None or (runs is not None and _takes(runs, what)):
             continue
-        owners = [
-            name
-            for name, one in METHODS.items()
-            if (what in one.SETTINGS or (what == "prune_at" and not one.EVERY_BLOCK)) and one.KEY is None
-        ]
+        owners = [name for name, one in METHODS.items() if _takes(one, what) and one.KEY in (None, _key(learned))]
         if not owners:
             continue  # that of predictors alone
+        many = f"method {owners[0]}" if len(owners) == 1 else f"methods {', '.join(owners[:-1])} and {owners[-1]}"
         if method == "none":
-            without = f"{read.name} holds no score predictors" if len(owners) > 1 else "the dense model runs"
-            raise InputError(f"{what}: {without}, so no tokens are reduced; method {' or '.join(owners)} has {what}")
-        raise InputError(f"{what}: method {method} has none; {' and '.join(owners)} {_have(owners)}")
+            without = "method none" if learned else f"{read.name} holds no score predictors, so it"
+            raise InputError(f"{what}: {without} runs dense; {many} {'takes' if len(owners) == 1 else 'take'} it")
+        instead = ", ".join(name for name in (*METHODS[method].SETTINGS, "prune_at") if _takes(METHODS[method], name))
+        raise InputError(f"{what}: is for {many}, not {method}, which takes {instead}")
 
 
-def _have(owners: list[str]) -> str:
-    return "has one" if len(owners) == 1 else "have"
+def _takes(method: Method, what: str) -> bool:
+    return not method.EVERY_BLOCK if what == "prune_at" else what in method.SETTINGS
+
+
+def _key(learned: str | None) -> str | None:
+    return None if learned is None else METHODS[learned].KEY
 
 
 def _method(read: Reading, given: Any, learned: str | None, count: int) -> str:
@@ -86,8 +86,15 @@ def _evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(depth * (s + 1) // (count + 1) for s in range(count))
 
 
-def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Reduction:
-    """Return a reduction by given facts, else by the file's, else by defaults; `count`: stages there have to be."""
+def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None, is_given: bool) -> Reduction:
+    """Return a reduction by given facts, else by the file's, else by defaults.
+
+    Args:
+        read, trunk: as for `read_reductions`.
+        method: its method.
+        count: the number of stages that there have to be; None: any.
+        is_given: whether the caller gave the method.
+    """
     known, depth = METHODS[method].SETTINGS, trunk.depth
     found = {
         name: read.resolve(name, one.default(trunk), one.why, stored_as=_stored_as(name)) for name, one in known.items()
@@ -99,7 +106,7 @@ def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None) -> Re
         blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
     settings = {name: known[name].check(read.origin(name), value) for name, value in found.items()}
     if why := METHODS[method].why_not(settings, trunk):
-        raise InputError(f"{read.origin('method')}: {method!r} {why}")
+        raise InputError(f"{'method' if is_given else f'{read.name}: method'}: {method!r} {why}")
     return _reduction(method, settings, blocks, trunk.num_patches)
 
 

@@ -17,7 +17,9 @@ class Report:
         plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
         top1_agreement, plain_top1_agreement: share of images with the reference's first class.
         kept_compared, kept_equal: per stage, images whose cut is clear, and those of them with the same kept set.
-        kept_overlap: per stage, mean share of the reference's tokens that the engine keeps by its own choice.
+        kept_overlap: per stage, mean share of the reference's tokens that the engine keeps by its own choice; where
+            tokens are merged, of patches in a group with the same lowest patch.
+        choice: what a stage does with tokens, for the table.
         wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
         first_difference: the first node whose output differs, or None.
         failures: the reasons why it did not pass; empty if it passed.
@@ -45,7 +47,7 @@ class Report:
     features_error: float | None = None
     plain_features_error: float | None = None
     output: Literal["logits", "embedding"] = "logits"
-    merges: bool = False
+    choice: Literal["kept", "merged"] = "kept"
 
     @property
     def passed(self) -> bool:
@@ -65,8 +67,7 @@ class Report:
             rows.append((what, f"{self.features_error:.2e}", f"{self.plain_features_error:.2e}"))
         for stage, overlap in enumerate(self.kept_overlap):
             clear = f"{self.kept_equal[stage]} of {self.kept_compared[stage]} clear sets equal"
-            what = "patches in the same group" if self.merges else "kept tokens"
-            rows.append((f"{what}, stage {stage}", f"{overlap:.2%}, {clear}", ""))
+            rows.append((f"{self.choice} tokens, stage {stage}", f"{overlap:.2%}, {clear}", ""))
         quantised = self.dtype == "int8"  # there is no plain PyTorch in it, and every node differs
         follow = "all follow from the file, to half a step" if quantised else "all follow from the file"
         rows.append(("weights", self.wrong_weight or follow, ""))

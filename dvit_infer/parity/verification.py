@@ -91,6 +91,8 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64, images: tor
     wrong_weight = _wrong_weight(engine, graph)
 
     output: Literal["logits", "embedding"] = "logits" if config.num_classes else "embedding"
+    choice: Literal["kept", "merged"] = "merged" if config.reduction.merges else "kept"
+    overlap = _same_groups if config.reduction.merges else _overlap
     failures = [f"weights: {wrong_weight}"] if wrong_weight else []
     if quantised:
         scale = expected.logits.square().mean().sqrt().item()
@@ -105,7 +107,7 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64, images: tor
             failures.append(f"features: max error {features[0]:.2e} is over {LOGIT_TOLERANCE:.0e}")
         for stage, same in enumerate(equal):
             if missed := int(clear[:, stage].sum() - same.sum()):
-                failures.append(f"kept tokens, stage {stage}: {missed} clear sets differ")
+                failures.append(f"{choice} tokens, stage {stage}: {missed} clear sets differ")
     else:
         if not rms_error <= RMS_FACTOR * plain_rms_error:
             failures.append(f"{output}: rms error {rms_error:.2e} is over {RMS_FACTOR:g} x {plain_rms_error:.2e}")
@@ -128,10 +130,8 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64, images: tor
         plain_top1_agreement=plain_top1,
         kept_compared=tuple(clear.sum(dim=0).tolist()),
         kept_equal=tuple(int(same.sum()) for same in equal),
-        kept_overlap=tuple(
-            (_same_group if config.reduction.merges else _overlap)(own, kept)
-            for own, kept in zip(own_kept, expected.kept, strict=True)
-        ),
+        kept_overlap=tuple(overlap(own, kept) for own, kept in zip(own_kept, expected.kept, strict=True)),
+        choice=choice,
         wrong_weight=wrong_weight,
         first_difference=None
         if quantised
@@ -141,7 +141,6 @@ def verify(engine: Verifiable, source: Source, num_images: int = 64, images: tor
         ),
         failures=tuple(failures),
         output=output,
-        merges=config.reduction.merges,
         features_error=None if features is None else features[0],
         plain_features_error=None if features is None else features[1],
     )
@@ -181,15 +180,15 @@ def _differs(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], batch
     return torch.stack(different).any(dim=0) if different else torch.zeros(batch, dtype=torch.bool)
 
 
+def _same_groups(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the share of patches whose group, (B, N), has the same lowest patch in both."""
+    return (ours == theirs).double().mean().item()
+
+
 def _overlap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return the mean share of positions common to two (B, k) sets: those that occur twice in both together."""
     twice = torch.cat([ours, theirs], dim=1).sort(dim=1).values.diff(dim=1) == 0
     return twice.sum().item() / theirs.numel()
-
-
-def _same_group(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Return the share of patches whose group has the same lowest patch in both."""
-    return (ours == theirs).float().mean().item()
 
 
 def _errors(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

@@ -71,8 +71,8 @@ class AttentionPrune(Prune):
 def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
     if settings["score"] == "class" and not trunk.class_tokens:
         return (
-            "ranks patches by the class token's attention, and there is no class token; assume score=pooled ranks them "
-            "by the attention of the patches' mean query, and method tome needs no class token"
+            "ranks patches by the class token's attention, but the model has none; assume score=pooled, the attention "
+            "of the patches' mean query, or take method tome, which needs no class token"
         )
     return None
 
@@ -82,7 +82,8 @@ def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: 
     stated = settings["keep_rate"]
     rates = stated if isinstance(stated, tuple) else (stated,) * len(blocks)
     if len(rates) != len(blocks):
-        raise InputError(f"keep_rate: {len(rates)} given, but there are {len(blocks)} stages (prune_at)")
+        at = ",".join(map(str, blocks))
+        raise InputError(f"keep_rate: {len(rates)} are given, but {len(blocks)} stages (prune_at {at}) need one each")
     found, tokens = [], num_patches
     for block, rate in zip(blocks, rates, strict=True):
         assert isinstance(rate, int | float)

@@ -1,5 +1,6 @@
 """What a method can be told: its settings, their defaults, and their checks."""
 
+import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ def _shown(value: Any) -> str:
 
 
 def keep_rate(what: str, value: Any) -> float:
+    if _is_list(value):
+        raise InputError(f"{what}: one rate is expected, not a list; every stage multiplies it ('evit' takes a list)")
     if not is_number(value) or not 0 < value <= 1:
         raise InputError(f"{what}: {_shown(value)} is not a keep rate; a number above 0, at most 1, is expected")
     return float(value)
@@ -78,18 +81,35 @@ def _rate_or_count(what: str, value: Any) -> float:
     return int(value) if is_count else float(value)
 
 
-def merge_counts(what: str, value: Any) -> int | tuple[int, ...]:
-    """Return one number of tokens to merge for all blocks, or one for each."""
+DECREASING = ":decreasing"  # the end of a setting of merges that fall from block to block
+
+
+def merge_counts(what: str, value: Any) -> int | str | tuple[int, ...]:
+    """Return one number of tokens to merge for all blocks, one for each, or '8:decreasing' for 8 on average.
+
+    All may be text as well, a list with commas.
+    """
+    if isinstance(value, str):
+        mean = value.removesuffix(DECREASING)
+        if mean != value:
+            return f"{_merge_count(what, _whole(mean))}{DECREASING}"
+        value = [_whole(part) for part in value.split(",")] if "," in value else _whole(value)
     if _is_list(value):
         return tuple(_merge_count(what, one) for one in value)
     return _merge_count(what, value)
+
+
+def _whole(text: str) -> int | str:
+    """Return the number that a text states, or the text if it states none."""
+    return int(text) if re.fullmatch(r"\s*[+-]?[0-9]{1,15}\s*", text) else text
 
 
 def _merge_count(what: str, value: Any) -> int:
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 0:
         raise InputError(
-            f"{what}: {_shown(value)} is not a number of tokens to merge; 0, 1, 2, ... is, or one for each block"
+            f"{what}: {_shown(value)} is not a number of tokens to merge; a whole number such as 8 is, one for each "
+            f"block (16,14,12,...), or 8{DECREASING}"
         )
     check_bound(what, int(value), 1 << 40, excluded=True)
     return int(value)

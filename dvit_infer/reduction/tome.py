@@ -18,7 +18,7 @@ from dvit_infer.graph.nodes import Reduce, Signal
 from dvit_infer.graph.tokens import Tokens, note_merged, rows_of_groups
 from dvit_infer.ops.merge_tokens import find_matches_ref, rows_of_matches
 from dvit_infer.reduction.choices import Assign
-from dvit_infer.reduction.settings import Known, Trunk, always, flag, merge_counts
+from dvit_infer.reduction.settings import DECREASING, Known, Trunk, always, flag, merge_counts
 
 SHARE = 0.8  # of the patches merged by default: the paper's r = 13 of a ViT-S or -B with 196 patches and 12 blocks
 
@@ -78,17 +78,28 @@ def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
 
 def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
     """Return a stage for every block that merges: at most half of its patch tokens, as ToMe (`utils.parse_r`)."""
-    merge = settings["merge"]
-    counts = merge if isinstance(merge, tuple) else (merge,) * len(blocks)
-    if len(counts) != len(blocks):
-        raise InputError(f"merge: {len(counts)} numbers are given, one for each of {len(blocks)} blocks is expected")
     found, tokens = [], num_patches
-    for block, count in zip(blocks, counts, strict=True):
-        assert isinstance(count, int | float)
-        if merged := min(int(count), tokens // 2):
+    for block, count in zip(blocks, _counts(settings["merge"], len(blocks)), strict=True):
+        if merged := min(count, tokens // 2):
             tokens -= merged
             found.append(Stage(block, tokens, "after_attention"))
     return tuple(found)
+
+
+def _counts(merge: Setting, depth: int) -> tuple[int, ...]:
+    """Return the number of tokens to merge in every block.
+
+    A decreasing schedule falls in equal steps from twice the mean to none (`utils.parse_r` with inflection -1).
+    """
+    if isinstance(merge, str):
+        mean = int(merge.removesuffix(DECREASING))
+        step = -2 * mean / (depth - 1) if depth > 1 else 0.0
+        return tuple(int(2 * mean + step * i) for i in range(depth)) if step else (mean,) * depth
+    if not isinstance(merge, tuple):
+        return (int(merge),) * depth
+    if len(merge) != depth:
+        raise InputError(f"merge: {len(merge)} numbers are given; the model has {depth} blocks, one for each is needed")
+    return tuple(int(count) for count in merge)
 
 
 def signal(settings: Mapping[str, Setting]) -> Signal:

@@ -18,7 +18,8 @@ from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.cli import bench
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
-NODE = "op kind runtime model keep_rate dtype batch shape us p20_us p80_us max_error gmacs mib floor_us bound share"
+NODE = "op kind runtime model keep_rate dtype batch shape us p20_us p80_us max_error gmacs mib floor_us bound share "
+NODE += "saves_us"
 
 
 def run(model: str, *argv: str) -> list[dict]:

@@ -15,7 +15,8 @@ from PIL import Image
 
 import dvit_infer as dvit
 from dvit_infer.cli import viz as command
-from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept, draw_seen, draw_shares, keep_shares, look, viridis
+from dvit_infer.evaluate.sheet import viridis
+from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept, draw_seen, draw_shares, keep_shares, look
 from dvit_infer.models.preprocessing import preprocess_for
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")

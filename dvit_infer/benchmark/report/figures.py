@@ -61,7 +61,7 @@ def label_candidates(rows: Sequence[Row]) -> dict[int, Series]:
         if key not in series:
             runtime, rate = str(row.get("runtime")), number(row.get("keep_rate"))
             name = runtime if row.get("variant") is None else f"{runtime} ({row['variant']})"
-            kept = [] if rate is None or rate == 1 else [f"keep {rate:g}"]
+            kept = [] if rate is None or rate == 1 else [f"keep {rate:.3g}"]
             label = ", ".join([name, *kept, *(str(row.get(key)) for key in apart)])
             style = runtime if runtime in SYMBOLS else "other"
             nth = seen[style] = seen.get(style, -1) + 1

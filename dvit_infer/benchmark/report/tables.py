@@ -53,6 +53,7 @@ NODE_COLUMNS = (
     Column("shape", "shape"),
     Column("us", "µs", _digits(1)),
     Column("share", "share", _percent),
+    Column("saves_us", "saves µs", _digits(1)),
     Column("floor_us", "floor µs", _digits(1)),
     Column("over_floor", "time over floor", _times),
     Column("bound", "bound by"),
