@@ -13,9 +13,10 @@ from typing import Protocol
 
 import torch
 
-from dvit_infer.backends.state import Hook, State
+from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.backends.torch import TorchRunner
-from dvit_infer.graph.heads import Wanted
+from dvit_infer.graph.heads import Wanted, nodes_for
+from dvit_infer.graph.nodes import Reduce
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding
@@ -92,19 +93,24 @@ class CapturedForward:
 
     def _forward(self, sizes: list[int], stream: torch.cuda.Stream, beside: torch.cuda.Stream) -> State:
         """Run the input, or two halves of it side by side: where one leaves multiprocessors idle, the other fills."""
-        run, nodes = self._runner.run_nodes, self._runner.nodes[int(self._embeds_apart) :]
+        nodes, _ = nodes_for(self._runner.nodes[int(self._embeds_apart) :], "logits", choices=False)
+        run = self._runner.run_nodes
+        follows = self._runner.has_places
         if len(sizes) == 1:
-            return run(State(self._input), nodes)
+            return run(State(self._input, follows=follows), nodes)
         head, tail = self._input[: sizes[0]], self._input[sizes[0] :]
         beside.wait_stream(stream)
         try:
             with torch.cuda.stream(beside):
-                second = run(State(tail), nodes)
-            first = run(State(head), nodes)
+                second = run(State(tail, follows=follows), nodes)
+            first = run(State(head, follows=follows), nodes)
         finally:  # also when memory runs out: branches must be joined before a capture can end
             stream.wait_stream(beside)
-        stages = zip(first.choices, second.choices, strict=True)
-        return State(torch.cat([first.x, second.x]), choices=[torch.cat(stage) for stage in stages])
+        decided = [
+            (node, torch.cat([one, other]))
+            for (node, one), (_, other) in zip(first.decided, second.decided, strict=True)
+        ]
+        return State(torch.cat([first.x, second.x]), decided=decided)
 
     def __call__(self, images: torch.Tensor, return_choices: bool) -> State:
         """Return the outputs for the images, on the current stream. Only one thread at a time may call this."""
@@ -116,9 +122,10 @@ class CapturedForward:
             self._input[:count].copy_(images)
         self._graph.replay()
         logits = self._output.x[:count].clone()
-        choices = [stage[:count].clone() for stage in self._output.choices] if return_choices else []
+        wanted = self._output.decided if return_choices else []
+        decided = [(node, choice[:count].clone()) for node, choice in wanted]
         self._shared.free.record(stream)
-        return State(logits, choices=choices)
+        return follow(logits, decided)
 
 
 @contextlib.contextmanager
@@ -150,6 +157,8 @@ class CapturedRunner:
         self._forwards: OrderedDict[tuple[int, torch.dtype], Forward] = OrderedDict()
         self._lock = threading.Lock()
         self._shared: _Shared | None = None
+        # Captured forwards leave out a choice that nothing but the caller reads, which then runs directly.
+        self._leaves_out = any(isinstance(node, Reduce) and node.rows is not None for node in runner.nodes)
 
     def __reduce__(self) -> tuple[type["CapturedRunner"], tuple[TorchRunner]]:
         return CapturedRunner, (self.runner,)
@@ -180,9 +189,10 @@ class CapturedRunner:
         """Run the graph, as `TorchRunner.run`; at most `BUCKETS[-1]` images. Choices are returned if wanted."""
         on_gpu = self.runner.device.type == "cuda"
         with torch.cuda.device(self.runner.device if on_gpu else -1):
-            plain = given is None and hook is None and output == "logits"
+            complete = not (return_choices and self._leaves_out)
+            plain = given is None and hook is None and output == "logits" and complete
             if not plain or (on_gpu and torch.cuda.is_current_stream_capturing()):
-                return self.runner.run(images, given, hook, output=output)
+                return self.runner.run(images, given, hook, return_choices, output)
             if images.dtype == torch.uint8 and not self.runner.takes_uint8:
                 images = self.runner.prepare(images)
             dtype = torch.uint8 if images.dtype == torch.uint8 else self.runner.dtype  # copying converts other dtypes

@@ -21,7 +21,7 @@ from dvit_infer.backends.openvino_model import (
     only,
     openvino_model,
 )
-from dvit_infer.backends.state import Hook, State
+from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
@@ -136,11 +136,9 @@ class OpenVinoRunner:
             raise
         if (path := self._mapped.pop(variant, None)) is not None:
             release_pages(path)
-        state = State(x)
-        if given or return_choices or output == "tokens":
-            for node, choice in zip(self._reductions, choices or self._choices(given or ()), strict=True):
-                node.note(state, choice)
-        return state
+        if not (given or return_choices or output == "tokens"):
+            return State(x)
+        return follow(x, zip(self._reductions, choices or self._choices(given or ()), strict=True))
 
     def _choices(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the choice of each stage, as its node states it, that does what is given."""

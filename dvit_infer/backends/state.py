@@ -1,11 +1,11 @@
 """What travels between the nodes of a graph while it runs."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from dvit_infer.graph.nodes import Node
+from dvit_infer.graph.nodes import Node, Reduce
 from dvit_infer.graph.tokens import Tokens
 
 
@@ -17,10 +17,28 @@ class State(Tokens):
         x: images (B, 3, H, W), then tokens (B, P+n, C), and after the head logits (B, K) float32.
         given: for each stage what to do instead of the graph's choice, as `choices`; None: nothing is given.
         stats: statistics of x's rows for the next LayerNorm; None: it computes them.
+        decided: what every stage so far decided, in the form of its node.
+        follows: whether `choices` and `positions` are followed; if not, they can be from `decided` (`follow`).
     """
 
     given: Sequence[torch.Tensor] | None = None
     stats: torch.Tensor | None = None
+    decided: list[tuple[Reduce, torch.Tensor]] = field(default_factory=list)
+    follows: bool = True
+
+    def decide(self, node: Reduce, choice: torch.Tensor) -> None:
+        """Note what a stage decided about the tokens, which it has moved."""
+        self.decided.append((node, choice))
+        if self.follows:
+            node.note(self, choice)
+
+
+def follow(x: torch.Tensor, decided: Iterable[tuple[Reduce, torch.Tensor]]) -> State:
+    """Return the state of an output x, with the choices that its stages made and the positions they left."""
+    state = State(x)
+    for node, choice in decided:
+        state.decide(node, choice)
+    return state
 
 
 Hook = Callable[[Node, torch.Tensor], None]

@@ -10,7 +10,7 @@ from dvit_infer.backends.precision import as_asked
 from dvit_infer.backends.state import Hook, State
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Classify, Head, MapPool, Pool, Wanted, nodes_for
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
+from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.attention import attention_ref
@@ -34,6 +34,7 @@ class TorchRunner:
     Attributes:
         runtime: a description of what runs the model.
         prunes_by: the backend of prune_tokens.
+        has_places: whether nodes need to know where tokens were.
         config: the model's config.
         device, dtype: the device and dtype of the weights.
         forms_of: forms of activations, by their names, that norm_linear alone computes in place of them.
@@ -50,6 +51,7 @@ class TorchRunner:
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
+        self.has_places = any(name in node.weights for node in graph.nodes for name in PLACES)
         pruned = [node for node in graph.nodes if isinstance(node, PredictorPrune)]
         by = {op.backend_of(self.device, node.tokens - node.num_prefix, node.dim) for node in pruned}
         self.prunes_by = " and ".join(sorted(by))
@@ -105,7 +107,8 @@ class TorchRunner:
             The state after the last node.
         """
         self.check(len(images), images.dtype)
-        state = State(self.prepare(images), given=given)
+        follows = return_choices or given is not None or output == "tokens" or self.has_places
+        state = State(self.prepare(images), given=given, follows=follows)
         nodes, reader = nodes_for(self.nodes, output, return_choices or given is not None)
         state = self.run_nodes(state, nodes, hook)
         with as_asked(self.device, self.dtype):
@@ -205,7 +208,7 @@ class TorchRunner:
             index = node.choose(state.signal)
         else:
             state.x, index = self.select(node, state.x, state.signal)
-        node.note(state, index)
+        state.decide(node, index)
 
     def merge(self, node: Merge, state: State) -> None:
         keys = state.signal
@@ -218,7 +221,7 @@ class TorchRunner:
             rows = match_tokens_ref(keys, node.merged, node.num_prefix)
         else:
             state.x, state.sizes, rows = self.merge_tokens(state.x, keys, state.sizes, node)
-        node.note(state, rows)
+        state.decide(node, rows)
 
     def head(self, node: Head, state: State) -> None:
         x = state.x

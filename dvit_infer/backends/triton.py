@@ -11,13 +11,17 @@ from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import ALL, TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Pool
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode
-from dvit_infer.ops.attention import attention
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode, Prune
+from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
+from dvit_infer.ops.keep_tokens import keep_tokens
 from dvit_infer.ops.layer_norm import layer_norm
 from dvit_infer.ops.linear import ACTIVATIONS, free_stats_block, linear, row_sums
+from dvit_infer.ops.merge_tokens import merge_tokens
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
+from dvit_infer.reduction.evit import AttentionPrune
+from dvit_infer.reduction.tome import Merge
 from dvit_infer.utils.devices import is_out_of_memory
 
 # Copying so many images takes 18 us at 3 TB/s, as long as launching a separate kernel. Derived, not measured.
@@ -158,6 +162,29 @@ class TritonRunner(TorchRunner):
         block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out) if node.leaves_stats else 0
         state.x, left = linear(y, w, b, state.x, stats_block=block)
         state.stats = left if block else None
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        node: Attention,
+        bias: torch.Tensor | None = None,
+        pair_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if node.leaves in ("class_attention", "mean_keys"):
+            return attention_with_signal(q, k, v, node.scale, bias, node.leaves, pair_bias)
+        return super().attend(q, k, v, node, bias, pair_bias)
+
+    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(node, AttentionPrune) or signal is None:
+            return super().select(node, x, signal)
+        return keep_tokens(x, signal, node.num_keep, node.num_prefix, node.fused is not None)
+
+    def merge_tokens(
+        self, x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, node: Merge
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return merge_tokens(x, keys, sizes, node.merged, node.num_prefix)
 
     def mix(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dvit_infer.backends.state import Hook, State
+from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph.heads import Wanted
@@ -78,10 +78,7 @@ class OnnxRunner:
         # Logits come from the file itself; only the choices come from the probe.
         names = list(self._choices)
         chosen = run_session(self._probe(False, tuple(names)), inputs, names, str(self._path)) if names else []
-        state = State(logits)
-        for node, choice in zip(self._choices.values(), chosen, strict=True):
-            node.note(state, choice)
-        return state
+        return follow(logits, zip(self._choices.values(), chosen, strict=True))
 
     @functools.cached_property
     def _choices(self) -> dict[str, Reduce]:

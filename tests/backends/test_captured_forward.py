@@ -25,7 +25,7 @@ class Graph:
 
     def replay(self):
         again = self.forward._forward(self.sizes, Nothing(), Nothing())
-        for ours, new in zip((out := self.forward._output).choices, again.choices, strict=True):
+        for (_, ours), (_, new) in zip((out := self.forward._output).decided, again.decided, strict=True):
             ours.copy_(new)
         out.x.copy_(again.x)
 
