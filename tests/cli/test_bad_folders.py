@@ -155,7 +155,8 @@ def test_a_folder_without_weights_and_shards_that_are_not_there(capsys):
         ("hf-vit-tiny", ["--assume", "rope=polar"],
          "--assume rope: 'polar' is not one of none, dinov3, eva02, axial, mixed"),
         ("hf-vit-tiny", ["--method", "predictor"],
-         "--method: 'predictor' needs score predictors, and model/model.safetensors holds none; 'none' runs it dense"),
+         "--method: 'predictor' needs score predictors, and model/model.safetensors holds none; 'evit', 'tome', "
+         "'random' need none, 'none' runs it dense"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit(case, more, said, capsys):
