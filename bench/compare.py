@@ -20,7 +20,7 @@ from dvit_infer.cli.common import Parser, run
 from dvit_infer.errors import InputError
 from dvit_infer.utils.tables import table
 
-NAMES = ("op", "model", "keep_rate", "runtime", "variant", "device", "dtype", "batch", "shape", "load")
+NAMES = ("op", "model", "method", "keep_rate", "runtime", "variant", "device", "dtype", "batch", "shape", "load")
 OF_PYTORCH = ("reference", "eager")
 LEAST = 0.03  # minimum noise: medians of quiet runs differ by this
 FURTHER_OFF, ROUNDING = 3.0, 1e-4  # less accurate: the error grew by this factor, and is above rounding

@@ -57,7 +57,8 @@ class OnnxComparison(BaseComparison):
         assert self._dtype is not None
         self.dtype_name = str(self.facts.get("dtype") or str(self._dtype).removeprefix("torch."))
         arch, kept = self.facts.get("arch"), _listed(self.facts.get("num_keep"))
-        says = f"{arch} keeping {kept} patches" if arch else "of another origin"
+        reduction = self.facts.get("reduction") or f"keeping {kept} patches"  # files of 0.1.0 lack it
+        says = f"{arch}, {reduction}" if arch else "of another origin"
         self.title = f"{_printable(self.path.name)}, {says}; {self.dtype_name}"
         self.baseline = names[0]
         self._calls: dict[str, Call] = {}

@@ -133,6 +133,7 @@ def _facts(engine: Engine, dtype: str, labels: Mapping[int, str] | None) -> dict
         "version": __version__,
         "family": config.family,
         "arch": config.arch,
+        "reduction": str(config.reduction),
         "keep_rate": str(config.reduction.keep_rate),
         "keep_rates": json.dumps(rates),
         "num_keep": json.dumps(config.num_keep),
