@@ -82,8 +82,9 @@ def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: 
     stated = settings["keep_rate"]
     rates = stated if isinstance(stated, tuple) else (stated,) * len(blocks)
     if len(rates) != len(blocks):
-        at = ",".join(map(str, blocks))
-        raise InputError(f"keep_rate: {len(rates)} are given, but {len(blocks)} stages (prune_at {at}) need one each")
+        at = f"(prune_at {','.join(map(str, blocks))})"
+        needed = f"1 stage {at} needs one" if len(blocks) == 1 else f"{len(blocks)} stages {at} need one each"
+        raise InputError(f"keep_rate: {len(rates)} given, but {needed}")
     found, tokens = [], num_patches
     for block, rate in zip(blocks, rates, strict=True):
         assert isinstance(rate, int | float)

@@ -15,12 +15,14 @@ class Trunk(NamedTuple):
 
     Attributes:
         depth: the number of blocks.
+        dim: channels of a token.
         num_patches: the number of patch tokens before the first stage.
         class_tokens: the number of class and distillation tokens.
         reads_patches: whether the head reads patch tokens.
     """
 
     depth: int
+    dim: int
     num_patches: int
     class_tokens: int = 0
     reads_patches: bool = True

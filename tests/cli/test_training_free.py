@@ -141,7 +141,7 @@ def test_a_sweep_of_evit(deit, capsys):
         ([*TOME, "--prune-at", "1,2"], "--prune-at: is for methods evit and random, not tome"),
         ([*EVIT, "--keep-rate", "0"], "--keep-rate: 0 is neither a keep rate"),
         ([*EVIT, "--keep-rate", "1.5"], "--keep-rate: 1.5 is neither a keep rate, above 0 and at most 1, nor a number"),
-        ([*EVIT, "--keep-rate", "0.9,0.7"], "--keep-rate: 2 are given, but 3 stages (prune_at 1,2,3) need one each"),
+        ([*EVIT, "--keep-rate", "0.9,0.7"], "--keep-rate: 2 given, but 3 stages (prune_at 1,2,3) need one each"),
         ([*EVIT, "--keep-rate", "0.9,x"], "--keep-rate: '0.9,x' is neither"),
         ([*EVIT, "--keep-rate", "500"], "--keep-rate: 500 tokens are to be kept in block 1, where there are only 196"),
         (["--method", "random", "--keep-rate", "0.9,0.7"], "--keep-rate: one rate is expected"),

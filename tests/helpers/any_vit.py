@@ -127,7 +127,7 @@ def tiny(
 
 
 def _reduction(method: str, body: ViT, patches: int, given: dict[str, Any]) -> Reduction:
-    trunk = Trunk(body.depth, patches, body.class_tokens)
+    trunk = Trunk(body.depth, body.embed_dim, patches, body.class_tokens)
     settings = {name: known.default(trunk) for name, known in METHODS[method].SETTINGS.items()}
     settings |= {"score": "pooled"} if "score" in settings and not body.class_tokens else {}
     settings |= given

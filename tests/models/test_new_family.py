@@ -61,7 +61,7 @@ def test_a_head_that_reads_the_mean_is_never_cut_to_a_class_row(state):
 
 
 def test_evit_and_tome_choose_as_in_the_reference(state):
-    with pytest.raises(dvit.InputError, match="there is no class token; assume score=pooled"):
+    with pytest.raises(dvit.InputError, match="the model has none; assume score=pooled"):
         dvit.convert(state, device="cpu", method="evit")
     images = sample_images(3, (48, 48))
     for given in ({"method": "evit", "assume": POOLED, "prune_at": (0, 2)}, {"method": "tome", "merge": 7}):

@@ -8,7 +8,10 @@ from golden_cases import state_dict
 import dvit_infer as dvit
 
 NEITHER = "is neither a keep rate, above 0 and at most 1, nor a number of tokens, 2 or more"
-NO_COUNT = "is not a number of tokens to merge; 0, 1, 2, ... is, or one for each block"
+NO_COUNT = "is not a number of tokens to merge; a whole number such as 8 is, one for each block "
+NO_COUNT += "(16,14,12,...), or 8:decreasing"
+OF_EVIT, OF_TOME = "which takes keep_rate, fuse, score, prune_at", "which takes merge, prop_attn"
+DENSE = "state dict holds no score predictors, so it runs dense"
 
 
 def convert(learned=False, assume=None, **given):
@@ -31,7 +34,7 @@ def test_keep_rates_of_evit(rate):
 
 
 @pytest.mark.parametrize(
-    "merge", [-1, 1.5, [], True, "8", float("nan"), float("inf"), {1: 2}, [1, 2, None, 3], torch.ones(2, 2)]
+    "merge", [-1, 1.5, [], True, float("nan"), float("inf"), {1: 2}, [1, 2, None, 3], torch.ones(2, 2)]
 )
 def test_merges_of_tome(merge):
     shown = repr(None) if isinstance(merge, list) and merge else " ".join(repr(merge).split())
@@ -43,16 +46,16 @@ def test_merges_of_tome(merge):
     [
         ("keep_rate: 300 tokens are to be kept in block 1, where there are only 196", {"keep_rate": 300}),
         ("keep_rate: 120 tokens are to be kept in block 2, where there are only 100", {"keep_rate": [99, 120, 9]}),
-        ("keep_rate: 2 given, but there are 3 stages (prune_at)", {"keep_rate": [0.5, 0.5]}),
-        ("keep_rate: 3 given, but there are 1 stages (prune_at)", {"keep_rate": [0.5] * 3, "prune_at": [2]}),
+        ("keep_rate: 2 given, but 3 stages (prune_at 1,2,3) need one each", {"keep_rate": [0.5, 0.5]}),
+        ("keep_rate: 3 given, but 1 stage (prune_at 2) needs one", {"keep_rate": [0.5] * 3, "prune_at": [2]}),
         ("prune_at: no block is given", {"prune_at": ()}),
         ("prune_at: 3,1 is not strictly increasing", {"prune_at": (3, 1)}),
         ("prune_at: there is no block 4; the model has blocks 0 to 3", {"prune_at": 4}),
         ("prune_at: '1,2' is not a list of block indices", {"prune_at": "1,2"}),
         ("fuse: 1 is not true or false", {"assume": {"fuse": 1}}),
         ("score: 'best' is not one of class, pooled", {"assume": {"score": "best"}}),
-        ("merge: method evit has none; tome has one", {"merge": 8}),
-        ("prop_attn: method evit has none; tome has one", {"assume": {"prop_attn": True}}),
+        (f"merge: is for method tome, not evit, {OF_EVIT}", {"merge": 8}),
+        (f"prop_attn: is for method tome, not evit, {OF_EVIT}", {"assume": {"prop_attn": True}}),
     ],
 )
 def test_other_settings_of_evit(message, given):
@@ -63,23 +66,24 @@ def test_other_settings_of_evit(message, given):
 @pytest.mark.parametrize(
     ("message", "given"),
     [
-        ("merge: 2 numbers are given, one for each of 4 blocks is expected", {"merge": [8, 8]}),
+        ("merge: 2 numbers are given; the model has 4 blocks, one for each is needed", {"merge": [8, 8]}),
         ("prop_attn: 'no' is not true or false", {"assume": {"prop_attn": "no"}}),
-        ("keep_rate: method tome has none; evit and random have", {"keep_rate": 0.5}),
-        ("prune_at: method tome has none; evit and random have", {"prune_at": [2]}),
-        ("fuse: method tome has none; evit has one", {"assume": {"fuse": False}}),
-        ("score: method tome has none; evit has one", {"assume": {"score": "pooled"}}),
+        (f"keep_rate: is for methods OWNERS, not tome, {OF_TOME}", {"keep_rate": 0.5}),
+        (f"prune_at: is for methods OWNERS, not tome, {OF_TOME}", {"prune_at": [2]}),
+        (f"fuse: is for method evit, not tome, {OF_TOME}", {"assume": {"fuse": False}}),
+        (f"score: is for method evit, not tome, {OF_TOME}", {"assume": {"score": "pooled"}}),
     ],
 )
 def test_other_settings_of_tome(message, given, learned):
+    message = message.replace("OWNERS", "predictor, evit and random" if learned else "evit and random")
     refused(message, method="tome", learned=learned, **given)
 
 
 @pytest.mark.parametrize(
     ("message", "given"),
     [
-        ("merge: the dense model runs, so no tokens are reduced; method tome has merge", {"merge": 8}),
-        ("fuse: the dense model runs, so no tokens are reduced; method evit has fuse", {"assume": {"fuse": True}}),
+        (f"merge: {DENSE}; method tome takes it", {"merge": 8}),
+        (f"fuse: {DENSE}; method evit takes it", {"assume": {"fuse": True}}),
         ("method: 'EViT' is not one of predictor, evit, tome, random, none", {"method": "EViT"}),
     ],
 )

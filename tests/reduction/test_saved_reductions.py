@@ -77,11 +77,14 @@ def test_a_saved_file_is_loaded_as_another_method_or_by_other_settings(images, t
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "tome", "keep_rate": 0.5}, "keep_rate: method tome has none; evit and random have"),
-        ({"merge": 3}, "merge: the dense model runs, so no tokens are reduced; method tome has merge"),
-        ({"method": "evit", "merge": 3}, "merge: method evit has none; tome has one"),
-        ({"method": "tome", "merge": [1, 2]}, "merge: 2 numbers are given, one for each of 4 blocks is expected"),
-        ({"method": "evit", "keep_rate": [0.5]}, "keep_rate: 1 given, but there are 3 stages"),
+        ({"method": "tome", "keep_rate": 0.5}, "keep_rate: is for methods evit and random, not tome"),
+        ({"merge": 3}, "so it runs dense; method tome takes it"),
+        ({"method": "evit", "merge": 3}, "merge: is for method tome, not evit"),
+        (
+            {"method": "tome", "merge": [1, 2]},
+            "merge: 2 numbers are given; the model has 4 blocks, one for each is needed",
+        ),
+        ({"method": "evit", "keep_rate": [0.5]}, "keep_rate: 1 given, but 3 stages"),
         ({"method": "evit", "keep_rate": [200, 9, 9]}, "keep_rate: 200 tokens are to be kept in block 1, where there"),
         ({"method": "predictor"}, "'predictor' needs score predictors"),
     ],
@@ -101,7 +104,7 @@ def _settings(**changed):
     ("method", "change", "message"),
     [
         ("evit", _settings(keep_rate=0.6), "do not keep what its settings say"),
-        ("evit", _settings(keep_rate=[0.7, 0.7]), "keep_rate: 2 given, but there are 3 stages"),
+        ("evit", _settings(keep_rate=[0.7, 0.7]), "keep_rate: 2 given, but 3 stages"),
         ("evit", _settings(keep_rate=300), "300 tokens are to be kept"),
         ("evit", _settings(keep_rate=None), "keep_rate: None is neither"),
         ("evit", _settings(fuse=False), "do not keep what its settings say"),

@@ -11,7 +11,7 @@ from dvit_infer.config import Reduction, Stage
 from dvit_infer.evaluate.predictions import model_id
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.reduction import tome
-from dvit_infer.reduction.settings import merge_counts
+from dvit_infer.reduction.settings import Trunk, merge_counts
 
 
 def dense(**options) -> dvit.Engine:
@@ -104,3 +104,18 @@ def test_ids_of_predictions_are_as_before_models_could_merge(tmp_path):
         ids.append(model_id(engine, tmp_path / "a.pth", preprocess_for(engine.config)))
     assert ids[0] == "deit-64x4@a7b22db1"
     assert len(set(ids)) == 4
+
+
+@pytest.mark.parametrize(
+    ("trunk", "schedule"),
+    [
+        (Trunk(12, 768, 196, 1, reads_patches=False), (13,) * 11 + (0,)),
+        (Trunk(12, 768, 196, 1), 13),
+        (Trunk(12, 192, 196, 1, reads_patches=False), (13,) * 10 + (0, 0)),  # the last ones cost more than they save
+        (Trunk(24, 1024, 196, 1, reads_patches=False), (6,) * 23 + (0,)),
+        (Trunk(2, 64, 16, 1, reads_patches=False), (6, 0)),  # pays nowhere: what was asked for is done where it counts
+        (Trunk(2, 64, 2, 0), 1),
+    ],
+)
+def test_blocks_where_merging_does_not_pay_are_left_out_by_default(trunk, schedule):
+    assert tome.SETTINGS["merge"].default(trunk) == schedule

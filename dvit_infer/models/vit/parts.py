@@ -119,7 +119,7 @@ def finished_config(
     rows, columns = grid(image_size, body)
     learned_by = "predictor" if predictors else None
     reads_patches = body.pool != "token" or bool(body.stem_dim)  # LV-ViT's auxiliary logits
-    trunk = Trunk(body.depth, rows * columns, body.class_tokens, reads_patches)
+    trunk = Trunk(body.depth, body.embed_dim, rows * columns, body.class_tokens, reads_patches)
     reduction, learned = read_reductions(read, options.get("method"), trunk, learned_by, predictors)
     config = Config(
         body=body,

@@ -32,7 +32,7 @@ def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Conf
     size = options.get("image_size") or reading.metadata.get("image_size") or side
     height, width = size if isinstance(size, tuple) else (size, size)
     rows, columns = grid((height, width), body)
-    reduction, learned = read_reductions(reading, options.get("method"), Trunk(depth, rows * columns))
+    reduction, learned = read_reductions(reading, options.get("method"), Trunk(depth, dim, rows * columns))
     check_counts(reading, reduction, (height, width), options.get("image_size") is not None)
     reading.finish("mean-vit")
     return Config(
