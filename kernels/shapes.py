@@ -200,6 +200,7 @@ def attention_with_signals() -> None:
         for leaves in SIGNALS:
             for bias in (None, empty(batch, n)):
                 launch_attention_with_signal(q, k, v, 0.125, bias, leaves)
+        launch_attention_with_signal(q, k, v, 0.125, bias, "mean_keys", log_bias=True)  # of merged tokens' sizes
 
 
 def launches() -> list[Launch]:

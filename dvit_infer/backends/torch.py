@@ -177,8 +177,8 @@ class TorchRunner:
         places = places_of(node, state.positions)
         if "sin" in places:
             q, k = (rotate_patches(part, node, places["sin"], places["cos"]) for part in (q, k))
-        bias = state.sizes.log() if node.adds_sizes and state.sizes is not None else None
-        y, state.signal = self.attend(q, k, v, node, bias, places.get("pair_bias"))
+        sizes = state.sizes if node.adds_sizes else None
+        y, state.signal = self.attend(q, k, v, node, sizes, places.get("pair_bias"))
         self.linear_add(node, "proj", self.inner_norm(node, y.flatten(2)), state)
 
     def head_norm(self, node: Attention, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -328,10 +328,14 @@ class TorchRunner:
         k: torch.Tensor,
         v: torch.Tensor,
         node: Attention,
-        bias: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
         pair_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what a node's attention mixes, as `mix`, and what it leaves for the reduction behind it."""
+        """Return what a node's attention mixes, as `mix`, and what it leaves for the reduction behind it.
+
+        The bias is the logarithm of `sizes` (B, tokens).
+        """
+        bias = None if sizes is None else sizes.log()
         return self.mix(q, k, v, node.scale, bias, pair_bias), signal_of(q, k, node, bias, pair_bias)
 
     def mix(

@@ -169,12 +169,12 @@ class TritonRunner(TorchRunner):
         k: torch.Tensor,
         v: torch.Tensor,
         node: Attention,
-        bias: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
         pair_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if node.leaves in ("class_attention", "mean_keys"):
-            return attention_with_signal(q, k, v, node.scale, bias, node.leaves, pair_bias)
-        return super().attend(q, k, v, node, bias, pair_bias)
+            return attention_with_signal(q, k, v, node.scale, sizes, node.leaves, pair_bias, log_bias=True)
+        return super().attend(q, k, v, node, sizes, pair_bias)
 
     def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(node, AttentionPrune) or signal is None:
