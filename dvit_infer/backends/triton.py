@@ -3,7 +3,9 @@
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import supports
+from dvit_kernels.keep_tokens import supports as keeps
 from dvit_kernels.launch import is_programmatic
+from dvit_kernels.merge_tokens import supports as merges
 
 from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.kernel_check import check_kernels
@@ -215,15 +217,23 @@ def _sums(node: Node) -> dict[str, torch.Tensor]:
 def _by_pytorch(graph: Graph) -> list[str]:
     """Return what of a graph no kernel knows, in words for its description."""
     found: dict[str, None] = {}
+    most: dict[str, int] = {}
+    heads = 0
     for node in graph.nodes:
         if isinstance(node, Attention):
-            size = node.dim // node.num_heads
+            heads, size = node.num_heads, node.dim // node.num_heads
+            if node.leaves == "pooled_attention":
+                found["attention of a mean query"] = None
             if not supports(size):
                 found[f"attention of heads of {size} channels"] = None
             if "sin" in node.weights:
                 found["rotary positions"] = None
         elif isinstance(node, Mlp) and (node.gated or node.act not in ACTIVATIONS):
             found["gated MLPs" if node.gated else _ACTS[node.act]] = None
+        elif isinstance(node, Merge) and not merges(node.tokens - node.num_prefix, node.key_dim):
+            most.setdefault("merging", node.tokens)
+        elif isinstance(node, AttentionPrune) and not keeps(node.tokens - node.num_prefix, heads):
+            most.setdefault("choosing", node.tokens)
         elif isinstance(node, Pool):
             found["pooling"] = None
-    return list(found)
+    return [*found, *(f"{what} among {tokens} tokens" for what, tokens in most.items())]
