@@ -27,6 +27,7 @@ _VIEWS = {
     "detach",
     "empty",
     "expand",
+    "lift_fresh",
     "new_empty",
     "permute",
     "select",
@@ -35,7 +36,6 @@ _VIEWS = {
     "unbind",
     "view",
 }
-_VIEWS |= {"lift_fresh"}
 
 
 def runner_of(model, dtype=None):
