@@ -53,10 +53,10 @@ def mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor, LOG_BIAS: tl.conste
     if bias_ptr is not None:
         if LOG_BIAS:
             exponent = tl.math.log2(tl.load(bias_ptr + key, mask=key < n_keys, other=1.0))
-            bias = tl.where(key < n_keys, exponent, float("-inf"))
+            s = s * factor + tl.where(key < n_keys, exponent, float("-inf"))[None, :]
         else:
-            bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf")) * LOG2E
-        s = s * factor + bias[None, :]
+            bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf"))
+            s = s * factor + (bias * LOG2E)[None, :]
     if pair_rows is not None:
         pair = tl.load(pair_rows + key[None, :], mask=(key < n_keys)[None, :], other=float("-inf"))
         s = (s if bias_ptr is not None else s * factor) + pair * LOG2E
