@@ -17,10 +17,10 @@ from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, N
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
-from dvit_infer.ops.keep_tokens import keep_tokens
+from dvit_infer.ops.keep_tokens import keep_tokens_with_stats
 from dvit_infer.ops.layer_norm import layer_norm
 from dvit_infer.ops.linear import ACTIVATIONS, free_stats_block, linear, row_sums
-from dvit_infer.ops.merge_tokens import merge_tokens
+from dvit_infer.ops.merge_tokens import merge_tokens_with_stats
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
 from dvit_infer.reduction.evit import AttentionPrune
 from dvit_infer.reduction.tome import Merge
@@ -178,15 +178,18 @@ class TritonRunner(TorchRunner):
             return attention_with_signal(q, k, v, node.scale, sizes, node.leaves, pair_bias, log_bias=True)
         return super().attend(q, k, v, node, sizes, pair_bias)
 
-    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if not isinstance(node, AttentionPrune) or signal is None:
-            return super().select(node, x, signal)
-        return keep_tokens(x, signal, node.num_keep, node.num_prefix, node.fused is not None)
+    def select(self, node: Prune, state: State) -> torch.Tensor:
+        if not isinstance(node, AttentionPrune) or state.signal is None:
+            return super().select(node, state)
+        counts = node.num_keep, node.num_prefix, node.fused is not None
+        (state.x, index), state.stats = keep_tokens_with_stats(state.x, state.signal, *counts)
+        return index
 
-    def merge_tokens(
-        self, x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, node: Merge
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return merge_tokens(x, keys, sizes, node.merged, node.num_prefix)
+    def merge_tokens(self, node: Merge, state: State) -> torch.Tensor:
+        assert state.signal is not None
+        moved, state.stats = merge_tokens_with_stats(state.x, state.signal, state.sizes, node.merged, node.num_prefix)
+        state.x, state.sizes, rows = moved
+        return rows
 
     def mix(
         self,

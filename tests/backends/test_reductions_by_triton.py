@@ -91,6 +91,19 @@ def test_a_block_with_evits_step_takes_six_launches(fuse):
         assert nodes[f"blocks.{block}.mlp"] == ["_linear_kernel"] * 2
 
 
+@pytest.mark.parametrize(("method", "most"), [("tome", 7), ("evit", 6)])
+def test_many_rows_take_no_more(method, most):
+    """The launch that merges or keeps leaves their statistics, which else would be a launch from 1024 rows on."""
+    model = tiny("deit", method, (56, 56), {"merge": 4} if method == "tome" else {}, depth=4, embed_dim=128)
+    nodes = launched(model, images=32)
+    reduce = "merge" if method == "tome" else "prune"
+    first = nodes["blocks.0.attn"]
+    assert first == ["_row_stats_kernel", "_linear_kernel", "_attention_online_kernel", "_linear_kernel"]
+    launches = [*nodes["blocks.1.attn"], *nodes[f"{reduce}.1"], *nodes["blocks.1.mlp"]]
+    assert len(launches) == most
+    assert nodes["blocks.0.mlp"] == ["_linear_kernel"] * 2
+
+
 def test_where_tokens_came_from_is_followed_only_for_those_who_ask(monkeypatch):
     """It costs launches of PyTorch's."""
     seen = []
@@ -104,13 +117,13 @@ def test_where_tokens_came_from_is_followed_only_for_those_who_ask(monkeypatch):
 
 def test_the_first_merge_has_no_sizes_to_read(monkeypatch):
     """And later ones hand them on from launch to launch."""
-    seen, op = [], triton.merge_tokens
+    seen, op = [], triton.merge_tokens_with_stats
 
     def watched(x, keys, sizes, *counts):
         seen.append(sizes)
         return op(x, keys, sizes, *counts)
 
-    monkeypatch.setattr(triton, "merge_tokens", watched)
+    monkeypatch.setattr(triton, "merge_tokens_with_stats", watched)
     model = tiny("deit", "tome", SMALL, {"merge": 1}, depth=3)
     with using(PYTORCH):
         runner_of(model).run(model.images(2), return_choices=False)
@@ -129,20 +142,23 @@ def ops_called(monkeypatch):
 
         return call
 
-    for name in ("attention_with_signal", "keep_tokens", "merge_tokens"):
+    for name in ("attention_with_signal", "keep_tokens_with_stats", "merge_tokens_with_stats"):
         monkeypatch.setattr(triton, name, counted(name, getattr(triton, name)))
     return calls
 
 
 # Kind, method, settings, and the ops that are called for one image whose features or tokens are read as well.
-MERGES, KEEPS = {"attention_with_signal", "merge_tokens"}, {"attention_with_signal", "keep_tokens"}
+MERGES, KEEPS = (
+    {"attention_with_signal", "merge_tokens_with_stats"},
+    {"attention_with_signal", "keep_tokens_with_stats"},
+)
 CASES = [
     ("deit", "tome", {"merge": 1}, MERGES),
     ("deit", "evit", {}, KEEPS),
     ("deit", "evit", {"fuse": False}, KEEPS),
-    ("deit", "evit", POOLED, {"keep_tokens"}),
+    ("deit", "evit", POOLED, {"keep_tokens_with_stats"}),
     ("headless-mean", "tome", {"merge": 1}, MERGES),
-    ("headless-mean", "evit", POOLED, {"keep_tokens"}),
+    ("headless-mean", "evit", POOLED, {"keep_tokens_with_stats"}),
 ]
 AROUND = [case if case[0] == "headless-mean" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]
 
@@ -165,6 +181,20 @@ def test_so_do_all_kernels(kind, method, settings, called, monkeypatch):
     with using(TRITON):
         agrees(runner_of(model), model, batches=(2,))
     assert set(calls) == called
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("method", ["evit", "tome"])
+def test_statistics_go_from_launch_to_launch(method, dtype):
+    """Of a width that both kernels leave them of."""
+    model = tiny("deit", method, (24, 40), depth=3, embed_dim=128)
+    engine = model.engine(dtype)
+    with using(TRITON):
+        engine.runner = TritonRunner(engine.graph)
+        report = dvit.verify(engine, model.state, num_images=2)
+    assert report.passed, report
+    assert report.first_difference is None, report
 
 
 @pytest.mark.parametrize("method", ["evit", "tome"])
