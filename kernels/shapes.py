@@ -47,6 +47,10 @@ def merge_tokens() -> None:
         )
         for sizes in (None, torch.empty(batch, tokens, device="meta")):
             launch_merge_tokens(x, keys, sizes, merge, 1)
+            if (batch, tokens, dtype) == (256, 197, bf16):
+                launch_merge_tokens(
+                    x, keys, sizes, merge, 1, torch.empty(batch * (tokens - merge), 1, 2, device="meta")
+                )
     x = torch.empty(256, 196, 768, dtype=bf16, device="meta")
     launch_merge_tokens(x, torch.empty(256, 196, 64, device="meta"), None, 16, 0)
 
@@ -63,7 +67,11 @@ def keep_tokens() -> None:
     ]
     for batch, tokens, c, num_keep, dtype in (*first, *others):
         x = torch.empty(batch, tokens, c, dtype=dtype, device="meta")
-        launch_keep_tokens(x, torch.empty(batch, c // 64, tokens, device="meta"), num_keep, 1, True)
+        attention = torch.empty(batch, c // 64, tokens, device="meta")
+        launch_keep_tokens(x, attention, num_keep, 1, True)
+        if (batch, tokens, dtype) == (256, 197, bf16):
+            stats = torch.empty(batch * (num_keep + 2), c // 128, 2, device="meta")
+            launch_keep_tokens(x, attention, num_keep, 1, True, stats)
     launch_keep_tokens(x, torch.empty(256, 12, 197, device="meta"), 138, 1, False)
 
 
@@ -200,6 +208,7 @@ def attention_with_signals() -> None:
         for leaves in SIGNALS:
             for bias in (None, empty(batch, n)):
                 launch_attention_with_signal(q, k, v, 0.125, bias, leaves)
+        launch_attention_with_signal(q, k, v, 0.125, bias, "mean_keys", log_bias=True)  # of merged tokens' sizes
 
 
 def launches() -> list[Launch]:

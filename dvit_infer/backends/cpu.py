@@ -210,16 +210,19 @@ class CpuRunner(TorchRunner):
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         return super().prepare(images).to(self._linear.dtype)
 
-    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, node: Prune, state: State) -> torch.Tensor:
         if not isinstance(node, PredictorPrune):
-            return super().select(node, x, signal)
+            return super().select(node, state)
+        x = state.x
         if self._native:
             from dvit_infer.ops.native import prune_tokens  # here: not needed otherwise
 
-            return prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
+            state.x, index = prune_tokens(x, node.packed, node.num_keep, node.num_prefix, node.eps)
+            return index
         score = op.score_tokens_ref(x[:, node.num_prefix :], node.packed, node.eps, self._score_product)
         index = op.select_tokens_ref(score, node.num_keep)
-        return op.gather_tokens_ref(x, index, node.num_prefix), index
+        state.x = op.gather_tokens_ref(x, index, node.num_prefix)
+        return index
 
     def linear(
         self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"

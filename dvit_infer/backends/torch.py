@@ -177,8 +177,8 @@ class TorchRunner:
         places = places_of(node, state.positions)
         if "sin" in places:
             q, k = (rotate_patches(part, node, places["sin"], places["cos"]) for part in (q, k))
-        bias = state.sizes.log() if node.adds_sizes and state.sizes is not None else None
-        y, state.signal = self.attend(q, k, v, node, bias, places.get("pair_bias"))
+        sizes = state.sizes if node.adds_sizes else None
+        y, state.signal = self.attend(q, k, v, node, sizes, places.get("pair_bias"))
         self.linear_add(node, "proj", self.inner_norm(node, y.flatten(2)), state)
 
     def head_norm(self, node: Attention, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -207,20 +207,19 @@ class TorchRunner:
         elif node.rows is not None:
             index = node.choose(state.signal)
         else:
-            state.x, index = self.select(node, state.x, state.signal)
+            index = self.select(node, state)
         state.decide(node, index)
 
     def merge(self, node: Merge, state: State) -> None:
-        keys = state.signal
-        assert keys is not None
         if state.given is not None:
             rows = node.choice_of(state, state.given[len(state.choices)])
             if node.rows is None:
                 state.x, state.sizes = average_rows_ref(state.x, state.sizes, rows, node.left)
         elif node.rows is not None:
-            rows = match_tokens_ref(keys, node.merged, node.num_prefix)
+            assert state.signal is not None
+            rows = match_tokens_ref(state.signal, node.merged, node.num_prefix)
         else:
-            state.x, state.sizes, rows = self.merge_tokens(state.x, keys, state.sizes, node)
+            rows = self.merge_tokens(node, state)
         state.decide(node, rows)
 
     def head(self, node: Head, state: State) -> None:
@@ -328,10 +327,14 @@ class TorchRunner:
         k: torch.Tensor,
         v: torch.Tensor,
         node: Attention,
-        bias: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
         pair_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what a node's attention mixes, as `mix`, and what it leaves for the reduction behind it."""
+        """Return what a node's attention mixes, as `mix`, and what it leaves for the reduction behind it.
+
+        The bias is the logarithm of `sizes` (B, tokens).
+        """
+        bias = None if sizes is None else sizes.log()
         return self.mix(q, k, v, node.scale, bias, pair_bias), signal_of(q, k, node, bias, pair_bias)
 
     def mix(
@@ -352,12 +355,13 @@ class TorchRunner:
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
-    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, P+N, C) -> the kept tokens, and their (B, k) positions among the N."""
-        return node.prune(x, signal)
+    def select(self, node: Prune, state: State) -> torch.Tensor:
+        """Set state.x to the tokens that remain, and return their (B, k) positions; may leave statistics of rows."""
+        state.x, index = node.prune(state.x, state.signal)
+        return index
 
-    def merge_tokens(
-        self, x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, node: Merge
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, P+N, C) -> the tokens that remain, their sizes, and the row of every token among them."""
-        return merge_tokens_ref(x, keys, sizes, node.merged, node.num_prefix)
+    def merge_tokens(self, node: Merge, state: State) -> torch.Tensor:
+        """Set state.x and sizes to the tokens that remain, and return every token's row; may leave statistics."""
+        assert state.signal is not None
+        state.x, state.sizes, rows = merge_tokens_ref(state.x, state.signal, state.sizes, node.merged, node.num_prefix)
+        return rows

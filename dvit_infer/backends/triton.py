@@ -3,7 +3,9 @@
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.attention import supports
+from dvit_kernels.keep_tokens import supports as keeps
 from dvit_kernels.launch import is_programmatic
+from dvit_kernels.merge_tokens import supports as merges
 
 from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.kernel_check import check_kernels
@@ -15,10 +17,10 @@ from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, N
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
-from dvit_infer.ops.keep_tokens import keep_tokens
+from dvit_infer.ops.keep_tokens import keep_tokens_with_stats
 from dvit_infer.ops.layer_norm import layer_norm
 from dvit_infer.ops.linear import ACTIVATIONS, free_stats_block, linear, row_sums
-from dvit_infer.ops.merge_tokens import merge_tokens
+from dvit_infer.ops.merge_tokens import merge_tokens_with_stats
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
 from dvit_infer.reduction.evit import AttentionPrune
 from dvit_infer.reduction.tome import Merge
@@ -169,22 +171,25 @@ class TritonRunner(TorchRunner):
         k: torch.Tensor,
         v: torch.Tensor,
         node: Attention,
-        bias: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
         pair_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if node.leaves in ("class_attention", "mean_keys"):
-            return attention_with_signal(q, k, v, node.scale, bias, node.leaves, pair_bias)
-        return super().attend(q, k, v, node, bias, pair_bias)
+            return attention_with_signal(q, k, v, node.scale, sizes, node.leaves, pair_bias, log_bias=True)
+        return super().attend(q, k, v, node, sizes, pair_bias)
 
-    def select(self, node: Prune, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if not isinstance(node, AttentionPrune) or signal is None:
-            return super().select(node, x, signal)
-        return keep_tokens(x, signal, node.num_keep, node.num_prefix, node.fused is not None)
+    def select(self, node: Prune, state: State) -> torch.Tensor:
+        if not isinstance(node, AttentionPrune) or state.signal is None:
+            return super().select(node, state)
+        counts = node.num_keep, node.num_prefix, node.fused is not None
+        (state.x, index), state.stats = keep_tokens_with_stats(state.x, state.signal, *counts)
+        return index
 
-    def merge_tokens(
-        self, x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, node: Merge
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return merge_tokens(x, keys, sizes, node.merged, node.num_prefix)
+    def merge_tokens(self, node: Merge, state: State) -> torch.Tensor:
+        assert state.signal is not None
+        moved, state.stats = merge_tokens_with_stats(state.x, state.signal, state.sizes, node.merged, node.num_prefix)
+        state.x, state.sizes, rows = moved
+        return rows
 
     def mix(
         self,
@@ -215,15 +220,23 @@ def _sums(node: Node) -> dict[str, torch.Tensor]:
 def _by_pytorch(graph: Graph) -> list[str]:
     """Return what of a graph no kernel knows, in words for its description."""
     found: dict[str, None] = {}
+    most: dict[str, int] = {}
+    heads = 0
     for node in graph.nodes:
         if isinstance(node, Attention):
-            size = node.dim // node.num_heads
+            heads, size = node.num_heads, node.dim // node.num_heads
+            if node.leaves == "pooled_attention":
+                found["attention of a mean query"] = None
             if not supports(size):
                 found[f"attention of heads of {size} channels"] = None
             if "sin" in node.weights:
                 found["rotary positions"] = None
         elif isinstance(node, Mlp) and (node.gated or node.act not in ACTIVATIONS):
             found["gated MLPs" if node.gated else _ACTS[node.act]] = None
+        elif isinstance(node, Merge) and not merges(node.tokens - node.num_prefix, node.key_dim):
+            most.setdefault("merging", node.tokens)
+        elif isinstance(node, AttentionPrune) and not keeps(node.tokens - node.num_prefix, heads):
+            most.setdefault("choosing", node.tokens)
         elif isinstance(node, Pool):
             found["pooling"] = None
-    return list(found)
+    return [*found, *(f"{what} among {tokens} tokens" for what, tokens in most.items())]

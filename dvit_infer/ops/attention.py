@@ -64,14 +64,16 @@ def attention_with_signal(
     bias: torch.Tensor | None,
     leaves: str,
     pair_bias: torch.Tensor | None = None,
+    log_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the result of `attention` for a dense batch, and a signal that token reduction reads; in one launch.
 
     Args:
-        q, k, v, scale, bias, pair_bias: as for `attention`, with at least one query. `bias` may hold the logarithms of
-            the tokens' sizes (Bolya et al. 2023, proportional attention).
+        q, k, v, scale, bias, pair_bias: as for `attention`, with at least one query.
         leaves: "class_attention" for the weights of query row 0, the class token's; "mean_keys" for the mean of k over
             heads.
+        log_bias: whether `bias` holds numbers above 0 whose logarithms are the bias, such as the tokens' sizes (Bolya
+            et al. 2023, proportional attention).
 
     Returns:
         A contiguous tensor of q's shape and dtype; the signal in float32, (B, H, N) for the class token's weights, 0 if
@@ -83,7 +85,7 @@ def attention_with_signal(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     result: tuple[torch.Tensor, torch.Tensor] = torch.ops.dvit.attention_with_signal.default(
-        q, k, v, scale, bias, leaves, pair_bias
+        q, k, v, scale, bias, leaves, pair_bias, log_bias
     )
     return result
 

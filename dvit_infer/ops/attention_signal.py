@@ -25,8 +25,10 @@ def attention_with_signal_ref(
     bias: torch.Tensor | None,
     leaves: str,
     pair_bias: torch.Tensor | None = None,
+    log_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the op in plain PyTorch; arguments as `attention_with_signal`."""
+    bias = bias.log() if log_bias and bias is not None else bias
     out = attention_ref(q, k, v, scale, bias, pair_bias=pair_bias)
     signal = mean_keys_ref(k) if leaves == "mean_keys" else class_attention_ref(q, k, scale, bias, pair_bias)
     return out, signal
@@ -87,9 +89,10 @@ def _run(
     bias: torch.Tensor | None,
     leaves: str,
     pair_bias: torch.Tensor | None = None,
+    log_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(q, k, v, scale, bias, leaves, pair_bias)
-    call = (q, k, v, scale, bias, leaves, pair_bias)
+    call = (q, k, v, scale, bias, leaves, pair_bias, log_bias)
     heads, head_dim = q.shape[2:]
     choice = choose(q.device, q.dtype, len(q) * heads, q.shape[1], k.shape[1], head_dim)
     if choice.by == "pytorch":
@@ -102,7 +105,7 @@ def _run(
 
     def fault(result: tuple[torch.Tensor, torch.Tensor]) -> str | None:
         few_q, few_k, few_v, few_bias, few_pairs, some = few_images(q, k, v, bias, pair_bias)
-        few = (few_q, few_k, few_v, scale, few_bias, leaves, few_pairs)
+        few = (few_q, few_k, few_v, scale, few_bias, leaves, few_pairs, log_bias)
         plain, exact = attention_with_signal_ref(*few), attention_with_signal_ref(*map(widened, few))
         faults = (check_close(result[i][some], plain[i], exact[i]) for i in range(2))
         return next((text for text in faults if text), None)
@@ -120,6 +123,7 @@ def _fake(
     bias: torch.Tensor | None,
     leaves: str,
     pair_bias: torch.Tensor | None = None,
+    log_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(q, k, v, scale, bias, leaves, pair_bias)
     b, n, heads, head_dim = k.shape

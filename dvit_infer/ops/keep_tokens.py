@@ -11,6 +11,7 @@ import torch
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
 from dvit_infer.ops.fallback import by_kernel, check_close, some_of
+from dvit_infer.ops.layer_norm import stats_fault
 from dvit_infer.ops.prune_tokens import gather_tokens_ref, select_tokens_ref
 from dvit_infer.ops.registration import register
 
@@ -100,23 +101,45 @@ def backend_of(device: torch.device, n: int, heads: int) -> str:
 def _run(
     x: torch.Tensor, attention: torch.Tensor, num_keep: int, num_prefix: int = 1, fuse: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    return _with_stats(x, attention, num_keep, num_prefix, fuse, stats=False)[0]
+
+
+def keep_tokens_with_stats(
+    x: torch.Tensor, attention: torch.Tensor, num_keep: int, num_prefix: int = 1, fuse: bool = True
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+    """Return the result of `keep_tokens`, and statistics of the rows that stay for a linear that normalises them.
+
+    None: they would take a launch of their own. Arguments are as for `keep_tokens`. It is no op of PyTorch's.
+    """
+    return _with_stats(x, attention, num_keep, num_prefix, fuse, stats=True)
+
+
+def _with_stats(
+    x: torch.Tensor, attention: torch.Tensor, num_keep: int, num_prefix: int, fuse: bool, stats: bool
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
     _check(x, attention, num_keep, num_prefix, fuse)
+
+    def plain() -> tuple[tuple[torch.Tensor, torch.Tensor], None]:
+        return keep_tokens_ref(x, attention, num_keep, num_prefix, fuse), None
+
     if backend_of(x.device, x.shape[1] - num_prefix, attention.shape[1]) == "PyTorch":
-        return keep_tokens_ref(x, attention, num_keep, num_prefix, fuse)
+        return plain()
 
-    def kernel() -> tuple[torch.Tensor, torch.Tensor]:
-        from dvit_kernels.keep_tokens import launch_keep_tokens  # here: Triton takes a while to import
+    def kernel() -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        from dvit_kernels.keep_tokens import BLOCK_C, launch_keep_tokens  # here: Triton takes a while to import
 
-        return launch_keep_tokens(x, attention, num_keep, num_prefix, fuse)
+        rows, c = x.shape[0] * (num_prefix + num_keep + fuse), x.shape[2]
+        leaves = stats and c % BLOCK_C == 0
+        left = x.new_empty(rows, c // BLOCK_C, 2, dtype=torch.float32) if leaves else None
+        return launch_keep_tokens(x, attention, num_keep, num_prefix, fuse, left), left
 
-    return by_kernel(
-        "keep_tokens",
-        x.device,
-        kernel,
-        lambda: keep_tokens_ref(x, attention, num_keep, num_prefix, fuse),
-        lambda result: _fault(x, attention, num_prefix, fuse, *result),
-        (x, attention, num_keep, num_prefix, fuse),
-    )
+    def fault(result: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor | None]) -> str | None:
+        moved, left = result
+        return (
+            _fault(x, attention, num_prefix, fuse, *moved) or (left is not None and stats_fault(moved[0], left)) or None
+        )
+
+    return by_kernel("keep_tokens", x.device, kernel, plain, fault, (x, attention, num_keep, num_prefix, fuse, stats))
 
 
 def _fault(

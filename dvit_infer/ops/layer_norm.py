@@ -58,6 +58,21 @@ def row_stats_ref(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([mean, squares], dim=2)
 
 
+def block_stats(y: torch.Tensor, block: int) -> torch.Tensor:
+    """Return mean and sum of squared deviations (rows, C / block, 2) of every part of y's rows (..., C)."""
+    parts = y.reshape(-1, y.shape[-1] // block, block)
+    parts = parts if y.dtype == torch.float64 else parts.float()
+    mean = parts.mean(dim=2)
+    return torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
+
+
+def stats_fault(y: torch.Tensor, stats: torch.Tensor) -> str | None:
+    """Check statistics that a kernel left of its result's rows (B, n, C), in a few images."""
+    some, block = some_of(y), y.shape[-1] // stats.shape[1]
+    found = stats.view(*y.shape[:-1], *stats.shape[1:])[some].reshape(-1, *stats.shape[1:])
+    return check_close(found, block_stats(y[some], block), block_stats(y[some].double(), block))
+
+
 def _check_x(name: str, x: torch.Tensor) -> None:
     if x.ndim < 1 or x.dtype not in DTYPES or x.shape[-1] < 1:
         found = f"{x.dtype} of shape {tuple(x.shape)}"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, Choice, choices_for, runs_triton
 from dvit_infer.ops.fallback import by_kernel, check_close, some_of, widened
-from dvit_infer.ops.layer_norm import layer_norm, row_stats
+from dvit_infer.ops.layer_norm import block_stats, layer_norm, row_stats, stats_fault
 from dvit_infer.ops.registration import register
 
 OP = "dvit::linear"
@@ -77,14 +77,7 @@ def linear_ref(
     if residual is not None:
         y = y + residual
     y = y.to(out_dtype or x.dtype).contiguous()
-    return y, _block_stats(y, stats_block) if stats_block else y.new_empty(0, dtype=torch.float32)
-
-
-def _block_stats(y: torch.Tensor, stats_block: int) -> torch.Tensor:
-    parts = y.reshape(-1, y.shape[-1] // stats_block, stats_block)
-    parts = parts if y.dtype == torch.float64 else parts.float()
-    mean = parts.mean(dim=2)
-    return torch.stack([mean, (parts - mean[..., None]).square().sum(dim=2)], dim=2)
+    return y, block_stats(y, stats_block) if stats_block else y.new_empty(0, dtype=torch.float32)
 
 
 class _Call(NamedTuple):
@@ -196,7 +189,7 @@ def _by_kernel(call: _Call, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]
     if call.stats_block in stats_blocks(call.x.dtype):
         return launch_linear(*call)
     y, _ = launch_linear(*call._replace(stats_block=0), tile=tile)
-    return y, _block_stats(y, call.stats_block)
+    return y, block_stats(y, call.stats_block)
 
 
 def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
@@ -209,9 +202,7 @@ def _fault(call: _Call, y: torch.Tensor, y_stats: torch.Tensor) -> str | None:
         return fault
     if not call.stats_block:
         return None
-    rows = y[some]
-    left = y_stats.view(*y.shape[:-1], *y_stats.shape[1:])[some].reshape(-1, *y_stats.shape[1:])
-    return check_close(left, _block_stats(rows, call.stats_block), _block_stats(rows.double(), call.stats_block))
+    return stats_fault(y, y_stats)
 
 
 def _fake(*arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:

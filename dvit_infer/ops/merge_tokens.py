@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dvit_infer.ops.choices import DTYPES, runs_triton
 from dvit_infer.ops.fallback import by_kernel, check_close, some_of
+from dvit_infer.ops.layer_norm import stats_fault
 from dvit_infer.ops.registration import register
 
 OP = "dvit::merge_tokens"
@@ -168,23 +169,43 @@ def backend_of(device: torch.device, n: int, key_dim: int) -> str:
 def _run(
     x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, merge: int, num_prefix: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _with_stats(x, keys, sizes, merge, num_prefix, stats=False)[0]
+
+
+def merge_tokens_with_stats(
+    x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, merge: int, num_prefix: int = 1
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:
+    """Return the result of `merge_tokens`, and statistics of the merged rows for a linear that normalises them.
+
+    None: they would take a launch of their own. Arguments are as for `merge_tokens`. It is no op of PyTorch's.
+    """
+    return _with_stats(x, keys, sizes, merge, num_prefix, stats=True)
+
+
+def _with_stats(
+    x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, merge: int, num_prefix: int, stats: bool
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:
     _check(x, keys, sizes, merge, num_prefix)
+
+    def plain() -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+        return merge_tokens_ref(x, keys, sizes, merge, num_prefix), None
+
     if backend_of(x.device, x.shape[1] - num_prefix, keys.shape[2]) == "PyTorch":
-        return merge_tokens_ref(x, keys, sizes, merge, num_prefix)
+        return plain()
 
-    def kernel() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        from dvit_kernels.merge_tokens import launch_merge_tokens  # here: Triton takes a while to import
+    def kernel() -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]:
+        from dvit_kernels.merge_tokens import MAX_BLOCK, launch_merge_tokens  # here: Triton takes a while to import
 
-        return launch_merge_tokens(x, keys, sizes, merge, num_prefix)
+        b, tokens, c = x.shape
+        leaves = stats and c <= MAX_BLOCK
+        left = x.new_empty(b * (tokens - merge), 1, 2, dtype=torch.float32) if leaves else None
+        return launch_merge_tokens(x, keys, sizes, merge, num_prefix, left), left
 
-    return by_kernel(
-        "merge_tokens",
-        x.device,
-        kernel,
-        lambda: merge_tokens_ref(x, keys, sizes, merge, num_prefix),
-        lambda result: _fault(x, keys, sizes, num_prefix, *result),
-        (x, keys, sizes, merge, num_prefix),
-    )
+    def fault(result: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]) -> str | None:
+        moved, left = result
+        return _fault(x, keys, sizes, num_prefix, *moved) or (left is not None and stats_fault(moved[0], left)) or None
+
+    return by_kernel("merge_tokens", x.device, kernel, plain, fault, (x, keys, sizes, merge, num_prefix, stats))
 
 
 def _fault(

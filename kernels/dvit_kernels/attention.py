@@ -126,6 +126,7 @@ def _attention_kernel(
     CHUNK_C: tl.constexpr,
     LEAVES: tl.constexpr,
     HEADS: tl.constexpr,  # for mean keys, else None
+    LOG_BIAS: tl.constexpr,  # bias_ptr holds numbers whose logarithms are the bias
     PDL: tl.constexpr,
 ):
     """Hold all keys of a head in up to three chunks, and loop over tiles of its queries."""
@@ -178,15 +179,15 @@ def _attention_kernel(
         q = load_rows(q_ptr, row, n_queries, stride_qn * UNIT, dim, HEAD)
         pair_rows = pair_rows_of(pair_ptr, row, n_queries, stride_pm)
         s_a = tl.dot(q, tl.trans(k_a), input_precision="ieee")
-        s_a = mask_scores(s_a, bias_ptr, pair_rows, key_a, n_keys, factor)
+        s_a = mask_scores(s_a, bias_ptr, pair_rows, key_a, n_keys, factor, LOG_BIAS)
         top = tl.max(s_a, axis=1)
         if CHUNK_B:
             s_b = tl.dot(q, tl.trans(k_b), input_precision="ieee")
-            s_b = mask_scores(s_b, bias_ptr, pair_rows, key_b, n_keys, factor)
+            s_b = mask_scores(s_b, bias_ptr, pair_rows, key_b, n_keys, factor, LOG_BIAS)
             top = tl.maximum(top, tl.max(s_b, axis=1))
         if CHUNK_C:
             s_c = tl.dot(q, tl.trans(k_c), input_precision="ieee")
-            s_c = mask_scores(s_c, bias_ptr, pair_rows, key_c, n_keys, factor)
+            s_c = mask_scores(s_c, bias_ptr, pair_rows, key_c, n_keys, factor, LOG_BIAS)
             top = tl.maximum(top, tl.max(s_c, axis=1))
         shift = shift_of(top, biased, factor)[:, None]
 
@@ -219,6 +220,7 @@ def _attention_kernel(
                     HEAD,
                     BLOCK_D,
                     64,
+                    LOG_BIAS,
                 )
 
 
@@ -267,12 +269,13 @@ def launch_attention(
     tile: AttentionTile | None = None,
     leaves: str | None = None,
     signal: torch.Tensor | None = None,
+    log_bias: bool = False,
 ) -> torch.Tensor:
     """Run `dvit::attention` as one Triton launch on q's device and current stream, without synchronising.
 
     Arguments and result are as for `dvit_infer.ops.attention.attention`; heads have 16 to 128 channels, in steps of 4;
     `tile` fixes the block sizes. For `launch_attention_with_signal`, `signal` is what the launch writes beside the
-    result, as named by `leaves`.
+    result, as named by `leaves`; with `log_bias`, the bias is the logarithm of `bias`.
 
     Raises:
         ValueError: the head size is not supported, or a ragged batch has a pair bias.
@@ -312,6 +315,7 @@ def launch_attention(
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "LEAVES": leaves,
         "HEADS": heads if leaves == MEAN_KEYS else None,
+        "LOG_BIAS": True if log_bias and bias is not None else None,
     }
     warps_and_stages = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if full_rate and tile.holds(keys):
@@ -340,6 +344,7 @@ def launch_attention_with_signal(
     bias: torch.Tensor | None,
     leaves: str,
     pair_bias: torch.Tensor | None = None,
+    log_bias: bool = False,
     tile: AttentionTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `dvit::attention_with_signal` as the launch of `launch_attention`, for dense batches with queries.
@@ -352,5 +357,5 @@ def launch_attention_with_signal(
     (b, n, heads, head_dim) = k.shape
     shape = (b, heads, n) if leaves == CLASS_ATTENTION else (b, n, head_dim)
     signal = q.new_empty(shape, dtype=torch.float32)
-    out = launch_attention(q, k, v, scale, bias, None, 0, pair_bias, tile, leaves, signal)
+    out = launch_attention(q, k, v, scale, bias, None, 0, pair_bias, tile, leaves, signal, log_bias)
     return out, signal

@@ -86,6 +86,7 @@ def _attention_online_kernel(
     SLICE: tl.constexpr,  # in float32, channels of a head per step; 0: all
     LEAVES: tl.constexpr,
     HEADS: tl.constexpr,
+    LOG_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Process one tile of queries in a loop over blocks of keys."""
@@ -134,14 +135,14 @@ def _attention_online_kernel(
         key = start + tl.arange(0, BLOCK_N)
         s = _scores(q, q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, dim, HEAD, SLICE)
         if biased:
-            s = mask_scores(s, bias_ptr, pair_rows, key, whole, factor)
+            s = mask_scores(s, bias_ptr, pair_rows, key, whole, factor, LOG_BIAS)
         v = load_rows(v_ptr, key, whole, stride_vn, dim, HEAD)
         acc, total, top = _add(s, v, acc, total, top, biased, factor)
     if REST:
         key = whole + tl.arange(0, REST)
         s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
         v = load_rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
-        s = mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor)
+        s = mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor, LOG_BIAS)
         acc, total, top = _add(s, v, acc, total, top, biased, factor)
     store_rows(out_ptr, acc, total, row, n_queries, stride_on * UNIT, dim, biased, HEAD)
     if LEAVES == "class_attention":
@@ -161,4 +162,5 @@ def _attention_online_kernel(
                 HEAD,
                 BLOCK_D,
                 32,
+                LOG_BIAS,
             )

@@ -45,11 +45,18 @@ def load_rows(x_ptr, row, n_rows, stride, dim, HEAD: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor):
-    """Set scores past the last key to minus infinity; with a bias, scale and add it: the result is exponents."""
+def mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor, LOG_BIAS: tl.constexpr):
+    """Set scores past the last key to minus infinity; with a bias, scale and add it: the result is exponents.
+
+    With LOG_BIAS the bias is the logarithm of what is loaded.
+    """
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf"))
-        s = s * factor + (bias * LOG2E)[None, :]
+        if LOG_BIAS:
+            exponent = tl.math.log2(tl.load(bias_ptr + key, mask=key < n_keys, other=1.0))
+            s = s * factor + tl.where(key < n_keys, exponent, float("-inf"))[None, :]
+        else:
+            bias = tl.load(bias_ptr + key, mask=key < n_keys, other=float("-inf"))
+            s = s * factor + (bias * LOG2E)[None, :]
     if pair_rows is not None:
         pair = tl.load(pair_rows + key[None, :], mask=(key < n_keys)[None, :], other=float("-inf"))
         s = (s if bias_ptr is not None else s * factor) + pair * LOG2E

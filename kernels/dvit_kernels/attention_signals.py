@@ -25,6 +25,7 @@ def store_class_weights(
     HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LOG_BIAS: tl.constexpr,
 ):
     """Store the weights of query row 0, which only the program of a head's first tile does.
 
@@ -43,7 +44,7 @@ def store_class_weights(
         key = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, key, n_keys, stride_kn, dim, HEAD).to(tl.float32)
         s = tl.sum(k * q[None, :], axis=1)[None, :]
-        p = weigh(mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor), shift, biased, factor)
+        p = weigh(mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor, LOG_BIAS), shift, biased, factor)
         tl.store(signal_ptr + key[None, :], p * (1.0 / total), mask=(key < n_keys)[None, :])
 
 

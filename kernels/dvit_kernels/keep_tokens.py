@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import Launch, run, wait_for_inputs
+from dvit_kernels.layer_norm import store_stats
 from dvit_kernels.select_tokens import (
     RANK_TOKENS,
     copy_kept_rows,
@@ -23,13 +24,13 @@ from dvit_kernels.select_tokens import (
 )
 
 MAX_TOKENS, MAX_HEADS = 1024, 64
+BLOCK_C = 128  # channels that are copied together
 MANY_IMAGES = 64  # from here, fewer programs per image, so that the choice is repeated less often
 
 
 @triton.jit
 def _sum_dropped_rows(
     x_ptr,  # first patch row of the image
-    fused_ptr,  # out (C,)
     score,
     keep,
     position,
@@ -40,7 +41,7 @@ def _sum_dropped_rows(
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Store the sum of the dropped rows weighted by score, in some channels."""
+    """Return the sum of the dropped rows weighted by score, in some channels, in float32."""
     gone = (position < n_tokens) & ~keep
     slot = tl.where(gone, tl.cumsum(gone.to(tl.int32), 0) - 1, -1)
     acc = tl.zeros((BLOCK_ROWS, col.shape[0]), tl.float32)
@@ -55,7 +56,7 @@ def _sum_dropped_rows(
         value = tl.load(x_ptr + taken[:, None] * stride_xn + col[None, :], mask=inside, other=0.0)
         acc += value.to(tl.float32) * weight[:, None]
         start += BLOCK_ROWS
-    tl.store(fused_ptr + col, tl.sum(acc, axis=0).to(fused_ptr.dtype.element_ty), mask=col < DIM)
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "num_keep", "num_prefix", "num_groups", "programs"])
@@ -64,6 +65,7 @@ def _keep_tokens_kernel(
     attention_ptr,  # (B, HEADS, P+N) float32
     kept_ptr,  # out (B, P+K, C), or (B, P+K+1, C) with a fused row
     index_ptr,  # out (B, K) int64
+    stats_ptr,  # out (rows of kept, C / BLOCK_C, 2) float32, or None
     stride_xb,
     stride_xn,
     n_tokens,
@@ -114,12 +116,22 @@ def _keep_tokens_kernel(
             DIM,
             BLOCK_ROWS,
             BLOCK_C,
+            stats_ptr,
         )
     elif FUSE:
         col = (part - num_groups) * BLOCK_FUSE + tl.arange(0, BLOCK_FUSE)
         x_ptr += num_prefix * stride_xn
         fused_ptr = kept_ptr + (first_row + rows) * DIM
-        _sum_dropped_rows(x_ptr, fused_ptr, score, keep, position, col, stride_xn, n_tokens, num_keep, DIM, BLOCK_ROWS)
+        fused = _sum_dropped_rows(x_ptr, score, keep, position, col, stride_xn, n_tokens, num_keep, DIM, BLOCK_ROWS)
+        fused = fused.to(kept_ptr.dtype.element_ty)
+        tl.store(fused_ptr + col, fused, mask=col < DIM)
+        if stats_ptr is not None:
+            parts: tl.constexpr = BLOCK_FUSE // BLOCK_C
+            block = (part - num_groups) * parts + tl.arange(0, parts)
+            live = block < DIM // BLOCK_C
+            inside = live[:, None] & (tl.arange(0, BLOCK_C) < BLOCK_C)[None, :]
+            at = (first_row + rows) * (DIM // BLOCK_C) + block
+            store_stats(stats_ptr, at, tl.reshape(fused, (parts, BLOCK_C)), inside, live, BLOCK_C)
 
 
 def supports(n: int, heads: int) -> bool:
@@ -128,12 +140,18 @@ def supports(n: int, heads: int) -> bool:
 
 
 def launch_keep_tokens(
-    x: torch.Tensor, attention: torch.Tensor, num_keep: int, num_prefix: int, fuse: bool
+    x: torch.Tensor,
+    attention: torch.Tensor,
+    num_keep: int,
+    num_prefix: int,
+    fuse: bool,
+    stats: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `dvit::keep_tokens` as one Triton launch on x's device and its current stream.
 
     Arguments and results are as for `dvit_infer.ops.keep_tokens.keep_tokens`; N up to 1024, up to 64 heads. A stride
-    other than 1 in the last dimension of x, or attention that is not contiguous, costs a copy.
+    other than 1 in the last dimension of x, or attention that is not contiguous, costs a copy. `stats` (rows, C/128, 2)
+    float32 is written with the row statistics of the kept tokens, by parts of 128 channels; C is a multiple of that.
 
     Raises:
         ValueError: a size is not supported.
@@ -161,6 +179,7 @@ def launch_keep_tokens(
         attention_ptr=attention.contiguous(),
         kept_ptr=kept,
         index_ptr=index,
+        stats_ptr=stats,
         stride_xb=x.stride(0),
         stride_xn=x.stride(1),
         n_tokens=n,
@@ -173,7 +192,7 @@ def launch_keep_tokens(
         FUSE=fuse,
         BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
-        BLOCK_C=128,
+        BLOCK_C=BLOCK_C,
         BLOCK_FUSE=block_fuse,
         BY_RANK=n <= RANK_TOKENS,
         num_warps=4 if block_tokens <= 128 else 8,

@@ -31,6 +31,17 @@ def _centred_rows(
     return deviation, mean, tl.sum(deviation * deviation, axis=1)
 
 
+@triton.jit
+def store_stats(stats_ptr, part, y, inside, live, WIDTH: tl.constexpr):
+    """Store mean and sum of squared deviations of y's rows, of WIDTH columns, as parts of the statistics of rows."""
+    y = tl.where(inside, y.to(tl.float32), 0.0)  # statistics of the rounded values that the next launch reads
+    mean = tl.sum(y, axis=1) / WIDTH
+    deviation = tl.where(inside, y - mean[:, None], 0.0)
+    at = stats_ptr + part.to(tl.int64) * 2
+    tl.store(at, mean, mask=live)
+    tl.store(at + 1, tl.sum(deviation * deviation, axis=1), mask=live)
+
+
 @triton.jit(do_not_specialize=["rows", "n_tokens"])
 def _layer_norm_kernel(
     x_ptr,  # (B, n, C)

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import Launch, run, wait_for_inputs
+from dvit_kernels.layer_norm import store_stats
 from dvit_kernels.match_tokens import _match_tokens_kernel
 from dvit_kernels.select_tokens import RANK_TOKENS, keep_by_radix, order_key, rank_by_counting
 
 MAX_TOKENS, MAX_KEY = 2048, 256
+MAX_BLOCK = 1024  # channels of a row that are merged together
 ENOUGH_PROGRAMS = 132  # multiprocessors of a large GPU
 TILE = 4096  # elements of a block of output rows
 
@@ -31,6 +33,7 @@ def _merge_tokens_kernel(
     merged_ptr,  # out (B, T-merge, DIM)
     merged_sizes_ptr,  # out (B, T-merge) float32
     rows_ptr,  # out (B, T) int64
+    stats_ptr,  # out (B (T-merge), 1, 2) float32, or None: of the merged rows, if BLOCK_C holds one
     stride_xb,
     stride_xn,
     n_tokens,  # T
@@ -118,6 +121,8 @@ def _merge_tokens_kernel(
             # A token alone is copied, bits of a NaN as well.
             y = tl.where((count == 0)[:, None], x, acc.to(x.dtype))
             tl.store(merged_ptr + row[:, None].to(tl.int64) * DIM + col[None, :], y, mask=inside)
+            if stats_ptr is not None:
+                store_stats(stats_ptr, image * n_rows + row, y, inside, row < n_rows, DIM)
         start += num_groups * BLOCK_ROWS
 
 
@@ -142,12 +147,18 @@ def bytes_moved(b: int, tokens: int, c: int, key_dim: int, merge: int, element: 
 
 
 def launch_merge_tokens(
-    x: torch.Tensor, keys: torch.Tensor, sizes: torch.Tensor | None, merge: int, num_prefix: int
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    sizes: torch.Tensor | None,
+    merge: int,
+    num_prefix: int,
+    stats: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run `dvit::merge_tokens` as two Triton launches on x's device and its current stream.
 
     Arguments and results are as for `dvit_infer.ops.merge_tokens.merge_tokens`; N from 2 to 2048, D up to 256. A stride
-    other than 1 in the last dimension of x, or keys or sizes that are not contiguous, cost a copy.
+    other than 1 in the last dimension of x, or keys or sizes that are not contiguous, cost a copy. `stats`
+    (B (P+N-merge), 1, 2) float32 is written with the row statistics of the merged tokens, of up to 1024 channels.
 
     Raises:
         ValueError: a size is not supported.
@@ -190,7 +201,7 @@ def launch_merge_tokens(
         num_stages=2,
     )
     block_evens = max(32, triton.next_power_of_2(n_evens))
-    block_c = min(1024, max(64, triton.next_power_of_2(c)))
+    block_c = min(MAX_BLOCK, max(64, triton.next_power_of_2(c)))
     block_rows = min(16, TILE // block_c)
     # Few images: one program per block of rows. Many: fewer per image, so that the choice is repeated less often.
     num_groups = min(triton.cdiv(tokens - merge, block_rows), max(2, 2048 // max(b, 1)))
@@ -204,6 +215,7 @@ def launch_merge_tokens(
         merged_ptr=merged,
         merged_sizes_ptr=merged_sizes,
         rows_ptr=rows,
+        stats_ptr=stats,
         stride_xb=x.stride(0),
         stride_xn=x.stride(1),
         n_tokens=tokens,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import wait_for_inputs
+from dvit_kernels.layer_norm import store_stats
 
 RANK_TOKENS = 256  # up to here, counting better tokens is cheaper than 32 rounds of reduction
 
@@ -66,6 +67,7 @@ def copy_kept_rows(
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    stats_ptr=None,  # out (rows of all images, C / BLOCK_C, 2) float32, if BLOCK_C divides C
 ):
     """Copy every num_groups-th block of the prefix rows and the kept ones, and store the positions of the latter."""
     slot = tl.where(keep, tl.cumsum(keep.to(tl.int32), 0) - 1, -1)
@@ -82,6 +84,9 @@ def copy_kept_rows(
             inside = (row < rows)[:, None] & (col < DIM)[None, :]
             value = tl.load(x_ptr + source[:, None] * stride_xn + col[None, :], mask=inside)
             tl.store(kept_ptr + (first_row + row)[:, None] * DIM + col[None, :], value, mask=inside)
+            if stats_ptr is not None:
+                part = (first_row + row) * (DIM // BLOCK_C) + c // BLOCK_C
+                store_stats(stats_ptr, part, value, inside, row < rows, BLOCK_C)
         start += num_groups * BLOCK_ROWS
 
 

@@ -72,13 +72,50 @@ def test_so_are_those_of_other_kinds(kind, monkeypatch):
     agrees(model.engine(backend="torch"), model.images(5), in_two=4, apart=4)
 
 
-def agrees(engine, images, in_two, apart):
+@pytest.mark.parametrize("in_two", [None, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("headless-mean", "tome"), ("eva02", "evit")]
+    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in ("siglip", "beit") for method in ("evit", "tome")]
+    + [pytest.param("headless-mean", "evit", marks=pytest.mark.slow)]
+    + [pytest.param("eva02", "tome", marks=pytest.mark.slow)],
+)
+def test_so_are_those_of_fused_and_merged_tokens(kind, method, in_two, monkeypatch):
+    """Positions and groups are found from what the stages decided; a block may need them itself, for its places."""
+    monkeypatch.setattr(CapturedForward, "first_in_two", in_two, raising=False)
+    model = tiny(kind, method)
+    agrees(model.engine(backend="torch"), model.images(5), in_two, apart=4, atol=2e-5)
+
+
+@pytest.mark.parametrize("in_two", [None, 4])
+@pytest.mark.parametrize("method", ["evit", "tome"])
+def test_a_choice_that_moves_nothing_is_left_out(method, in_two, monkeypatch):
+    """Where the head reads the class token alone; who asks for the choices has them from the runner itself."""
+    monkeypatch.setattr(CapturedForward, "first_in_two", in_two, raising=False)
+    model = tiny("deit", method)
+    engine, images = model.engine(backend="torch"), model.images(5)
+    expected, expected_kept = engine(images, return_kept=True)
+    engine.runner = captured = CapturedRunner(engine.runner)
+    with using(Choices(two_branches_from=in_two)):
+        logits, kept = engine(images, return_kept=True)
+        assert torch.equal(logits, expected)
+        assert all(map(torch.equal, kept, expected_kept))
+        assert not captured._forwards
+        torch.testing.assert_close(engine(images), expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(engine(images, kept=kept), expected, atol=2e-5, rtol=0)
+        assert engine.tokens(images)[0].shape[0] == 5
+    (forward,) = captured._forwards.values()
+    assert [node.name for node, _ in forward._output.decided] == ["prune.0" if method == "evit" else "merge.0"]
+    assert forward._output.choices == []
+
+
+def agrees(engine, images, in_two, apart, atol=5e-5):
     expected, expected_kept = engine(images, return_kept=True)
     engine.runner.embeds_apart_from = apart
     engine.runner = CapturedRunner(engine.runner)
     with using(Choices(two_branches_from=in_two)):
         for part in (slice(0, 5), slice(2, 3), slice(0, 5)):
             logits, kept = engine(images[part], return_kept=True)
-            torch.testing.assert_close(logits, expected[part], atol=5e-5, rtol=0)
+            torch.testing.assert_close(logits, expected[part], atol=atol, rtol=0)
             assert all(torch.equal(a, b[part]) for a, b in zip(kept, expected_kept, strict=True))
     assert sorted(size for size, _ in engine.runner._forwards) == [1, 6]

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from any_vit import KINDS, agrees, tiny
 from golden_cases import answers, case_images, official_checkpoint, options
 
 import dvit_infer as dvit
 from dvit_infer.backends import cpu
 from dvit_infer.backends.cpu import CpuRunner, Linear
+from dvit_infer.graph import fold
 from dvit_infer.models.registry import build_graph
+from dvit_infer.ops.attention import attention_ref
 
 FLOAT32 = [Linear(torch.float32, prepacked=False), Linear(torch.float32, prepacked=True)]
 CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1", "timm-deit_tiny_patch16_224-at-192x256"]
@@ -66,6 +69,62 @@ def test_reduced_precision_passes_verify(case_id, dtype, linear):
     assert report.passed, str(report)
     if linear.dtype == torch.float32 and report.plain_rms_error > 0:  # only weights and images are rounded
         assert report.rms_error < report.plain_rms_error
+
+
+METHODS = [("tome", {}), ("evit", {}), ("evit", {"fuse": False}), ("tome", {"prop_attn": False})]
+
+
+@pytest.mark.parametrize("linear", FLOAT32, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "method", "settings"),
+    [("deit", *METHODS[0]), ("headless-mean", *METHODS[1])]
+    + [pytest.param(kind, *case, marks=pytest.mark.slow) for kind in KINDS for case in METHODS],
+)
+def test_all_linears_take_reduced_tokens(kind, method, settings, linear):
+    """Also with another image's choices."""
+    model = tiny(kind, method, settings=settings)
+    runner = CpuRunner(fold(model.graph()), linear)
+    agrees(runner, model)
+    images = model.images(3)
+    with torch.no_grad():
+        given = [stage.roll(1, 0) for stage in model.reference().evaluate(images).kept]
+        expected = model.reference().evaluate(images, given)
+    torch.testing.assert_close(runner.run(images, given).x, expected.logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("deit", "tome")]
+    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in KINDS for method in ("evit", "tome")],
+)
+def test_reduced_tokens_in_bfloat16_are_verified(kind, method, prepacked):
+    """Where attention with the logarithms of sizes is a softmax of its own."""
+    if prepacked and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+    model = tiny(kind, method)
+    engine = model.engine(torch.bfloat16, "torch")
+    for linear in (Linear(torch.bfloat16, prepacked), Linear(torch.float32, prepacked)):
+        engine.runner = CpuRunner(engine.graph, linear)
+        report = dvit.verify(engine, model.state, num_images=8)
+        assert report.passed, report
+        assert report.first_difference is None, report
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bias_of_a_key_is_added_to_its_scores(dtype):
+    """By every way of attention; as much as for a key that is there more often."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 7, 2, 16, generator=generator).to(dtype)
+    sizes = torch.tensor([[1.0, 3, 1, 2, 1, 1, 5], [1, 1, 1, 1, 1, 1, 1]])
+    runner = CpuRunner(fold(tiny("deit").graph()), FLOAT32[0])
+    found = runner.mix(q, k, v, 0.25, sizes.log())
+    for i in range(2):
+        times = sizes[i].long()
+        often = (part[i : i + 1].double().repeat_interleave(times, dim=1) for part in (k, v))
+        expected = attention_ref(q[i : i + 1].double(), *often, 0.25)
+        rms = (found[i : i + 1].double() - expected).square().mean().sqrt()
+        assert rms < 2 * torch.finfo(dtype).eps
 
 
 def test_without_the_private_operators_it_falls_back(monkeypatch):

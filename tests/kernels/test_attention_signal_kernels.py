@@ -6,6 +6,7 @@ from attention_checks import on, poisoned
 from attention_inputs import INF, make_bias, make_pair_bias, make_qkv
 from dvit_kernels.attention import AttentionTile, launch_attention, launch_attention_with_signal
 from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, check, collected, needs_loops, run_guarded
+from token_reduction_checks import make_sizes
 
 from dvit_infer.ops.attention import attention_with_signal
 from dvit_infer.ops.attention_signal import SIGNALS, attention_with_signal_ref
@@ -81,6 +82,22 @@ def test_masked_keys_weigh_nothing_and_odd_tiles_change_nothing(device, dtype, o
         weights = run(*qkv, 0.2, bias.to(device), "class_attention", tile=tile)[1].cpu()
         assert (weights[1] == 0).all()
         assert (weights[2, :, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("tile", [None, pytest.param(AttentionTile(16, 16, num_stages=2), marks=SLOW)])
+@pytest.mark.parametrize(("device", "dtype"), ROWS)
+def test_the_bias_may_be_the_logarithm_of_sizes(device, dtype, tile):
+    """Up to every patch in one token, in a padded block of keys; also beside a pair bias."""
+    qkv, sizes = on(device, *make_qkv(2, 20, 20, 2, 32, dtype)), make_sizes(2, 20).to(device)
+    sizes[1, 3] = 1000.0
+    for leaves in SIGNALS:
+        for pair_bias in (None, make_pair_bias(2, 20, 20).to(device)):
+            given = (*qkv, 0.2, sizes, leaves, pair_bias, True)
+            got = run(*given, tile=tile)
+            check_both(got, given)
+            if dtype == torch.float32:
+                logs = run(*qkv, 0.2, sizes.log(), leaves, pair_bias, tile=tile)
+                torch.testing.assert_close(got, logs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

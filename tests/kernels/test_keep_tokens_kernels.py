@@ -9,6 +9,7 @@ from token_reduction_checks import bits, check_kept, make_attention, make_tokens
 
 from dvit_infer.ops.choices import Choices, using
 from dvit_infer.ops.keep_tokens import keep_tokens
+from dvit_infer.ops.layer_norm import block_stats
 from dvit_infer.ops.prune_tokens import select_tokens_ref
 
 pytestmark = needs_loops
@@ -41,6 +42,21 @@ def test_kept_tokens_and_the_fused_row(device, dtype, b, n, p, c, heads, k):
     given = poisoned(x.to(device), attention.to(device))
     for fuse in (True, False):
         check_kept(x, attention, k, p, fuse, *run(*given, k, p, fuse))
+
+
+@pytest.mark.parametrize(("b", "c"), [(2, 128), pytest.param(64, 384, marks=SLOW), pytest.param(2, 256, marks=SLOW)])
+@pytest.mark.parametrize(("device", "dtype"), ROWS)
+def test_statistics_of_the_rows_that_stay(device, dtype, b, c):
+    """By parts of 128 channels, of the rounded values; one program or two sum them. The result is as without."""
+    x, attention = make_tokens(b, 22, c, dtype) + 30, make_attention(b, 3, 22)
+    for fuse in (True, False):
+        given = (*poisoned(x.to(device), attention.to(device)), 9, 1, fuse)
+        stats = torch.empty(b * (10 + fuse), c // 128, 2, device=device)
+        outputs = run_guarded(collected(launch_keep_tokens, *given, stats), (*OUTPUTS, "stats_ptr"))
+        kept = outputs["kept_ptr"].cpu()
+        assert torch.equal(kept, run(*given)[0])
+        expected = block_stats(kept.double(), 128).float()
+        torch.testing.assert_close(outputs["stats_ptr"].cpu(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("device", "dtype"), ROWS)

@@ -8,6 +8,7 @@ from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, colle
 from token_reduction_checks import bits, check_averages, check_rows, make_sizes, make_tokens
 
 from dvit_infer.ops.choices import Choices, using
+from dvit_infer.ops.layer_norm import block_stats
 from dvit_infer.ops.merge_tokens import merge_tokens, merge_tokens_ref
 
 pytestmark = needs_loops
@@ -44,6 +45,19 @@ def test_rows_averages_and_copies(device, dtype, b, n, p, c, d, merge):
         merged, merged_sizes, rows = run(*given, merge, p)
         check_rows(keys, rows, merge, p)
         check_averages(x, sizes, merged, merged_sizes, rows)
+
+
+@pytest.mark.parametrize("c", [96, pytest.param(1024, marks=SLOW)])
+@pytest.mark.parametrize(("device", "dtype"), ROWS)
+def test_statistics_of_the_merged_rows(device, dtype, c):
+    """Of the rounded values, far from zero; the result is the same as without."""
+    x, keys, sizes = make_tokens(2, 22, c, dtype) + 30, make_tokens(2, 22, 16, seed=1), make_sizes(2, 22)
+    given = [*poisoned(x.to(device), keys.to(device), sizes.to(device)), 8, 1]
+    stats = torch.empty(2 * 14, 1, 2, device=device)
+    outputs = run_guarded(collected(launch_merge_tokens, *given, stats), (*OUTPUTS, "stats_ptr"))
+    merged, *_ = (outputs[name].cpu() for name in OUTPUTS[2:])
+    assert torch.equal(merged, run(*given)[0])
+    torch.testing.assert_close(outputs["stats_ptr"].cpu(), block_stats(merged.double(), c).float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("device", "dtype"), ROWS)

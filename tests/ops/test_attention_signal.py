@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_inputs import DTYPES, INF, exact, make_bias, make_pair_bias, make_qkv
+from token_reduction_checks import make_sizes
 
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.attention_signal import SIGNALS
@@ -44,20 +45,31 @@ def test_a_class_token_that_sees_no_key_weighs_none():
     torch.testing.assert_close(weights[0].sum(dim=1), torch.ones(2))
 
 
+@pytest.mark.parametrize("leaves", SIGNALS)
+def test_the_bias_may_be_the_logarithm_of_sizes(leaves):
+    q, k, v = make_qkv(2, 9, 9, 2, 32, torch.float16)
+    sizes, pair_bias = make_sizes(2, 9), make_pair_bias(2, 9, 9)
+    for given in ((leaves, None), (leaves, pair_bias)):
+        expected = attention_with_signal(q, k, v, 0.2, sizes.log(), *given)
+        assert all(map(torch.equal, attention_with_signal(q, k, v, 0.2, sizes, *given, log_bias=True), expected))
+        dense = attention_with_signal(q, k, v, 0.2, None, *given)
+        assert all(map(torch.equal, attention_with_signal(q, k, v, 0.2, None, *given, log_bias=True), dense))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leaves", SIGNALS)
 def test_opcheck(leaves, dtype, device):
     q, k, v = (x.to(device) for x in make_qkv(2, 9, 9, 2, 32, dtype))
     bias, pair_bias = make_bias(2, 9).to(device), make_pair_bias(2, 9, 9).to(device)
-    for given in ((None, leaves), (bias, leaves), (bias, leaves, pair_bias)):
+    for given in ((None, leaves), (bias, leaves), (bias, leaves, pair_bias), (bias.exp(), leaves, None, True)):
         torch.library.opcheck(torch.ops.dvit.attention_with_signal.default, (q, k, v, 0.2, *given))
 
 
 def test_schema_is_the_published_one():
     assert str(torch.ops.dvit.attention_with_signal.default._schema) == (
         "dvit::attention_with_signal(Tensor q, Tensor k, Tensor v, float scale, Tensor? bias, str leaves, "
-        "Tensor? pair_bias=None) -> (Tensor, Tensor)"
+        "Tensor? pair_bias=None, bool log_bias=False) -> (Tensor, Tensor)"
     )
 
 

@@ -17,10 +17,10 @@ from dvit_infer.errors import InputError, KernelError
 from dvit_infer.ops import fallback
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import Choices, using
-from dvit_infer.ops.keep_tokens import keep_tokens, keep_tokens_ref
+from dvit_infer.ops.keep_tokens import keep_tokens, keep_tokens_ref, keep_tokens_with_stats
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
 from dvit_infer.ops.linear import linear, row_sums
-from dvit_infer.ops.merge_tokens import merge_tokens, merge_tokens_ref
+from dvit_infer.ops.merge_tokens import merge_tokens, merge_tokens_ref, merge_tokens_with_stats
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
 
 pytestmark = pytest.mark.interpreter
@@ -224,7 +224,7 @@ def test_merge_tokens_with_wrong_rows_is_replaced(monkeypatch, fault, message):
 
 @pytest.mark.parametrize("p", [0, 1])
 def test_merge_tokens_of_other_matches_is_replaced(monkeypatch, p):
-    def of_other_keys(x, keys, sizes, merge, num_prefix):
+    def of_other_keys(x, keys, sizes, merge, num_prefix, stats):
         return merge_tokens_ref(x, keys.flip(2).roll(1, 1), sizes, merge, num_prefix)
 
     given = make_rows(3, 21, 64), make_rows(3, 21, 16, seed=2), None, 6, p
@@ -235,13 +235,37 @@ def test_merge_tokens_of_other_matches_is_replaced(monkeypatch, p):
 
 
 def test_keep_tokens_that_keeps_others_is_replaced(monkeypatch):
-    def keep_the_first(x, attention, num_keep, num_prefix, fuse):
+    def keep_the_first(x, attention, num_keep, num_prefix, fuse, stats):
         return keep_tokens_ref(x, attention.flip(2), num_keep, num_prefix, fuse)
 
     expected = call_keep_tokens(torch.float32)
     monkeypatch.setattr("dvit_kernels.keep_tokens.launch_keep_tokens", keep_the_first)
     with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match="scores .* more than a kept one"):
         assert torch.equal(call_keep_tokens(torch.float32), expected)
+
+
+@pytest.mark.parametrize("op", [merge_tokens_with_stats, keep_tokens_with_stats])
+def test_statistics_that_are_off_are_replaced(monkeypatch, op):
+    """By none: the next linear finds them itself."""
+    name = op.__name__.removesuffix("_with_stats")
+    module = importlib.import_module(f"dvit_kernels.{name}")
+    launch = getattr(module, f"launch_{name}")
+
+    def off(*given):
+        result = launch(*given)
+        given[-1].mul_(1.01)
+        return result
+
+    second = make_rows(3, 21, 16, seed=2) if name == "merge_tokens" else make_rows(3, 2, 21).softmax(dim=-1)
+    given = make_rows(3, 21, 128), second, *((None,) if name == "merge_tokens" else ()), 6, 1
+    with using(TRITON):
+        expected, stats = op(*given)
+        assert stats is not None
+        monkeypatch.setattr(module, f"launch_{name}", off)
+        with fallback.checking(), pytest.warns(RuntimeWarning, match="wrong results"):
+            found, stats = op(*given)
+    assert stats is None
+    torch.testing.assert_close(found, expected)
 
 
 def engine_by_kernels(case_id=TINY, dtype="float32"):
