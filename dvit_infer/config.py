@@ -1,5 +1,6 @@
 """The description of a model: everything but its weights. Does not import torch."""
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,19 +78,22 @@ class Reduction:
     def __str__(self) -> str:
         if not self.stages:
             return "dense"
-        named = " ".join([self.method, *(_listed(value) for _, value in self.settings[:1])]).strip()
+        shown = [_listed(value) for _, value in self.settings[:1]]
+        shown += [f"{name}={str(value).lower()}" for name, value in self.settings[1:] if value in (False, "pooled")]
+        named = " ".join([self.method, *shown])
         counts = ",".join("?" if stage.keep is None else str(stage.keep) for stage in self.stages)
         return f"{named}: {counts} of {self.num_patches}"
 
 
 def _listed(value: Setting) -> str:
+    """Return a setting for a label; '13x11,0' is eleven times 13, then 0."""
     if isinstance(value, str):
         return value
-    numbers = value if isinstance(value, tuple) else (value,)
-    numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
-    return (
-        ",".join(str(n) if isinstance(n, int) else f"{n:g}" for n in numbers) if len(numbers) <= 3 else ""
-    )  # counts say it then
+    parts = []
+    for number, run in itertools.groupby(value if isinstance(value, tuple) else (value,)):
+        count, text = len(list(run)), str(number) if isinstance(number, int) else f"{number:g}"
+        parts.append(f"{text}x{count}" if count > 2 else ",".join([text] * count))
+    return parts[0].partition("x")[0].partition(",")[0] if len(parts) == 1 else ",".join(parts)
 
 
 @dataclass(frozen=True)

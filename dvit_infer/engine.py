@@ -183,7 +183,7 @@ def convert(
             model. None: as the file was trained, 'predictor' if the weights hold predictors, else 'none'.
         merge: for 'tome' the number of tokens merged in every block, a list with one for each, or '8:decreasing', which
             falls from 16 in the first block to 0 in the last; a block merges at most half of its patch tokens. None:
-            80% of the patches in equal parts, where it pays.
+            80% of the patches in equal parts, in blocks where that saves time on a CPU.
         image_size: pixels, one number or (H, W), multiples of the patch size; None: as trained. Another size
             resamples the position embedding.
         assume: facts that the file does not hold: num_heads, skip_lam, eps, predictor_eps, trained_size,

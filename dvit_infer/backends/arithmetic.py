@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.graph.nodes import PLACES, Attention
+from dvit_infer.ops.attention_signal import class_attention_ref, mean_keys_ref
 
 
 def activate(y: torch.Tensor, act: str) -> torch.Tensor:
@@ -31,7 +32,7 @@ def places_of(node: Attention, positions: torch.Tensor | None) -> dict[str, torc
     tables = {name: node.weights[name] for name in PLACES if name in node.weights}
     if not tables:
         return {}
-    if positions is not None:  # a fused token, at N or more, has no place
+    if positions is not None and node.unplaced:
         tables = {name: _padded(name, table) for name, table in tables.items()}
         positions = positions.clamp(max=_patches(tables, node.num_prefix) - 1)
     rows = None if positions is None else _with_prefix(positions, node.num_prefix)
@@ -71,15 +72,11 @@ def signal_of(
     if not node.leaves:
         return None
     if node.leaves == "mean_keys":
-        return k.float().mean(dim=2)
+        return mean_keys_ref(k)
     if node.leaves == "class_attention":
-        query, pairs = q[:, :1], None if pair_bias is None else pair_bias[..., :1, :]
-    else:
-        query, pairs = q[:, node.num_prefix :].float().mean(dim=1, keepdim=True), None
-    scores = (query.float() * node.scale).transpose(1, 2) @ k.float().permute(0, 2, 3, 1)
-    scores = scores if bias is None else scores + bias[:, None, None]
-    scores = scores if pairs is None else scores + pairs
-    return scores.softmax(dim=-1)[:, :, 0]
+        return class_attention_ref(q, k, node.scale, bias, pair_bias)
+    query = q[:, node.num_prefix :].float().mean(dim=1, keepdim=True)
+    return class_attention_ref(query, k.float(), node.scale, bias, None)
 
 
 def weighted_mean(x: torch.Tensor, sizes: torch.Tensor | None, first: int) -> torch.Tensor:

@@ -129,7 +129,8 @@ class OpenVinoRunner:
         images = prepare(images, self.config, self.device, torch.float32)
         variant = Variant(output, bool(given))
         try:
-            x, *choices = self._infer(self._request(variant), [images, *self._choices(given or ())])
+            choices = self._choices(given or ())
+            x, *own = self._infer(self._request(variant), [images, *choices])
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise MemoryError(str(error)) from None
@@ -138,7 +139,7 @@ class OpenVinoRunner:
             release_pages(path)
         if not (given or return_choices or output == "tokens"):
             return State(x)
-        return follow(x, zip(self._reductions, choices or self._choices(given or ()), strict=True))
+        return follow(x, zip(self._reductions, choices or own, strict=True))
 
     def _choices(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the choice of each stage, as its node states it, that does what is given."""

@@ -194,7 +194,8 @@ def assumptions(text: str) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals or not name.strip() or not value.strip():
             raise argparse.ArgumentTypeError(f"{item!r} is not an assumption such as num_heads=6")
-        parts = [_number(part) for part in re.split(r"[:x]" if value[:1].isdigit() else ":", value.strip())]
+        between = r":(?!decreasing$)|x" if value[:1].isdigit() else ":"
+        parts = [_number(part) for part in re.split(between, value.strip())]
         if name.strip() in chosen:
             raise argparse.ArgumentTypeError(f"{name.strip()} is given twice")
         chosen[name.strip()] = _FLAGS.get(value.strip(), parts[0]) if len(parts) == 1 else tuple(parts)

@@ -36,7 +36,9 @@ def _parser() -> Parser:
     onnx = parser.add_argument_group("ONNX files", "with --format onnx")
     onnx.add_argument("--opset", type=int, metavar="N", help="17 to 21, for older runtimes (README); default: 20")
     onnx.add_argument(
-        "--kept", action="store_true", help="add outputs kept_0, kept_1, ...: positions of the kept patches"
+        "--kept",
+        action="store_true",
+        help="add outputs kept_0, kept_1, ...: patches kept, or groups merged",
     )
     onnx.add_argument("--uint8", action="store_true", help="take uint8 images (B, H, W, 3) and normalise them inside")
     inline = "inline functions, as OpenVINO and TensorRT need; compile in OpenVINO with INFERENCE_PRECISION_HINT=f32"

@@ -208,6 +208,7 @@ class Attention(Branch):
     Attributes:
         leaves: what it leaves for the reduction behind it.
         adds_sizes: whether the logarithm of the number of patches in a token is added to the scores of its key.
+        unplaced: whether there may be a token without a place, into which others were fused: at position N or more.
     """
 
     kind = "attention"
@@ -221,6 +222,7 @@ class Attention(Branch):
     rope_half: bool = False
     leaves: Signal = ""
     adds_sizes: bool = False
+    unplaced: bool = False
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -284,6 +286,7 @@ class Reduce(TokenNode):
     """Leaves fewer patch tokens. Each reduction has a subclass, which chooses; prefix tokens stay, in front.
 
     Attributes:
+        signal_size: how many float32 numbers of what attention left it reads for an image.
         rows: the number of prefix rows that pass, if nothing behind it reads others. It then chooses only for those
             who ask which tokens stay, and moves none. None: it moves all.
     """
@@ -293,6 +296,7 @@ class Reduce(TokenNode):
     num_prefix: int
     channels: int
     rows: int | None = None
+    signal_size: int = 0
 
     @property
     def dim(self) -> int:
@@ -305,6 +309,9 @@ class Reduce(TokenNode):
     @property
     def out_shape(self) -> tuple[int, ...]:
         return self.left if self.rows is None else self.rows, self.dim
+
+    def bytes_moved(self, batch: int, itemsize: int) -> int:
+        return super().bytes_moved(batch, itemsize) + batch * (4 * self.signal_size + 8 * self.choice_size)
 
     @property
     def left(self) -> int:

@@ -24,6 +24,7 @@ def header_text(config: Config, labels: Mapping[int, str] | None = None) -> str:
     parts = asdict(config)
     for part in ("reduction", "learned"):
         parts[part]["settings"] = dict(parts[part]["settings"])
+        del parts[part]["merges"]  # its method says so
     named = {} if labels is None else {"labels": {str(index): label for index, label in sorted(labels.items())}}
     return json.dumps({"format": FORMAT, "config": parts, **named})
 

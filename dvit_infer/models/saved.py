@@ -91,6 +91,8 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
     if isinstance(header, Reduction):  # the default
         return header
     values = _named(Reduction, header)
+    if "merges" in header:
+        raise InputError(f"{key}: 'merges' is not known")
     method, stages, settings = (values[name] for name in ("method", "stages", "settings"))
     if method == "none":
         if stages or settings:
@@ -116,10 +118,7 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
         for stage, other in zip(stated, counted, strict=True)
     ):
         raise InputError(f"{key}: its stages do not keep what its settings say")
-    merges = METHODS[method].MERGES
-    if values["merges"] not in (False, merges):
-        raise InputError(f"{key}: merges is {str(values['merges'])[:20]}, for method {method}")
-    return Reduction(method, counted, tuple(known.items()), num_patches, merges)
+    return Reduction(method, counted, tuple(known.items()), num_patches, METHODS[method].MERGES)
 
 
 def _text(what: str, value: Any) -> str:

@@ -38,7 +38,8 @@ class Matches(NamedTuple):
 def find_matches_ref(keys: torch.Tensor, num_prefix: int) -> Matches:
     """Match each patch token in an even row of x with the most similar one in an odd row, by cosine similarity.
 
-    The lower index wins between equals. Keys of length 0 are similar to none: 0.
+    The lower index wins between equals. Keys of length 0 are similar to none: 0; so are, in a kernel, those whose
+    squares underflow. Keys of NaN are the least similar.
 
     Args:
         keys: (B, P+N, D) float32, N > 1.
@@ -47,6 +48,7 @@ def find_matches_ref(keys: torch.Tensor, num_prefix: int) -> Matches:
     patches = F.normalize(keys[:, num_prefix:].float(), dim=-1, eps=1e-30)
     even, odd = patches[:, num_prefix % 2 :: 2], patches[:, 1 - num_prefix % 2 :: 2]
     scores = even @ odd.transpose(1, 2)
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
     best, match = scores.max(dim=2)
     second = scores.scatter(2, match[..., None], -torch.inf).amax(dim=2)
     similarity, order = best.sort(dim=1, descending=True, stable=True)

@@ -69,7 +69,10 @@ def keep_rate(what: str, value: Any) -> float:
 def keep_rates(what: str, value: Any) -> float | tuple[float, ...]:
     """Return one rate or count for all stages, or one for each; a whole number over 1 is a count of tokens."""
     if _is_list(value):
-        return tuple(_rate_or_count(what, one) for one in value)
+        rates = tuple(_rate_or_count(what, one) for one in value)
+        if any(rate > 1 for rate in rates) and any(isinstance(one, Integral) and one == 1 for one in value):
+            raise InputError(f"{what}: 1 among numbers of tokens is no number of them; 1.0 keeps all, 2 is the least")
+        return rates
     return _rate_or_count(what, value)
 
 

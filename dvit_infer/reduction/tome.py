@@ -41,7 +41,7 @@ def _by_default(trunk: Trunk) -> Setting:
     for block in range(trunk.depth):
         if each * _macs_behind(trunk, block) > tokens * (_MACS_PER_TOKEN + _MACS_PER_CHANNEL * trunk.dim):
             schedule[block] = each
-        tokens = max(1, tokens - each)
+            tokens = max(1, tokens - each)
     if not any(schedule):
         schedule = [each] * (trunk.depth - 1) + [each if trunk.reads_patches else 0]
     return each if all(schedule) else tuple(schedule)
@@ -56,7 +56,9 @@ def _macs_behind(trunk: Trunk, block: int) -> int:
 
 
 SETTINGS: Mapping[str, Known] = {
-    "merge": Known(_by_default, f"{SHARE:.0%} of the patches in equal parts, where that pays", merge_counts),
+    "merge": Known(
+        _by_default, f"{SHARE:.0%} of the patches in equal parts, where that saves time on a CPU", merge_counts
+    ),
     "prop_attn": Known(always(True), "ToMe's default", flag),
 }
 KEY: str | None = None
@@ -77,6 +79,9 @@ class Merge(Reduce):
     kind = "merge"
     choice_name = "rows"
     key_dim: int
+
+    def bytes_moved(self, batch: int, itemsize: int) -> int:
+        return super().bytes_moved(batch, itemsize) + batch * 4 * (self.tokens + self.left)  # sizes
 
     @property
     def merged(self) -> int:

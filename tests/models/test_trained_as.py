@@ -74,7 +74,7 @@ def test_evits_files_are_evit_by_their_trainers_args(args, settings, blocks, rea
 def test_an_evit_may_run_as_something_else_and_by_other_settings(tmp_path):
     content = {**file(**EVIT), "args": EVIT}  # a dict, as others write it
     given = dvit.convert(content, assume=HEADS | {"fuse": False}, keep_rate=0.9, prune_at=(2,), device="cpu")
-    assert (str(given.config.reduction), given.config.reduction.blocks) == ("evit 0.9: 177 of 196", (2,))
+    assert (str(given.config.reduction), given.config.reduction.blocks) == ("evit 0.9 fuse=false: 177 of 196", (2,))
     dense = dvit.convert(content, assume=HEADS, method="none", device="cpu")
     assert next((note.how, note.value) for note in dense.notes if note.what == "trained as") == ("given", "EViT")
     assert str(dense.config.reduction) == "dense"

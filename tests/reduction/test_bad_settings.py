@@ -48,6 +48,10 @@ def test_merges_of_tome(merge):
         ("keep_rate: 120 tokens are to be kept in block 2, where there are only 100", {"keep_rate": [99, 120, 9]}),
         ("keep_rate: 2 given, but 3 stages (prune_at 1,2,3) need one each", {"keep_rate": [0.5, 0.5]}),
         ("keep_rate: 3 given, but 1 stage (prune_at 2) needs one", {"keep_rate": [0.5] * 3, "prune_at": [2]}),
+        (
+            "keep_rate: 1 among numbers of tokens is no number of them; 1.0 keeps all, 2 is the least",
+            {"keep_rate": [40, 20, 1]},
+        ),
         ("prune_at: no block is given", {"prune_at": ()}),
         ("prune_at: 3,1 is not strictly increasing", {"prune_at": (3, 1)}),
         ("prune_at: there is no block 4; the model has blocks 0 to 3", {"prune_at": 4}),
@@ -102,7 +106,7 @@ def test_large_numbers_are_over_the_bound():
 def test_what_may_be_given_may_be_any_sequence_of_numbers():
     assert convert(method="tome", merge=range(4)).config.num_keep == (195, 193, 190)
     assert convert(method="tome", merge=2.0).config.num_keep == (194, 192, 190, 188)
-    assert convert(method="evit", keep_rate=(0.5, 1, 2)).config.num_keep == (98, 99, 2)
+    assert convert(method="evit", keep_rate=(0.5, 1.0, 2)).config.num_keep == (98, 99, 2)
     assert convert(method="evit", keep_rate=0.01).config.num_keep == (2, 1, 1)
 
 

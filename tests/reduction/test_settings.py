@@ -119,3 +119,22 @@ def test_ids_of_predictions_are_as_before_models_could_merge(tmp_path):
 )
 def test_blocks_where_merging_does_not_pay_are_left_out_by_default(trunk, schedule):
     assert tome.SETTINGS["merge"].default(trunk) == schedule
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ((("merge", 8), ("prop_attn", True)), "tome 8: 9 of 99"),
+        ((("merge", (8, 8, 8)), ("prop_attn", False)), "tome 8 prop_attn=false: 9 of 99"),
+        ((("merge", (13,) * 11 + (0,)),), "tome 13x11,0: 9 of 99"),
+        ((("merge", (3, 0, 40, 1)),), "tome 3,0,40,1: 9 of 99"),
+        ((("merge", "8:decreasing"),), "tome 8:decreasing: 9 of 99"),
+        ((("keep_rate", 0.7), ("fuse", True), ("score", "class")), "tome 0.7: 9 of 99"),
+        (
+            (("keep_rate", (0.9, 0.7)), ("fuse", False), ("score", "pooled")),
+            "tome 0.9,0.7 fuse=false score=pooled: 9 of 99",
+        ),
+    ],
+)
+def test_labels_differ_where_reductions_do(settings, label):
+    assert str(Reduction("tome", (Stage(1, 9),), settings, 99)) == label

@@ -94,6 +94,7 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
             rope_half=body.rope_half,
             leaves=METHODS[reduction.method].signal(dict(reduction.settings)) if after else "",
             adds_sizes=adds_sizes,
+            unplaced=any(reduction.fuses(s) for s, _ in enumerate(reduction.stages)),
             tokens=tokens,
             **common,
         )
@@ -111,6 +112,8 @@ def _reduce(model: VisionTransformer, config: Config, stage: Stage, tokens: int,
     body, reduction = model.body, config.reduction
     number, method = reduction.stages.index(stage), METHODS[reduction.method]
     facts: dict[str, Any] = {"key_dim": body.head_dim} if reduction.merges else {}
+    if stage.where == "after_attention":  # mean keys, or every head's weights
+        facts["signal_size"] = tokens * (body.head_dim if reduction.merges else body.num_heads)
     facts |= {"tokens": tokens, "num_keep": stage.keep, "num_prefix": body.num_prefix, "channels": body.embed_dim}
     facts |= {"name": f"{'merge' if reduction.merges else 'prune'}.{number}", "equals": equals}
     modules = list(model.score_predictor or ())
