@@ -49,6 +49,7 @@ def _trunk_arguments(config: Config) -> dict[str, Any]:
         "score_predictor": modules,
         "trainable": runs.method == learned.method,
         "prune_at": runs.blocks,
+        "fuses": any(runs.fuses(stage) for stage in range(len(runs.stages))),
         "begin": functools.partial(Progress, runs, body.num_prefix) if runs.stages else None,
     }
 

@@ -94,7 +94,7 @@ def _trunk(model: VisionTransformer, config: Config) -> Iterator[Node]:
             rope_half=body.rope_half,
             leaves=METHODS[reduction.method].signal(dict(reduction.settings)) if after else "",
             adds_sizes=adds_sizes,
-            unplaced=any(reduction.fuses(s) for s, _ in enumerate(reduction.stages)),
+            unplaced=model.fuses,
             tokens=tokens,
             **common,
         )

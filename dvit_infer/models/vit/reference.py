@@ -51,6 +51,7 @@ class VisionTransformer(Reference):
         grid: patches down and across at the image size it is built for.
         prune_at: the block of every stage; empty to run dense, with or without predictors.
         begin: begins the stages of a forward in evaluation; None: it runs dense.
+        fuses: whether its stages fuse tokens into others, which then have no place.
         score_predictor: one module per stage, if the weights hold some.
         trainable: whether these modules choose.
     """
@@ -64,12 +65,13 @@ class VisionTransformer(Reference):
         grid: tuple[int, int],
         prune_at: Sequence[int] = (),
         begin: Begin | None = None,
+        fuses: bool = False,
         score_predictor: nn.ModuleList | None = None,
         trainable: bool = True,
     ) -> None:
         super().__init__()
         self.body, self.grid = body, grid
-        self.begin, self.trainable = begin, trainable
+        self.begin, self.trainable, self.fuses = begin, trainable, fuses
         self.num_prefix = body.num_prefix
         self.prune_at = tuple(prune_at)
         dim = body.embed_dim
@@ -170,7 +172,7 @@ class VisionTransformer(Reference):
         for i, block in enumerate(self.blocks):
             x = x if progress is None else progress.before(i, x)
             positions = None if progress is None else progress.positions
-            here = places[i] if positions is None else _of_kept(places[i], positions, self.num_prefix)
+            here = places[i] if positions is None else self._of_kept(places[i], positions)
             x = block(x, None, here, progress)
         tokens = self.last_tokens(x)
         if progress is None:
@@ -180,6 +182,24 @@ class VisionTransformer(Reference):
         margin = torch.stack(progress.margins, dim=1) if progress.margins else x.new_empty(x.shape[0], 0)
         logits = self.classify(tokens, pooled)
         return EvalOutput(logits, progress.kept, margin, pooled, tokens, progress.positions)
+
+    def _of_kept(self, places: Places, positions: torch.Tensor) -> Places:
+        """Return what of the places remains for patches at `positions` (B, n); fused ones, at N or more, have none."""
+        if places == NOWHERE:
+            return places
+        sin, cos, bias = places
+        if self.fuses:
+            positions = positions.clamp(max=self.grid[0] * self.grid[1])
+            sin, cos = (None if t is None else F.pad(t, (0, 0, 0, 1), value=v) for t, v in ((sin, 0.0), (cos, 1.0)))
+            bias = None if bias is None else F.pad(bias, (0, 1, 0, 1))
+        if sin is not None and cos is not None:  # (B, 1 or heads, n, D)
+            sin, cos = (t[..., positions, :] for t in (sin, cos))
+            sin, cos = (t.transpose(0, 1) if t.ndim == 4 else t[:, None] for t in (sin, cos))
+        if bias is not None:
+            prefix = torch.arange(self.num_prefix, device=positions.device).expand(len(positions), -1)
+            rows = torch.cat([prefix, positions + self.num_prefix], dim=1)
+            bias = bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
+        return Places(sin, cos, bias)
 
     def forward_train(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> TrainOutput:
         """Run with dropped tokens masked out of attention and decisions drawn by Gumbel-softmax (Rao et al. 2021, 3.3).
@@ -239,23 +259,6 @@ class RelativePosition(nn.Module):
     def bias(self, grid: tuple[int, int]) -> torch.Tensor:
         """Return the bias, (1, heads, 1+N, 1+N)."""
         return relative_position_bias(self.get_parameter(self.TABLE), grid)[None]
-
-
-def _of_kept(places: Places, positions: torch.Tensor, num_prefix: int) -> Places:
-    """Return what of the places remains for patches at `positions` (B, n); a fused one, at N or more, has no place."""
-    if places == NOWHERE:
-        return places
-    sin, cos, bias = places
-    if sin is not None and cos is not None:  # (B, 1 or heads, n, D)
-        sin, cos = (F.pad(t, (0, 0, 0, 1), value=value) for t, value in ((sin, 0.0), (cos, 1.0)))
-        sin, cos = (t[..., positions.clamp(max=t.shape[-2] - 1), :] for t in (sin, cos))
-        sin, cos = (t.transpose(0, 1) if t.ndim == 4 else t[:, None] for t in (sin, cos))
-    if bias is not None:
-        bias = F.pad(bias, (0, 1, 0, 1))
-        prefix = torch.arange(num_prefix, device=positions.device).expand(len(positions), -1)
-        rows = torch.cat([prefix, (positions + num_prefix).clamp(max=bias.shape[-1] - 1)], dim=1)
-        bias = bias[0][:, rows[:, :, None], rows[:, None, :]].transpose(0, 1)
-    return Places(sin, cos, bias)
 
 
 def _decide(scores: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
