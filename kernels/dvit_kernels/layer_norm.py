@@ -33,8 +33,11 @@ def _centred_rows(
 
 @triton.jit
 def store_stats(stats_ptr, part, y, inside, live, WIDTH: tl.constexpr):
-    """Store mean and sum of squared deviations of y's rows, of WIDTH columns, as parts of the statistics of rows."""
-    y = tl.where(inside, y.to(tl.float32), 0.0)  # statistics of the rounded values that the next launch reads
+    """Store mean and sum of squared deviations of y's rows, of WIDTH columns, as parts of the statistics of rows.
+
+    Past the last column y is zero.
+    """
+    y = y.to(tl.float32)  # statistics of the rounded values that the next launch reads
     mean = tl.sum(y, axis=1) / WIDTH
     deviation = tl.where(inside, y - mean[:, None], 0.0)
     at = stats_ptr + part.to(tl.int64) * 2

@@ -202,7 +202,7 @@ def launch_merge_tokens(
     )
     block_evens = max(32, triton.next_power_of_2(n_evens))
     block_c = min(MAX_BLOCK, max(64, triton.next_power_of_2(c)))
-    block_rows = min(16, TILE // block_c)
+    block_rows = min(4 if stats is not None else 16, TILE // block_c)  # 8 with statistics spill
     # Few images: one program per block of rows. Many: fewer per image, so that the choice is repeated less often.
     num_groups = min(triton.cdiv(tokens - merge, block_rows), max(2, 2048 // max(b, 1)))
     merge_tokens = Launch.of(

@@ -111,7 +111,7 @@ def test_files_are_valid_and_of_operators_that_runtimes_know(opset, method):
 @pytest.mark.parametrize("opset", OPSETS)
 def test_every_opset_answers(opset, kind, method, settings, tmp_path):
     """At every level of ONNX Runtime's optimisation; inlined as well."""
-    model = tiny(kind, method, SIZE, settings, depth=3)
+    model = tiny(kind, method, SIZE, settings)
     images, expected = model.images(3), evaluated(model, model.images(3))
     for inline in (False, True):
         check(written(model, tmp_path / "m.onnx", opset=opset, inline=inline, kept=True), model)
