@@ -104,7 +104,7 @@ def test_scores_stay_float32():
     assert scoring(quantised, "MVN", "Reduce", "Split", "FullyConnected", "MatMul") == {"f32"}
 
 
-@pytest.mark.parametrize("case_id", [CASE, "tiny-lvvit-r0.7-s1"])
+@pytest.mark.parametrize("case_id", [CASE, pytest.param("tiny-lvvit-r0.7-s1", marks=pytest.mark.slow)])
 def test_in_bfloat16_it_keeps_what_pytorch_keeps(case_id):
     """As much of the reference's sets as plain PyTorch in bfloat16 does, but for a token in a hundred."""
     checkpoint = official_checkpoint(case_id)
@@ -148,7 +148,7 @@ def test_copies_and_pickles_give_the_same(tmp_path):
         assert str(other.graph) == str(engine.graph)
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_file_that_has_gone(large, tmp_path, monkeypatch):
     """The engine gives every output; its table can be printed; PyTorch's weights of a large model cannot be read."""
     monkeypatch.setattr("dvit_infer.backends.openvino.LEAST_BYTES", 0 if large else 1 << 30)

@@ -23,7 +23,7 @@ SHAPES = [
     (2, 1, 1, 1, 16),
     pytest.param(1, 65, 24, 3, 32, marks=QUICK),
     pytest.param(1, 17, 40, 5, 60, marks=SLOW),
-    pytest.param(1, 18, 130, 2, 104, marks=QUICK),
+    pytest.param(1, 18, 130, 2, 104, marks=SLOW),
     pytest.param(1, 17, 197, 1, 64, marks=SLOW),
     pytest.param(1, 20, 290, 1, 32, marks=SLOW),
 ]
@@ -57,7 +57,7 @@ def test_result_and_signal(device, dtype, b, m, n, heads, head_dim, leaves):
         assert torch.equal(got[0], launch_attention(*given[:-1]))
 
 
-@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("groups", [pytest.param(0, marks=SLOW), 2])
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_the_class_row_has_its_pair_bias(device, dtype, groups):
     qkv = on(device, *make_qkv(4, 20, 20, 2, 32, dtype))
@@ -66,7 +66,8 @@ def test_the_class_row_has_its_pair_bias(device, dtype, groups):
         check_both(run(*given), given)
 
 
-@pytest.mark.parametrize("online", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_masked_keys_weigh_nothing_and_odd_tiles_change_nothing(device, dtype, online):
     """Also where all are masked; the signal does not depend on how many programs share the queries."""
