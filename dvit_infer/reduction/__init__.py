@@ -7,13 +7,12 @@ method is a module with the names of `Method`.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from dvit_infer.config import Setting, Stage
 from dvit_infer.graph.nodes import Reduce, Signal
 from dvit_infer.reduction import evit, predictor, random, tome
-from dvit_infer.reduction.choices import Assign, Keep
+from dvit_infer.reduction.choices import Assign, Keep, StageInput
 from dvit_infer.reduction.settings import Known, Trunk
 
 
@@ -48,29 +47,8 @@ class Method(Protocol):
     def modules(self, dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
         """Return the modules of `count` stages for tokens of `dim` channels, with uninitialised weights."""
 
-    def choose(
-        self,
-        x: torch.Tensor,
-        signal: torch.Tensor | None,
-        stage: int,
-        keep: int,
-        num_prefix: int,
-        num_patches: int,
-        modules: Sequence[nn.Module],
-        settings: Mapping[str, Setting],
-    ) -> Keep | Assign:
-        """Choose tokens in the reference model; this defines the method.
-
-        Args:
-            x: (B, P+n, C), the tokens that earlier stages left.
-            signal: what the attention before left, as `Tokens.signal`; None: nothing.
-            stage: 0-based.
-            keep: how many patch tokens remain.
-            num_prefix: P.
-            num_patches: the number of patch tokens before the first stage.
-            modules: those in the weights.
-            settings: the method's.
-        """
+    def choose(self, given: StageInput) -> Keep | Assign:
+        """Choose tokens in the reference model; this defines the method."""
 
     def node(
         self,

@@ -1,13 +1,41 @@
-"""What a method decided in a reference model; it is apart from moving the tokens."""
+"""What a method chooses by, and what it decided, in a reference model; deciding is apart from moving the tokens."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from dvit_infer.config import Setting
 from dvit_infer.graph.tokens import Tokens, index_of_kept, note_kept, note_merged, rows_of_groups
 from dvit_infer.ops.keep_tokens import fuse_rows_ref
 from dvit_infer.ops.merge_tokens import average_rows_ref
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
+
+
+class StageInput(NamedTuple):
+    """What a method chooses by, at one stage of a reference model.
+
+    Attributes:
+        x: (B, P+n, C), the tokens that earlier stages left.
+        signal: what the attention before left, as `Tokens.signal`; None: nothing.
+        stage: its number, 0-based.
+        keep: how many patch tokens remain.
+        num_prefix: P.
+        num_patches: N, the number of patch tokens before the first stage.
+        modules: those in the weights.
+        settings: the method's.
+    """
+
+    x: torch.Tensor
+    signal: torch.Tensor | None
+    stage: int
+    keep: int
+    num_prefix: int
+    num_patches: int
+    modules: Sequence[nn.Module]
+    settings: Mapping[str, Setting]
 
 
 @dataclass(frozen=True)

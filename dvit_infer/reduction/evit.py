@@ -23,8 +23,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph.nodes import Prune, Signal
 from dvit_infer.ops.keep_tokens import fuse_rows_ref, keep_tokens_ref
 from dvit_infer.ops.prune_tokens import select_tokens_ref
-from dvit_infer.reduction.choices import Keep
-from dvit_infer.reduction.settings import Known, Trunk, always, flag, keep_rates
+from dvit_infer.reduction.choices import Keep, StageInput
+from dvit_infer.reduction.settings import Known, Trunk, always, flag, keep_rates, no_modules
 
 SCORES: Mapping[str, Signal] = {"class": "class_attention", "pooled": "pooled_attention"}
 
@@ -43,6 +43,8 @@ SETTINGS: Mapping[str, Known] = {
 KEY: str | None = None
 MERGES = False
 EVERY_BLOCK = False
+
+modules = no_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,31 +102,18 @@ def signal(settings: Mapping[str, Setting]) -> Signal:
     return SCORES[str(settings["score"])]
 
 
-def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
-    return nn.ModuleList()
-
-
 def _fused(settings: Mapping[str, Setting], stage: int, num_patches: int, drops: bool) -> int | None:
     return num_patches + stage if settings["fuse"] and drops else None
 
 
-def choose(
-    x: torch.Tensor,
-    signal: torch.Tensor | None,
-    stage: int,
-    keep: int,
-    num_prefix: int,
-    num_patches: int,
-    modules: Sequence[nn.Module],
-    settings: Mapping[str, Setting],
-) -> Keep:
-    assert signal is not None
-    score = signal[..., num_prefix:].mean(dim=1)
+def choose(given: StageInput) -> Keep:
+    assert given.signal is not None
+    score, keep = given.signal[..., given.num_prefix :].mean(dim=1), given.keep
     ranked = score.sort(dim=1, descending=True).values
     drops = keep < score.shape[1]
     # Attention weights are small numbers: rounding changes them by a share of themselves.
     gap = 1 - ranked[:, keep] / ranked[:, keep - 1] if drops else torch.full_like(ranked[:, 0], torch.inf)
-    fused = _fused(settings, stage, num_patches, drops)
+    fused = _fused(given.settings, given.stage, given.num_patches, drops)
     return Keep(select_tokens_ref(score, keep), gap, None if fused is None else score, fused)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Setting, Stage
-from dvit_infer.graph.nodes import Prune, Signal
+from dvit_infer.graph.nodes import Prune
 from dvit_infer.ops.prune_tokens import pack_predictor
-from dvit_infer.reduction.choices import Keep
-from dvit_infer.reduction.settings import Known, Trunk, always, keep_rate, positive_float
+from dvit_infer.reduction.choices import Keep, StageInput
+from dvit_infer.reduction.settings import Known, always, fits_all, keep_rate, positive_float, reads_tokens_only
 
 EPS = 1e-5
 SETTINGS: Mapping[str, Known] = {
@@ -21,6 +21,8 @@ SETTINGS: Mapping[str, Known] = {
 KEY: str | None = "score_predictor"
 MERGES = False
 EVERY_BLOCK = False
+
+why_not, signal = fits_all, reads_tokens_only
 
 
 class Predictor(nn.Module):
@@ -80,10 +82,6 @@ class PredictorPrune(Prune):
         return kept_x, index
 
 
-def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
-    return None
-
-
 def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
     """Return stages that keep r, r**2, r**3 of the original tokens.
 
@@ -95,29 +93,17 @@ def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: 
     return tuple(Stage(block, int(num_patches * rate ** (s + 1))) for s, block in enumerate(blocks))
 
 
-def signal(settings: Mapping[str, Setting]) -> Signal:
-    return ""
-
-
 def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
     eps = settings["predictor_eps"]
     assert isinstance(eps, float)
     return nn.ModuleList(Predictor(dim, eps) for _ in range(count))
 
 
-def choose(
-    x: torch.Tensor,
-    signal: torch.Tensor | None,
-    stage: int,
-    keep: int,
-    num_prefix: int,
-    num_patches: int,
-    modules: Sequence[nn.Module],
-    settings: Mapping[str, Setting],
-) -> Keep:
+def choose(given: StageInput) -> Keep:
     """Return the best tokens by the difference of the two logits: the order of log P(keep), without saturation."""
-    logits = modules[stage](x[:, num_prefix:]).float()
+    logits = given.modules[given.stage](given.x[:, given.num_prefix :]).float()
     score, order = (logits[..., 0] - logits[..., 1]).sort(dim=1, descending=True, stable=True)
+    keep = given.keep
     gap = score[:, keep - 1] - score[:, keep] if keep < score.shape[1] else torch.full_like(score[:, 0], torch.inf)
     return Keep(order[:, :keep].sort(dim=1).values, gap)
 

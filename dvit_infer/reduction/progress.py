@@ -8,6 +8,7 @@ from torch import nn
 from dvit_infer.config import Reduction
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.reduction import METHODS
+from dvit_infer.reduction.choices import StageInput
 
 
 class Progress:
@@ -84,15 +85,9 @@ class Progress:
         tokens, stage = self._tokens, self._reduction.stages[number]
         assert stage.keep is not None
         tokens.x = x
+        num_patches = self._reduction.num_patches
         choice = METHODS[self._reduction.method].choose(
-            x,
-            signal,
-            number,
-            stage.keep,
-            self._num_prefix,
-            self._reduction.num_patches,
-            self._modules,
-            self._settings,
+            StageInput(x, signal, number, stage.keep, self._num_prefix, num_patches, self._modules, self._settings)
         )
         given = None if self._given is None else self._given[number].to(x.device)
         choice.move(tokens, self._num_prefix, stage.keep, given)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Setting
-from dvit_infer.graph.nodes import Prune, Signal
+from dvit_infer.graph.nodes import Prune
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
 from dvit_infer.reduction import predictor
-from dvit_infer.reduction.choices import Keep
-from dvit_infer.reduction.settings import Known, Trunk, always, keep_rate
+from dvit_infer.reduction.choices import Keep, StageInput
+from dvit_infer.reduction.settings import Known, always, fits_all, keep_rate, no_modules, reads_tokens_only
 
 SETTINGS: Mapping[str, Known] = {"keep_rate": Known(always(0.7), "as DynamicViT's", keep_rate)}
 KEY: str | None = None
@@ -20,6 +20,7 @@ MERGES = False
 EVERY_BLOCK = False
 SEED = 0
 
+why_not, signal, modules = fits_all, reads_tokens_only, no_modules
 stages = predictor.stages  # r, r**2, r**3 of the original tokens too, so that the two can be compared
 
 
@@ -42,29 +43,9 @@ def indices(tokens: int, keep: int) -> torch.Tensor:
     return torch.randperm(tokens, generator=generator, device="cpu")[:keep].sort().values
 
 
-def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
-    return None
-
-
-def signal(settings: Mapping[str, Setting]) -> Signal:
-    return ""
-
-
-def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
-    return nn.ModuleList()
-
-
-def choose(
-    x: torch.Tensor,
-    signal: torch.Tensor | None,
-    stage: int,
-    keep: int,
-    num_prefix: int,
-    num_patches: int,
-    modules: Sequence[nn.Module],
-    settings: Mapping[str, Setting],
-) -> Keep:
-    index = indices(x.shape[1] - num_prefix, keep).to(x.device)
+def choose(given: StageInput) -> Keep:
+    x = given.x
+    index = indices(x.shape[1] - given.num_prefix, given.keep).to(x.device)
     return Keep(index.expand(x.shape[0], -1), torch.full_like(x[:, 0, 0], torch.inf))
 
 

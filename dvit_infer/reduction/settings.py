@@ -1,12 +1,15 @@
 """What a method can be told: its settings, their defaults, and their checks."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from dvit_infer.config import Setting
 from dvit_infer.errors import InputError
+from dvit_infer.graph.nodes import Signal
 from dvit_infer.utils.bounds import check_bound
 
 
@@ -129,3 +132,21 @@ def flag(what: str, value: Any) -> bool:
 def always(value: Setting) -> Callable[[Trunk], Setting]:
     """Return a default that is the same for every model."""
     return lambda trunk: value
+
+
+# Parts of methods that have nothing to say.
+
+
+def fits_all(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
+    """Return None: the method is for every model."""
+    return None
+
+
+def reads_tokens_only(settings: Mapping[str, Setting]) -> Signal:
+    """Return that the attention before has to leave nothing."""
+    return ""
+
+
+def no_modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
+    """Return no modules: the method has no weights."""
+    return nn.ModuleList()

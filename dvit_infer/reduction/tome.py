@@ -17,8 +17,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.graph.nodes import Reduce, Signal
 from dvit_infer.graph.tokens import Tokens, note_merged, rows_of_groups
 from dvit_infer.ops.merge_tokens import find_matches_ref, rows_of_matches
-from dvit_infer.reduction.choices import Assign
-from dvit_infer.reduction.settings import DECREASING, Known, Trunk, always, flag, merge_counts
+from dvit_infer.reduction.choices import Assign, StageInput
+from dvit_infer.reduction.settings import DECREASING, Known, Trunk, always, fits_all, flag, merge_counts, no_modules
 
 SHARE = 0.8  # of the patches merged by default: the paper's r = 13 of a ViT-S or -B with 196 patches and 12 blocks
 
@@ -65,6 +65,8 @@ KEY: str | None = None
 MERGES = True
 EVERY_BLOCK = True
 
+why_not, modules = fits_all, no_modules
+
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Reduce):
@@ -103,10 +105,6 @@ class Merge(Reduce):
         return (patches // 2) * (patches - patches // 2) * self.key_dim + self.merged * self.dim
 
 
-def why_not(settings: Mapping[str, Setting], trunk: Trunk) -> str | None:
-    return None
-
-
 def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: int) -> tuple[Stage, ...]:
     """Return a stage for every block that merges: at most half of its patch tokens, as ToMe (`utils.parse_r`)."""
     found, tokens = [], num_patches
@@ -137,30 +135,17 @@ def signal(settings: Mapping[str, Setting]) -> Signal:
     return "mean_keys"
 
 
-def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
-    return nn.ModuleList()
-
-
-def choose(
-    x: torch.Tensor,
-    signal: torch.Tensor | None,
-    stage: int,
-    keep: int,
-    num_prefix: int,
-    num_patches: int,
-    modules: Sequence[nn.Module],
-    settings: Mapping[str, Setting],
-) -> Assign:
-    assert signal is not None
-    found = find_matches_ref(signal, num_prefix)
-    merge = x.shape[1] - num_prefix - keep
+def choose(given: StageInput) -> Assign:
+    assert given.signal is not None
+    p, tokens = given.num_prefix, given.x.shape[1]
+    found, merge = find_matches_ref(given.signal, p), tokens - p - given.keep
     similarity = found.similarity
     gaps = [similarity[:, :merge] - found.second[:, :merge]]
     falls = similarity[:, :-1] - similarity[:, 1:]
     # Without prefix tokens the others stay in order of similarity, which the next block's even and odd rows depend on.
-    gaps.append(falls[:, merge - 1 : merge] if num_prefix else falls[:, merge - 1 :])
-    gap = torch.cat([*gaps, similarity.new_full((len(x), 1), torch.inf)], dim=1).amin(dim=1)
-    return Assign(rows_of_matches(found, x.shape[1], merge, num_prefix), gap)
+    gaps.append(falls[:, merge - 1 : merge] if p else falls[:, merge - 1 :])
+    gap = torch.cat([*gaps, similarity.new_full((len(similarity), 1), torch.inf)], dim=1).amin(dim=1)
+    return Assign(rows_of_matches(found, tokens, merge, p), gap)
 
 
 def node(
