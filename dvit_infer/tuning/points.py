@@ -1,13 +1,13 @@
 """Points to search: what may reduce a model, where, and by how much, in families of one strength each."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dvit_infer.config import Config
+from dvit_infer.config import Config, Stage
 from dvit_infer.errors import InputError
-from dvit_infer.models.registry import outline
+from dvit_infer.models.registry import outliner
 from dvit_infer.reduction import METHODS
 from dvit_infer.tuning.search import Candidate
 
@@ -83,7 +83,8 @@ class Points:
 
     def __init__(self, recognise: Recognise, dense: Config, methods: Sequence[str] | None = None) -> None:
         self._recognise, self._dense = recognise, dense
-        self._dense_macs = outline(dense).macs
+        self._outline = outliner(dense)
+        self._dense_macs = self._outline(dense).macs
         self.points: dict[str, Point] = {}
         self.families: dict[str, list[Candidate]] = {}
         for method in dict.fromkeys(_known(methods)):
@@ -139,22 +140,27 @@ class Points:
         known = {point.config.reduction.stages for point in self.points.values() if point.method == method}
         found = []
         for one in settings:
-            point = self._point(method, f"{method}, {family}", one)
-            if point is None or point.config.reduction.stages in known:
-                continue
-            known.add(point.config.reduction.stages)
-            found.append(point)
+            point = self._point(method, f"{method}, {family}", one, known)
+            if point is not None:
+                known.add(point.config.reduction.stages)
+                found.append(point)
         if found:
             self.families[f"{method}, {family}"] = sorted((p.candidate for p in found), key=lambda c: c.macs)
             self.points |= {point.name: point for point in found}
 
-    def _point(self, method: str, family: str, settings: Settings) -> Point | None:
+    def _point(
+        self, method: str, family: str, settings: Settings, known: Collection[tuple[Stage, ...]] = ()
+    ) -> Point | None:
         try:
             config = self._recognise(method, settings)
         except InputError:  # a rate leaves no token, say
             return None
-        macs = outline(config).macs / self._dense_macs if config.reduction.stages else 1.0
-        if macs > MOST_MACS or any(not stage.keep for stage in config.reduction.stages):
+        if config.reduction.stages in known or not config.reduction.stages:
+            return None
+        if any(not stage.keep for stage in config.reduction.stages):
+            return None
+        macs = self._outline(config).macs / self._dense_macs
+        if macs > MOST_MACS:
             return None
         return Point(method, settings, config, Candidate(options_of(method, settings), family, macs))
 
