@@ -26,6 +26,9 @@ Make = Callable[[Config, bool], Engine]
 class Measure:
     """The `Evaluate` of a model. Engines are made when they are needed and not kept.
 
+    Attributes:
+        dense: the dense model.
+
     Args:
         make: makes engines.
         dense: the dense model, with the backend that runs it.
@@ -48,7 +51,7 @@ class Measure:
     ) -> None:
         self._make, self._points, self._sample, self._metric = make, points, sample, metric
         self._batch, self._tick = batch, tick
-        self._dense = dense
+        self.dense = dense
         self._answers: dict[bool, torch.Tensor] = {}  # of the dense model: on images held back, on searched ones
         self._timed_on = self._timing_images(dense.config)
 
@@ -59,8 +62,8 @@ class Measure:
     def dense_answers(self, held_back: bool) -> torch.Tensor:
         """Return the dense model's: classes (n,), features (n, D), or whether they are right, (n,) bool."""
         if held_back not in self._answers:
-            config = self._dense.config
-            engine = self._dense if held_back else self._make(config, False)
+            config = self.dense.config
+            engine = self.dense if held_back else self._make(config, False)
             self._answers[held_back] = torch.cat(list(self._each(engine, held_back)))
         return self._answers[held_back]
 
@@ -84,7 +87,7 @@ class Measure:
                 if call > PAIRS and time.monotonic() - start > PAIRS_S:
                     break
                 mine = timed(lambda: engine(self._timed_on), engine.device)[1]
-                dense = timed(lambda: self._dense(self._timed_on), engine.device)[1]
+                dense = timed(lambda: self.dense(self._timed_on), engine.device)[1]
                 self._tick()
                 if call:  # the first one selects kernels or captures a graph
                     ratios.append(mine / dense)
@@ -93,11 +96,10 @@ class Measure:
     def time(self, engines: Mapping[str, Engine], seconds: float) -> dict[str, Timing]:
         """Time engines by name, and the dense one as "", interleaved, for about `seconds`."""
         calls = {
-            name: (lambda engine=engine: engine(self._timed_on))
-            for name, engine in {"": self._dense, **engines}.items()
+            name: (lambda engine=engine: engine(self._timed_on)) for name, engine in {"": self.dense, **engines}.items()
         }
         with running(self._batch), torch.no_grad():
-            return interleave(calls, self._dense.device, seconds, lambda share: self._tick())
+            return interleave(calls, self.dense.device, seconds, lambda share: self._tick())
 
     def _timing_images(self, config: Config) -> torch.Tensor:
         """Return one batch, normalised, on the device; with fewer images some are there several times."""
@@ -105,7 +107,7 @@ class Measure:
         images = images[torch.arange(self._batch) % len(images)]
         if images.dtype == torch.uint8:
             images = normalise(images, config.mean, config.std)
-        return images.to(self._dense.device)
+        return images.to(self.dense.device)
 
     def _each(self, engine: Engine, held_back: bool) -> Iterator[torch.Tensor]:
         """Yield the answers of an engine, batch by batch."""

@@ -23,6 +23,7 @@ PLACES = (
     (1 / 4, 1 / 2),
     (1 / 3, 1 / 2),
     (1 / 4,),
+    (1 / 3,),
     (1 / 2,),
 )
 MOST_MACS = 0.99  # of the dense model's: what saves less is no point
@@ -117,20 +118,19 @@ class Points:
         if METHODS[method].EVERY_BLOCK:
             merged = [round((1 - rate) * patches) for rate in RATES]
             whole, half, third = (max(1, depth // n) for n in (1, 2, 3))
-            for name, merging in (
-                ("all blocks", range(whole)),
-                ("first half", range(half)),
-                ("first third", range(third)),
-                ("every other block", range(0, depth, 2)),
+            for name, weights in (
+                ("all blocks", [1] * whole),
+                ("first half", [1] * half),
+                ("first third", [1] * third),
+                ("every other block", [1, 0] * half),
+                ("fewer from block to block", list(range(depth - 1, -1, -1)) if depth > 1 else [1]),
             ):
-                yield name, [{"merge": _evenly(count, merging, depth)} for count in merged]
-            means = dict.fromkeys(max(1, round(count / depth)) for count in merged)
-            yield "decreasing", [{"merge": f"{mean}:decreasing"} for mean in means]
+                yield name, [{"merge": _shared(count, weights, depth)} for count in merged]
         elif METHODS[method].KEY is not None:  # its modules stand where they were trained
             yield "as trained", [{"keep_rate": rate} for rate in RATES]
         else:
             for shares in PLACES:
-                blocks = tuple(dict.fromkeys(max(1, round(depth * share)) for share in shares))
+                blocks = tuple(dict.fromkeys(max(1, int(depth * share + 1e-9)) for share in shares))
                 if blocks[-1] < depth:
                     at = f"block{'s' * (len(blocks) > 1)} {','.join(map(str, blocks))}"
                     yield at, [{"keep_rate": rate, "prune_at": blocks} for rate in RATES]
@@ -196,10 +196,9 @@ def _known(methods: Sequence[str] | None) -> Sequence[str]:
     return SEARCHED if methods is None else methods
 
 
-def _evenly(count: int, blocks: range, depth: int) -> int | tuple[int, ...]:
-    """Return the number of tokens to merge in each block, so that these blocks together merge `count`."""
-    each = [count * (i + 1) // len(blocks) - count * i // len(blocks) for i in range(len(blocks))]
-    schedule = [0] * depth
-    for block, merged in zip(blocks, each, strict=True):
-        schedule[block] = merged
-    return schedule[0] if len(set(schedule)) == 1 else tuple(schedule)
+def _shared(count: int, weights: Sequence[int], depth: int) -> int | tuple[int, ...]:
+    """Return the number of tokens to merge in each block: `count` in all, in proportion to the weights."""
+    ends = [count * total // sum(weights) for total in itertools.accumulate(weights)]
+    each = [end - start for start, end in itertools.pairwise((0, *ends))]
+    schedule = (*each, *[0] * (depth - len(each)))[:depth]
+    return schedule[0] if len(set(schedule)) == 1 else schedule

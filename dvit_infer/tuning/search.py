@@ -56,7 +56,8 @@ class Found:
 
     def cost(self, point: Candidate) -> float:
         """Return the predicted time, as a share of the dense model's."""
-        return max(LEAST_TIME, point.macs + self.offsets.get(point.family, 0.0))
+        usual = sum(self.offsets.values()) / max(1, len(self.offsets))  # if time was not enough for its family
+        return max(LEAST_TIME, point.macs + self.offsets.get(point.family, usual))
 
     def timed(self, point: Candidate, time: float) -> None:
         """Note the time of a point, by which those of its family are predicted from now on."""
@@ -110,6 +111,7 @@ def search(
     images: int,
     found: Found | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
+    in_a_hurry: Callable[[], bool] = lambda: False,
     save: Callable[[Found], None] = lambda found: None,
 ) -> Found:
     """Search families of points, each in order of MACs, fewest first.
@@ -121,6 +123,7 @@ def search(
         images: how many images are searched.
         found: what an earlier, interrupted search of the same knew; it is not measured again.
         out_of_time: asked after each batch of images; once it is true, the search ends.
+        in_a_hurry: once it is true, no more families are timed before the search begins.
         save: called after each point.
     """
     found = found or Found()
@@ -134,7 +137,8 @@ def search(
             found.timed(point, known)
 
     for points in families.values():
-        predict_by(points[len(points) // 2])
+        if not in_a_hurry() or points[len(points) // 2].name in found.times:
+            predict_by(points[len(points) // 2])
     walks = [_Walk(points) for points in families.values()]
     best = math.inf
     while True:

@@ -79,7 +79,7 @@ def test_the_settings_give_the_same_engine_and_so_does_the_saved_file(found, den
 
 def test_points_and_the_front(found):
     names = [point.name for point in found.points]
-    assert len(names) == len(set(names)) > 5
+    assert len(names) == len(set(names)) > 1
     assert [point.macs for point in found.points] == sorted(point.macs for point in found.points)
     for one, other in itertools.pairwise(found.pareto):
         assert one.speedup >= other.speedup
@@ -187,18 +187,18 @@ def test_an_interrupted_search_resumes(dense, images, tmp_path, monkeypatch):
 
     def counted(self, name):
         calls.append(name)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         yield from losses(self, name)
 
     monkeypatch.setattr(Measure, "losses", counted)
-    options = {**CPU, "methods": ["tome"], "search_file": file}
+    options = {**CPU, "methods": ["evit", "tome"], "search_file": file}
     with pytest.raises(KeyboardInterrupt):
-        dvit.tune(dense, images, 0.75, **options)
+        dvit.tune(dense, images, 0.99, **options)
     known = json.loads(file.read_text())["tallies"]
-    assert len(known) == 3
-    result = dvit.tune(dense, images, 0.75, **options)
-    assert not set(calls[4:]) & set(known)
+    assert len(known) == 1
+    result = dvit.tune(dense, images, 0.99, **options)
+    assert not set(calls[2:]) & set(known)
     assert not file.exists()
     assert {point.name for point in result.points} >= set(known)
 
