@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, add_model_options, check_interrupt, run
 from dvit_infer.cli.images import shown, warn
@@ -140,13 +140,7 @@ def _cells(point: "TunedPoint", result: "TuneResult") -> tuple[str, ...]:
     speed = f"{point.speedup:.2f} x" if point.measured else f"~{point.speedup:.2f} x"
     rate = f"{point.images_per_s:,.1f}" if point.images_per_s is not None else ""
     chosen = "chosen" if point.name == result.chosen.name else ("meets the target" if point.meets else "")
-    label = point.label if point.method == "tome" else f"{point.label}, {_blocks(point)}"
-    return (label, quality, f"{low} to {high}", str(point.images), f"{point.macs:.0%}", speed, rate, chosen)
-
-
-def _blocks(point: "TunedPoint") -> str:
-    blocks: Any = point.settings.get("prune_at", ())
-    return f"at {','.join(map(str, blocks))}" if blocks else "as trained"
+    return (point.title, quality, f"{low} to {high}", str(point.images), f"{point.macs:.0%}", speed, rate, chosen)
 
 
 @contextlib.contextmanager

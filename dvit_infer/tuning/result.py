@@ -45,6 +45,13 @@ class TunedPoint:
     images_per_s: float | None = None
 
     @property
+    def title(self) -> str:
+        """Its reduction, and the blocks in which that happens if they are chosen."""
+        blocks = self.settings.get("prune_at", ())
+        named = f", block{'s' * (len(blocks) > 1)} {','.join(map(str, blocks))}" if blocks else ""
+        return f"{self.label}{named}"
+
+    @property
     def measured(self) -> bool:
         return self.images_per_s is not None
 
@@ -128,7 +135,7 @@ class TuneResult:
         keeps = _KEEPS[self.metric].format(held.quality)
         speed = f"{self.speedup:.2f} x the speed of the dense model ({self.images_per_s:,.1f} images/s, "
         speed += f"{self.dense_images_per_s:,.1f} dense; batch {self.batch})"
-        line = f"{self.chosen.label}: {speed}, keeps {keeps} on {held.images} images held back (95%: {low} to {high})"
+        line = f"{self.chosen.title}: {speed}, keeps {keeps} on {held.images} images held back (95%: {low} to {high})"
         if self.met:
             return line
         return f"no reduction meets the target of {self.target:g}; the nearest is {line}"

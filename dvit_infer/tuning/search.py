@@ -124,7 +124,7 @@ def search(
         found: what an earlier, interrupted search of the same knew; it is not measured again.
         out_of_time: asked after each batch of images; once it is true, the search ends.
         in_a_hurry: once it is true, no more families are timed before the search begins.
-        save: called after each point.
+        save: called after each measurement.
     """
     found = found or Found()
     found.finished = True
@@ -133,7 +133,9 @@ def search(
         known = found.times.get(point.name)
         if known is None and not out_of_time():
             known = evaluate.relative_time(point.name)
-        if known is not None:
+            found.timed(point, known)
+            save(found)
+        elif known is not None:
             found.timed(point, known)
 
     for points in families.values():

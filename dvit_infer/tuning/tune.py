@@ -25,7 +25,7 @@ from dvit_infer.tuning.subject import Subject
 
 BUDGET = 720.0  # seconds
 FOR_SEARCH, FOR_PREDICTION = 0.75, 0.25  # shares of it: until the search ends, and until it begins at the latest
-TIMING_S = (1.0, 30.0)  # of each comparison: the least and the most
+TIMING_S = (1.0, 20.0)  # of each comparison: the least and the most
 
 Progress = Callable[[str, float, float], None]  # what is done, the share of the budget used, seconds left at most
 
@@ -112,7 +112,7 @@ def tune(
 
     def save(found: Found) -> None:
         file.save(found)
-        what[0] = f"searching, {len(found.tallies)} points"
+        what[0] = f"searching, {len(found.tallies)} points" if found.tallies else "timing families of points"
 
     def used(share: float) -> bool:
         return time.monotonic() - start > share * budget
