@@ -61,11 +61,11 @@ def compare(dense: Path, predictor: Path) -> dict[str, Any]:
 
 
 def _evit() -> Iterator[Settings]:
-    yield from ({"method": "evit", "keep_rate": r / 100, "prune_at": PRUNE_AT} for r in range(10, 100))
+    yield from ({"method": "evit", "keep_rate": r / 100, "prune_at": PRUNE_AT} for r in range(30, 100))
 
 
 def _random() -> Iterator[Settings]:
-    yield from ({"method": "random", "keep_rate": r / 100, "prune_at": PRUNE_AT} for r in range(10, 100))
+    yield from ({"method": "random", "keep_rate": r / 100, "prune_at": PRUNE_AT} for r in range(30, 100))
 
 
 def _tome() -> Iterator[Settings]:

@@ -33,6 +33,7 @@ class Final:
         self._sample, self._goal, self._batch = sample, goal, batch
         self._accepted = accepted(points.families, found, goal)
         self._held: dict[str, HeldBack] = {}
+        self._meeting = {point.name for point in self._accepted}
         self._ruled_out: set[str] = set()
         self._engines: dict[str, Engine] = {}
         self._warnings: list[str] = []
@@ -47,6 +48,7 @@ class Final:
         names = [name for first in self._fastest() if (name := self._first_not_ruled_out(first, out_of_time))]
         names += self._rounded(names[0], out_of_time) if names else []
         met = bool(names)
+        self._meeting |= set(names)
         if not met:
             names = [self._nearest()]
         engines = {name: self._engines[name] for name in names}
@@ -153,10 +155,6 @@ class Final:
     def _tuned(self, name: str, timings: Mapping[str, Timing]) -> TunedPoint:
         point, tally, timing = self._points.points[name], self._found.tallies[name], timings.get(name)
         low, high = tally.interval(self._goal)
-        in_family = (
-            any(name == one.name for one in self._accepted) or point.candidate.family not in self._points.families
-        )
-        meets = in_family and tally.complete and tally.meets(self._goal)
         return TunedPoint(
             name=name,
             label=str(point.config.reduction),
@@ -167,7 +165,7 @@ class Final:
             low=low,
             high=high,
             images=tally.images,
-            meets=meets and name not in self._ruled_out,
+            meets=name in self._meeting and name not in self._ruled_out,
             speedup=1 / self._found.cost(point.candidate) if timing is None else timing.speedup_over(timings[""]),
             images_per_s=None if timing is None else timing.rates(self._batch)["images_per_s"],
         )
