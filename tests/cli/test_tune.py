@@ -26,9 +26,11 @@ CPU = ["--device", "cpu", "--backend", "torch", "--workers", "0"]
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    """Time little: what is timed is not what is tested."""
+    """Search few points, and time them little: what is timed is not what is tested."""
     monkeypatch.setattr("dvit_infer.tuning.tune.TIMING_S", (0.05, 0.05))
+    monkeypatch.setattr("dvit_infer.tuning.points.RATES", (0.2, 0.4, 0.6, 0.8, 0.9, 0.96))
     monkeypatch.setattr("dvit_infer.tuning.measure.PAIRS_S", 0.0)
+    monkeypatch.setattr("dvit_infer.benchmark.timing.MIN_ROUNDS", 2)
     monkeypatch.setattr("dvit_infer.benchmark.timing.WARM_UP_S", 0.0)
     monkeypatch.setattr("dvit_infer.benchmark.timing.WARM_UP_LIMIT_S", 0.0)
 

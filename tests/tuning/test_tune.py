@@ -18,6 +18,7 @@ from dvit_infer.tuning.measure import Measure
 from dvit_infer.tuning.result import TunedPoint, pareto
 from dvit_infer.tuning.sample import distinct, sample_of
 
+RATES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.96)
 CPU = {"device": "cpu", "backend": "torch", "batch": 16}
 
 
@@ -33,8 +34,10 @@ def images():
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    """Time little: what is timed is not what is tested."""
+    """Search few points, and time them little: what is timed is not what is tested."""
     monkeypatch.setattr(tuning, "TIMING_S", (0.05, 0.05))
+    monkeypatch.setattr("dvit_infer.tuning.points.RATES", RATES)
+    monkeypatch.setattr("dvit_infer.benchmark.timing.MIN_ROUNDS", 2)
     monkeypatch.setattr("dvit_infer.benchmark.timing.WARM_UP_S", 0.0)
     monkeypatch.setattr("dvit_infer.tuning.measure.PAIRS_S", 0.0)
     monkeypatch.setattr("dvit_infer.benchmark.timing.WARM_UP_LIMIT_S", 0.0)
@@ -44,6 +47,7 @@ def _soon(monkeypatch):
 def found(dense, images):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "TIMING_S", (0.05, 0.05))
+        patch.setattr("dvit_infer.tuning.points.RATES", RATES)
         return dvit.tune(dense, images, 0.75, methods=["evit", "tome"], **CPU)
 
 
