@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
     from dvit_infer.parity.report import Report
     from dvit_infer.parity.verification import verify
+    from dvit_infer.tuning.result import TuneResult
+    from dvit_infer.tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ _HOME = {
     "Engine": "engine",
     "InputError": "errors",
     "Report": "parity.report",
+    "TuneResult": "tuning.result",
     "convert": "engine",
     "draw_heat_map": "evaluate.visualize",
     "draw_kept": "evaluate.visualize",
@@ -35,6 +38,7 @@ _HOME = {
     "load_reference": "engine",
     "pack_predictor": "ops.prune_tokens",
     "prune_tokens": "ops.prune_tokens",
+    "tune": "tuning.tune",
     "verify": "parity.verification",
 }
 
@@ -43,6 +47,7 @@ __all__ = [
     "Engine",
     "InputError",
     "Report",
+    "TuneResult",
     "convert",
     "draw_heat_map",
     "draw_kept",
@@ -53,6 +58,7 @@ __all__ = [
     "load_reference",
     "pack_predictor",
     "prune_tokens",
+    "tune",
     "verify",
 ]
 

@@ -45,6 +45,9 @@ class Engine(Verifiable):
         notes: the facts read, assumed or given when the checkpoint was recognised.
         params: the number of weights in the file, without those of a reduction that does not run.
         config, runner, device, dtype, micro_batch: as for every `Classifier`; with int8, `dtype` is that of all else.
+
+    Args:
+        cached: whether OpenVINO's model may be kept in the user's cache folder.
     """
 
     fan_in_dim = 1
@@ -60,10 +63,11 @@ class Engine(Verifiable):
         source: WeightSource,
         backend: str | None = None,
         int8: bool = False,
+        cached: bool = True,
     ) -> None:
         graph = folded_graph(config, checkpoint, device, dtype)
         weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
-        key = source.digest + header_text(config).encode() + f"{dtype} {int8}".encode()
+        key = source.digest + header_text(config).encode() + f"{dtype} {int8}".encode() if cached else None
         super().__init__(config, runner_for(graph, backend, weights, key, int8), device, dtype)
         self._int8 = int8
         self.notes = list(notes)

@@ -2,6 +2,8 @@
 
 A dense ViT learns cluttered digits (dense.py), dvit-train fine-tunes it at keep rate 0.7 three times with different
 seeds, dvit-convert verifies, and all are evaluated on the 10,000 test images, also with as many patches kept at random.
+EViT, ToMe and random pruning of the dense model are compared with that at equal MACs, and dvit-tune tunes it
+(methods.py).
 Finished steps stay in build/proof, so that an interrupted run resumes; if the recipe changed, it starts over. --update
 copies the two checkpoints, proof.json and the image into the repository.
 """
@@ -20,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cluttered_digits import draw, test_set
-from dense import turned
+from cluttered_digits import test_set
+from methods import compare, draw_chart, training_pictures, tuned
 from pictures import write
 
 import dvit_infer as dvit
@@ -36,7 +38,6 @@ from dvit_infer.utils.files import atomic_write_json
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "proof"
 SEEDS = (0, 1, 2)
-TRAINING_PICTURES, TRAINING_SEED = 16_000, 7
 FINE_TUNING = (
     *("--keep-rate", "0.7", "--prune-at", "2,3,4", "--epochs", "4", "--freeze-epochs", "0", "--warmup-epochs", "0.5"),
     *("--lr", "1e-3", "--backbone-lr-scale", "0.1", "--batch", "128", "--smoothing", "0", "--dtype", "bfloat16"),
@@ -68,18 +69,20 @@ def main() -> None:
             atomic_write_json(BUILD / "seconds.json", seconds)
 
     dense, train, test = BUILD / "dense.pth", BUILD / "train", BUILD / "test"
-    tuned = [BUILD / f"digits-0.7-{seed}.pth" for seed in SEEDS]
+    fine_tuned = [BUILD / f"digits-0.7-{seed}.pth" for seed in SEEDS]
     stage("dense", dense, lambda: _run("bench/proof/dense.py", dense))
-    stage("pictures", test, lambda: (_write_training(train), write(test, *test_set())))
-    for seed, out in zip(SEEDS, tuned, strict=True):
+    stage("pictures", test, lambda: (write(train, *training_pictures()), write(test, *test_set())))
+    for seed, out in zip(SEEDS, fine_tuned, strict=True):
         stage(f"dvit-train, seed {seed}", out, lambda seed=seed, out=out: _fine_tune(dense, train, out, seed))
     saved, bench = BUILD / "digits-0.7.dvit.safetensors", BUILD / "bench.json"
-    stage("dvit-convert", saved, lambda: _run("-m", "dvit_infer.cli.convert", tuned[0], "-o", saved))
+    stage("dvit-convert", saved, lambda: _run("-m", "dvit_infer.cli.convert", fine_tuned[0], "-o", saved))
     batch = "256" if torch.cuda.is_available() else "64"
     arguments = ("-m", "dvit_infer.cli.bench", saved, "--batch", batch, "--json", bench)
     stage("dvit-bench", bench, lambda: _run(*arguments, "--compare", "reference,dense"))
     found: dict[str, Any] = {}
-    stage("counting", BUILD / "nothing", lambda: found.update(_counted(dense, tuned, test)))
+    stage("counting", BUILD / "nothing", lambda: found.update(_counted(dense, fine_tuned, test)))
+    stage("methods", BUILD / "nothing", lambda: found.update(methods=compare(dense, fine_tuned[0])))
+    stage("dvit-tune", BUILD / "nothing", lambda: found.update(tune=tuned(dense)))
     rows = read_results(bench)["rows"]
     content = {
         "environment": environment(),
@@ -91,9 +94,10 @@ def main() -> None:
     atomic_write_json(BUILD / "proof.json", content)
     shown = [path for i, path in enumerate(sorted(test.glob("*/*.png"), key=lambda path: path.name)) if i in SHOWN]
     dvit.draw_kept(dvit.load(saved), [str(path) for path in shown]).save(BUILD / "kept.png")
+    draw_chart(content["methods"], BUILD / "methods.png")
     print(json.dumps(content, indent=1))
     if update:
-        _keep(dense, tuned[0])
+        _keep(dense, fine_tuned[0])
 
 
 def _text(path: Path) -> str:
@@ -109,14 +113,6 @@ def _run(*command: object) -> None:
         raise
     if status:
         raise SystemExit(status)
-
-
-def _write_training(folder: Path) -> None:
-    """Write training images: slightly distorted digits with clutter, as the dense model saw them."""
-    pictures, labels = draw(TRAINING_PICTURES, "train", TRAINING_SEED)
-    rng = np.random.default_rng(TRAINING_SEED)
-    parts = [turned(torch.from_numpy(part).float(), rng) for part in np.array_split(pictures, 24)]
-    write(folder, torch.cat(parts).round().to(torch.uint8).numpy(), labels)
 
 
 def _fine_tune(dense: Path, train: Path, out: Path, seed: int) -> None:
@@ -186,7 +182,8 @@ def _keep(dense: Path, tuned: Path) -> None:
     shutil.copy(dense, ROOT / "bench" / "proof" / "dense.pth")
     shutil.copy(tuned, ROOT / "bench" / "proof" / "digits-0.7.pth")
     shutil.copy(BUILD / "proof.json", ROOT / "bench" / "results" / "proof.json")
-    shutil.copy(BUILD / "kept.png", ROOT / "docs" / "kept.png")
+    for chart in ("kept.png", "methods.png"):
+        shutil.copy(BUILD / chart, ROOT / "docs" / chart)
 
 
 if __name__ == "__main__":

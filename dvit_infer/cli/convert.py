@@ -65,7 +65,7 @@ def _convert(options: argparse.Namespace) -> int:
     write = _onnx if options.format == "onnx" else _safetensors
     if write is _safetensors and (odd := [name for name in ONNX_ONLY if getattr(options, name) not in (None, False)]):
         raise dvit.InputError(f"{odd[0]}: is for --format onnx")
-    name = _default_out(options.checkpoint, options.format) if options.out is None else options.out
+    name = default_out(options.checkpoint, options.format) if options.out is None else options.out
     out = check_output(name, "out", not_this=options.checkpoint)
     json_out = None if options.json is None else check_output(options.json, "json", not_this=options.checkpoint)
     if json_out == out:
@@ -209,7 +209,8 @@ class _ParityError(Exception):
     """Raised to leave the block that writes the file, so that the file is discarded."""
 
 
-def _default_out(checkpoint: str, kind: str) -> str:
+def default_out(checkpoint: str, kind: str) -> str:
+    """Return the name of the file that is written for a checkpoint if none is given, in the current folder."""
     stem = Path(checkpoint).name or Path(checkpoint).absolute().name
     for suffix in (
         ".tar",

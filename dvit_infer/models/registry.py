@@ -1,7 +1,7 @@
 """The registry of families: recognise a checkpoint, read its config, build its reference model and graph."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -214,8 +214,19 @@ def build_graph(model: nn.Module, config: Config) -> Graph:
 
 def outline(config: Config) -> Graph:
     """Return the graph of a config, whose weights have shapes only."""
+    return outliner(config)(config)
+
+
+def outliner(config: Config) -> Callable[[Config], Graph]:
+    """Return a function that returns the `outline` of configs that differ from this one in their reduction only."""
     with torch.device("meta"):
-        return build_graph(family_of(config).reference(config), config)
+        model = family_of(config).reference(config)
+
+    def outlined(reduced: Config) -> Graph:
+        with torch.device("meta"):
+            return build_graph(model, reduced)
+
+    return outlined
 
 
 def _check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], arch: str) -> None:

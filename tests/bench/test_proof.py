@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
+from PIL import Image
 
 import dvit_infer as dvit
 from dvit_infer.cli import train
+from dvit_infer.models.registry import outline
 from dvit_infer.training.student import make_pair, official_content
+from dvit_infer.tuning.subject import Subject
 
 sys.path.append(str(ROOT / "bench" / "proof"))
 import cluttered_digits
+import methods
 from pictures import write
 
 FOLDER = ROOT / "bench" / "proof"
@@ -39,6 +43,37 @@ def test_the_result_is_what_the_project_claims():
     assert PROOF["tokens_dropped"] >= 0.65
     assert len(PROOF["seeds"]["top1"]) == 3
     assert PROOF["pruned_gflops"] < 0.75 * PROOF["dense_gflops"]
+
+
+def test_methods_are_compared_at_equal_macs():
+    compared = PROOF["methods"]["methods"]
+    assert set(compared) == {"predictor", "evit", "tome", "random"}
+    for rows in zip(*compared.values(), strict=True):
+        macs = [row["gmacs"] for row in rows]
+        assert max(macs) < 1.05 * min(macs)
+        assert min(rows, key=lambda row: row["top1"])["reduction"].startswith("random")
+    assert PROOF["methods"]["dense_top1"] == PROOF["dense_top1"]
+
+
+def test_tuning_lands_at_its_target():
+    assert PROOF["tune"]["met"]
+    assert PROOF["tune"]["searched"] == 667
+    assert abs(PROOF["tune"]["test_agreement"] - 0.99) <= 0.005
+
+
+def test_the_nearest_macs_are_found():
+    subject = Subject(DENSE, device="cpu")
+    for settings in methods.SETTINGS.values():
+        chosen = methods._nearest(subject, settings(), int(0.75 * outline(subject.dense).macs))
+        rest = {name: value for name, value in chosen.items() if name != "method"}
+        share = outline(subject.config(chosen["method"], rest)).macs / outline(subject.dense).macs
+        assert share == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_chart_of_lines(tmp_path):
+    methods.draw_chart(PROOF["methods"], tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert len(chart.convert("RGB").getcolors(1 << 20)) > 5
 
 
 @pytest.mark.slow

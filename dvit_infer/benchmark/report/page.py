@@ -11,6 +11,7 @@ from dvit_infer.benchmark.load import describe_load
 from dvit_infer.benchmark.report.charts import latency, nodes, sweeps, throughput
 from dvit_infer.benchmark.report.figures import Chart, label_candidates
 from dvit_infer.benchmark.report.tables import LIMIT_COLUMNS, MODEL_COLUMNS, NODE_COLUMNS, table
+from dvit_infer.benchmark.report.tuned import NOTE, POINT_COLUMNS, pareto_chart
 from dvit_infer.benchmark.results import as_version_2
 from dvit_infer.utils.files import atomic_write
 
@@ -24,7 +25,8 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
         path: the output path, checked by `files.check_output`.
         content: a result file as `dvit-bench --json` writes it, of version 1 or 2. Model rows become a table of speed
             and accuracy, images/s against batch, latency and, with several keep rates, their sweep. Rows with "op" and
-            "floor_us" become the time of each node of the graph. Other op rows become a table for each kind.
+            "floor_us" become the time of each node of the graph. Other op rows become a table for each kind. The part
+            "tune" of a file of `dvit-tune` becomes a chart of quality against speed and a table of points.
 
     Raises:
         InputError: The content is not a result file or of another version, or writing failed (a full disk).
@@ -50,6 +52,10 @@ def page(content: Mapping[str, Any]) -> str:
     figures: list[dict[str, Any]] = []
     subjects = [*models, *graph] or ops
     parts = [_header(environment, subjects)]
+    if tuned := content.get("tune"):
+        body = f"<p><strong>{escape(str(tuned['won']))}</strong></p>\n" + _drawn([pareto_chart(tuned)], figures)
+        body += table("points", POINT_COLUMNS, tuned["points"])
+        parts.append(_section("Quality against speed", NOTE, body))
     if models:
         series = label_candidates(models)
         labels = [series[id(row)].label for row in models]

@@ -1,0 +1,66 @@
+"""What a search has found so far, in a file, so that an interrupted one resumes."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from dvit_infer.errors import InputError
+from dvit_infer.tuning.quality import Tally
+from dvit_infer.tuning.search import Found
+from dvit_infer.utils.files import atomic_write, cache_folder
+
+VERSION = 1
+
+
+def key_of(parts: Sequence[bytes | str]) -> str:
+    """Return a digest of what a search depends on."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        one = part.encode() if isinstance(part, str) else part
+        digest.update(len(one).to_bytes(8, "little") + one)
+    return digest.hexdigest()
+
+
+class SearchFile:
+    """The file of one search; without a path it is in the user's cache folder.
+
+    A file of another search, or one that cannot be read, counts as none.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path = path or cache_folder() / "tune" / f"{key}.json"
+        self._key = key
+
+    def read(self) -> Found | None:
+        try:
+            content = json.loads(self.path.read_text())
+            if content["version"] != VERSION or content["key"] != self._key:
+                return None
+            tallies = {str(name): Tally(**fields) for name, fields in content["tallies"].items()}
+            return Found(tallies, {str(name): float(value) for name, value in content["times"].items()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+
+    def save(self, found: Found) -> None:
+        """Write what is known.
+
+        Raises:
+            InputError: it cannot be written, if the caller named the path.
+        """
+        content = {
+            "version": VERSION,
+            "key": self._key,
+            "tallies": {name: asdict(tally) for name, tally in found.tallies.items()},
+            "times": found.times,
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with atomic_write(self.path, "search") as part:
+                part.write_text(json.dumps(content) + "\n")
+        except OSError as error:
+            raise InputError(f"search: {self.path}: {error.strerror or error}") from None
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
