@@ -61,6 +61,7 @@ def test_tuning_lands_at_its_target():
     assert abs(PROOF["tune"]["test_agreement"] - 0.99) <= 0.005
 
 
+@pytest.mark.slow
 def test_the_nearest_macs_are_found():
     subject = Subject(DENSE, device="cpu")
     for settings in methods.SETTINGS.values():

@@ -46,6 +46,7 @@ def photos(_empty_folder):
     return "photos"
 
 
+@pytest.mark.slow
 def test_what_it_writes(model, photos, capsys):
     argv = [str(model), photos, *CPU, "--target", "0.5", "--methods", "tome", "--json", "a.json", "--report", "a.html"]
     assert tune.main([*argv, "-o", "tuned.safetensors"]) == 0
@@ -73,6 +74,7 @@ def test_what_it_writes(model, photos, capsys):
     assert tuned["won"] in page
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_met_writes_no_model(model, photos, capsys, monkeypatch):
     monkeypatch.setattr(Measure, "_losses", lambda self, engine, held_back: iter([[0.0, 1.0] * 8]))
     assert tune.main([str(model), photos, *CPU, "--methods", "tome", "--json", "a.json"]) == 1
@@ -83,6 +85,7 @@ def test_a_target_that_is_not_met_writes_no_model(model, photos, capsys, monkeyp
     assert sorted(os.listdir()) == ["a.json", "dense.pth", "photos"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(model, photos, capsys, monkeypatch):
     losses, calls = Measure.losses, []
 
@@ -104,6 +107,7 @@ def test_ctrl_c_and_the_same_command_again(model, photos, capsys, monkeypatch):
     assert sorted(os.listdir()) == ["dense.dvit.safetensors", "dense.pth", "photos"]
 
 
+@pytest.mark.slow
 def test_top1_by_a_file_of_labels(model, photos):
     engine = dvit.convert(model, device="cpu", backend="torch")
     paths = sorted(str(path) for path in Path(photos).iterdir())
@@ -140,6 +144,7 @@ def test_bad_options(argv, said, model, photos, capsys):
     assert said in fails(tune, [model, photos, *CPU, *argv], capsys)
 
 
+@pytest.mark.slow
 def test_bad_folders(model, capsys):
     draw_all(Path("one"), 1)
     assert fails(tune, [model, "one", *CPU], capsys).startswith("error: one: 1 image to search; 3 or more are needed")

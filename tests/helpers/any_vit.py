@@ -70,6 +70,9 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
 
 DROPPING = ["random", pytest.param("none", marks=pytest.mark.slow), pytest.param("predictor", marks=pytest.mark.slow)]
 
+# Together every part that a backend runs in a way of its own.
+FEW = ("clip", "dinov2-registers", "eva02", "beit", "siglip", "distilled")
+
 
 @dataclass(frozen=True)
 class Tiny:

@@ -10,6 +10,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.tuning.points import Points, options_of
 from dvit_infer.tuning.subject import Subject
 
+pytestmark = pytest.mark.slow  # each is a search
+
 HEADS = {"num_heads": 2}
 
 

@@ -18,6 +18,8 @@ from dvit_infer.tuning.measure import Measure
 from dvit_infer.tuning.result import TunedPoint, pareto
 from dvit_infer.tuning.sample import distinct, sample_of
 
+pytestmark = pytest.mark.slow  # each is a search
+
 RATES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.96)
 CPU = {"device": "cpu", "backend": "torch", "batch": 16}
 
