@@ -29,24 +29,24 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RATES = (0.9, 0.7, 0.5)  # of the predictor, which was trained at 0.7; the others get as many MACs
 PRUNE_AT = (2, 3, 4)  # as it was trained
 TUNE_WITH, TARGET = 1_000, 0.99
-TRAINING_PICTURES, TRAINING_SEED = 16_000, 7
+TRAINING_IMAGES, TRAINING_SEED = 16_000, 7
 BATCH = 500
 MOST_LOST = 2.5  # points of top-1 below the dense model's that the chart shows
 
 Settings = dict[str, Any]
 
 
-def training_pictures() -> tuple[np.ndarray, np.ndarray]:
+def training_images() -> tuple[np.ndarray, np.ndarray]:
     """Return training images (n, 3, H, W) uint8: slightly distorted digits with clutter, and their classes (n,)."""
-    pictures, labels = draw(TRAINING_PICTURES, "train", TRAINING_SEED)
+    images, labels = draw(TRAINING_IMAGES, "train", TRAINING_SEED)
     rng = np.random.default_rng(TRAINING_SEED)
-    parts = [turned(torch.from_numpy(part).float(), rng) for part in np.array_split(pictures, 24)]
+    parts = [turned(torch.from_numpy(part).float(), rng) for part in np.array_split(images, 24)]
     return torch.cat(parts).round().to(torch.uint8).numpy(), labels
 
 
 def compare(dense: Path, predictor: Path) -> dict[str, Any]:
     """Return the top-1 of each method on the test images, at the MACs of the predictor at each of `RATES`."""
-    pictures, labels = (torch.from_numpy(array) for array in test_set())
+    images, labels = (torch.from_numpy(array) for array in test_set())
     plain = _engine(dense, method="none")
     found: dict[str, list[dict[str, Any]]] = {}
     subject = Subject(dense)
@@ -57,9 +57,9 @@ def compare(dense: Path, predictor: Path) -> dict[str, Any]:
         engines |= {name: _engine(dense, **_nearest(subject, each(), macs)) for name, each in SETTINGS.items()}
         for name, engine in engines.items():
             row = {"reduction": str(engine.config.reduction), "gmacs": engine.outline.gmacs}
-            found.setdefault(name, []).append(row | {"top1": _top1(engine, pictures, labels)})
+            found.setdefault(name, []).append(row | {"top1": _top1(engine, images, labels)})
             print(name, found[name][-1], flush=True)
-    return {"pictures": len(pictures), "dense_top1": _top1(plain, pictures, labels)} | {
+    return {"images": len(images), "dense_top1": _top1(plain, images, labels)} | {
         "dense_gmacs": plain.outline.gmacs,
         "rates": list(RATES),
         "methods": found,
@@ -98,20 +98,20 @@ def _engine(path: Path, **settings: Any) -> dvit.Engine:
     return dvit.convert(path, dtype="float32", backend=None if torch.cuda.is_available() else "torch", **settings)
 
 
-def _top1(engine: dvit.Engine, pictures: torch.Tensor, labels: torch.Tensor) -> float:
-    return 100 * int((_classes(engine, pictures) == labels).sum()) / len(labels)
+def _top1(engine: dvit.Engine, images: torch.Tensor, labels: torch.Tensor) -> float:
+    return 100 * int((_classes(engine, images) == labels).sum()) / len(labels)
 
 
-def _classes(engine: dvit.Engine, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([engine(part).argmax(dim=1).cpu() for part in pictures.split(BATCH)])
+def _classes(engine: dvit.Engine, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([engine(part).argmax(dim=1).cpu() for part in images.split(BATCH)])
 
 
 def tuned(dense: Path, batch: int = 64) -> dict[str, Any]:
     """Tune on unlabelled training images, and count on the test images what that keeps."""
-    pictures, labels = training_pictures()
+    images, labels = training_images()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "unlabelled"
-        write(folder, pictures[:TUNE_WITH], labels[:TUNE_WITH])  # class folders, of which nothing is read but images
+        write(folder, images[:TUNE_WITH], labels[:TUNE_WITH])  # class folders, of which nothing is read but images
         result = dvit.tune(dense, folder, TARGET, dtype="float32", batch=batch, search_file=Path(name) / "search.json")
     test, classes = (torch.from_numpy(array) for array in test_set())
     expected = _classes(_engine(dense, method="none"), test)

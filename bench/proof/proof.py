@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from cluttered_digits import test_set
-from methods import compare, draw_chart, training_pictures, tuned
+from methods import compare, draw_chart, training_images, tuned
 from pictures import write
 
 import dvit_infer as dvit
@@ -71,7 +71,7 @@ def main() -> None:
     dense, train, test = BUILD / "dense.pth", BUILD / "train", BUILD / "test"
     fine_tuned = [BUILD / f"digits-0.7-{seed}.pth" for seed in SEEDS]
     stage("dense", dense, lambda: _run("bench/proof/dense.py", dense))
-    stage("pictures", test, lambda: (write(train, *training_pictures()), write(test, *test_set())))
+    stage("pictures", test, lambda: (write(train, *training_images()), write(test, *test_set())))
     for seed, out in zip(SEEDS, fine_tuned, strict=True):
         stage(f"dvit-train, seed {seed}", out, lambda seed=seed, out=out: _fine_tune(dense, train, out, seed))
     saved, bench = BUILD / "digits-0.7.dvit.safetensors", BUILD / "bench.json"

@@ -16,7 +16,7 @@ import torch
 from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.heads import Wanted, nodes_for
-from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.ops.choices import choices_for, runs_triton
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # at most a third of a batch is padding

@@ -20,7 +20,8 @@ from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.nodes import Branch, Node, Prune
+from dvit_infer.graph.nodes import Branch, Node
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.reduction.predictor import PredictorPrune
 

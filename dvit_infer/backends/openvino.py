@@ -25,7 +25,7 @@ from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
-from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import prepare
 

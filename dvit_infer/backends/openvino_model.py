@@ -12,7 +12,8 @@ import torch
 from dvit_infer.config import Config
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Wanted
-from dvit_infer.graph.nodes import Attention, Mlp, Node, Reduce
+from dvit_infer.graph.nodes import Attention, Mlp, Node
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.utils.threads import limit_threads
 
 _INSTALL = "run pip install 'dvit-infer[cpu]'"

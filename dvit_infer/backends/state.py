@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dvit_infer.graph.nodes import Node, Reduce
+from dvit_infer.graph.nodes import Node
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 
 

@@ -9,11 +9,13 @@ from dvit_kernels.merge_tokens import supports as merges
 
 from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.kernel_check import check_kernels
+from dvit_infer.backends.primitives import ALL
 from dvit_infer.backends.state import State
-from dvit_infer.backends.torch import ALL, TorchRunner
+from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Pool
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode, Prune
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
@@ -179,7 +181,7 @@ class TritonRunner(TorchRunner):
         return super().attend(q, k, v, node, sizes, pair_bias)
 
     def select(self, node: Prune, state: State) -> torch.Tensor:
-        if not isinstance(node, AttentionPrune) or state.signal is None:
+        if not isinstance(node, AttentionPrune) or state.signal is None or node.rows is not None:
             return super().select(node, state)
         counts = node.num_keep, node.num_prefix, node.fused is not None
         (state.x, index), state.stats = keep_tokens_with_stats(state.x, state.signal, *counts)

@@ -12,7 +12,8 @@ import torch
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Head, MapPool, Pool
-from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Reduce, Weights
+from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
+from dvit_infer.graph.reductions import Reduce
 
 _QUICK = 1.702  # of CLIP's GELU
 

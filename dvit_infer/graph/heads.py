@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from dvit_infer.graph.nodes import Node, NormNode, Reduce, TokenNode, norm_macs
+from dvit_infer.graph.nodes import Node, NormNode, TokenNode, norm_macs
+from dvit_infer.graph.reductions import Reduce
 
 Reads = Literal["prefix", "mean", "all", "prefix and mean"]
 Wanted = Literal["logits", "features", "tokens"]

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dvit_infer.graph.nodes import Attention, Node, Reduce, TokenNode
+from dvit_infer.graph.nodes import Attention, Node, TokenNode
+from dvit_infer.graph.reductions import Reduce
 
 
 def saved_macs(nodes: Sequence[Node], at: int) -> int | None:

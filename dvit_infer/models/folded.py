@@ -8,7 +8,7 @@ import torch
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, fold
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.registry import build_graph, build_reference
 from dvit_infer.models.source import WeightSource

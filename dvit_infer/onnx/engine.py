@@ -14,7 +14,7 @@ from dvit_infer.classifier import Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
-from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.models.labels import checked_labels
 from dvit_infer.models.registry import config_of

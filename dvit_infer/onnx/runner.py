@@ -11,7 +11,7 @@ from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph.heads import Wanted
-from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import normalise
 from dvit_infer.models.registry import outline

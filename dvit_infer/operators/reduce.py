@@ -8,7 +8,7 @@ from typing import Generic
 
 import torch
 
-from dvit_infer.graph.nodes import Prune, Reduce
+from dvit_infer.graph.reductions import Prune, Reduce
 from dvit_infer.operators.builder import Builder, V
 from dvit_infer.operators.prune_tokens import select
 from dvit_infer.reduction.tome import Merge

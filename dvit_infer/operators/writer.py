@@ -9,7 +9,8 @@ import torch
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Head, Wanted, nodes_for
-from dvit_infer.graph.nodes import PLACES, Attention, Convolution, Embed, Mlp, Node, Norm, NormNode, Prune, Reduce
+from dvit_infer.graph.nodes import PLACES, Attention, Convolution, Embed, Mlp, Node, Norm, NormNode
+from dvit_infer.graph.reductions import Prune, Reduce
 from dvit_infer.operators.attention import attention
 from dvit_infer.operators.builder import Builder, V
 from dvit_infer.operators.heads import classify, head, last_norm, map_pool, mean_of, pool

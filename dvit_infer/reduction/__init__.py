@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from dvit_infer.config import Setting, Stage
-from dvit_infer.graph.nodes import Reduce, Signal
+from dvit_infer.graph.nodes import Signal
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.reduction import evit, predictor, random, tome
 from dvit_infer.reduction.choices import Assign, Keep, StageInput
 from dvit_infer.reduction.settings import Known, Trunk

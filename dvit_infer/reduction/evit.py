@@ -20,7 +20,8 @@ from torch import nn
 
 from dvit_infer.config import Setting, Stage
 from dvit_infer.errors import InputError
-from dvit_infer.graph.nodes import Prune, Signal
+from dvit_infer.graph.nodes import Signal
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops.keep_tokens import fuse_rows_ref, keep_tokens_ref
 from dvit_infer.ops.prune_tokens import select_tokens_ref
 from dvit_infer.reduction.choices import Keep, StageInput
@@ -57,11 +58,9 @@ class AttentionPrune(Prune):
 
     def prune(self, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert signal is not None
+        if self.rows is not None:
+            return x, select_tokens_ref(signal[..., self.num_prefix :].mean(dim=1), self.num_keep)
         return keep_tokens_ref(x, signal, self.num_keep, self.num_prefix, self.fused is not None)
-
-    def choose(self, signal: torch.Tensor | None) -> torch.Tensor:
-        assert signal is not None
-        return select_tokens_ref(signal[..., self.num_prefix :].mean(dim=1), self.num_keep)
 
     def keep(self, x: torch.Tensor, index: torch.Tensor, signal: torch.Tensor | None) -> torch.Tensor:
         if self.fused is None:

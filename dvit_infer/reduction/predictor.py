@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Setting, Stage
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops.prune_tokens import pack_predictor
 from dvit_infer.reduction.choices import Keep, StageInput
 from dvit_infer.reduction.settings import Known, always, fits_all, keep_rate, positive_float, reads_tokens_only

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Setting
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops.prune_tokens import gather_tokens_ref
 from dvit_infer.reduction import predictor
 from dvit_infer.reduction.choices import Keep, StageInput

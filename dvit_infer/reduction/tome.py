@@ -14,7 +14,8 @@ from torch import nn
 
 from dvit_infer.config import Setting, Stage
 from dvit_infer.errors import InputError
-from dvit_infer.graph.nodes import Reduce, Signal
+from dvit_infer.graph.nodes import Signal
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens, note_merged, rows_of_groups
 from dvit_infer.ops.merge_tokens import find_matches_ref, rows_of_matches
 from dvit_infer.reduction.choices import Assign, StageInput

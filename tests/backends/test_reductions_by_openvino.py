@@ -11,7 +11,7 @@ from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.backends.openvino_model import openvino_model
 from dvit_infer.backends.ranges import activation_ranges
 from dvit_infer.graph import fold
-from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.models.checkpoint import read_checkpoint
 from dvit_infer.models.source import WeightSource
 from dvit_infer.operators.attention import EXACT

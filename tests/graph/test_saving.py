@@ -6,7 +6,8 @@ import pytest
 from any_vit import tiny
 
 from dvit_infer.graph import Graph, fold
-from dvit_infer.graph.nodes import Attention, Mlp, Reduce
+from dvit_infer.graph.nodes import Attention, Mlp
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.saving import saved_macs, saved_time
 
 METHODS = ["tome", "evit", "random", "predictor"]

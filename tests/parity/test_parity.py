@@ -10,7 +10,7 @@ import dvit_infer as dvit
 from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.heads import Head
-from dvit_infer.graph.nodes import Prune
+from dvit_infer.graph.reductions import Prune
 from dvit_infer.parity import verification as parity
 from dvit_infer.utils.devices import DTYPES
 

@@ -11,7 +11,7 @@ import dvit_infer as dvit
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph import fold
 from dvit_infer.graph.heads import nodes_for
-from dvit_infer.graph.nodes import Reduce
+from dvit_infer.graph.reductions import Reduce
 
 METHODS = ["evit", "tome"]
 ODD = (24, 40)  # 15 patches

@@ -8,7 +8,8 @@ from torch import nn
 
 from dvit_infer.config import Config, Stage
 from dvit_infer.graph.heads import Classify, Head, MapPool, Pool, Reads
-from dvit_infer.graph.nodes import Attention, Convolution, Embed, Mlp, Node, Norm, Reduce
+from dvit_infer.graph.nodes import Attention, Convolution, Embed, Mlp, Node, Norm
+from dvit_infer.graph.reductions import Reduce
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.lvvit import ConvStem
 from dvit_infer.models.vit.reference import VisionTransformer
