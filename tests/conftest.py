@@ -12,12 +12,15 @@ import pytest
 import torch
 from golden_cases import official_checkpoint
 
+from dvit_infer.backends import openvino_cache
+
 # A kernel that fails is to fail its test, not to be replaced; tests/ops/test_fallback.py takes this away.
 os.environ["DVIT_KERNELS"] = "require"
 
 # Caches are the tests' own.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dvit-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+openvino_cache.MOST_BYTES = 1 << 28  # of each process; models are made up, and hardly one is used twice
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
