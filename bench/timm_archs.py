@@ -14,9 +14,7 @@ that any version will do:
 """
 
 import argparse
-import importlib.util
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -27,9 +25,9 @@ import torch
 from dvit_infer.models.vit.timm_config import DEFAULTS
 from dvit_infer.models.vit.timm_module import KINDS, is_timm_module, module_facts, reason_of
 from dvit_infer.models.vit.timm_values import pool_of
+from dvit_infer.utils.packages import import_beside_torchvision
 
 OUT = Path(__file__).parents[1] / "dvit_infer" / "models" / "vit" / "timm_archs.json"
-_LIBRARIES: list[torch.library.Library] = []  # what they declare goes with them
 _NOT_OF_THE_ARCH = ("owner", "model", "resample", "num_classes", "pool", "unsupported")
 
 
@@ -47,34 +45,9 @@ def main() -> int:
     return 0
 
 
-def import_timm() -> Any:
-    """Return the package timm, whichever version of torch its torchvision is for."""
-    try:
-        import torchvision  # noqa: F401  # what timm imports of it
-    except (ImportError, RuntimeError):  # its compiled half is for another version of torch
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _declare_torchvision_ops()
-    import timm
-
-    return timm
-
-
-def _declare_torchvision_ops() -> None:
-    """Declare the operators that torchvision's compiled half would: importing it describes them, nothing calls them."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        raise SystemExit("timm needs torchvision: pip install --no-deps torchvision")
-    source = Path(spec.origin).with_name("_meta_registrations.py").read_text()
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in sorted(set(re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"', source))):
-        library.define(f"{name}(Tensor a) -> Tensor")
-    _LIBRARIES.append(library)
-
-
 def registry() -> tuple[str, dict[str, dict[str, Any]], dict[str, str]]:
     """Return timm's version, its plain vision transformers by name, and the names that it had for some before."""
-    timm = import_timm()
+    timm = import_beside_torchvision("timm")
     from timm.models import _registry as known
 
     archs = {}

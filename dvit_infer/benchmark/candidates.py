@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.classifier import Source
@@ -103,6 +104,7 @@ class Subject:
         self._given = {**stated.pop("assume", {}), **stated}
         self.checkpoint: Checkpoint = read_checkpoint(source, self._given.get("weights"))
         self.source = WeightSource(source, self.checkpoint)
+        self.compiled_for = 0  # the batch size for which torch.compile's candidates are compiled
         self.config, self.notes = recognise(self.checkpoint, self._arch, self._given, self._options)
 
     @property
@@ -198,20 +200,27 @@ def _of_plain(subject: Subject, runtime: str, model: Reference) -> Candidate:
 
 
 def compiled_candidate(subject: Subject) -> Candidate:
-    variant = "max-autotune" if subject.device.type == "cuda" else "default"
-    compiled = torch.compile(subject.plain, mode=variant, dynamic=False)
-    sizes: set[int] = set()
+    weights = mib(subject.plain.parameters())
+    call = compiled(subject, subject.plain)
+    return Candidate("compile", compile_mode(subject), subject.config, call, subject.plain_gmacs, lambda: weights)
+
+
+def compile_mode(subject: Subject) -> str:
+    return "max-autotune" if subject.device.type == "cuda" else "default"
+
+
+def compiled(subject: Subject, model: nn.Module) -> Call:
+    """Return a model under torch.compile, which is compiled for every batch size anew."""
+    run = torch.compile(model, mode=compile_mode(subject), dynamic=False)
 
     def call(images: torch.Tensor) -> torch.Tensor:
-        if len(images) not in sizes:
+        if len(images) != subject.compiled_for:
             torch.compiler.reset()  # after eight sizes it would silently run eagerly
-            sizes.clear()
-            sizes.add(len(images))
-        logits: torch.Tensor = compiled(images)
-        return logits
+            subject.compiled_for = len(images)
+        out: torch.Tensor = run(images)
+        return out
 
-    weights = mib(subject.plain.parameters())
-    return Candidate("compile", variant, subject.config, call, subject.plain_gmacs, lambda: weights)
+    return call
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dvit_infer.benchmark import candidates, peers
 from dvit_infer.benchmark.base import BaseComparison, Calls, Check
 from dvit_infer.benchmark.candidates import Candidate, Subject
 from dvit_infer.benchmark.outcome import PruningSpeedup
+from dvit_infer.benchmark.owners import owner_candidate
 from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
 from dvit_infer.benchmark.timing import Row, Timing
 from dvit_infer.classifier import Source
@@ -36,7 +37,10 @@ CANDIDATES: dict[str, Callable[[Subject], Candidate]] = {
     "onnx": peers.onnx_candidate,
     "onnx-int8": peers.onnx_int8_candidate,
     "openvino": peers.openvino_candidate,
-    "timm": peers.timm_candidate,
+    "timm": functools.partial(owner_candidate, package="timm"),
+    "timm-compile": functools.partial(owner_candidate, package="timm", compiles=True),
+    "transformers": functools.partial(owner_candidate, package="transformers"),
+    "transformers-compile": functools.partial(owner_candidate, package="transformers", compiles=True),
 }
 USUAL = ("reference", "dense")
 DISTINCT_IMAGES = 64

@@ -1,4 +1,4 @@
-"""Candidates of other projects, if installed: timm's dense counterpart, ONNX Runtime, OpenVINO."""
+"""Candidates of other runtimes, if installed: ONNX Runtime, OpenVINO; `owners.py` has those of other code."""
 
 import contextlib
 import logging
@@ -12,39 +12,18 @@ import torch
 from torch import nn
 
 from dvit_infer.backends.openvino_model import PRECISIONS, compile_model, core
-from dvit_infer.benchmark.candidates import Call, Candidate, Subject, first_line, mib
+from dvit_infer.benchmark.candidates import Call, Candidate, Subject
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_images
 from dvit_infer.models.folded import folded_graph
 from dvit_infer.models.reference import Reference
-from dvit_infer.models.registry import build_graph, build_reference, family_of
+from dvit_infer.models.registry import build_reference
 from dvit_infer.onnx.session import open_session, run_session
 from dvit_infer.utils.packages import need
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-
-def timm_candidate(subject: Subject) -> Candidate:
-    """timm's dense counterpart, with the checkpoint's weights."""
-    config = subject.dense_config
-    in_timm = family_of(config).in_timm
-    if in_timm is None:
-        raise InputError(f"compare: timm has no {config.family}; leave timm out")
-    _need("timm")
-    try:
-        model = in_timm(config)
-    except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision built for another torch
-        raise InputError(f"compare: timm cannot be imported here: {first_line(error)}") from None
-    dense = build_reference(config, subject.checkpoint)
-    try:
-        model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
-    except RuntimeError as error:
-        raise InputError(f"compare: timm's {config.arch} has other weights: {first_line(error)}") from None
-    model = model.eval().to(subject.device, subject.dtype)
-    weights = mib(model.parameters())
-    return Candidate("timm", None, config, model, build_graph(dense, config).gmacs, lambda: weights)
 
 
 def onnxruntime_candidate(subject: Subject) -> Candidate:
@@ -176,5 +155,4 @@ def _quiet() -> Iterator[None]:
 
 def _need(*packages: str) -> None:
     """Raise InputError if a package is missing; the last one is named as the candidate."""
-    extra = "timm" if packages == ("timm",) else "dvit-infer[peers]"
-    need(f"compare: {packages[-1]}", *packages, extra=extra)
+    need(f"compare: {packages[-1]}", *packages, extra="dvit-infer[peers]")

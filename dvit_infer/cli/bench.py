@@ -27,8 +27,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--compare",
         metavar="NAME[,NAME...]",
-        help="any of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm; the first is the "
-        "baseline of speed-ups; default: reference,dense; for an ONNX file: any of onnxruntime, openvino",
+        help="any of reference, dense, compile, sdpa, onnxruntime, onnx, onnx-int8, openvino, timm, timm-compile, "
+        "transformers, transformers-compile; the first is the baseline of speed-ups; default: reference,dense; for an "
+        "ONNX file: any of onnxruntime, openvino",
     )
     sweep = "measure keep rates: first, last, step"
     parser.add_argument("--sweep", type=_rates, metavar="0.5:0.9:0.1", help=sweep)

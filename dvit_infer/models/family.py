@@ -27,7 +27,9 @@ class Family(NamedTuple):
         resized: return the weights of a file for the config's image size.
         graph: yield the nodes of a reference model in evaluation, with unchanged weights; nothing is folded yet.
         crop_pct: return the share of an image's shorter side that evaluation keeps; None: images are warped.
-        in_timm: return timm's dense counterpart, which loads the reference's weights; None: timm has none.
+        owners: by the name of a package, what builds the model of a config that reduces nothing in its code. Takes the
+            config, the reference's weights, the JSON files beside the file, and a function that returns the weights by
+            their names in the file.
     """
 
     name: str
@@ -39,4 +41,4 @@ class Family(NamedTuple):
     resized: Callable[[State, Config], State]
     graph: Callable[[Any, Config], Iterator[Node]]
     crop_pct: Callable[[Config], float | None]
-    in_timm: Callable[[Config], nn.Module] | None = None
+    owners: Mapping[str, Callable[[Config, State, Mapping[str, Any], Callable[[], State]], nn.Module]] = {}

@@ -11,7 +11,10 @@ from torch import nn
 
 from dvit_infer.errors import InputError
 from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
-from dvit_infer.models.hub import is_hub_name
+from dvit_infer.models.containers import tensor_files
+from dvit_infer.models.hub import is_hub_name, local_folder
+from dvit_infer.models.loading import load
+from dvit_infer.models.state_dicts import find_weights
 
 
 class WeightSource:
@@ -65,6 +68,16 @@ class WeightSource:
         if _digest(checkpoint) != self._digest:
             raise InputError(f"{checkpoint.name}: has changed since the engine was made of it; convert it again")
         return checkpoint
+
+    def tensors_in_file(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by their owner's names, as they are in the file or the caller's state dict."""
+        if self._state is not None or self._path is None:
+            return dict(self._state or {})
+        path = local_folder(self._path) if is_hub_name(self._path) else self._path
+        found: dict[str, torch.Tensor] = {}
+        for file, keys in tensor_files(Path(path)).items():
+            found |= find_weights(str(file), load(file, keys).content, self._weights).state
+        return found
 
 
 def _digest(checkpoint: Checkpoint) -> bytes:

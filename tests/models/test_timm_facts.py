@@ -215,7 +215,7 @@ def test_timms_modules_say_what_the_file_says():
     assert spec.loader is not None
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    timm = script.import_timm()
+    timm = import_beside_torchvision("timm")
     names = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_base_patch16_siglip_224")
     assert {name: script.entry(timm.create_model(name)) for name in names} == {
         name: timm_archs()[name] for name in names

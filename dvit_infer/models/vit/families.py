@@ -3,14 +3,13 @@
 import functools
 from typing import Any
 
-from torch import nn
-
 from dvit_infer.config import Config
-from dvit_infer.errors import InputError
 from dvit_infer.models.family import Family, State
 from dvit_infer.models.vit.archs import ARCHS
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.graph import graph
+from dvit_infer.models.vit.in_timm import in_timm
+from dvit_infer.models.vit.in_transformers import in_transformers
 from dvit_infer.models.vit.lvvit import LVViT
 from dvit_infer.models.vit.plain import PlainViT
 from dvit_infer.models.vit.pos_embed import resample_pos_embed
@@ -80,47 +79,6 @@ def _lvvit_crop_pct(config: Config) -> float | None:
     return 0.9 if _body(config).depth <= 16 else 1.0
 
 
-def _deit_in_timm(config: Config) -> nn.Module:
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import VisionTransformer
-
-    body = _body(config)
-    model: nn.Module = (VisionTransformerDistilled if body.num_prefix == 2 else VisionTransformer)(
-        img_size=config.image_size,
-        patch_size=body.patch_size,
-        num_classes=config.num_classes,
-        embed_dim=body.embed_dim,
-        depth=body.depth,
-        num_heads=body.num_heads,
-        mlp_ratio=body.mlp_dim / body.embed_dim,
-        norm_layer=functools.partial(nn.LayerNorm, eps=body.eps),
-        **({"qkv_bias": False} if body.no_qkv_bias else {}),
-        **({"init_values": 1e-5} if body.layer_scale else {}),
-        **({"no_embed_class": True} if body.no_embed_class else {}),
-    )
-    return model
-
-
-def _vit_in_timm(config: Config) -> nn.Module:
-    """Return timm's model of that name; raise InputError if the file is not timm's, or the name is not known."""
-    body = _body(config)
-    pools = {"token": "token", "mean": "avg", "map": "map", "map_all": "map"}
-    if body.owner != "timm" or config.arch not in timm_archs() or body.pool not in pools:
-        raise InputError(f"compare: timm has no {config.arch} of {body.owner}; leave timm out")
-    import timm
-
-    model: nn.Module = timm.create_model(
-        config.arch,
-        num_classes=config.num_classes,
-        img_size=config.image_size,
-        embed_dim=body.embed_dim,
-        depth=body.depth,
-        num_heads=body.num_heads,
-        global_pool=pools[body.pool],
-    )
-    return model
-
-
 def _archs(family: str) -> dict[str, Any]:
     return {name: arch for name, arch in ARCHS.items() if arch.family == family}
 
@@ -135,7 +93,7 @@ DEIT = Family(
     resized=_resized,
     graph=graph,
     crop_pct=_deit_crop_pct,
-    in_timm=_deit_in_timm,
+    owners={"timm": in_timm, "transformers": in_transformers},
 )
 LVVIT = DEIT._replace(
     name="lvvit",
@@ -144,7 +102,7 @@ LVVIT = DEIT._replace(
     read=read_lvvit,
     reference=_lvvit,
     crop_pct=_lvvit_crop_pct,
-    in_timm=None,
+    owners={},
 )
 VIT = DEIT._replace(
     name="vit",
@@ -152,5 +110,4 @@ VIT = DEIT._replace(
     matches=is_other_vit,
     read=read_vit,
     crop_pct=lambda config: 0.875,
-    in_timm=_vit_in_timm,
 )
