@@ -23,8 +23,8 @@ _DECLARED: list[Any] = []  # libraries: what they declare goes with them
 def import_beside_torchvision(package: str) -> ModuleType:
     """Import timm or transformers, which import torchvision, whichever version of torch it is for.
 
-    Its compiled half is built for one version of torch; the rest needs that half's operators to be imported. Plain vision
-    transformers call none of them, so declaring them is enough.
+    Its compiled half is built for one version of torch, and importing the rest looks up that half's operators. Plain
+    vision transformers call none of them, so declaring them is enough.
     """
     try:
         import torchvision  # noqa: F401

@@ -1,7 +1,6 @@
 """dvit-bench: the peers, a sweep, the nodes; and that another function is found out."""
 
 import json
-import sys
 import types
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import pytest
 import torch
 from commands import fails
 from golden_cases import official_checkpoint, state_dict
+from golden_vits import size_of, write
+from stand_ins import StandIns
 
 import dvit_infer as dvit
 from dvit_infer.backends import runner_for
-from dvit_infer.benchmark import compare, peers
+from dvit_infer.benchmark import compare
 from dvit_infer.benchmark.candidates import Candidate
 from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.cli import bench
@@ -55,40 +56,42 @@ def test_openvino_in_bfloat16(tiny, capsys):
 
 
 @pytest.mark.slow
-def test_timms_dense_counterpart(tiny, capsys, monkeypatch):
-    """timm itself wants torchvision, which cannot be presumed: here a stand-in with timm's names takes its place."""
-    given: dict = {}
-
-    def timm_model(**arguments):
-        given.update(arguments)
-        dense = {k: v for k, v in official_checkpoint("tiny-deit-r0.7-s1")["model"].items() if "predictor" not in k}
-        model = dvit.load_reference({"model": dense}, assume={"num_heads": 2})
-        for parameter in model.parameters():
-            torch.nn.init.zeros_(parameter)
-        return model
-
-    names = "timm", "timm.models", "timm.models.deit", "timm.models.vision_transformer"
-    modules = {name: types.ModuleType(name) for name in names}
-    modules["timm.models.deit"].VisionTransformerDistilled = None
-    modules["timm.models.vision_transformer"].VisionTransformer = timm_model
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(peers, "_need", lambda *packages: None)
-    rows = run(tiny, "--batch", "2", "--compare", "timm,dense")
-    assert [(row["runtime"], row["keep_rate"]) for row in rows] == [("dense", 1.0), ("timm", 1.0), ("engine", 0.7)]
+@pytest.mark.parametrize("package", ["timm", "transformers"])
+def test_the_owners_code_runs_the_dense_counterpart(package, tiny, capsys, monkeypatch):
+    stand_ins = StandIns(monkeypatch)
+    dense = {k: v for k, v in official_checkpoint("tiny-deit-r0.7-s1")["model"].items() if "predictor" not in k}
+    stand_ins.timm(lambda: dvit.load_reference(dense, assume={"num_heads": 2}))
+    stand_ins.transformers("ViTForImageClassification")
+    rows = run(tiny, "--batch", "2", "--compare", package)
+    assert [(row["runtime"], row["keep_rate"]) for row in rows] == [(package, 1.0), ("engine", 0.7)]
     assert all(row["max_logit_error"] < 1e-4 for row in rows)
-    assert rows[1]["params"] == rows[0]["params"] < rows[2]["params"]
-    assert given.pop("norm_layer")(64).eps == 1e-6
-    assert given == {
-        **{"img_size": (224, 224), "patch_size": 16, "num_classes": 10, "embed_dim": 64},
-        **{"depth": 4, "num_heads": 2, "mlp_ratio": 4.0},
-    }
+    assert rows[0]["params"] < rows[1]["params"]
+    assert rows[0]["gmacs"] > rows[1]["gmacs"]
+    if package == "transformers":
+        stand_ins.factor = 1.01
+        assert bench.main([tiny, "--device", "cpu", "--batch", "2", "--seconds", "0.1", "--compare", package]) == 1
+        line = "error: not all candidates compute the same function: batch 2: transformers: error "
+        assert capsys.readouterr().err.startswith(line)
 
 
-def test_timm_itself(tiny):
-    pytest.importorskip("timm")
-    rows = run(tiny, "--batch", "2", "--compare", "timm,dense")
-    assert rows[1]["max_logit_error"] < 1e-4
+@pytest.mark.parametrize(
+    ("case", "package"),
+    [
+        ("timm-eva02_tiny_patch14_224-d4-tame", "timm"),
+        ("hf-clip-proj-tiny", "timm"),
+        ("hf-vit-tiny-at-64x128", "transformers"),
+        ("hf-dinov2reg-tiny", "transformers"),
+        ("npz-augreg-tiny", "transformers"),
+    ],
+)
+def test_the_owners_code_itself(case, package):
+    pytest.importorskip(package)
+    model = str(write(case, Path("model")))
+    size = "x".join(map(str, size_of(case)))
+    rows = run(model, "--batch", "2", "--image-size", size, "--compare", f"{package},{package}-compile")
+    names = [(row["runtime"], row["variant"]) for row in rows[-2:]]
+    assert names == [(package, None), (package, "compile")]
+    assert all(row["max_logit_error"] < 1e-4 for row in rows)
 
 
 def test_a_way_that_computes_another_function_fails(tiny, capsys, monkeypatch):
@@ -139,7 +142,9 @@ def test_every_size_of_batch_is_compiled(monkeypatch):
         return graph.forward
 
     model = dvit.load_reference(official_checkpoint("tiny-deit-r0.7-s1"), assume={"num_heads": 2})
-    subject = types.SimpleNamespace(plain=model, plain_gmacs=0.0, config=None, device=torch.device("cpu"))
+    subject = types.SimpleNamespace(
+        plain=model, plain_gmacs=0.0, config=None, device=torch.device("cpu"), compiled_for=0
+    )
     usual = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: usual(model, backend=backend, dynamic=dynamic))
     candidate = compare.candidates.compiled_candidate(subject)

@@ -52,7 +52,7 @@ def test_a_swept_rate_that_leaves_no_token_is_named(tiny, capsys):
     assert line.startswith("error: --sweep: a keep rate of 0.001 leaves no patch token")
 
 
-@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime", "openvino", "timm"])
+@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime", "openvino", "timm", "transformers"])
 def test_a_package_that_is_not_there_is_named(package, tiny, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
@@ -62,5 +62,8 @@ def test_a_package_that_is_not_there_is_named(package, tiny, capsys, monkeypatch
     assert "pip install" in line
 
 
-def test_timm_has_no_lvvit(tiny_lvvit, capsys):
-    assert "timm has no lvvit" in fails(bench, [tiny_lvvit, "--device", "cpu", "--compare", "timm"], capsys)
+@pytest.mark.parametrize("package", ["timm", "transformers", "timm-compile"])
+def test_no_other_package_has_lvvit(package, tiny_lvvit, capsys):
+    owner = package.removesuffix("-compile")
+    line = fails(bench, [tiny_lvvit, "--device", "cpu", "--compare", package], capsys)
+    assert line == f"error: --compare: {owner} has no lvvit; leave {owner} out\n"

@@ -10,6 +10,7 @@ import dvit_infer as dvit
 from dvit_infer.models.beside import facts_of
 from dvit_infer.models.vit.described import SOUND
 from dvit_infer.models.vit.timm_config import DEFAULTS, arch_of, timm_archs, timm_facts
+from dvit_infer.utils.packages import import_beside_torchvision
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5] * 3, [0.5] * 3)

@@ -11,6 +11,7 @@ from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.models.vit.body import ViT
 from dvit_infer.models.vit.timm_config import timm_archs
+from dvit_infer.models.vit.timm_model_args import known_args
 
 _POOLS: dict[str, dict[str, Any]] = {
     "token": {"global_pool": "token"},
@@ -62,7 +63,7 @@ def _named(config: Config, body: ViT, content: object) -> nn.Module:
 
     args = content.get("model_args") if isinstance(content, Mapping) else None
     given: dict[str, Any] = {"embed_dim": body.embed_dim, "depth": body.depth, "num_heads": body.num_heads}
-    given |= (dict(args) if isinstance(args, Mapping) else {}) | _POOLS[body.pool]
+    given |= known_args(args) | _POOLS[body.pool]
     if timm_archs()[config.arch].get("kind", "VisionTransformer") != "VisionTransformer":
         given.pop("pool_include_prefix", None)  # Eva's attention pool reads all tokens anyway
     given |= {"num_classes": config.num_classes, "img_size": config.image_size}
@@ -75,7 +76,7 @@ def _why_not(body: ViT) -> str | None:
     is_map = body.pool.startswith("map")
     odd = {
         "its head reads the class token and the mean of the patches": body.pool not in _POOLS,
-        "it has rotary positions, of which --arch would say the kind": bool(body.rope),
+        "it has rotary positions, and no name of an architecture (--arch) says of which kind": bool(body.rope),
         "it has another attention pool": is_map and (body.map_heads, body.map_act) != (body.num_heads, body.act),
     }
     return next((what for what, is_odd in odd.items() if is_odd), None)

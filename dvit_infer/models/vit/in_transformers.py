@@ -9,9 +9,8 @@ from torch import nn
 
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
+from dvit_infer.models.family import State
 from dvit_infer.models.vit.body import ViT
-
-State = dict[str, torch.Tensor]
 
 # The class without a classifier, and the one with.
 _CLASSES = {
@@ -26,7 +25,11 @@ _CLASSES = {
     "siglip": ("SiglipVisionModel", "SiglipForImageClassification"),
 }
 _WITH_POOLER = ("ViTModel", "DeiTModel")  # an option of theirs
-_OF_LOADING = ("auto_map", "quantization_config", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation")
+# Of a config, what says how a model is loaded, and its type, which the class has.
+_NOT_TAKEN = (
+    *("auto_map", "quantization_config", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation"),
+    *("model_type", "transformers_weights"),
+)
 _ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
 # Where transformers' ViT and DeiT have what timm calls so; queries, keys and values are joined there.
 _PARTS = {
@@ -124,23 +127,28 @@ def _load(name: str, facts: Mapping[str, Any], config: Config, body: ViT, state:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind = getattr(transformers, name)
-    facts = {key: value for key, value in facts.items() if key not in _OF_LOADING}
     if kind.config_class.__name__.endswith("VisionConfig"):
         facts = next((facts[key] for key in ("vision_config_dict", "vision_config") if facts.get(key)), facts)
+    facts = {key: value for key, value in facts.items() if key not in _NOT_TAKEN}
     if config.num_classes:
         facts = {**facts, "id2label": {i: str(i) for i in range(config.num_classes)}, "label2id": {}}
     elif body.projection:
         facts = {**facts, "projection_dim": body.projection}
     options = {"add_pooling_layer": body.pre_logits} if name in _WITH_POOLER else {}
-    model: nn.Module = kind.from_pretrained(
+    model, loading = kind.from_pretrained(
         None,
-        config=kind.config_class.from_dict({key: value for key, value in facts.items() if key != "model_type"}),
+        config=kind.config_class.from_dict(facts),
         state_dict=state,
         attn_implementation="sdpa",
         dtype=torch.float32,
+        output_loading_info=True,
         **options,
     )
-    return model
+    if missing := sorted(loading["missing_keys"]):  # it would be random
+        raise InputError(
+            f"compare: transformers finds no {missing[0]} in the file for its {name}; leave transformers out"
+        )
+    return model  # type: ignore[no-any-return]
 
 
 def _why_not(config: Config, body: ViT) -> str | None:
@@ -175,6 +183,6 @@ def _renamed(weights: State, config: Config, model_type: str) -> State:
             found |= zip(names, weight.chunk(3), strict=True)
         else:
             raise InputError(
-                f"compare: transformers' ViT has no {key}, which {config.arch} has; leave transformers out"
+                f"compare: transformers has no {config.arch}: its ViT has no {key}; leave transformers out"
             )
     return found

@@ -46,7 +46,13 @@ _ROPE = {
     "rope_rotate_half",
     "ref_feat_shape",
 }
+_KNOWN = {*_IGNORED, *_FACTS, *_USUAL, *_ROPE, "patch_size", "act_layer", "norm_layer", "swiglu_mlp"}
 _ROPE_KINDS = {"cat": "index", "dinov3": "centered", "mixed": "mixed"}
+
+
+def known_args(args: object) -> dict[str, Any]:
+    """Return those of timm's `model_args` that say what a model is, and not what timm is to load or run."""
+    return {name: value for name, value in args.items() if name in _KNOWN} if isinstance(args, Mapping) else {}
 
 
 def with_model_args(values: Facts, args: Mapping[str, Any]) -> Facts:
