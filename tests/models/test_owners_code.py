@@ -91,10 +91,14 @@ def test_a_file_of_hugging_face_is_loaded_by_its_own_names(case, kind, answer, c
 
 
 @pytest.mark.parametrize(
-    ("kind", "other"), [("deit", {}), ("deit", {"num_prefix": 2}), ("deit", {"no_qkv_bias": True, "act": "gelu_tanh"})]
+    ("kind", "other", "name"),
+    [
+        ("deit", {"no_qkv_bias": True, "act": "gelu_tanh"}, "ViTForImageClassification"),
+        ("distilled", {}, "DeiTForImageClassificationWithTeacher"),
+        ("teacher", {}, "DeiTForImageClassification"),
+    ],
 )
-def test_a_vit_of_another_owner_gets_the_names_of_hugging_face(kind, other, stand_ins):
-    name = "DeiTForImageClassificationWithTeacher" if "num_prefix" in other else "ViTForImageClassification"
+def test_a_vit_of_another_owner_gets_the_names_of_hugging_face(kind, other, name, stand_ins):
     stand_ins.transformers(name)
     model = tiny(kind, size=(32, 32), **other)
     images = model.images()

@@ -17,6 +17,7 @@ SYMBOLS = {
     "compile": "cross",
     "sdpa": "x",
     "timm": "triangle-up",
+    "transformers": "pentagon",
     "onnxruntime": "triangle-down",
     "openvino": "star",
     "other": "hexagon",

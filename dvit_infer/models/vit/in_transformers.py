@@ -87,7 +87,6 @@ def in_transformers(
     assert isinstance(body, ViT)
     if body.owner == "huggingface" and isinstance(content, Mapping) and "model_type" in content:
         return _of_its_config(config, body, content, in_file)
-    is_deit = body.class_tokens == 2
     if reason := _why_not(config, body):
         raise InputError(f"compare: transformers has no {config.arch}: {reason}; leave transformers out")
     facts = {
@@ -101,24 +100,23 @@ def in_transformers(
         "patch_size": body.patch_size,
         "qkv_bias": not body.no_qkv_bias,
     }
-    name = "DeiTForImageClassificationWithTeacher" if is_deit else _CLASSES["vit"][config.num_classes > 0]
-    assert name is not None
-    renamed = _renamed(weights, config, "deit" if is_deit else "vit")
-    return Answering(_load(name, facts, config, body, renamed), resamples=False)
+    model_type = "deit" if body.class_tokens == 2 else "vit"
+    renamed = _renamed(weights, config, model_type)
+    return Answering(_load(_class_of(model_type, config, body), facts, config, body, renamed), resamples=False)
 
 
 def _of_its_config(config: Config, body: ViT, content: Mapping[str, Any], in_file: Callable[[], State]) -> nn.Module:
-    model_type = str(content["model_type"]).removesuffix("_vision_model")
+    name = _class_of(str(content["model_type"]).removesuffix("_vision_model"), config, body)
+    return Answering(_load(name, content, config, body, in_file()), config.image_size != config.trained_size)
+
+
+def _class_of(model_type: str, config: Config, body: ViT) -> str:
     name = _CLASSES.get(model_type, (None, None))[config.num_classes > 0]
     if name is None:
-        raise InputError(
-            f"compare: transformers has no class of {model_type} that takes images; leave transformers out"
-        )
-    if name == "DeiTForImageClassification" and not body.no_head_dist:
-        name += "WithTeacher"
+        raise InputError(f"compare: transformers has no {model_type} that answers images so; leave transformers out")
     if body.projection:
-        name = "CLIPVisionModelWithProjection"
-    return Answering(_load(name, content, config, body, in_file()), config.image_size != config.trained_size)
+        return "CLIPVisionModelWithProjection"
+    return f"{name}WithTeacher" if name == "DeiTForImageClassification" and not body.no_head_dist else name
 
 
 def _load(name: str, facts: Mapping[str, Any], config: Config, body: ViT, state: State) -> nn.Module:
@@ -165,9 +163,9 @@ def _why_not(config: Config, body: ViT) -> str | None:
 def _renamed(weights: State, config: Config, model_type: str) -> State:
     """Return weights by the names that transformers writes for a ViT or a DeiT."""
     top = f"{model_type}." if config.num_classes else ""
-    heads = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
     parts = {name: f"{top}{part}" for name, part in _PARTS.items()}
-    parts |= {"head": "classifier"} if model_type == "vit" else heads
+    has_two = "head_dist.weight" in weights
+    parts |= {"head": "cls_classifier" if has_two else "classifier", "head_dist": "distillation_classifier"}
     for i in range(config.body.depth):
         parts |= {f"blocks.{i}.{name}": f"{top}encoder.layer.{i}.{part}" for name, part in _PARTS_OF_BLOCKS.items()}
     found: State = {}
