@@ -63,7 +63,7 @@ def _named(config: Config, body: ViT, content: object) -> nn.Module:
 
     args = content.get("model_args") if isinstance(content, Mapping) else None
     given: dict[str, Any] = {"embed_dim": body.embed_dim, "depth": body.depth, "num_heads": body.num_heads}
-    given |= known_args(args) | _POOLS[body.pool]
+    given |= known_args(args) | _POOLS.get(body.pool, {})
     if timm_archs()[config.arch].get("kind", "VisionTransformer") != "VisionTransformer":
         given.pop("pool_include_prefix", None)  # Eva's attention pool reads all tokens anyway
     given |= {"num_classes": config.num_classes, "img_size": config.image_size}
