@@ -24,7 +24,7 @@ from dvit_infer.backends.openvino_model import (
 from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.heads import Wanted
+from dvit_infer.graph.heads import OF_ALL_TOKENS, Wanted
 from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import prepare
@@ -38,8 +38,8 @@ class OpenVinoRunner:
     """Runs a graph in OpenVINO.
 
     It holds one compiled model, with weights packed for this processor, for each output that was asked for (logits,
-    features, tokens) and for given kept sets, made when it is first needed. PyTorch runs the nodes one by one where a
-    hook is given, with weights that are read again. Threads may share it: each has its own infer requests.
+    features, tokens, feature map) and for given kept sets, made when it is first needed. PyTorch runs the nodes one by
+    one where a hook is given, with weights that are read again. Threads may share it: each has its own infer requests.
 
     Args:
         graph: the graph with its weights, which are not kept unless they are few.
@@ -137,7 +137,7 @@ class OpenVinoRunner:
             raise
         if (path := self._mapped.pop(variant, None)) is not None:
             release_pages(path)
-        if not (given or return_choices or output == "tokens"):
+        if not (given or return_choices or output in OF_ALL_TOKENS):
             return State(x)
         return follow(x, zip(self._reductions, choices or own, strict=True))
 
