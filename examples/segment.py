@@ -15,7 +15,7 @@ import dvit_infer as dvit
 
 PROOF = Path(__file__).parents[1] / "bench" / "proof"
 sys.path.append(str(PROOF))
-from cluttered_digits import draw_with_masks
+from cluttered_digits import draw_with_masks  # noqa: E402
 
 
 def drawn(count: int, split: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def iou(head: nn.Module, maps: torch.Tensor, masks: torch.Tensor) -> float:
     return (both / either).mean().item()
 
 
-def main(count: int = 4000, epochs: int = 20) -> None:
+def main(count: int = 2000, epochs: int = 20) -> None:
     train, test = drawn(count, "train", 1), drawn(count // 4, "test", 2)
     engine = dvit.convert(PROOF / "digits-0.7.pth")
     dense = dvit.convert(PROOF / "dense.pth")

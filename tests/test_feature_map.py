@@ -1,8 +1,13 @@
 """The dense map of patch tokens: reference and engine against tokens recorded at every stage, filled in one by one."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from any_vit import FEW, tiny
+from commands import ROOT
 from golden_cases import case_images, official_checkpoint, options
 
 import dvit_infer as dvit
@@ -112,3 +117,14 @@ def test_what_it_does_not_take_is_named():
         engine.feature_map(images.int())
     with pytest.raises(ValueError, match="shape"):
         engine.feature_map(sample_images(1, (224, 240)))
+
+
+@pytest.mark.slow
+def test_a_head_learns_from_the_maps_of_a_pruned_model():
+    """The example, with few images: a head that marks nothing gets 0, one that marks everything 0.05."""
+    pytest.importorskip("sklearn")
+    command = [sys.executable, str(ROOT / "examples" / "segment.py"), "512", "8"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [float(value) for value in re.findall(r"IoU (\d\.\d+)", shown)]
+    assert len(found) == 3
+    assert min(found) > 0.2
