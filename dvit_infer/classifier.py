@@ -81,7 +81,7 @@ class Classifier(ABC):
         return str(self.dtype).removeprefix("torch.")
 
     @abstractmethod
-    def digest(self, source: Source) -> Iterator[bytes]:
+    def digest(self, source: Source) -> Iterator[bytes | memoryview]:
         """Yield bytes that identify its weights as read from `source`."""
 
     @overload
