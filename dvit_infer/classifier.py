@@ -3,19 +3,22 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, get_args, overload
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dvit_infer.backends.state import Hook, State
 from dvit_infer.config import Config, Reduction
+from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
 from dvit_infer.graph.heads import Wanted
 from dvit_infer.images.tensors import check_images, is_plain
 from dvit_infer.utils.devices import free_memory, is_out_of_memory, micro_batch
 
 Source = str | Path | Mapping[str, Any] | nn.Module
+Fill = Literal["last", "zeros"]
 
 
 class Runner(Protocol):
@@ -78,7 +81,7 @@ class Classifier(ABC):
         return str(self.dtype).removeprefix("torch.")
 
     @abstractmethod
-    def digest(self, source: Source) -> Iterator[bytes]:
+    def digest(self, source: Source) -> Iterator[bytes | memoryview]:
         """Yield bytes that identify its weights as read from `source`."""
 
     @overload
@@ -149,6 +152,33 @@ class Classifier(ABC):
         if out.positions is not None:
             return out.x, out.positions
         return out.x, torch.arange(self.config.num_patches, device=out.x.device).repeat(len(out.x), 1)
+
+    @torch.no_grad()
+    def feature_map(self, images: torch.Tensor, fill: Fill = "last") -> torch.Tensor:
+        """Return the patch tokens after the last norm at their places, for detection and segmentation heads.
+
+        A merged patch has its group's token. Like `features` and `tokens` it is not captured in CUDA graphs.
+
+        Args:
+            images: as for a call.
+            fill: what a dropped patch has: 'last', its token when it was dropped, through the last norm too, where one
+                is applied to all tokens; or 'zeros'. A patch whose token was fused into another counts as dropped.
+
+        Returns:
+            (B, D, h, w) float32, in the memory format channels_last.
+
+        Raises:
+            InputError: `fill` is another, or the model gives logits only.
+            ValueError, MemoryError: as for a call.
+        """
+        if not isinstance(fill, str) or fill not in get_args(Fill):
+            raise InputError(f"fill: {str(fill)[:40]!r} is not one of {', '.join(get_args(Fill))}")
+        out = self._in_parts(images, None, True, "feature_map")
+        if fill == "zeros" and out.choices and not self.config.reduction.merges:
+            held = torch.zeros(out.x.shape[:2], dtype=torch.bool, device=out.x.device)
+            held = F.pad(held, (0, len(out.choices))).scatter_(1, out.choices[-1], True)  # fused tokens are behind
+            out.x.masked_fill_(~held[:, : out.x.shape[1], None], 0.0)
+        return out.x.view(len(out.x), *self.config.grid, -1).permute(0, 3, 1, 2)
 
     def warm_up(self, batches: Iterable[int] = (1,), *, uint8: bool = False) -> None:
         """Run batches of these sizes, so that kernels are compiled and forwards captured before images arrive.

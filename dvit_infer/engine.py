@@ -47,6 +47,7 @@ class Engine(Verifiable):
         config, runner, device, dtype, micro_batch: as for every `Classifier`; with int8, `dtype` is that of all else.
 
     Args:
+        checkpoint: what was read; the tensors are taken out of it, so that they can go as they are folded.
         cached: whether OpenVINO's model may be kept in the user's cache folder.
     """
 
@@ -65,18 +66,18 @@ class Engine(Verifiable):
         int8: bool = False,
         cached: bool = True,
     ) -> None:
-        graph = folded_graph(config, checkpoint, device, dtype)
+        self.labels = labels_of(checkpoint, config.num_classes)
+        self.params = checkpoint.params(unused_key(config))
+        graph = folded_graph(config, checkpoint, device, dtype, take=True)
         weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
         key = source.digest + header_text(config).encode() + f"{dtype} {int8}".encode() if cached else None
-        super().__init__(config, runner_for(graph, backend, weights, key, int8), device, dtype)
+        super().__init__(config, runner_for(graph, backend, weights, key, int8, source.is_file), device, dtype)
         self._int8 = int8
         self.notes = list(notes)
         self._graph = graph
-        if isinstance(self.runner, OpenVinoRunner):
+        if isinstance(self.runner, OpenVinoRunner) or graph.is_forgotten:
             self._graph, self._weights = graph.to(torch.device("meta"), dtype), weights
         self._source = source
-        self.labels = labels_of(checkpoint, config.num_classes)
-        self.params = checkpoint.params(unused_key(config))
 
     @property
     def precision(self) -> str:
@@ -136,7 +137,7 @@ class Engine(Verifiable):
 
     def graph_in(self, dtype: torch.dtype) -> Graph:
         """Return the graph folded again on the CPU in another dtype, for exporters."""
-        return folded_graph(self.config, self._source.read(), torch.device("cpu"), dtype)
+        return folded_graph(self.config, self._source.read(), torch.device("cpu"), dtype, take=True)
 
     def tensors(self, graph: Graph) -> dict[str, torch.Tensor]:
         if isinstance(self.runner, OpenVinoRunner):
@@ -153,7 +154,7 @@ class Engine(Verifiable):
         self.runner.plain().run(images, kept or None, lambda node, out: found.append((node, out.clone())))
         return found
 
-    def digest(self, source: Source) -> Iterator[bytes]:
+    def digest(self, source: Source) -> Iterator[bytes | memoryview]:
         return checkpoint_of(self, source).content()
 
 

@@ -68,7 +68,7 @@ def test_features_of_uint8_images_in_bfloat16_and_of_a_dense_engine():
 def test_an_onnx_file_gives_logits_only(tmp_path):
     dvit.export_onnx(converted(CASES[0]), tmp_path / "m.onnx")
     engine = dvit.load_onnx(tmp_path / "m.onnx", device="cpu")
-    for ask in (engine.features, engine.tokens):
+    for ask in (engine.features, engine.tokens, engine.feature_map):
         with pytest.raises(dvit.InputError, match=r"m\.onnx gives logits only"):
             ask(case_images(CASES[0]))
 

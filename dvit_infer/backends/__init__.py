@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
 from dvit_infer.backends.openvino import OpenVinoRunner
+from dvit_infer.backends.openvino_cache import LEAST_BYTES
 from dvit_infer.backends.openvino_model import FASTER, MISSING, why_not_openvino
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.errors import InputError
@@ -22,6 +23,7 @@ def runner_for(
     weights: Callable[[], Graph] | None = None,
     key: bytes | None = None,
     int8: bool = False,
+    take: bool = False,
 ) -> TorchRunner | CapturedRunner | OpenVinoRunner:
     """Return the runner for a graph on the device of its weights.
 
@@ -33,6 +35,8 @@ def runner_for(
         weights: returns the graph anew; a runner that is given it may hold no weights itself.
         key: identifies the graph and its weights, for caches.
         int8: run linears in int8, which only OpenVINO does.
+        take: whether a runner that needs weights in a form of its own may take them out of the graph, whose place
+            their shapes then have (device meta): `weights` returns them when they are needed.
 
     Raises:
         InputError: the backend does not exist or cannot run the graph here; DVIT_KERNELS is neither require nor off, or
@@ -46,7 +50,7 @@ def runner_for(
     asked = setting()
     if graph.device.type == "cpu":
         limit_threads()  # before the runner measures which linear is the fastest
-        return _on_cpu(graph, backend, weights or (lambda: graph), key, int8)
+        return _on_cpu(graph, backend, weights or (lambda: graph), key, int8, take)
     why_not = why_not_triton(graph.device)
     if backend == "openvino":
         raise InputError(f"backend: {why_not_openvino(graph)}")
@@ -64,18 +68,21 @@ def runner_for(
 
 
 def _on_cpu(
-    graph: Graph, backend: str | None, weights: Callable[[], Graph], key: bytes | None, int8: bool
+    graph: Graph, backend: str | None, weights: Callable[[], Graph], key: bytes | None, int8: bool, take: bool
 ) -> CpuRunner | OpenVinoRunner:
     if backend == "triton":
         raise InputError("backend: triton runs on NVIDIA GPUs, not on a CPU")
+    take = take and graph.weight_bytes >= LEAST_BYTES
     if backend == "torch":
-        return CpuRunner(graph)
+        return CpuRunner(graph, weights=weights if take else None)
     why_not = why_not_openvino(graph)
     if why_not is None:
         try:
-            return OpenVinoRunner(graph, weights, key, int8)
+            return OpenVinoRunner(graph, weights, key, int8, take)
         except InputError as error:
             why_not = str(error)
+            graph = weights() if graph.is_forgotten else graph
     if backend == "openvino" or int8:
         raise InputError(f"{'dtype' if int8 else 'backend'}: {why_not.removeprefix('backend: ')}")
-    return CpuRunner(graph, why=FASTER if why_not == MISSING else why_not.removeprefix("backend: "))
+    why = FASTER if why_not == MISSING else why_not.removeprefix("backend: ")
+    return CpuRunner(graph, why=why, weights=weights if take else None)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -169,25 +169,36 @@ class CpuRunner(TorchRunner):
         graph: a graph with its weights on the CPU. Weights needed in another form are copied.
         linear: the implementation of linears; None: the fastest here.
         why: the reason why no faster backend runs it; shown in `runtime`.
+        weights: returns the graph anew; given, weights that are copied are taken out of it. None: they stay.
     """
 
-    def __init__(self, graph: Graph, linear: Linear | None = None, why: str = "") -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        linear: Linear | None = None,
+        why: str = "",
+        weights: Callable[[], Graph] | None = None,
+    ) -> None:
         super().__init__(graph)
-        self._graph = graph
+        self._graph, self._weights = graph, weights
         self._linear = linear or fastest_linear(self.dtype, torch.get_num_threads())
         self._runtime = self.describe(f"PyTorch, {self._linear}", usually="PyTorch") + (f" ({why})" if why else "")
         self._native = self.prunes_by == "native (CPU)"
         self._buffers = _Buffers()
-        self.nodes = [self._prepared(node) for node in graph.nodes]
-        theirs = {id(w) for node in graph.nodes for w in node.weights.values()}
-        ours = [w for node in self.nodes for w in node.weights.values() if id(w) not in theirs]
-        self._copied_bytes = sum(w.numel() * w.element_size() for w in ours)
+        self._copied_bytes, nodes = 0, []
+        for node in graph.nodes:
+            nodes.append(self._prepared(node))
+            for name, w in nodes[-1].weights.items():
+                if w is not node.weights[name] and weights is not None:
+                    node.weights[name] = node.weights[name].to("meta")
+                elif w is not node.weights[name]:
+                    self._copied_bytes += w.numel() * w.element_size()
+        self.nodes = nodes
 
-    def __reduce__(self) -> tuple[type["CpuRunner"], tuple[Graph, Linear]]:
-        return CpuRunner, (
-            self._graph,
-            self._linear,
-        )  # buffers and oneDNN's layouts cannot be copied
+    def __reduce__(self) -> tuple[Any, ...]:  # buffers and oneDNN's layouts cannot be copied
+        if self._weights is None:
+            return CpuRunner, (self._graph, self._linear)
+        return _unpickled, (self._weights, self._linear)
 
     @property
     def buffer_bytes(self) -> int:
@@ -277,3 +288,7 @@ class CpuRunner(TorchRunner):
             free = "second" if self._buffers.holds("first", x) else "first"
             y = _matmul(flat, weight, bias, activation, self._buffers.get(free, x, len(flat), len(weight)))
         return y.view(*x.shape[:-1], -1)
+
+
+def _unpickled(weights: Callable[[], Graph], linear: Linear) -> CpuRunner:
+    return CpuRunner(weights(), linear)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dvit_infer.backends.cpu import CpuRunner
-from dvit_infer.backends.openvino_cache import LEAST_BYTES, cached_model, release_pages
+from dvit_infer.backends.openvino_cache import LEAST_BYTES, cached_model
 from dvit_infer.backends.openvino_model import (
     PRECISIONS,
     VARIANTS,
@@ -24,10 +24,11 @@ from dvit_infer.backends.openvino_model import (
 from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.heads import Wanted
+from dvit_infer.graph.heads import OF_ALL_TOKENS, Wanted
 from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import prepare
+from dvit_infer.utils.mapping import release_file, released_meanwhile
 
 # Values of a row that share a range in dynamic quantisation. DeiT-S/0.7 on two threads of a Xeon, batch 1, 8, 32: with
 # 32 of them 1.3 x float32, with 64 1.5 x, with 128 1.65, 1.67 and 1.54 x, as with 384.
@@ -38,24 +39,30 @@ class OpenVinoRunner:
     """Runs a graph in OpenVINO.
 
     It holds one compiled model, with weights packed for this processor, for each output that was asked for (logits,
-    features, tokens) and for given kept sets, made when it is first needed. PyTorch runs the nodes one by one where a
-    hook is given, with weights that are read again. Threads may share it: each has its own infer requests.
+    features, tokens, feature map) and for given kept sets, made when it is first needed. PyTorch runs the nodes one by
+    one where a hook is given, with weights that are read again. Threads may share it: each has its own infer requests.
 
     Args:
         graph: the graph with its weights, which are not kept unless they are few.
         weights: returns the same again.
         key: identifies the weights and the config, for the cache of models; None: do not use it.
         int8: linears in int8: static quantisation by the config's `ranges`, dynamic without them.
+        take: whether weights that it does not need may be taken out of the graph.
 
     Raises:
         InputError: a node kind is not known here, or OpenVINO cannot compile the model.
     """
 
     def __init__(
-        self, graph: Graph, weights: Callable[[], Graph], key: bytes | None = None, int8: bool = False
+        self,
+        graph: Graph,
+        weights: Callable[[], Graph],
+        key: bytes | None = None,
+        int8: bool = False,
+        take: bool = False,
     ) -> None:
         self.config, self.device, self.dtype, self.int8 = graph.config, graph.device, graph.dtype, int8
-        size = sum(w.numel() * w.element_size() for node in graph.nodes for w in node.weights.values())
+        size = graph.weight_bytes
         self._weights, self._held = weights, graph if size < LEAST_BYTES else None
         self._key = key if size >= LEAST_BYTES else None
         self._nodes = graph.to(torch.device("meta"), graph.dtype).nodes
@@ -65,7 +72,7 @@ class OpenVinoRunner:
         self._mapped: dict[Variant, Path] = {}  # whose weights are mapped and not all packed yet
         self._note = ""
         self._no_images = no_images(self.config)
-        self._compile(VARIANTS[0], graph)
+        self._compile(VARIANTS[0], graph, take)
 
     def __deepcopy__(self, memo: object) -> "OpenVinoRunner":
         return self  # nothing in it changes
@@ -136,8 +143,8 @@ class OpenVinoRunner:
                 raise MemoryError(str(error)) from None
             raise
         if (path := self._mapped.pop(variant, None)) is not None:
-            release_pages(path)
-        if not (given or return_choices or output == "tokens"):
+            release_file(path)
+        if not (given or return_choices or output in OF_ALL_TOKENS):
             return State(x)
         return follow(x, zip(self._reductions, choices or own, strict=True))
 
@@ -174,20 +181,25 @@ class OpenVinoRunner:
             requests[variant] = self._models[variant].create_infer_request()
         return requests[variant]
 
-    def _compile(self, variant: Variant, graph: Graph | None = None) -> None:
-        """Compile a variant; `graph` saves reading the weights again, if they are needed."""
+    def _compile(self, variant: Variant, graph: Graph | None = None, take: bool = False) -> None:
+        """Compile a variant; `graph` saves reading the weights again, if they are needed.
+
+        With `take`, weights that are in the cache are taken out of it before.
+        """
         try:
             model, path = self._model(variant, graph)
-            compiled = compile_model(model, self._settings)
+            if take and path is not None and graph is not None:
+                graph.forget()
+            with released_meanwhile(path):
+                compiled = compile_model(model, self._settings)
         except RuntimeError as error:  # OpenVINO's only class
             raise InputError(f"backend: openvino cannot compile {self.config.arch}: {first_reason(error)}") from None
         if path is not None:
-            release_pages(path)
             self._mapped[variant] = path  # the first call packs more of them
         self._models[variant] = compiled
 
     def _model(self, variant: Variant, graph: Graph | None) -> tuple[Any, Path | None]:
-        """Return a variant's model, and the path of the file from which its weights are mapped, if they are."""
+        """Return a variant's model, and the file from which its weights are mapped, if they are."""
         import openvino
 
         if self._key is not None:
@@ -198,7 +210,7 @@ class OpenVinoRunner:
             self._note = self._note or note
             if path is not None:
                 try:
-                    return only(core().read_model(path), variant), path
+                    return only(core().read_model(path), variant), path.with_suffix(".bin")
                 except RuntimeError:
                     pass  # another process may just be replacing it
         return self._built([variant], graph), None

@@ -1,7 +1,6 @@
 """Models written for OpenVINO, kept in the user's cache folder: their weights are mapped from there, not held."""
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import json
@@ -18,7 +17,6 @@ LEAST_BYTES = 8 << 20  # smaller models are written in no time, and hold next to
 MOST_BYTES = 8 << 30  # beyond it, the files that were used longest ago go
 _MODEL, _WEIGHTS, _SUMS = "model.xml", "model.bin", "sums.json"  # its two files, and their checksums
 _CHUNK = 1 << 22
-_DONT_NEED = 4  # madvise
 
 
 def cached_model(key: bytes, write: Callable[[Path], None]) -> tuple[Path | None, str]:
@@ -77,21 +75,6 @@ def _replace(folder: Path, part: Path) -> None:
             os.rename(part, folder)
     if not (folder / _SUMS).exists():
         raise OSError("it cannot be replaced")
-
-
-def release_pages(path: Path) -> None:
-    """Let the system take back the pages of a model's mapped weights, which OpenVINO has packed by now (Linux).
-
-    They are of a shared, read-only mapping: whatever is needed again is read again.
-    """
-    name = f" {os.path.realpath(path.with_suffix('.bin'))}\n"
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
-        advise = ctypes.CDLL(None).madvise
-        for line in maps:
-            span, permissions, _ = line.split(" ", 2)
-            if line.endswith(name) and permissions == "r--s":
-                start, end = (int(bound, 16) for bound in span.split("-"))
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:

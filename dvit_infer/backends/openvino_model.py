@@ -34,7 +34,10 @@ class Variant(NamedTuple):
         return f"{self.output} given" if self.given else self.output
 
 
-VARIANTS = (Variant("logits"), Variant("features"), Variant("tokens"), Variant("logits", given=True))
+VARIANTS = (
+    *(Variant("logits"), Variant("features"), Variant("tokens"), Variant("feature_map")),
+    Variant("logits", given=True),
+)
 
 
 def core() -> Any:

@@ -10,9 +10,10 @@ from dvit_infer.backends.precision import as_asked
 from dvit_infer.backends.primitives import Primitives
 from dvit_infer.backends.state import Hook, State
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.heads import Classify, Head, MapPool, Pool, Wanted, nodes_for
+from dvit_infer.graph.heads import OF_ALL_TOKENS, Classify, Head, MapPool, Pool, Wanted, nodes_for
 from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Embed, Mlp, Node, Norm
 from dvit_infer.graph.reductions import Prune
+from dvit_infer.graph.tokens import note_last
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.merge_tokens import average_rows_ref, match_tokens_ref
@@ -97,20 +98,27 @@ class TorchRunner(Primitives):
             hook: called with every node and its output, which is valid until the next node runs.
             return_choices: whether they are wanted; if not, a runner may leave them out to save time.
             output: what x is in the end: logits (B, K), or in float32 after the last norm the features (B, D) that the
-                classifier reads or all tokens (B, P+k, D).
+                classifier reads, all tokens (B, P+k, D), or for every original patch the token that holds it or did
+                when it was dropped (B, N, D).
 
         Returns:
             The state after the last node.
         """
         self.check(len(images), images.dtype)
-        follows = return_choices or given is not None or output == "tokens" or self.has_places
+        follows = return_choices or given is not None or output in OF_ALL_TOKENS or self.has_places
         state = State(self.prepare(images), given=given, follows=follows)
+        if output == "feature_map":
+            shape = len(images), self.config.num_patches + 1, self.config.body.embed_dim
+            state.last = torch.empty(shape, dtype=self.dtype, device=self.device)
         nodes, reader = nodes_for(self.nodes, output, return_choices or given is not None)
         state = self.run_nodes(state, nodes, hook)
+        if state.last is not None:
+            note_last(state)
+            state.x = state.last[:, :-1]
         with as_asked(self.device, self.dtype):
             if reader is None:
                 state.x = state.x.float()
-            elif isinstance(reader, Pool) or output == "tokens":
+            elif isinstance(reader, Pool) or output in OF_ALL_TOKENS:
                 state.x = self.last_norm(reader, state.x).float()
             else:
                 rows = reader.feature_rows
@@ -193,6 +201,8 @@ class TorchRunner(Primitives):
         self.linear_add(node, "fc2", self.inner_norm(node, hidden), state)
 
     def prune(self, node: Prune, state: State) -> None:
+        if state.last is not None:
+            note_last(state)
         if state.given is not None:
             index = node.choice_of(state, state.given[len(state.choices)])
             state.x = node.keep(state.x, index, state.signal) if node.rows is None else state.x

@@ -155,7 +155,7 @@ def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") 
     notes: Sequence[Note] = subject.notes
     config = subject.with_ranges(config)
     placed_in = subject.device, subject.dtype, subject.source, subject.backend, subject.int8
-    engine = Engine(config, subject.checkpoint, notes, *placed_in)
+    engine = Engine(config, subject.checkpoint.shared(), notes, *placed_in)
     held = lambda: (engine.weight_bytes + engine.runner.buffer_bytes) / 2**20  # noqa: E731
     given = lambda images, kept: engine(images, kept=kept)  # noqa: E731
     # Nothing else in a row records the backend, or whether the native library pruned (DVIT_PRUNE).

@@ -3,7 +3,6 @@
 Weights are folded in double precision and rounded once.
 """
 
-import functools
 from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
@@ -15,20 +14,46 @@ from dvit_infer.graph.heads import Head, MapPool, Pool
 from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
 from dvit_infer.graph.reductions import Reduce
 
+_ROWS = 32  # of a matrix that are in double precision at a time: whole ones would be a large part of a model
 _QUICK = 1.702  # of CLIP's GELU
 
 
 def fold(graph: Graph, dtype: torch.dtype = torch.float32) -> Graph:
     """Apply all folds. `dtype` is the dtype the graph will run in."""
+    return fold_across(replace(graph, nodes=tuple(fold_node(node, dtype) for node in graph.nodes)))
+
+
+def fold_node(node: Node, dtype: torch.dtype) -> Node:
+    """Apply the folds within a node."""
     folds = (
         *(_layer_norm, _softmax_scale, _residual_scale, _layer_scale, _inner_norm),
         *(_rotary_pairs, _quick_gelu, _latent_query, _batch_norm),
     )
-    nodes = [functools.reduce(lambda n, f: f(n), folds, node.folded_for(dtype)) for node in graph.nodes]
-    return replace(graph, nodes=tuple(_leave_stats(_class_only(_share_places(nodes)))))
+    node = node.folded_for(dtype)
+    for apply in folds:  # each lets go of what it replaces
+        node = apply(node)
+    return node
+
+
+def fold_across(graph: Graph) -> Graph:
+    """Apply what concerns several nodes, each of which is folded."""
+    return replace(graph, nodes=tuple(_leave_stats(_class_only(_share_places(list(graph.nodes))))))
 
 
 _N = TypeVar("_N", bound=Node)
+
+
+def _scaled(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return weight * factor, computed in double precision, in float32."""
+    out = torch.empty_like(weight, dtype=torch.float32)
+    for into, part, by in zip(*(torch.split(x, _ROWS) for x in (out, weight, factor.expand_as(weight))), strict=True):
+        into.copy_(part.double().mul_(by))
+    return out
+
+
+def _product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return weight x in double precision."""
+    return torch.cat([part.double() @ x for part in torch.split(weight, _ROWS)])
 
 
 def _noted(node: _N, what: str, weights: Weights, drop: str | None = None) -> _N:
@@ -52,13 +77,13 @@ def _layer_norm(node: Node) -> Node:
     """Fold the gain and shift of LayerNorm into the linear after it: W (g * x + s) + b = (W g) x + (b + W s)."""
     if not isinstance(node, NormNode) or "norm.weight" not in node.weights:
         return node
-    w = {name: value.double() for name, value in node.weights.items()}
-    folded = {}
+    w, folded = node.weights, {}
+    gain, shift = w["norm.weight"].double(), w["norm.bias"].double()
     for linear in node.normed:
-        if f"{linear}.weight" in w:
-            weight, shift = w[f"{linear}.weight"], w[f"{linear}.weight"] @ w["norm.bias"]
-            folded[f"{linear}.weight"] = weight * w["norm.weight"]
-            folded[f"{linear}.bias"] = shift + w[f"{linear}.bias"] if f"{linear}.bias" in w else shift
+        if (weight := w.get(f"{linear}.weight")) is not None:
+            bias = _product(weight, shift)
+            folded[f"{linear}.weight"] = _scaled(weight, gain)
+            folded[f"{linear}.bias"] = bias + w[f"{linear}.bias"].double() if f"{linear}.bias" in w else bias
     if isinstance(node, Head):
         folded |= {f"kept_{name}": node.weights[name] for name in ("norm.weight", "norm.bias")}
     return _noted(node, "LayerNorm", folded, drop="norm")
@@ -73,7 +98,7 @@ def _softmax_scale(node: Node) -> Node:
         return replace(_noted(node, "softmax scale", scaled), scale=1.0)
     rows = node.weights["qkv.weight"].new_ones(3 * node.dim, dtype=torch.float64)
     rows[: node.dim] = node.scale
-    folded = {"qkv.weight": node.weights["qkv.weight"].double() * rows[:, None]}
+    folded = {"qkv.weight": _scaled(node.weights["qkv.weight"], rows[:, None])}
     if "qkv.bias" in node.weights:
         folded["qkv.bias"] = node.weights["qkv.bias"].double() * rows
     return replace(_noted(node, "softmax scale", folded), scale=1.0)
@@ -83,8 +108,8 @@ def _residual_scale(node: Node) -> Node:
     """Fold LV-ViT's 1 / skip_lam into the last linear of the branch."""
     if not isinstance(node, Branch) or node.residual_scale == 1.0:
         return node
-    names = (f"{node.last}.weight", f"{node.last}.bias")
-    scaled = {name: node.weights[name].double() * node.residual_scale for name in names}
+    factor = node.weights[f"{node.last}.bias"].new_tensor(node.residual_scale, dtype=torch.float64)
+    scaled = {name: _scaled(node.weights[name], factor) for name in (f"{node.last}.weight", f"{node.last}.bias")}
     return replace(_noted(node, "1/skip_lam", scaled), residual_scale=1.0)
 
 
@@ -93,8 +118,8 @@ def _layer_scale(node: Node) -> Node:
     if not isinstance(node, Branch) or "gamma" not in node.weights:
         return node
     gamma = node.weights["gamma"].double()
-    weight, bias = (node.weights[f"{node.last}.{part}"].double() for part in ("weight", "bias"))
-    scaled = {f"{node.last}.weight": weight * gamma[:, None], f"{node.last}.bias": bias * gamma}
+    weight, bias = (node.weights[f"{node.last}.{part}"] for part in ("weight", "bias"))
+    scaled = {f"{node.last}.weight": _scaled(weight, gamma[:, None]), f"{node.last}.bias": _scaled(bias, gamma)}
     kept = {name: w for name, w in node.weights.items() if name != "gamma"}
     return _noted(replace(node, weights=kept), "layer scale", scaled)
 
@@ -103,10 +128,9 @@ def _inner_norm(node: Node) -> Node:
     """Fold the gain and shift of the LayerNorm before a branch's last linear into it."""
     if not isinstance(node, Branch) or "inner_norm.weight" not in node.weights:
         return node
-    w = {name: value.double() for name, value in node.weights.items()}
-    weight = w[f"{node.last}.weight"]
-    bias = w[f"{node.last}.bias"] + weight @ w["inner_norm.bias"]
-    folded = {f"{node.last}.weight": weight * w["inner_norm.weight"], f"{node.last}.bias": bias}
+    weight, gain = node.weights[f"{node.last}.weight"], node.weights["inner_norm.weight"].double()
+    bias = node.weights[f"{node.last}.bias"].double() + _product(weight, node.weights["inner_norm.bias"].double())
+    folded = {f"{node.last}.weight": _scaled(weight, gain), f"{node.last}.bias": bias}
     return _noted(node, "inner LayerNorm", folded, drop="inner_norm")
 
 

@@ -48,6 +48,20 @@ class Graph:
             nodes.append(replace(here, weights={**here.weights, **common}) if common else here)
         return replace(self, nodes=tuple(nodes))
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(w.numel() * w.element_size() for node in self.nodes for w in node.weights.values())
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether some of its weights have shapes only."""
+        return any(w.is_meta for node in self.nodes for w in node.weights.values())
+
+    def forget(self) -> None:
+        """Replace its weights by their shapes (device meta), in place: whoever reads it has a copy of them."""
+        for node in self.nodes:
+            node.weights.update({name: w.to("meta") for name, w in node.weights.items()})
+
     def __str__(self) -> str:
         c = self.config
         rows, total_bytes = [], 0

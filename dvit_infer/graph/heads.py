@@ -10,7 +10,8 @@ from dvit_infer.graph.nodes import Node, NormNode, TokenNode, norm_macs
 from dvit_infer.graph.reductions import Reduce
 
 Reads = Literal["prefix", "mean", "all", "prefix and mean"]
-Wanted = Literal["logits", "features", "tokens"]
+Wanted = Literal["logits", "features", "tokens", "feature_map"]
+OF_ALL_TOKENS: tuple[Wanted, ...] = ("tokens", "feature_map")  # outputs for which every reduction moves tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ def nodes_for(nodes: Sequence[Node], output: Wanted, choices: bool = True) -> tu
     None: their result is the output. Of a `Head`'s features, the mean of its `feature_rows` is taken after the norm.
     A reduction whose tokens nothing reads is left out, unless its choice is wanted.
     """
-    if output != "tokens" and not choices:
+    if output not in OF_ALL_TOKENS and not choices:
         nodes = [node for node in nodes if not isinstance(node, Reduce) or node.rows is None]
     if output == "logits":
         return list(nodes), None
@@ -172,4 +173,4 @@ def nodes_for(nodes: Sequence[Node], output: Wanted, choices: bool = True) -> tu
     if output == "features" and isinstance(reader, Pool):
         return list(nodes[: at + 1]), None
     body = list(nodes[:at])
-    return ([node.for_all_rows() for node in body] if output == "tokens" else body), reader
+    return ([node.for_all_rows() for node in body] if output in OF_ALL_TOKENS else body), reader

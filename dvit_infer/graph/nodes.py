@@ -58,9 +58,9 @@ class Node(ABC):
         activations = math.prod(self.in_shape) + math.prod(self.out_shape)
         return batch * activations * itemsize + sum(w.numel() * w.element_size() for w in self.weights.values())
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Return a copy with its own weights on `device`, in `dtype`."""
-        return self.with_weights(lambda w: w.to(device, dtype, copy=True))
+    def to(self, device: torch.device, dtype: torch.dtype, copy: bool = True) -> Self:
+        """Return a copy with weights on `device`, in `dtype`: its own, or if not `copy` the same where they are so."""
+        return self.with_weights(lambda w: w.to(device, dtype, copy=copy))
 
     def for_all_rows(self) -> Self:
         """Return the node with all rows computed, also those that a head does not read."""
@@ -225,9 +225,9 @@ class Attention(Branch):
     def out_shape(self) -> tuple[int, ...]:
         return self.rows, self.dim
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+    def to(self, device: torch.device, dtype: torch.dtype, copy: bool = True) -> Self:
         """Return a copy on `device`; tables of places stay in float32."""
-        here = super().to(device, dtype)
+        here = super().to(device, dtype, copy)
         exact = {name: self.weights[name].to(device) for name in PLACES if name in self.weights}  # shared, if there
         return replace(here, weights=here.weights | exact)
 

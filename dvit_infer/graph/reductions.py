@@ -73,9 +73,9 @@ class Reduce(TokenNode):
     def for_all_rows(self) -> Self:
         return replace(self, rows=None)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+    def to(self, device: torch.device, dtype: torch.dtype, copy: bool = True) -> Self:
         """Return a copy on `device`; its weights are in the dtypes that the choice needs."""
-        return self.with_weights(lambda w: w.to(device, copy=True))
+        return self.with_weights(lambda w: w.to(device, copy=copy))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ class Tokens:
         signal: what the attention before left for a choice, (B, heads, P+n) weights or (B, P+n, D) mean keys.
         choices: what each stage so far kept, (B, k) original positions, or the groups that its merges made: for every
             original patch the lowest one of the group that holds it, (B, N).
+        last: (B, N+1, C) for every original patch the token that held it when it was last noted (`note_last`), and a
+            row for those of no patch; None: nobody asks.
     """
 
     x: torch.Tensor
@@ -26,6 +28,7 @@ class Tokens:
     holders: torch.Tensor | None = None
     signal: torch.Tensor | None = None
     choices: list[torch.Tensor] = field(default_factory=list)
+    last: torch.Tensor | None = None
 
 
 def note_kept(tokens: Tokens, index: torch.Tensor, fused: int | None = None) -> None:
@@ -50,6 +53,23 @@ def note_merged(tokens: Tokens, rows: torch.Tensor, num_prefix: int, num_keep: i
     tokens.positions = lowest.scatter_reduce(1, rows, positions, "amin")
     tokens.holders = rows.gather(1, holders)
     tokens.choices.append(tokens.positions.gather(1, tokens.holders))
+
+
+def note_last(tokens: Tokens) -> None:
+    """Write patch tokens to the rows of `tokens.last` whose patches they hold: before some are dropped, and at the end.
+
+    What was dropped before stays there as it was then. A fused token holds no patch.
+    """
+    last, positions = tokens.last, tokens.positions
+    assert last is not None
+    num_patches = last.shape[1] - 1
+    patches = tokens.x[:, -(num_patches if positions is None else positions.shape[1]) :]
+    if tokens.holders is not None:
+        last[:, :-1] = patches.gather(1, tokens.holders[..., None].expand(-1, -1, last.shape[2]))
+    elif positions is not None:
+        last.scatter_(1, positions.clamp(max=num_patches)[..., None].expand_as(patches), patches)
+    else:
+        last[:, :-1] = patches
 
 
 def rows_of_groups(tokens: Tokens, groups: torch.Tensor, num_prefix: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from dvit_infer.models.pickled import Inert
 from dvit_infer.models.state_dicts import find_weights, official_names
 from dvit_infer.models.vit.names import Plan, apply, plan_of, unstacked
 from dvit_infer.utils.files import check_name
+from dvit_infer.utils.mapping import release_part
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WORTH_RELEASING = 1 << 20  # bytes
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which is not used
 
 
@@ -56,11 +58,15 @@ class Checkpoint:
     def is_saved_engine(self) -> bool:
         return self.header is not None
 
-    def content(self) -> Iterator[bytes]:
+    def shared(self) -> "Checkpoint":
+        """Return one of the same tensors, which may be taken out of it."""
+        return replace(self, state=dict(self.state))
+
+    def content(self) -> Iterator[bytes | memoryview]:
         """Yield names, dtypes, shapes and values of all tensors, for digests."""
         for name, tensor in sorted(self.state.items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
     def params(self, unused: str | None) -> int:
         """Return the number of weights, without those of the module `unused` and without BatchNorm's statistics."""
@@ -148,7 +154,7 @@ def _take_weights(
     keys = {short: key for short, (key, _) in named.items()}
     plan = None if header is not None else _plan(name, keys, checkpoint.beside)
     used = {key: value for key, value in named.items() if plan is None or plan.places[key].unused is None}
-    checkpoint.state = {short: _checked(name, key, value) for short, (key, value) in used.items()}
+    checkpoint.state = {short: _checked(name, key, value, shared) for short, (key, value) in used.items()}
     checkpoint.names_in_file = keys
     if plan is not None:
         draft = apply(name, plan, checkpoint.state, keys)
@@ -171,7 +177,7 @@ def _plan(name: str, keys: Mapping[str, str], beside: Mapping[str, Any]) -> Plan
     return plan
 
 
-def _checked(name: str, key: str, value: Any) -> torch.Tensor:
+def _checked(name: str, key: str, value: Any, shared: bool) -> torch.Tensor:
     """Return a copy of the tensor if it is plain, dense, floating-point (or a counter) and finite.
 
     It is a copy because the file may be overwritten in place, and the caller may resume training.
@@ -190,8 +196,11 @@ def _checked(name: str, key: str, value: Any) -> torch.Tensor:
         raise InputError(f"{name}: {key} is {tensor.dtype}; float32, float64, float16 or bfloat16 is expected")
     if is_counter and tensor.shape == (1,):  # of PyTorch before 0.4
         tensor = tensor[0]
+    mapped = None if shared or tensor.nbytes < _WORTH_RELEASING else tensor
     tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
-    if not is_counter and not torch.isfinite(tensor.float()).all():
+    if mapped is not None and mapped.is_contiguous():
+        release_part(mapped.data_ptr(), mapped.nbytes)  # nothing writes to what was loaded
+    if not is_counter and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor.float()))):
         raise InputError(f"{name}: {key} has NaN or Inf in it, or is too large for float32")
     if key.endswith("running_var") and (tensor < 0).any():
         raise InputError(f"{name}: {key} has a negative variance in it")

@@ -185,8 +185,10 @@ def _check_header(name: str, stored: Config, config: Config, overridden: set[str
             raise InputError(f"{name}: its header says {what} is {str(stated)[:40]}, its weights say {found}")
 
 
-def build_reference(config: Config, checkpoint: Checkpoint) -> Reference:
+def build_reference(config: Config, checkpoint: Checkpoint, *, take: bool = False) -> Reference:
     """Return the reference model with the checkpoint's weights, in float32, on the CPU, in evaluation mode.
+
+    With `take`, they are taken out of the checkpoint, so that nothing else holds them.
 
     Raises:
         InputError: a key is missing or unexpected, or its shape does not match the config.
@@ -196,7 +198,10 @@ def build_reference(config: Config, checkpoint: Checkpoint) -> Reference:
         as_trained = family.reference(replace(config, image_size=config.trained_size))
         model = family.reference(config)
     _check(checkpoint, {key: tuple(value.shape) for key, value in as_trained.state_dict().items()}, config.arch)
-    state = {k: v.float() if v.is_floating_point() else v for k, v in checkpoint.state.items()}
+    state = {}
+    for key in list(checkpoint.state):
+        value = checkpoint.state.pop(key) if take else checkpoint.state[key]
+        state[key] = value.float() if value.is_floating_point() else value
     model.load_state_dict(family.resized(state, config), strict=True, assign=True)
     return model.eval()
 

@@ -80,6 +80,7 @@ def _read_zip(path: Path) -> tuple[Any, tuple[str, ...]]:
                     with archive.open(info) as record:
                         _fill(part, record)
                 if order != sys.byteorder.encode():
+                    part = part.clone()  # what is mapped stays as it is in the file
                     part.byteswap(dtype)
                 known[key] = part
             return Storage(known[key], dtype)

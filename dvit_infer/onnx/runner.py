@@ -61,7 +61,7 @@ class OnnxRunner:
 
         Raises:
             ValueError: `hook` is given (`node_values` shows what is inside), or float images to a file of uint8.
-            InputError: features or tokens are wanted.
+            InputError: features, tokens or a feature map are wanted.
         """
         embeds = output == "features" and not self._config.num_classes  # then they are what the file returns
         if output != "logits" and not embeds:

@@ -132,4 +132,4 @@ class _Places(Generic[V]):
 def _thirds(weights: Weights, part: str, dim: int) -> dict[str, torch.Tensor]:
     """Return the weights or biases of q, k and v separately; empty if there is no bias."""
     rows = [weights[f"{name}.{part}"] for name in ("qkv", "q", "kv") if f"{name}.{part}" in weights]
-    return dict(zip("qkv", torch.split(torch.cat(rows), dim), strict=True)) if rows else {}
+    return dict(zip("qkv", (third for w in rows for third in torch.split(w, dim)), strict=True)) if rows else {}

@@ -162,7 +162,7 @@ class OpenVinoBuilder(Builder[Value]):
     def for_each(self, row: torch.Tensor, x: Value, out: str) -> Value:
         batch = ops.gather(ops.shape_of(x), ops.constant([0]), ops.constant(0))
         shape = ops.concat([batch, self.ints(*row.shape)], 0)
-        return self._added(ops.broadcast(self.own("row", row), shape), out)[0]
+        return self._added(ops.broadcast(self.weight(f"{out}/row", row), shape), out)[0]
 
     def prune_tokens(self, node: PredictorPrune, x: Value) -> tuple[Value, Value]:
         weights = {name: self.own(name, w) for name, w in packed_by_name(node.packed).items()}

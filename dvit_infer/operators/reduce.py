@@ -98,16 +98,23 @@ class Origins(Generic[V]):
     Attributes:
         positions: original positions (B, k) of the remaining patch tokens, as in `graph.tokens`; None: all.
         kept: for each stage what it did, as in `graph.tokens`.
+        keeps_dropped: whether the tokens that stages drop are kept, for `on_grid`.
     """
 
-    def __init__(self, to: Builder[V], num_patches: int, is_wanted: bool) -> None:
-        self._to, self._n, self._is_wanted = to, num_patches, is_wanted
+    def __init__(self, to: Builder[V], num_patches: int, is_wanted: bool, keeps_dropped: bool = False) -> None:
+        self._to, self._n, self._is_wanted, self.keeps_dropped = to, num_patches, is_wanted, keeps_dropped
+        self._left = num_patches
+        self._dropped: list[tuple[V, V]] = []  # tokens (B, any, C), and their original positions
         self._holders: V | None = None
         self.positions: V | None = None
         self.kept: list[V] = []
 
-    def note_kept(self, node: Prune, index: V) -> None:
+    def note_kept(self, node: Prune, index: V, x: V) -> None:
+        """Note that of the tokens x those at `index` remain."""
         to, out = self._to, self._out()
+        if self.keeps_dropped:
+            self._note_dropped(node, index, x)
+        self._left = node.left - node.num_prefix
         if self.positions is None:
             kept = to.emit("Identity", index, out=out)
         else:
@@ -117,6 +124,29 @@ class Origins(Generic[V]):
             fused = to.for_each(torch.tensor([node.fused]), index, f"{node.name}/fused")
             self.positions = to.emit("Concat", kept, fused, axis=1)
         self.kept.append(kept)
+
+    def _note_dropped(self, node: Prune, index: V, x: V) -> None:
+        to, patches = self._to, node.tokens - node.num_prefix
+        if patches == node.num_keep:
+            return
+        all_of_them = to.for_each(torch.ones(patches, dtype=torch.int64), index, f"{node.name}/all")
+        goes = to.emit("ScatterElements", all_of_them, index, to.emit("Mul", index, to.ints(0)), axis=1)
+        at = to.top(goes, patches - node.num_keep, axis=1)[1]
+        rows = to.rows_of(to.tokens(x, node.num_prefix, node.tokens), at)
+        positions = at if self.positions is None else to.emit("GatherElements", self.positions, at, axis=1)
+        self._dropped.append((rows, positions))
+
+    def on_grid(self, x: V) -> V:
+        """Emit for every original patch the token that holds it at last, or did when it was dropped: (B, N, C)."""
+        to, last = self._to, torch.iinfo(torch.int64).max
+        patches = to.tokens(x, -self._left, last)
+        if self._holders is not None:
+            return to.rows_of(patches, self._holders)
+        if self.positions is None:
+            return patches
+        rows, positions = zip(*self._dropped, (patches, self.positions), strict=True)
+        order = to.top(to.emit("Concat", *positions, axis=1), self._n, axis=1, largest=0)[1]  # fused ones are behind
+        return to.rows_of(to.emit("Concat", *rows, axis=1), order)
 
     def note_merged(self, node: Merge, rows: V) -> None:
         to, p = self._to, node.num_prefix
@@ -129,7 +159,7 @@ class Origins(Generic[V]):
             positions = to.emit("Unsqueeze", self.positions, to.ints(1))
         lowest = to.reduce("ReduceMin", to.emit("Where", same, positions, to.ints(self._n)), 2)
         self._holders = rows if self._holders is None else to.emit("GatherElements", rows, self._holders, axis=1)
-        self.positions = lowest
+        self.positions, self._left = lowest, node.num_keep
         self.kept.append(to.emit("GatherElements", lowest, self._holders, out=self._out(), axis=1))
 
     def rows(self, node: Reduce) -> V:

@@ -64,9 +64,11 @@ def write(
     nodes, reader = nodes_for(graph.nodes, output)
     to.fuses = any(isinstance(node, Prune) and node.fused is not None for node in nodes)
     has_places = any(name in node.weights for node in nodes for name in PLACES)
-    writer = _Writer(to, graph.config.num_patches, kept, given, has_places)
+    origins = Origins(to, graph.config.num_patches, kept, keeps_dropped=output == "feature_map")
+    writer = _Writer(to, origins, given, has_places, follows=kept or has_places or origins.keeps_dropped)
     for node in nodes:
         x = writer.write(node, x)
+    x = origins.on_grid(x) if origins.keeps_dropped else x
     if reader is not None:
         x = last_norm(to, reader, x)
         if isinstance(reader, Head) and output == "features":
@@ -75,17 +77,17 @@ def write(
             features = to.tokens(x, rows.start, end)
             is_mean = reader.reads == "mean"
             x = mean_of(to, features, rows.start, end) if is_mean else to.reduce("ReduceMean", features, 1)
-    return Written(x, writer.origins.kept if kept else [], writer.choices)
+    return Written(x, origins.kept if kept else [], writer.choices)
 
 
 class _Writer(Generic[V]):
     """Writes nodes, and follows where the tokens between them were."""
 
     def __init__(
-        self, to: Builder[V], num_patches: int, wants_kept: bool, given: Sequence[V], has_places: bool
+        self, to: Builder[V], origins: Origins[V], given: Sequence[V], has_places: bool, follows: bool
     ) -> None:
-        self._to, self._wants_kept, self._given, self._has_places = to, wants_kept, given, has_places
-        self.origins = Origins(to, num_patches, wants_kept)
+        self._to, self._origins, self._given = to, origins, given
+        self._has_places, self._follows = has_places, follows
         self.choices: list[V] = []
 
     def write(self, node: Node, x: V) -> V:
@@ -98,7 +100,7 @@ class _Writer(Generic[V]):
 
     def _reduce(self, node: Reduce, x: V) -> V:
         to = self._to
-        given = self._given[len(self.choices)] if self._given else None
+        given, before = self._given[len(self.choices)] if self._given else None, x
         if isinstance(node, Merge):
             x, choice = merge(to, node, x, given)
         elif isinstance(node, PredictorPrune) and given is None:
@@ -111,13 +113,13 @@ class _Writer(Generic[V]):
             raise InputError(f"{node.name}, a {type(node).__name__}, cannot be written")
         to.said(choice, node.choice_size, dtype=torch.int64)
         self.choices.append(choice)
-        if self._wants_kept or self._has_places:
+        if self._follows:
             if isinstance(node, Merge):
-                self.origins.note_merged(node, choice)
+                self._origins.note_merged(node, choice)
             else:
-                self.origins.note_kept(node, choice)
+                self._origins.note_kept(node, choice, before)
         if self._has_places:
-            to.rows, to.stage = self.origins.rows(node), node.name
+            to.rows, to.stage = self._origins.rows(node), node.name
         return to.said(x, *node.out_shape) if node.rows is None else x
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Reduction
-from dvit_infer.graph.tokens import Tokens
+from dvit_infer.graph.tokens import Tokens, note_last
 from dvit_infer.reduction import METHODS
 from dvit_infer.reduction.choices import StageInput
 
@@ -26,7 +26,10 @@ class Progress:
         positions: (B, n) original positions of the patch tokens; None: all, in order.
         sizes: what attention adds the logarithm of, (B, P+n); None: nothing.
         weights: (B, n) the number of patches in each patch token; None: 1.
+        keeps_dropped: whether tokens are noted before some of them are dropped, for `on_grid`.
     """
+
+    keeps_dropped = False
 
     def __init__(
         self,
@@ -75,6 +78,21 @@ class Progress:
         stage = self._at("after_attention")
         return x if stage is None else self._reduced(stage, x, signal)
 
+    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+n, C) tokens at last -> (B, N, C) for every original patch the token that holds it.
+
+        Of a dropped one: what was noted before; else zeros.
+        """
+        self._tokens = self._tokens or Tokens(x)
+        self._tokens.x = x
+        return self._noted(self._tokens)[:, :-1]
+
+    def _noted(self, tokens: Tokens) -> torch.Tensor:
+        if tokens.last is None:
+            tokens.last = tokens.x.new_zeros(len(tokens.x), self._reduction.num_patches + 1, tokens.x.shape[2])
+        note_last(tokens)
+        return tokens.last
+
     def _at(self, where: str) -> int | None:
         stages = enumerate(self._reduction.stages)
         return next((i for i, stage in stages if (stage.block, stage.where) == (self._block, where)), None)
@@ -85,6 +103,8 @@ class Progress:
         tokens, stage = self._tokens, self._reduction.stages[number]
         assert stage.keep is not None
         tokens.x = x
+        if self.keeps_dropped:
+            self._noted(tokens)
         num_patches = self._reduction.num_patches
         choice = METHODS[self._reduction.method].choose(
             StageInput(x, signal, number, stage.keep, self._num_prefix, num_patches, self._modules, self._settings)

@@ -85,7 +85,7 @@ class Subject:
         by_torch = not to_run and self.device.type == "cpu" and not self.int8
         return Engine(
             config,
-            self._checkpoint,
+            self._checkpoint.shared(),
             self._notes[config],
             self.device,
             self._dtype,

@@ -156,14 +156,16 @@ def _weights(config: Config) -> dict[str, torch.Tensor]:
 
 
 def agrees(runner, model, batches=(3, 1)):
-    """Assert that a runner gives the reference's logits, features, tokens and kept sets."""
+    """Assert that a runner gives the reference's logits, features, tokens, feature map and kept sets."""
     for batch in batches:
         images = model.images(batch)
         with torch.no_grad():
             expected = model.reference().evaluate(images)
+            grid = model.reference().feature_map(images).flatten(2).transpose(1, 2)
         out = runner.run(images)
         assert all(torch.equal(a, b) for a, b in zip(out.choices, expected.kept, strict=True))
-        for output, want in (("logits", expected.logits), ("features", expected.features), ("tokens", expected.tokens)):
+        of_tokens = ("tokens", expected.tokens), ("feature_map", grid)
+        for output, want in (("logits", expected.logits), ("features", expected.features), *of_tokens):
             found = runner.run(images, output=output).x
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, want, atol=2e-5, rtol=0)

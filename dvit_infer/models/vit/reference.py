@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -22,8 +22,10 @@ class Progress(Reducing, Protocol):
         kept, margins: for each stage so far what it did, and (B,) the gap of its choice, as in `EvalOutput`.
         positions: (B, n) original positions of the patch tokens; None: all, in order.
         weights: (B, n) the number of patches in each patch token; None: 1.
+        keeps_dropped: whether tokens that are dropped are kept for `on_grid`.
     """
 
+    keeps_dropped: bool
     margins: list[torch.Tensor]
 
     @property
@@ -37,6 +39,9 @@ class Progress(Reducing, Protocol):
 
     def before(self, block: int, x: torch.Tensor) -> torch.Tensor:
         """Begin a block: (B, P+n, C) -> the tokens that remain before its attention."""
+
+    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P+n, C) tokens at last -> (B, N, C) of every patch; of dropped ones as they were when kept, or zeros."""
 
 
 # (score_predictor, what every stage is to do or None for its own choice) -> the stages of one forward
@@ -166,14 +171,7 @@ class VisionTransformer(Reference):
 
     def evaluate(self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None = None) -> EvalOutput:
         """Run inference: drop tokens at every stage; `kept` overrides the choice."""
-        x = self.embed(images)
-        progress = None if self.begin is None else self.begin(list(self.score_predictor or ()), kept)
-        places = self.places()
-        for i, block in enumerate(self.blocks):
-            x = x if progress is None else progress.before(i, x)
-            positions = None if progress is None else progress.positions
-            here = places[i] if positions is None else self._of_kept(places[i], positions)
-            x = block(x, None, here, progress)
+        x, progress = self._trunk(images, kept)
         tokens = self.last_tokens(x)
         if progress is None:
             pooled = self.pool(tokens)
@@ -182,6 +180,40 @@ class VisionTransformer(Reference):
         margin = torch.stack(progress.margins, dim=1) if progress.margins else x.new_empty(x.shape[0], 0)
         logits = self.classify(tokens, pooled)
         return EvalOutput(logits, progress.kept, margin, pooled, tokens, progress.positions)
+
+    def feature_map(
+        self,
+        images: torch.Tensor,
+        fill: Literal["last", "zeros"] = "last",
+        kept: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C, h, w), as an engine's; `kept` overrides the choice. It has a gradient."""
+        if fill not in ("last", "zeros"):
+            raise ValueError(f"fill: {fill!r} is not one of last, zeros")
+        x, progress = self._trunk(images, kept, keeps_dropped=fill == "last")
+        if progress is None:
+            rows = self.last_tokens(x)[:, self.num_prefix :]
+        elif fill == "last":
+            rows = self.last_tokens(progress.on_grid(x))
+        else:
+            rows = progress.on_grid(self.last_tokens(x))
+        return rows.reshape(len(rows), *self.grid, -1).permute(0, 3, 1, 2)
+
+    def _trunk(
+        self, images: torch.Tensor, kept: Sequence[torch.Tensor] | None, keeps_dropped: bool = False
+    ) -> tuple[torch.Tensor, Progress | None]:
+        """Return the tokens that the last block leaves, and what the stages did; None: there are none."""
+        x = self.embed(images)
+        progress = None if self.begin is None else self.begin(list(self.score_predictor or ()), kept)
+        if progress is not None:
+            progress.keeps_dropped = keeps_dropped
+        places = self.places()
+        for i, block in enumerate(self.blocks):
+            x = x if progress is None else progress.before(i, x)
+            positions = None if progress is None else progress.positions
+            here = places[i] if positions is None else self._of_kept(places[i], positions)
+            x = block(x, None, here, progress)
+        return x, progress
 
     def _of_kept(self, places: Places, positions: torch.Tensor) -> Places:
         """Return what of the places remains for patches at `positions` (B, n); fused ones, at N or more, have none."""
