@@ -122,7 +122,7 @@ def measure_accuracy(
     batch = batch_size(batch, engine.device)
     workers = worker_count(workers)
     check_classes(engine.config, "engine")
-    stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers)
+    stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers, batch)
     counts = _Counts()
     with running(batch):
         # The first call selects linears or captures a graph; exclude it from the timing.

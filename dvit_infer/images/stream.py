@@ -31,7 +31,7 @@ MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usuall
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Forked workers start at once and need no main module that can be imported again; other systems spawn theirs.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-AHEAD = 4  # groups of AT_ONCE per worker, so that a batch is assembled while the model runs
+AHEAD = 4  # groups of AT_ONCE per worker that are read ahead at least
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,16 @@ def worker_count(workers: int | None) -> int:
     return workers
 
 
-def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None) -> Iterator[Decoded]:
+def decode(
+    entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None, batch: int = 1
+) -> Iterator[Decoded]:
     """Read images in worker processes; yield the results in the order of the entries.
 
-    At most `AT_ONCE` * `AHEAD` entries per worker are read ahead.
+    The larger of `batch` and `AT_ONCE` * `AHEAD` per worker, in whole groups, are read ahead.
 
     Args:
         workers: number of workers (`worker_count`); 0: this process decodes.
+        batch: images that the caller takes at a time: so many are decoded while a model runs the ones before.
 
     Raises:
         InputError: The number of workers is out of range.
@@ -104,7 +107,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
             num_workers=workers,
             collate_fn=list,
             worker_init_fn=first_in_worker(),
-            prefetch_factor=AHEAD if workers else None,
+            prefetch_factor=max(AHEAD, math.ceil(batch / (AT_ONCE * workers))) if workers else None,
             generator=torch.Generator(),  # otherwise it would draw from the process's generator
             multiprocessing_context=START_METHOD if workers else None,
         )
