@@ -76,13 +76,8 @@ def _summary(found: "Embedding", out: str) -> str:
         lines.append(f"{len(found.failed)} of them cannot be read: their rows are NaN")
     if found.resumed:
         lines.append(f"{found.resumed:,} were there already")
-    if found.images_per_s and found.model_images_per_s and found.decode_images_per_s:
-        decoders = f"{found.workers} worker{'s' if found.workers > 1 else ''}" if found.workers else "no workers"
-        share = found.images_per_s / min(found.decode_images_per_s, found.model_images_per_s)
-        lines.append(
-            f"{found.images_per_s:.1f} images/s: decoding {found.decode_images_per_s:.1f} ({decoders}), model "
-            f"{found.model_images_per_s:.1f}; {share:.0%} of the slower"
-        )
+    if found.rates.images:
+        lines.append(str(found.rates))
     return "\n".join(lines)
 
 

@@ -61,8 +61,9 @@ class Accuracy:
         return None if self.confusion is None else _percent(sum(row[0] for row in self.confusion), self.images)
 
     @property
-    def unreadable_share(self) -> float:
-        return len(self.unreadable) / max(1, self.images + len(self.unreadable))
+    def total(self) -> int:
+        """The number of images, with unreadable ones."""
+        return self.images + len(self.unreadable)
 
     def __str__(self) -> str:
         decoders = f"{self.workers} worker{'s' if self.workers > 1 else ''}" if self.workers else "no workers"

@@ -1,6 +1,5 @@
 """Embed a collection of images: their features in a folder that an interrupted run resumes."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ import numpy as np
 from dvit_infer.classifier import Classifier
 from dvit_infer.errors import InputError
 from dvit_infer.evaluate.embedding_folder import Index, embedding_folder, read_index
-from dvit_infer.evaluate.features import Embedder, Rows
+from dvit_infer.evaluate.features import Embedder, Rates, Rows
 from dvit_infer.evaluate.predictions import model_id
 from dvit_infer.images.archives import find_entries
 from dvit_infer.images.preprocess import Preprocess
-from dvit_infer.images.stream import batch_size, worker_count
 from dvit_infer.utils.files import check_output_folder
 
 STORES = ("float32", "float16")
@@ -30,10 +28,7 @@ class Embedding:
         images: the number of images, and of rows.
         resumed: rows that were there before.
         failed: images without features, with their reasons; their rows are NaN.
-        images_per_s: of this run, overall; None if nothing was left to do.
-        decode_images_per_s: of all workers together, by the time they spent decoding while the model ran.
-        model_images_per_s: of the engine, from pixels in main memory to features, while the workers ran.
-        workers: worker processes; 0: decoding and model alternated.
+        rates: of this run; of no image if nothing was left to do.
     """
 
     path: Path
@@ -41,10 +36,7 @@ class Embedding:
     images: int
     resumed: int
     failed: tuple[tuple[str, str], ...]
-    images_per_s: float | None
-    decode_images_per_s: float | None
-    model_images_per_s: float | None
-    workers: int
+    rates: Rates
 
 
 def embed(
@@ -85,39 +77,23 @@ def embed(
     """
     if store not in STORES:
         raise InputError(f"store: {store!r} is not one of {', '.join(STORES)}")
-    workers = worker_count(workers)
     names = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
     there = read_index(check_output_folder(out, "out"))
     count = sum(1 for _ in find_entries(names))
     chosen = there.batch if batch is None and there is not None else batch
-    embedder = Embedder(engine, batch_size(chosen, engine.device), pool, normalize, preprocess, workers)
+    embedder = Embedder(engine, chosen, pool, normalize, preprocess, workers)
     index = _index(embedder, store)
     with embedding_folder(out, index, count, find_entries(names)) as (folder, left):
-        resumed, decoding, modelling = folder.done, 0.0, 0.0
+        resumed = folder.done
         progress(resumed)
-        start = time.perf_counter()
         for rows in embedder(left) if resumed < count else ():
             if folder.done + len(rows.images) > count:
                 raise InputError(f"{names[0]}: images were added while they were read; run it again")
             folder.append(*_stored(rows, store))
-            decoding += sum(image.seconds for image in rows.images)
-            modelling += rows.seconds
             progress(len(rows.images))
         if folder.done < count:
             raise InputError(f"{names[0]}: images were removed while they were read; run it again")
-        seconds = time.perf_counter() - start
-        new = count - resumed
-        return Embedding(
-            path=folder.path,
-            index=index,
-            images=count,
-            resumed=resumed,
-            failed=tuple(folder.failed),
-            images_per_s=new / seconds if new else None,
-            decode_images_per_s=new * max(1, workers) / decoding if decoding else None,
-            model_images_per_s=new / modelling if modelling else None,
-            workers=workers,
-        )
+    return Embedding(folder.path, index, count, resumed, tuple(folder.failed), embedder.rates)
 
 
 def _index(embedder: Embedder, store: str) -> Index:

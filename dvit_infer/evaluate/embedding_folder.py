@@ -62,7 +62,9 @@ class Index:
             if field.name == "batch":
                 hint = " (the last digits of a row depend on it; without --batch the folder's is taken)"
             name = field.name.replace("_", " ")
-            raise InputError(f"{where}: {name} is {_shown(theirs)} there, {_shown(ours)} in this run{hint}; {_ELSEWHERE}")
+            raise InputError(
+                f"{where}: {name} is {_shown(theirs)} there, {_shown(ours)} in this run{hint}; {_ELSEWHERE}"
+            )
 
 
 def _shown(value: object) -> str:
@@ -238,7 +240,7 @@ def _opened(out: Path, index: Index, images: int, file: FileIO, named: _Named | 
         if not named or named.done < images:
             _write_index(out, index, images, complete=False)
         _make_room(target, index, images)
-        rows = np.lib.format.open_memmap(target, mode="r+")  # type: ignore[no-untyped-call]
+        rows = np.lib.format.open_memmap(target, mode="r+")
         return EmbeddingFolder(out, rows, LineFile(out / IMAGES, file, named.end if named else 0), named)
     except OSError as error:
         raise InputError(f"out: {target}: {reason(error)}") from None

@@ -1,6 +1,9 @@
 """Features of a stream of images: rows of a model, pooled and normalised."""
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +15,10 @@ from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.preprocess import Preprocess
-from dvit_infer.images.stream import Decoded, batches, decode, pixels, running
+from dvit_infer.images.stream import Decoded, batch_size, batches, decode, pixels, running, worker_count
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.utils.devices import timed
+from dvit_infer.utils.text import plural
 
 # What becomes of the tokens: "own": `engine.features`, as the model's owner pools them; "cls": the class token, "mean":
 # the mean of the patch tokens that are left, "cls_mean": both side by side, of `engine.tokens`.
@@ -63,13 +67,53 @@ class Rows(NamedTuple):
         images: as decoded.
         features: (B, D) float32; NaN for images without any.
         errors: why an image has none.
-        seconds: of the model.
     """
 
     images: Sequence[Decoded]
     features: np.ndarray
     errors: Sequence[str | None]
-    seconds: float
+
+
+@dataclass
+class Rates:
+    """How fast a stream was, and its two halves while they ran side by side.
+
+    Attributes:
+        workers: processes that decoded; 0: decoding and model alternated.
+        images: the number of images.
+        seconds: overall.
+        decode_seconds: that workers spent decoding, added up.
+        model_seconds: of the model, from pixels in main memory to features.
+    """
+
+    workers: int
+    images: int = 0
+    seconds: float = 0.0
+    decode_seconds: float = 0.0
+    model_seconds: float = 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        return self._rate(self.seconds)
+
+    @property
+    def decode_images_per_s(self) -> float:
+        """The rate of all workers together."""
+        return self._rate(self.decode_seconds) * max(1, self.workers)
+
+    @property
+    def model_images_per_s(self) -> float:
+        return self._rate(self.model_seconds)
+
+    def _rate(self, seconds: float) -> float:
+        return self.images / seconds if seconds else math.nan
+
+    def __str__(self) -> str:
+        decoders = plural(self.workers, "worker") if self.workers else "no workers"
+        text = f"{self.images_per_s:.1f} images/s: decoding {self.decode_images_per_s:.1f} by {decoders}, model "
+        text += f"{self.model_images_per_s:.1f}"
+        slower = min(self.decode_images_per_s, self.model_images_per_s)
+        return f"{text}; {self.images_per_s / slower:.0%} of the slower" if self.workers and slower > 0 else text
 
 
 class Embedder:
@@ -77,49 +121,57 @@ class Embedder:
 
     Args:
         engine: gives the features.
-        batch: images at a time.
-        pool, normalize: as for `pooled`.
-        preprocess, workers: as for `predict`.
+        batch, preprocess, workers: as for `predict`.
+        pool, normalize: as for `pooled`, but "map" is known too.
+
+    Attributes:
+        dim: the length of a row.
+        rates: of all streams so far.
 
     Raises:
-        InputError: the pooling does not fit the model, the model gives logits only, or a batch does not fit in memory.
+        InputError: the pooling does not fit the model, the model gives logits only, or `batch` or `workers` is out of
+            range or does not fit in memory.
     """
 
     def __init__(
         self,
         engine: Classifier,
-        batch: int,
+        batch: int | None = None,
         pool: str = "own",
         normalize: bool = False,
         preprocess: Preprocess | None = None,
         workers: int | None = None,
     ) -> None:
-        self.engine, self.batch, self.normalize = engine, batch, normalize
+        self.engine, self.normalize = engine, normalize
+        self.batch = batch_size(batch, engine.device)
+        self.rates = Rates(worker_count(workers))
         self.pool = checked_pool(engine.config, pool)
         self.preprocess = preprocess or preprocess_for(engine.config)
-        self._workers = workers
-        with running(batch):  # the first call selects linears or compiles, and tells the length of a row
-            blank = torch.zeros(min(batch, engine.micro_batch), 3, *engine.config.image_size, dtype=torch.uint8)
+        with running(self.batch):  # the first call selects linears or compiles, and tells the length of a row
+            blank = torch.zeros(min(self.batch, engine.micro_batch), 3, *engine.config.image_size, dtype=torch.uint8)
             self.dim = pooled(engine, blank, self.pool, normalize).shape[1]
 
     def __call__(self, entries: Iterable[Entry]) -> Iterator[Rows]:
         """Yield the features of images, batch by batch; memory does not grow with their number.
 
         Raises:
-            InputError: the number of workers is out of range, or a worker was killed.
+            InputError: a worker was killed, or a batch does not fit in memory.
         """
-        groups = batches(decode(entries, self.preprocess, self._workers, self.batch), self.batch)
+        groups = batches(decode(entries, self.preprocess, self.rates.workers, self.batch), self.batch)
         while True:
+            start = time.perf_counter()
             with running(self.batch):  # not around the yield: errors of the caller must pass unchanged
                 group = next(groups, None)
                 rows = None if group is None else self._rows(group)
             if rows is None:
                 return
-            yield rows
+            yield rows  # what the caller does with them takes time too
+            self.rates.images += len(rows.images)
+            self.rates.seconds += time.perf_counter() - start
 
     def _rows(self, group: Sequence[Decoded]) -> Rows:
         features = np.full((len(group), self.dim), np.nan, np.float32)
-        errors, seconds = [image.error for image in group], 0.0
+        errors = [image.error for image in group]
         images = pixels(group)
         if images is not None:
             readable = [at for at, why in enumerate(errors) if why is None]
@@ -131,4 +183,6 @@ class Embedder:
                     features[at] = row
                 else:
                     errors[at] = f"the model's output in {self.engine.precision} is NaN or Inf"
-        return Rows(group, features, errors, seconds)
+            self.rates.model_seconds += seconds
+        self.rates.decode_seconds += sum(image.seconds for image in group)
+        return Rows(group, features, errors)
