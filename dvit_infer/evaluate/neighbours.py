@@ -13,7 +13,7 @@ _QUERIES, _OTHERS = 1024, 16384  # rows that are compared at once: 64 MiB of sim
 def check_neighbours(k: int, others: int) -> None:
     """Raise InputError unless k neighbours can be found among so many images."""
     if not 1 <= k <= others:
-        remedy = f"1 to {others} can be found" if others > 0 else "give more images"
+        remedy = f"at most {others} can be" if others > 0 else "give more images"
         raise InputError(f"knn: {k} neighbours cannot be found among {plural(max(others, 0), 'image')}; {remedy}")
 
 
