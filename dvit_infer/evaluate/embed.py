@@ -13,6 +13,7 @@ from dvit_infer.evaluate.features import Embedder, Rates, Rows
 from dvit_infer.evaluate.predictions import model_id
 from dvit_infer.images.archives import find_entries
 from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.images.stream import running
 from dvit_infer.utils.files import check_output_folder
 
 STORES = ("float32", "float16")
@@ -86,11 +87,12 @@ def embed(
     with embedding_folder(out, index, count, find_entries(names)) as (folder, left):
         resumed = folder.done
         progress(resumed)
-        for rows in embedder(left) if resumed < count else ():
-            if folder.done + len(rows.images) > count:
-                raise InputError(f"{names[0]}: images were added while they were read; run it again")
-            folder.append(*_stored(rows, store))
-            progress(len(rows.images))
+        with running(embedder.batch):  # here too: a worker that is killed is an error wherever this process is
+            for rows in embedder(left) if resumed < count else ():
+                if folder.done + len(rows.images) > count:
+                    raise InputError(f"{names[0]}: images were added while they were read; run it again")
+                folder.append(*_stored(rows, store))
+                progress(len(rows.images))
         if folder.done < count:
             raise InputError(f"{names[0]}: images were removed while they were read; run it again")
     return Embedding(folder.path, index, count, resumed, tuple(folder.failed), embedder.rates)

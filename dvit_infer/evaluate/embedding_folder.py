@@ -1,13 +1,14 @@
 """The folder of an embedding: `features.npy`, `images.jsonl` and `index.json`; an interrupted run can be resumed.
 
-Line i of `images.jsonl` names the image of row i. It is written after its row, so that the lines say how many rows are
-there.
+Line i of `images.jsonl` names the image of row i. It is written after its row is on the disk, so that the lines say how
+many rows are there, after a power failure too.
 """
 
 import contextlib
 import itertools
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +25,7 @@ from dvit_infer.utils.files import atomic_write, check_output_folder, reason, re
 
 FEATURES, IMAGES, INDEX = "features.npy", "images.jsonl", "index.json"
 VERSION = 1
+COMMIT_S = 1.0  # seconds after which rows go to the disk, at most; a killed run loses so much work
 _ELSEWHERE = "choose another folder"
 
 
@@ -117,22 +119,37 @@ class EmbeddingFolder:
     def __init__(self, path: Path, rows: "np.memmap[Any, Any]", lines: LineFile, named: "_Named | None") -> None:
         self.path, self.rows, self._lines = path, rows, lines
         self.done, self.failed = (named.done, named.failed) if named else (0, [])
+        self._pending: list[str] = []
+        self._committed = time.monotonic()
 
     def append(self, features: np.ndarray, images: Sequence[tuple[str, str | None]]) -> None:
-        """Write rows (n, dim), then the lines of their images, each with its error if it has one.
+        """Add rows (n, dim), and lines of their images, each with its error if it has one; `commit` now and then.
 
         Raises:
             InputError: The disk is full, for example.
         """
-        lines = [json.dumps({"image": path} if why is None else {"image": path, "error": why}) for path, why in images]
+        self.rows[self.done : self.done + len(images)] = features
+        self.done += len(images)
+        self.failed += [(path, why) for path, why in images if why is not None]
+        self._pending += [json.dumps({"image": path} | ({} if why is None else {"error": why})) for path, why in images]
+        if time.monotonic() - self._committed > COMMIT_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write rows to the disk, and then their lines.
+
+        Raises:
+            InputError: The disk is full, for example.
+        """
+        if not self._pending:
+            return
         try:
-            self.rows[self.done : self.done + len(lines)] = features
-            self.rows.flush()  # before its line, a row is on the disk: a power failure loses both, or the line alone
+            self.rows.flush()
         except OSError as error:
             raise InputError(f"out: {self.path / FEATURES}: {reason(error)}") from None
+        lines, self._pending = self._pending, []
         self._lines.append(lines)
-        self.done += len(lines)
-        self.failed += [(path, why) for path, why in images if why is not None]
+        self._committed = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -171,7 +188,10 @@ def embedding_folder(
         opened: EmbeddingFolder | None = None
         try:
             opened = _opened(out, index, images, file, named)
-            yield opened, itertools.chain(named.left if named else (), found)
+            try:
+                yield opened, itertools.chain(named.left if named else (), found)
+            finally:  # an interrupted run keeps what it did
+                opened.commit()
             _write_index(out, index, images, complete=True)
         finally:
             if there is None and (opened is None or not opened.done):

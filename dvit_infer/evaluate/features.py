@@ -15,7 +15,7 @@ from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.preprocess import Preprocess
-from dvit_infer.images.stream import Decoded, batch_size, batches, decode, pixels, running, worker_count
+from dvit_infer.images.stream import Decoded, batch_size, batches, decode, fetched, pixels, running, worker_count
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.utils.devices import timed
 from dvit_infer.utils.text import plural
@@ -158,6 +158,8 @@ class Embedder:
             InputError: a worker was killed, or a batch does not fit in memory.
         """
         groups = batches(decode(entries, self.preprocess, self.rates.workers, self.batch), self.batch)
+        if self.rates.workers:
+            groups = fetched(groups)
         while True:
             start = time.perf_counter()
             with running(self.batch):  # not around the yield: errors of the caller must pass unchanged

@@ -11,6 +11,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from queue import Queue
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from dvit_infer.utils.bounds import check_bound
 from dvit_infer.utils.memory import check_batch_fits, is_allocation_failure
 from dvit_infer.utils.threads import allowed_threads
 
+Group = TypeVar("Group")
 AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usually open
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -161,6 +165,33 @@ def batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     source = iter(decoded)
     while batch := list(itertools.islice(source, size)):
         yield batch
+
+
+def fetched(groups: Iterator[Group]) -> Iterator[Group]:
+    """Yield the same; while the caller works, a thread receives the next one from the workers.
+
+    The first is received by the caller's thread, as that starts the workers (`first_in_worker`). Nobody waits for the
+    thread in the end: of a worker that is killed while it sends, it would wait for the rest forever.
+    """
+    received = list(itertools.islice(groups, 1))
+    while received:
+        later: Queue[Callable[[], list[Group]]] = Queue()
+        threading.Thread(target=_receive, args=(groups, later), daemon=True).start()
+        yield received[0]
+        received = later.get()()
+
+
+def _receive(groups: Iterator[Group], later: "Queue[Callable[[], list[Group]]]") -> None:
+    """Put what returns the next group, or raises the error that came instead."""
+    try:
+        received = list(itertools.islice(groups, 1))
+        later.put(lambda: received)
+    except BaseException as error:
+        later.put(partial(_raise, error))
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def pixels(batch: Sequence[Decoded]) -> torch.Tensor | None:
