@@ -190,8 +190,8 @@ def test_a_killed_worker_is_an_error_that_says_what_would_do(by_thread):
     draw(0).save("a.png")
     draw(0, 1, 1).save("b.png")
     entries = (Entry("b.png" if at == 40 else "a.png") for at in itertools.count())
+    stream = decode(entries, Deadly((32, 32)), 2)
     with pytest.raises(dvit.InputError, match=r"^workers: .* killed"), running(16):
-        stream = decode(entries, Deadly((32, 32)), 2)
         collections.deque(fetched(stream) if by_thread else stream, maxlen=0)
 
 
