@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dvit_infer.config import Config
     from dvit_infer.engine import Engine, convert, load, load_reference
     from dvit_infer.errors import InputError
+    from dvit_infer.evaluate.embed import embed
     from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept
     from dvit_infer.models.registry import list_archs
     from dvit_infer.onnx.engine import load_onnx
@@ -31,6 +32,7 @@ _HOME = {
     "convert": "engine",
     "draw_heat_map": "evaluate.visualize",
     "draw_kept": "evaluate.visualize",
+    "embed": "evaluate.embed",
     "export_onnx": "onnx.export",
     "list_archs": "models.registry",
     "load": "engine",
@@ -51,6 +53,7 @@ __all__ = [
     "convert",
     "draw_heat_map",
     "draw_kept",
+    "embed",
     "export_onnx",
     "list_archs",
     "load",

@@ -81,8 +81,8 @@ class Classifier(ABC):
         return str(self.dtype).removeprefix("torch.")
 
     @abstractmethod
-    def digest(self, source: Source) -> Iterator[bytes | memoryview]:
-        """Yield bytes that identify its weights as read from `source`."""
+    def digest(self, source: Source | None = None) -> Iterator[bytes | memoryview]:
+        """Yield bytes that identify its weights as read from `source`; None: from what it was made of."""
 
     @overload
     def __call__(

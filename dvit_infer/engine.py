@@ -154,8 +154,8 @@ class Engine(Verifiable):
         self.runner.plain().run(images, kept or None, lambda node, out: found.append((node, out.clone())))
         return found
 
-    def digest(self, source: Source) -> Iterator[bytes | memoryview]:
-        return checkpoint_of(self, source).content()
+    def digest(self, source: Source | None = None) -> Iterator[bytes | memoryview]:
+        return (self._source.read() if source is None else checkpoint_of(self, source)).content()
 
 
 def convert(

@@ -19,12 +19,13 @@ _OWN = tuple(name.replace("-", "_") for name in REDUCTION)
 MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 
-def add_options(parser: Parser) -> None:
+def add_options(parser: Parser, classes: bool = True) -> None:
+    """Add the options; `classes`: that for names of classes too."""
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
     add_model_options(parser, "device", "dtype", "calibrate", "backend", *REDUCTION, "image-size", "assume")
-    parser.add_argument(
-        "--classes", metavar="FILE", help="class names: one a line, a class and a name a line, or JSON (list or map)"
-    )
+    names = "class names: one a line, a class and a name a line, or JSON (list or map)"
+    if classes:
+        parser.add_argument("--classes", metavar="FILE", help=names)
     parser.add_argument(
         "--crop-pct",
         type=float,
@@ -54,6 +55,7 @@ def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Cla
 
     exported = is_onnx(options.model)
     device = "cpu" if is_int8(options.dtype) and options.device is None else options.device
+    names_of = getattr(options, "classes", None)
     batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(device))
     worker_count(options.workers)
     chosen = {name: getattr(options, name) for name in (*_OWN, "image_size", "assume", "dtype", "calibrate", "backend")}
@@ -67,14 +69,14 @@ def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Cla
             engine = dvit.load_onnx(options.model, device=options.device)
         else:
             engine = dvit.convert(options.model, device=options.device, **chosen)
-    if classifies or options.classes is not None:
+    if classifies or names_of is not None:
         check_classes(engine.config, options.model)
     warn_of_assumed(options, engine.config)
     check_fits(batch, engine.config.image_size)
     preprocess = preprocess_for(engine.config)
     if options.crop_pct is not None:
         preprocess = preprocess_for(replace(engine.config, crop_pct=options.crop_pct))
-    classes = None if options.classes is None else read_classes(options.classes, class_count(engine.config))
+    classes = None if names_of is None else read_classes(names_of, class_count(engine.config))
     return engine, preprocess, classes
 
 
@@ -102,6 +104,37 @@ def _whose(config: "Config", what: str) -> str:
     if getattr(config, what) != usual[what]:
         return "those of its type"
     return "the family's" if what == "crop_pct" else "ImageNet's"
+
+
+class Tally:
+    """Counts of images and of unreadable ones among them, and the first of these with its reason."""
+
+    def __init__(self) -> None:
+        self.images = self.unreadable = 0
+        self.first = self.why = ""
+
+    def count(self, image: str, why: str | None) -> None:
+        self.images += 1
+        if why is not None:
+            self.unreadable += 1
+            self.first, self.why = (self.first, self.why) if self.first else (image, why)
+
+    def status(self) -> int:
+        """Return the exit status; if too many images cannot be read, say so.
+
+        Raises:
+            InputError: none can be read.
+        """
+        from dvit_infer.errors import InputError
+
+        if self.unreadable == self.images:
+            others = f"; none of the {self.images} images can be read" if self.images > 1 else ""
+            raise InputError(f"{self.first}: {self.why}{others}")
+        if self.unreadable > MOST_UNREADABLE * self.images:
+            line = f"{self.unreadable} of {self.images} images cannot be read, more than {MOST_UNREADABLE:.0%}"
+            print(shown(f"error: {line}; the first is {self.first}: {self.why}"), file=sys.stderr)
+            return 1
+        return 0
 
 
 def shown(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.images import MOST_UNREADABLE, add_options, model_of, one_logit, shown
+from dvit_infer.cli.images import Tally, add_options, model_of, one_logit
 
 if TYPE_CHECKING:
     from dvit_infer.images.entry import Entry
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from dvit_infer.errors import InputError
     from dvit_infer.evaluate.predictions import model_id, predict
     from dvit_infer.evaluate.results_file import results
     from dvit_infer.images.archives import find_entries
@@ -71,28 +70,11 @@ def _predict(options: argparse.Namespace) -> int:
                 tally.count(prediction.image, prediction.error)
             progress(tally.images - told)
             told = tally.images
-    if tally.unreadable == tally.images:
-        others = f"; none of the {tally.images} images can be read" if tally.images > 1 else ""
-        raise InputError(f"{tally.first}: {tally.why}{others}")
-    if tally.unreadable > MOST_UNREADABLE * tally.images:
-        line = f"{tally.unreadable} of {tally.images} images cannot be read, more than {MOST_UNREADABLE:.0%}"
-        print(shown(f"error: {line}; the first is {tally.first}: {tally.why}"), file=sys.stderr)
-        return 1
-    return 0
+    return tally.status()
 
 
-class _Tally:
+class _Tally(Tally):
     """Counts of requested images, done now or before, and of unreadable ones among them."""
-
-    def __init__(self) -> None:
-        self.images = self.unreadable = 0
-        self.first = self.why = ""
-
-    def count(self, image: str, why: str | None) -> None:
-        self.images += 1
-        if why is not None:
-            self.unreadable += 1
-            self.first, self.why = (self.first, self.why) if self.first else (image, why)
 
     def new(self, found: "Iterator[Entry]", done: "Names") -> "Iterator[Entry]":
         """Yield images that are not in the file yet, each once; count the others by their entry in the file."""

@@ -61,8 +61,9 @@ class Accuracy:
         return None if self.confusion is None else _percent(sum(row[0] for row in self.confusion), self.images)
 
     @property
-    def unreadable_share(self) -> float:
-        return len(self.unreadable) / max(1, self.images + len(self.unreadable))
+    def total(self) -> int:
+        """The number of images, with unreadable ones."""
+        return self.images + len(self.unreadable)
 
     def __str__(self) -> str:
         decoders = f"{self.workers} worker{'s' if self.workers > 1 else ''}" if self.workers else "no workers"
@@ -122,7 +123,7 @@ def measure_accuracy(
     batch = batch_size(batch, engine.device)
     workers = worker_count(workers)
     check_classes(engine.config, "engine")
-    stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers)
+    stream = decode(folder.images(), preprocess or preprocess_for(engine.config), workers, batch)
     counts = _Counts()
     with running(batch):
         # The first call selects linears or captures a graph; exclude it from the timing.

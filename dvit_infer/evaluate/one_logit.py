@@ -15,8 +15,8 @@ def check_classes(config: Config, name: str) -> None:
     """Raise InputError if a model has no classifier: its output is an embedding."""
     if not config.num_classes:
         raise InputError(
-            f"{name}: {config.arch} has no classifier, so that there are no classes to predict; its embedding is what "
-            "engine.features returns"
+            f"{name}: {config.arch} has no classifier, so that there are no classes to predict; engine.features "
+            "and dvit-embed give its embedding"
         )
 
 

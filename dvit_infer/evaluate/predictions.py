@@ -55,11 +55,11 @@ class Prediction:
         return json.dumps({**start, "top5": top, **({} if self.kept is None else {"kept": self.kept})})
 
 
-def model_id(engine: Classifier, source: Source, preprocess: Preprocess) -> str:
+def model_id(engine: Classifier, source: Source | None, preprocess: Preprocess) -> str:
     """Return `<arch>@<8 hexadecimal digits>`, a digest of everything that affects predictions.
 
     That is weights, config, dtype, preprocessing and `VERSION`. A checkpoint and the file saved from it have the same
-    id. The device is excluded, as it changes only rounding.
+    id. The device is excluded, as it changes only rounding. Without a source, the engine reads its own again.
     """
     facts = {name: fact for name, fact in asdict(engine.config).items() if name not in _IN_NAME_ONLY}
     # What a model does not have is left out, so that ids stay as they were before a family could have it.
@@ -108,7 +108,7 @@ def predict(
     check_classes(engine.config, "engine")
     batch = batch_size(batch, engine.device)
     entries = (Entry(image) if isinstance(image, str) else image for image in images)
-    stream = decode(entries, preprocess or preprocess_for(engine.config), workers)
+    stream = decode(entries, preprocess or preprocess_for(engine.config), workers, batch)
     groups = batches(stream, batch)
     while True:
         with running(batch):  # not around the yield: errors of the caller must pass unchanged

@@ -3,55 +3,28 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # no POSIX
-    fcntl = None  # type: ignore[assignment]
-
 from dvit_infer.errors import InputError
+from dvit_infer.evaluate.line_file import LineFile, claim
 from dvit_infer.images.path_set import Names
 
 START = b'{"image": "'  # start of every line; distinguishes a partial line from a foreign file
 LONGEST = 1 << 24  # bytes of a line; ours are far shorter
 
 
-class Results:
-    """Appends lines to a file, and records the images in it.
+class Results(LineFile):
+    """The lines of predictions, and the images in it.
 
     Attributes:
         done: every image in the file at opening, flagged if it could not be read.
     """
 
     def __init__(self, path: Path, file: FileIO, end: int, done: Names) -> None:
+        super().__init__(path, file, end)
         self.done = done
-        self._path, self._file, self._end = path, file, end
-        file.truncate(end)
-
-    @property
-    def is_empty(self) -> bool:
-        return self._end == 0
-
-    def append(self, lines: Sequence[str]) -> None:
-        """Write all lines, or none if an error occurs.
-
-        Raises:
-            InputError: Writing failed, e.g. the disk is full.
-        """
-        content = "".join(f"{line}\n" for line in lines).encode("ascii")
-        try:
-            written = 0
-            while written < len(content):
-                written += self._file.write(content[written:])
-        except BaseException as error:
-            self._file.truncate(self._end)
-            if isinstance(error, OSError):
-                raise InputError(f"out: {self._path}: {error.strerror or error}") from None
-            raise
-        self._end += written
 
 
 @contextlib.contextmanager
@@ -72,25 +45,13 @@ def results(path: Path, model: str, *, kept: bool, labelled: bool) -> Iterator[R
     except OSError as error:
         raise InputError(f"out: {path}: {error.strerror or error}") from None
     with file:
-        _claim(file, path)
+        claim(file, path)
         appending = Results(path, file, _read(path, model, kept, labelled, done), done)
         try:
             yield appending
         finally:
             if is_new and appending.is_empty:
                 path.unlink(missing_ok=True)
-
-
-def _claim(file: FileIO, path: Path) -> None:
-    """Lock the file: two runs that append to one file would corrupt each other's lines."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"out: {path}: another run writes to it; choose another file") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def _read(path: Path, model: str, kept: bool, labelled: bool, done: Names) -> int:

@@ -22,6 +22,32 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
 
+class Names:
+    """The names of classes that no model gives a meaning: each is a class, in the order in which it is first resolved.
+
+    Attributes:
+        names: of the classes so far, of all folders that were read with this object.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.noun = "class"
+
+    def of(self, where: str, noun: str) -> "Names":
+        """Return itself, for classes of this noun."""
+        self.noun = noun
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    def resolve(self, names: Sequence[str], others: Sequence[str] = ()) -> Resolved:
+        """Return the classes of the names; those without images are none."""
+        self.names += sorted(set(names) - set(self.names))
+        return Resolved({name: self.names.index(name) for name in names}, "their names are the classes")
+
+
 def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) < 10
 

@@ -1,14 +1,14 @@
 """Images with the classes that a trained model means: from class folders, an archive, or a file of labels."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from dvit_infer.errors import InputError
 from dvit_infer.images.archives import ArchivedFile, archived_files, class_folders, is_archive
-from dvit_infer.images.class_names import Resolved, Resolver
+from dvit_infer.images.class_names import Names, Resolved, Resolver
 from dvit_infer.images.classes import ClassMap, LabelledFolder, list_class_folders
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.find import images_below, is_image
@@ -63,15 +63,34 @@ def labelled_images(
     Raises:
         InputError: There are no images, or it is not certain which classes they have.
     """
-    where = str(path)
+    return _labelled(str(path), labels, lambda where, noun: Resolver(where, noun, num_classes, classes, own))
+
+
+def named_images(path: str | Path, names: Names, *, labels: str | Path | None = None) -> Labelled:
+    """Find images whose classes are the names of their folders, or those in the file of labels.
+
+    Args:
+        path, labels: as for `labelled_images`.
+        names: of the classes; names that are new are added.
+
+    Raises:
+        InputError: There are no images, or they have no classes.
+    """
+    return _labelled(str(path), labels, names.of)
+
+
+_MakeResolver = Callable[[str, str], Resolver | Names]  # of what messages begin with, and of what has the names
+
+
+def _labelled(where: str, labels: str | Path | None, resolver: _MakeResolver) -> Labelled:
     if labels is not None:
-        return _by_file(where, labels, Resolver(f"labels: {labels}", "class", num_classes, classes, own))
+        return _by_file(where, labels, resolver(f"labels: {labels}", "class"))
     if is_archive(where):
-        return _in_archive(where, num_classes, classes, own)
-    return _in_folders(where, Resolver(where, "class folder", num_classes, classes, own))
+        return _in_archive(where, resolver)
+    return _in_folders(where, resolver(where, "class folder"))
 
 
-def _in_folders(where: str, resolver: Resolver) -> LabelledFolder:
+def _in_folders(where: str, resolver: Resolver | Names) -> LabelledFolder:
     names, left_out = list_class_folders(where)
     empty = [n for n in names if next(images_below(os.path.join(where, n), ordered=False), None) is None]
     filled = [name for name in names if name not in set(empty)]
@@ -89,7 +108,7 @@ def _in_folders(where: str, resolver: Resolver) -> LabelledFolder:
     return LabelledFolder(where, found.classes, resolver.num_classes, found.how, tuple(notes))
 
 
-def _by_file(where: str, labels: str | Path, resolver: Resolver) -> LabelledList:
+def _by_file(where: str, labels: str | Path, resolver: Resolver | Names) -> LabelledList:
     file = read_labels(labels)
     images = _named_images(where)
     text, how = file.of_images(images)
@@ -119,7 +138,7 @@ def _named_images(where: str) -> dict[str, Entry]:
     return images
 
 
-def _in_archive(where: str, num_classes: int, classes: ClassMap | None, own: Mapping[int, str] | None) -> LabelledList:
+def _in_archive(where: str, make: _MakeResolver) -> LabelledList:
     files = list(archived_files(where))
     images = [file for file in files if file.text is None]
     if not images:
@@ -127,7 +146,7 @@ def _in_archive(where: str, num_classes: int, classes: ClassMap | None, own: Map
     pairs = {_key(file): file.text for file in files if file.text is not None}
     noun = "class" if pairs else "class folder"
     names = [pairs.get(_key(file)) or "" for file in images] if pairs else class_folders(images)
-    resolver = Resolver(where, noun, num_classes, classes, own)
+    resolver = make(where, noun)
     if not any(names):
         raise InputError(f"{where}: has no class folders and no .cls files; --labels FILE gives the classes")
     found = resolver.resolve(sorted(set(filter(None, names))))
@@ -147,7 +166,7 @@ def _key(file: ArchivedFile) -> str:
 
 
 def _listed(
-    entries: Sequence[Entry], found: Resolved, resolver: Resolver, source: str, notes: Sequence[str]
+    entries: Sequence[Entry], found: Resolved, resolver: Resolver | Names, source: str, notes: Sequence[str]
 ) -> LabelledList:
     count = f"{plural(len(found.classes), resolver.noun)} for {plural(resolver.num_classes, 'class')}"
     how = f"{source}: {found.how}" if source else found.how

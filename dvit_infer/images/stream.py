@@ -11,6 +11,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from queue import Queue
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +29,13 @@ from dvit_infer.utils.bounds import check_bound
 from dvit_infer.utils.memory import check_batch_fits, is_allocation_failure
 from dvit_infer.utils.threads import allowed_threads
 
+Group = TypeVar("Group")
 AT_ONCE = 8  # images sent to a worker together; small, so that few images keep all workers busy
 MOST_WORKERS = 64  # each uses some of the 1,024 files that a process may usually open
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 # Forked workers start at once and need no main module that can be imported again; other systems spawn theirs.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
-AHEAD = 4  # groups of AT_ONCE per worker, so that a batch is assembled while the model runs
+AHEAD = 4  # groups of AT_ONCE per worker that are read ahead at least
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,16 @@ def worker_count(workers: int | None) -> int:
     return workers
 
 
-def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None) -> Iterator[Decoded]:
+def decode(
+    entries: Iterable[Entry], preprocess: Preprocess, workers: int | None = None, batch: int = 1
+) -> Iterator[Decoded]:
     """Read images in worker processes; yield the results in the order of the entries.
 
-    At most `AT_ONCE` * `AHEAD` entries per worker are read ahead.
+    The larger of `batch` and `AT_ONCE` * `AHEAD` per worker, in whole groups, are read ahead.
 
     Args:
         workers: number of workers (`worker_count`); 0: this process decodes.
+        batch: images that the caller takes at a time: so many are decoded while a model runs the ones before.
 
     Raises:
         InputError: The number of workers is out of range.
@@ -104,7 +111,7 @@ def decode(entries: Iterable[Entry], preprocess: Preprocess, workers: int | None
             num_workers=workers,
             collate_fn=list,
             worker_init_fn=first_in_worker(),
-            prefetch_factor=AHEAD if workers else None,
+            prefetch_factor=max(AHEAD, math.ceil(batch / (AT_ONCE * workers))) if workers else None,
             generator=torch.Generator(),  # otherwise it would draw from the process's generator
             multiprocessing_context=START_METHOD if workers else None,
         )
@@ -158,6 +165,33 @@ def batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     source = iter(decoded)
     while batch := list(itertools.islice(source, size)):
         yield batch
+
+
+def fetched(groups: Iterator[Group]) -> Iterator[Group]:
+    """Yield the same; while the caller works, a thread receives the next one from the workers.
+
+    The first is received by the caller's thread, as that starts the workers (`first_in_worker`). Nobody waits for the
+    thread in the end: of a worker that is killed while it sends, it would wait for the rest forever.
+    """
+    received = list(itertools.islice(groups, 1))
+    while received:
+        later: Queue[Callable[[], list[Group]]] = Queue()
+        threading.Thread(target=_receive, args=(groups, later), daemon=True).start()
+        yield received[0]
+        received = later.get()()
+
+
+def _receive(groups: Iterator[Group], later: "Queue[Callable[[], list[Group]]]") -> None:
+    """Put what returns the next group, or raises the error that came instead."""
+    try:
+        received = list(itertools.islice(groups, 1))
+        later.put(lambda: received)
+    except BaseException as error:
+        later.put(partial(_raise, error))
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def pixels(batch: Sequence[Decoded]) -> torch.Tensor | None:

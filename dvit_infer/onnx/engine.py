@@ -79,7 +79,7 @@ class OnnxEngine(Verifiable):
         values = self.runner.node_values(images, kept, tuple(names.values()))
         return [(node, values[names[node.name]]) for node in there]
 
-    def digest(self, source: Source) -> Iterator[bytes]:
+    def digest(self, source: Source | None = None) -> Iterator[bytes]:
         with self.path.open("rb") as content:  # the file contains a digest of weights stored beside it
             yield hashlib.file_digest(content, "sha256").digest()
 

@@ -62,6 +62,26 @@ def check_output(path: str | Path, what: str, not_this: str | Path | None = None
     return target
 
 
+def check_output_folder(path: str | Path, what: str) -> Path:
+    """Return the path of a folder to write into, after checking that it is one, or can be made.
+
+    Raises:
+        InputError: it is no folder, the folder that it would be in does not exist, or neither is writable. The message
+            names `what`.
+    """
+    target = Path(os.path.realpath(str(check_name(str(path).rstrip(os.sep) or str(path), what))))
+    try:
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{what}: {path} is no folder; a folder is expected, or a name that is free")
+        if not target.parent.is_dir():
+            raise InputError(f"{what}: {path}: there is no folder {target.parent}")
+        with tempfile.TemporaryFile(dir=target if target.exists() else target.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{what}: {path}: cannot be written ({error.strerror})") from None
+    return target
+
+
 _BLOCK, _ASK_FOR = bytes(1 << 16), 1 << 22
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -70,10 +90,32 @@ _NO_ROOM = {
 }
 
 
-def _why(error: OSError) -> str:
+def reason(error: OSError) -> str:
     """Return the reason of a failed write; a full disk in plain words."""
     system = error.strerror or str(error)
     return f"{system} ({_NO_ROOM[error.errno]})" if error.errno in _NO_ROOM else system
+
+
+def resize(file: int, size: int) -> None:
+    """Make an open file `size` bytes long; the disk then has room for all of them.
+
+    A file with holes would end a process that writes to it through memory as soon as the disk is full (SIGBUS).
+
+    Raises:
+        OSError: the disk is full, for example. The file is as long as before.
+    """
+    before = os.fstat(file).st_size
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, max(size, 1))
+        else:
+            os.lseek(file, before, os.SEEK_SET)
+            for start in range(before, size, len(_BLOCK)):
+                os.write(file, _BLOCK[: size - start])
+    except OSError:
+        os.ftruncate(file, before)
+        raise
+    os.ftruncate(file, size)
 
 
 def write_error(part: Path) -> OSError | None:
@@ -109,7 +151,7 @@ def atomic_write(path: str | Path, what: str) -> Iterator[Path]:
             part.chmod(mode)  # a writer may have replaced it by a private file; a result gets the mode of any new file
             os.replace(part, target)
     except OSError as error:
-        raise InputError(f"{what}: {path}: {_why(error)}") from None
+        raise InputError(f"{what}: {path}: {reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -133,7 +175,7 @@ def atomic_write_files(path: str | Path, what: str) -> Iterator[Path]:
             if replaces and len(written) == 1:
                 target.with_name(f"{target.name}.data").unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{what}: {path}: {_why(error)}") from None
+        raise InputError(f"{what}: {path}: {reason(error)}") from None
 
 
 def atomic_write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Models without a classifier: commands that need classes refuse them, dvit-viz draws what they keep."""
+"""Models without a classifier: commands that need classes refuse them, dvit-eval asks neighbours, dvit-viz draws."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from dvit_infer.images.labelled import labelled_images
 
 pytestmark = pytest.mark.usefixtures("_empty_folder", "_headless")
 OPTIONS = ["--device", "cpu", "--workers", "0", "--image-size", "64", "--assume", "num_heads=2"]
-SAID = "has no classifier, so that there are no classes to predict; its embedding is what engine.features returns\n"
+SAID = "has no classifier, so that there are no classes to predict; engine.features and dvit-embed give its embedding\n"
 
 
 def headless(*args, **options) -> dvit.Engine:
@@ -36,12 +36,20 @@ def _headless(monkeypatch, _empty_folder):
     draw_all(Path("photos", "a"), 2)
 
 
-@pytest.mark.parametrize("command", [predict, eval])
-def test_there_is_nothing_to_predict(command, checkpoint, capsys):
+def test_there_is_nothing_to_predict(checkpoint, capsys):
     Path("names.txt").write_text("a\n")
-    for more in ([], ["--classes", "names.txt"], ["-o", "x.jsonl"] if command is predict else ["--json", "x.json"]):
+    names = ["--classes", "names.txt"]
+    for command, more in ((predict, []), (predict, names), (predict, ["-o", "x.jsonl"]), (eval, names)):
         line = fails(command, [checkpoint, "photos", *OPTIONS, *more], capsys)
         assert line == f"error: {checkpoint}: {headless(checkpoint, assume={'num_heads': 2}).config.arch} {SAID}"
+
+
+def test_they_are_evaluated_by_neighbours(checkpoint, capsys):
+    draw_all(Path("photos", "b"), 2, 2)
+    line = fails(eval, [checkpoint, "photos", *OPTIONS, "--json", "x.json"], capsys)
+    assert line == "error: --knn: 20 neighbours cannot be found among 3 images; at most 3 can be\n"
+    assert eval.main([str(checkpoint), "photos", *OPTIONS, "--knn", "1"]) == 0
+    assert "1 nearest neighbours" in capsys.readouterr().out
 
 
 def test_nor_for_a_program(checkpoint):

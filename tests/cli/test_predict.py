@@ -179,7 +179,7 @@ def test_as_a_program(checkpoint):
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("module", ["dvit_infer.cli.predict", "dvit_infer.cli.eval"])
+@pytest.mark.parametrize("module", ["dvit_infer.cli.predict", "dvit_infer.cli.eval", "dvit_infer.cli.embed"])
 def test_help_loads_no_torch(module):
     code = f"import sys, {module} as m\ntry: m.main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
     done = run("-c", code)

@@ -22,7 +22,7 @@ from dvit_infer.images.decode import open_image
 from dvit_infer.images.find import find_images
 from dvit_infer.images.path_set import Names
 from dvit_infer.images.preprocess import Preprocess
-from dvit_infer.images.stream import AHEAD, AT_ONCE, Entry, batches, decode, pixels, running
+from dvit_infer.images.stream import AHEAD, AT_ONCE, Entry, batches, decode, fetched, pixels, running
 
 pytestmark = pytest.mark.usefixtures("_empty_folder")
 CROP = Preprocess((32, 32))
@@ -150,6 +150,22 @@ def test_batches():
     assert pixels([image for image in groups[2] if image.error is not None]) is None
 
 
+def test_a_thread_fetches_one_ahead_and_hands_over_errors():
+    def made():
+        for number in range(3):
+            taken.append(number)
+            yield number
+        raise dvit.InputError("no more")
+
+    taken: list[int] = []
+    assert list(fetched(iter(""))) == []
+    stream = fetched(made())
+    assert next(stream) == 0
+    with pytest.raises(dvit.InputError, match="no more"):
+        taken += list(stream)
+    assert taken == [0, 1, 2]
+
+
 def test_a_stream_leaves_the_process_as_it_was(recwarn):
     draw(0).save("a.png")
     state, mask = torch.get_rng_state(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -169,12 +185,14 @@ class Deadly(Preprocess):
         return super().__call__(image)
 
 
-def test_a_killed_worker_is_an_error_that_says_what_would_do():
+@pytest.mark.parametrize("by_thread", [False, True])
+def test_a_killed_worker_is_an_error_that_says_what_would_do(by_thread):
     draw(0).save("a.png")
     draw(0, 1, 1).save("b.png")
     entries = (Entry("b.png" if at == 40 else "a.png") for at in itertools.count())
+    stream = decode(entries, Deadly((32, 32)), 2)
     with pytest.raises(dvit.InputError, match=r"^workers: .* killed"), running(16):
-        collections.deque(decode(entries, Deadly((32, 32)), 2), maxlen=0)
+        collections.deque(fetched(stream) if by_thread else stream, maxlen=0)
 
 
 @pytest.mark.slow
