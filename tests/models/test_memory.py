@@ -52,10 +52,13 @@ def write(path, dim, hidden, blocks):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
     ("backend", "suffix", "most"),
-    [("openvino", "safetensors", 1.3), ("openvino", "pth", 1.3), ("torch", "safetensors", 1.4), ("torch", "pth", 1.4)],
+    [("openvino", "safetensors", 1.2), ("openvino", "pth", 1.4), ("torch", "safetensors", 1.4)],
 )
 def test_converting_a_giant_needs_little_more_than_its_weights(backend, suffix, most, tmp_path, monkeypatch):
-    """Single tensors, of which a few are there twice at a time, are a large part of four blocks; not of all forty."""
+    """Up to 160 MB more than the weights, however many there are: of all forty blocks 4%, of four up to 40%.
+
+    What OpenVINO, the default on CPUs, takes of a safetensors file is below 1.2 even so.
+    """
     if backend == "openvino":
         pytest.importorskip("openvino")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
