@@ -19,7 +19,7 @@ import triton.language as tl
 
 from dvit_kernels.launch import SMALL_TILE, Launch, prefetch_rows, run, wait_for_inputs
 from dvit_kernels.layer_norm import launch_row_stats
-from dvit_kernels.linear import WGMMA_ROWS, LinearTile, default_tile
+from dvit_kernels.linear import TILES, WGMMA_ROWS, LinearTile, default_tile
 from dvit_kernels.linear_tile import linear_tile
 
 
@@ -214,7 +214,7 @@ def launch_routed_mlp(
     """
     (b, n, c), (w1, b1, w1_sum, w2, b2), (w, bias, w_sum) = x.shape, mlp, fast
     hidden, chosen = len(w1), b * num_keep
-    one, two = tiles or (default_tile(chosen, hidden, x.dtype), default_tile(b * n, c, x.dtype, stats_block))
+    one, two = tiles or (default_tile(chosen, hidden, x.dtype), _add_tile(b * n, c, x.dtype, stats_block))
     if stats_block and (stats_block != two.block_n or c % stats_block):
         raise ValueError(f"routed_mlp: stats_block {stats_block} has to be the tile's {two.block_n} and divide {c}")
     # Not computed beside an asynchronous product, for the reason given in linear.py.
@@ -265,6 +265,16 @@ def launch_routed_mlp(
     )
     run([fc1, add], x.device)
     return y, y_stats
+
+
+def _add_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int) -> LinearTile:
+    """Return the default tile of the second launch: that of a linear, but not the largest.
+
+    With a LayerNorm and a residual at any place it takes 165 registers on Hopper, one program per multiprocessor; of
+    the next smaller one, of as many columns, three fit (AOT.md).
+    """
+    tile = default_tile(rows, dim_out, dtype, stats_block)
+    return TILES[1] if tile == TILES[0] else tile
 
 
 def _options(tile: LinearTile) -> dict[str, int]:
