@@ -12,6 +12,7 @@ programs of a block of rows share in the cache, and the statistics, 8 a row and 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -224,7 +225,7 @@ def launch_routed_mlp(
     w1, b1, w1_sum, w2, b2, w, bias, w_sum = (t.contiguous() for t in (w1, b1, w1_sum, w2, b2, w, bias, w_sum))
     between, y = x.new_empty(chosen, hidden), torch.empty_like(residual)
     y_stats = x.new_empty((b * n, c // stats_block, 2) if stats_block else 0, dtype=torch.float32)
-    common = {
+    common: dict[str, Any] = {
         "x_ptr": x,
         "order_ptr": order,
         "stats_ptr": None if stats is None else stats.contiguous(),
