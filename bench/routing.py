@@ -15,7 +15,7 @@ import torch
 from dvit_kernels.activations import CHEAPEST_GELU
 from dvit_kernels.linear import FLOAT32_TILE, TILES, LinearTile, default_tile, launch_linear
 from dvit_kernels.route_tokens import launch_route_tokens
-from dvit_kernels.routed_mlp import launch_routed_mlp
+from dvit_kernels.routed_mlp import WIDE_TILE, launch_routed_mlp
 from launches import copies, microseconds
 from rows import Part, Row, Rows, arguments, device_for
 from second import packed
@@ -98,13 +98,13 @@ def blocks(device: torch.device, dry: bool, batch: int, c: int, dtype: torch.dty
     moved = batch * n * c * dtype.itemsize * 6.0
     several = [Block(batch, n, c, device, dtype) for _ in range(copies(moved, device))]
     for k in kept:
-        small = (FLOAT32_TILE,) if dtype == torch.float32 else TILES
+        tiles = (FLOAT32_TILE,) if dtype == torch.float32 else (WIDE_TILE, *TILES)
         first = default_tile(batch * k, 4 * c, dtype)
         calls: dict[str, list[Call]] = {
-            f"tiles of {tile.block_m}x{tile.block_n} in the second launch": [
+            f"tiles of {tile.block_m}x{tile.block_n} by {tile.block_k} in the second launch": [
                 b.routed(k, (first, tile)) for b in several
             ]
-            for tile in small
+            for tile in tiles
         }
         calls |= {
             "branches apart, nothing routed": [b.apart(k) for b in several],

@@ -23,6 +23,10 @@ from dvit_kernels.layer_norm import launch_row_stats
 from dvit_kernels.linear import TILES, WGMMA_ROWS, LinearTile, default_tile
 from dvit_kernels.linear_tile import linear_tile
 
+# For the second launch, whose LayerNorm and residual need more registers than either alone: as tile of 128 x 128 it
+# takes 165 on Hopper, one program per multiprocessor; of this one three fit, and it spills nowhere (AOT.md).
+WIDE_TILE = LinearTile(64, 128, 32, 4, 4)
+
 
 @triton.jit
 def _places(order_ptr, row, rows, n_tokens, per_image, first):
@@ -269,13 +273,9 @@ def launch_routed_mlp(
 
 
 def _add_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int) -> LinearTile:
-    """Return the default tile of the second launch: that of a linear, but not the largest.
-
-    With a LayerNorm and a residual at any place it takes 165 registers on Hopper, one program per multiprocessor; of
-    the next smaller one, of as many columns, three fit (AOT.md).
-    """
+    """Return the default tile of the second launch: that of a linear, but for the two with the most columns."""
     tile = default_tile(rows, dim_out, dtype, stats_block)
-    return TILES[1] if tile == TILES[0] else tile
+    return WIDE_TILE if tile in TILES[:2] else tile
 
 
 def _options(tile: LinearTile) -> dict[str, int]:

@@ -119,6 +119,7 @@ class Block(torch.nn.Module):
         return torch.ops.dvit.routed_mlp(x, x, order, 6, w[10:15], w[15:])[0]
 
 
+@pytest.mark.slow
 def test_compile_and_export_give_the_eager_answer():
     block, x = Block(), make_x(3, 20, 0, 64)
     expected = block(x)
