@@ -19,7 +19,7 @@ OP = "dvit::route_tokens"
 
 
 def order_of(index: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the order (B, N) int64 of N tokens of which those at `index` (B, k), ascending, are chosen."""
+    """Return the order (B, N) int64 of N tokens, of which those at `index` (B, k) are chosen."""
     left = torch.ones(len(index), n, dtype=torch.uint8, device=index.device).scatter_(1, index, 0)
     return left.sort(dim=1, stable=True).indices
 
@@ -39,12 +39,12 @@ def route_tokens_ref(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: 
     takes two calls, the first once for all blocks up to the next predictor:
 
         order = route_tokens(x, packed, num_keep, eps)
-        y, stats = routed_mlp(x, residual, order, num_keep, mlp, fast, ...)
+        y, y_stats = routed_mlp(x, residual, order, num_keep, mlp, fast, stats, eps, activation, stats_block)
 
     Args:
         x: (B, N, C) tokens in float32, float16 or bfloat16, any strides; a map with channels last, viewed so.
-        packed: the result of `pack_predictor` for x's dtype, on x's device. A predictor of 1 x 1 convolutions is one of
-            linears.
+        packed: the result of `pack_predictor` for x's dtype, on x's device; a predictor's 1 x 1 convolutions are packed
+            as linears.
         num_keep: the number of tokens to choose, 1 to N.
         eps: of the predictor's LayerNorm.
 
