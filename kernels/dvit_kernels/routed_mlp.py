@@ -12,6 +12,7 @@ programs of a block of rows share in the cache, and the statistics, 8 a row and 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def launch_routed_mlp(
     """
     (b, n, c), (w1, b1, w1_sum, w2, b2), (w, bias, w_sum) = x.shape, mlp, fast
     hidden, chosen = len(w1), b * num_keep
-    one, two = tiles or (default_tile(chosen, hidden, x.dtype), _add_tile(b * n, c, x.dtype, stats_block))
+    one, two = tiles or (_fc1_tile(chosen, hidden, x.dtype), _add_tile(b * n, c, x.dtype, stats_block))
     if stats_block and (stats_block != two.block_n or c % stats_block):
         raise ValueError(f"routed_mlp: stats_block {stats_block} has to be the tile's {two.block_n} and divide {c}")
     # Not computed beside an asynchronous product, for the reason given in linear.py.
@@ -270,6 +271,12 @@ def launch_routed_mlp(
     )
     run([fc1, add], x.device)
     return y, y_stats
+
+
+def _fc1_tile(rows: int, dim_out: int, dtype: torch.dtype) -> LinearTile:
+    """Return the default tile of the first launch: that of a linear, with which four stages spill in Triton 3.6.0."""
+    tile = default_tile(rows, dim_out, dtype)
+    return replace(tile, num_stages=min(tile.num_stages, 3))
 
 
 def _add_tile(rows: int, dim_out: int, dtype: torch.dtype, stats_block: int) -> LinearTile:
