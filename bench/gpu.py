@@ -46,10 +46,11 @@ PARTS = {
     "lvvit": 40,
     "second": 120,
     "more": 120,
+    "routing": 40,
     "native": 2,
     "sanitizer": 2,
 }
-ASKED_FOR = ("second", "more")  # parts that run only if --only names them
+ASKED_FOR = ("second", "more", "routing")  # parts that run only if --only names them
 LEAST = {"native": 45, "sanitizer": 30}  # seconds below which a part is not started; else LEAST_S
 LEAST_S = 4.0
 MARGIN_S = 4.0  # a script starts nothing in its last seconds

@@ -14,25 +14,42 @@ from dvit_kernels.linear_tma import PAIRED, PREFETCHING
 from dvit_kernels.merge_tokens import launch_merge_tokens
 from dvit_kernels.patch_embedding import launch_patch_embedding
 from dvit_kernels.prune_tokens import launch_prune_tokens
+from dvit_kernels.route_tokens import launch_route_tokens
+from dvit_kernels.routed_mlp import launch_routed_mlp
 
 # (C, (N, K) per stage): DeiT-T, DeiT-S and LV-ViT-S, LV-ViT-M, DeiT-B at 224 pixels; LV-ViT-S at 384.
 STAGES_224 = ((196, 137), (137, 96), (96, 67))
 MODELS = ((192, STAGES_224), (384, STAGES_224), (512, STAGES_224), (768, STAGES_224), (384, ((576, 403), (403, 282))))
 
 
-def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> None:
-    """Launch one pruning stage."""
+def packed_predictor(c: int, dtype: torch.dtype) -> list[torch.Tensor]:
     half, quarter = c // 2, c // 4
     matrices = {0: (c, c), 3: (half, half), 4: (half, half), 6: (quarter, half)}
     vectors = {1: (c,), 2: (c,), 5: (half,), 7: (quarter,), 8: (quarter,), 9: (1,)}
-    packed = [
+    return [
         torch.empty(matrices[i], dtype=dtype, device="meta")
         if i in matrices
         else torch.empty(vectors[i], device="meta")
         for i in range(10)
     ]
+
+
+def prune_tokens(batch: int, n: int, c: int, num_keep: int, dtype: torch.dtype) -> None:
+    """Launch one pruning stage."""
     x = torch.empty(batch, n + 1, c, dtype=dtype, device="meta")
-    launch_prune_tokens(x, packed, num_keep, 1, 1e-5)
+    launch_prune_tokens(x, packed_predictor(c, dtype), num_keep, 1, 1e-5)
+
+
+def routing(batch: int, c: int, dtype: torch.dtype) -> None:
+    """Launch a choice and a routed block of DynamicSwin and DynamicConvNeXt, with statistics of x and without."""
+    empty = functools.partial(torch.empty, device="meta")
+    x = empty(batch, 196, c, dtype=dtype)
+    order = launch_route_tokens(x, packed_predictor(c, dtype), 137, 1e-5)
+    block = default_stats_block(batch * 196, c, dtype)
+    w1, w2, w = (empty(*shape, dtype=dtype) for shape in ((4 * c, c), (c, 4 * c), (c, c)))
+    mlp, fast = [w1, w1[:, 0], empty(4 * c), w2, w2[:, 0]], [w, w[:, 0], empty(c)]
+    for stats in (None, empty(batch * 196, c // block, 2)):
+        launch_routed_mlp(x, x, order, 137, mlp, fast, stats, 1e-5, CHEAPEST_GELU[dtype], block)
 
 
 def merge_tokens() -> None:
@@ -239,6 +256,10 @@ def launches() -> list[Launch]:
         patch_embedding()
         attention()
         attention_with_signals()
+        for batch, c in ((1, 384), (1, 512), (256, 384), (256, 512)):
+            routing(batch, c, torch.bfloat16)
+        routing(256, 384, torch.float16)
+        routing(256, 384, torch.float32)
         with programmatic_launches(True):
             prune_tokens(1, 196, 384, 137, torch.bfloat16)
             x, keys = (
@@ -248,6 +269,7 @@ def launches() -> list[Launch]:
             launch_merge_tokens(x, keys, None, 16, 1)
             launch_keep_tokens(x, torch.empty(1, 6, 197, device="meta"), 138, 1, True)
             linear(197, 384, 1536, torch.bfloat16)
+            routing(1, 384, torch.bfloat16)
             qkv = torch.empty(1, 197, 3, 6, 64, dtype=torch.bfloat16, device="meta")
             launch_attention(*qkv.unbind(2), 0.125)
     return found

@@ -15,6 +15,8 @@ from dvit_infer.ops import (
     merge_tokens,
     patch_embedding,
     prune_tokens,
+    route_tokens,
+    routed_mlp,
 )
 
 __all__ = [
@@ -26,4 +28,6 @@ __all__ = [
     "merge_tokens",
     "patch_embedding",
     "prune_tokens",
+    "route_tokens",
+    "routed_mlp",
 ]

@@ -141,11 +141,18 @@ def _check(x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_p
         raise ValueError(
             f"prune_tokens: num_keep is {num_keep}, from 1 to {x.shape[1] - num_prefix} patch tokens can be kept"
         )
-    # Matrices have the dtype of the tokens. Kernels get bare addresses: invalid tensors must be rejected here.
+    check_packed("prune_tokens", x, packed)
+
+
+def check_packed(op: str, x: torch.Tensor, packed: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError, with the op's name, if packed weights do not fit tokens x (B, N, C).
+
+    Matrices have the dtype of the tokens. Kernels get bare addresses: invalid tensors must be rejected here.
+    """
     fit = [(shape, x.dtype if len(shape) == 2 else torch.float32, x.device) for shape in _packed_shapes(x.shape[2])]
     if [(tuple(t.shape), t.dtype, t.device) for t in packed] != fit:
         fits = f"x has {x.shape[2]} channels in {x.dtype} on {x.device}"
-        raise ValueError(f"prune_tokens: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
+        raise ValueError(f"{op}: packed does not fit, {fits}; use pack_predictor(predictor, x.dtype)")
 
 
 def backend_of(device: torch.device, n: int, c: int) -> str:
@@ -206,28 +213,32 @@ def _fault(
     kept_x: torch.Tensor,
     index: torch.Tensor,
 ) -> str | None:
-    """Check the kernels' result in a few images.
-
-    Scores are rounded, so tokens near the cut may change places: a kept token may score less than the best dropped one
-    by as much as twice PyTorch's own rounding error in both.
-    """
+    """Check the kernels' result in a few images."""
     some = some_of(x)
     kept_x, index, x = kept_x[some], index[some], x[some]
-    n, num_keep = x.shape[1] - num_prefix, index.shape[1]
+    n = x.shape[1] - num_prefix
     if index.min() < 0 or index.max() >= n or (index.diff(dim=1) <= 0).any():
         return f"gives wrong results: the kept tokens are not ascending positions from 0 to {n - 1}"
     if not torch.equal(kept_x, gather_tokens_ref(x, index, num_prefix)):
         return "gives wrong results: kept rows are not exact copies"
-    patches = x[:, num_prefix:]
+    return choice_fault(x[:, num_prefix:], packed, eps, index)
+
+
+def choice_fault(patches: torch.Tensor, packed: Sequence[torch.Tensor], eps: float, index: torch.Tensor) -> str | None:
+    """Return a fault if tokens (B, N, C) are left out that score more than those at `index` (B, k).
+
+    Scores are rounded, so tokens near the cut may change places: a chosen token may score less than the best one left
+    out by as much as twice PyTorch's own rounding error in both.
+    """
     exact = score_tokens_ref(widened(patches), [widened(t) for t in packed], eps)
     rounding = (score_tokens_ref(patches, packed, eps).double() - exact).abs().max() + 1e-6 * exact.abs().max()
     stays = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, index, True)
     lowest = exact.masked_fill(~stays, math.inf).amin(dim=1)
     highest = exact.masked_fill(stays, -math.inf).amax(dim=1)
-    lost = (highest - lowest).max().item() if num_keep < n else 0.0
+    lost = (highest - lowest).max().item() if index.shape[1] < patches.shape[1] else 0.0
     if lost <= 4 * rounding.item():
         return None
-    return f"gives wrong results: a dropped token scores {lost:.1e} more than a kept one"
+    return f"gives wrong results: a token left out scores {lost:.1e} more than a kept one"
 
 
 def _fake(

@@ -12,16 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dvit_kernels.launch import SMALL_TILE, Launch, prefetch_rows, run, wait_for_inputs
-from dvit_kernels.linear_epilogue import (
-    columns,
-    finish,
-    load_columns,
-    load_many_stats,
-    load_residual,
-    load_stats,
-    row_offset,
-)
+from dvit_kernels.launch import Launch, run
+from dvit_kernels.linear_epilogue import row_offset
+from dvit_kernels.linear_tile import linear_tile
 from dvit_kernels.linear_tma import _linear_tma_kernel, can_describe, operands, programs
 
 WGMMA_ROWS = 64  # tiles with at least so many rows multiply asynchronously on Hopper (wgmma)
@@ -88,69 +81,22 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    find_stats: tl.constexpr = w_sum_ptr is not None and stats_ptr is None
-    # A small tile has registers left: it loads the inputs of its epilogue before the product instead of after it.
-    early: tl.constexpr = BLOCK_M * BLOCK_N <= SMALL_TILE and w_ptr.dtype.element_ty != tl.float32
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
     # Blocks of one tile of rows are adjacent: x is read from memory once, and all of w stays in the L2 cache.
     row = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    block_n = tl.program_id(0) % blocks_n
-    col, there = columns(block_n, DIM_OUT, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    live = row < rows
-    offset = row_offset(row, x_tokens, stride_xb, stride_xn, DIM_IN)
-
-    bias, w_sum, residual = None, None, None
-    if early:
-        if bias_ptr is not None:
-            bias = load_columns(bias_ptr, col, there)
-        if w_sum_ptr is not None:
-            w_sum = load_columns(w_sum_ptr, col, there)
-        if PDL:
-            prefetch_rows(w_ptr, block_n, BLOCK_N, DIM_OUT, DIM_IN)
-    wait_for_inputs(PDL)
-    if early and residual_ptr is not None:
-        mask = live[:, None] & there[None, :]
-        residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)  # squared deviations from the running mean
-    if early and stats_ptr is not None:
-        mean, squares = load_many_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS, triton.next_power_of_2(PARTS))
-    for k in range(0, DIM_IN, BLOCK_K):
-        x_mask, w_mask = live[:, None], there[None, :]
-        if DIM_IN % BLOCK_K:
-            x_mask, w_mask = x_mask & (k + inner < DIM_IN)[None, :], w_mask & (k + inner < DIM_IN)[:, None]
-        x = tl.load(x_ptr + offset[:, None] + (k + inner)[None, :], mask=x_mask, other=0.0)
-        w = tl.load(w_ptr + col[None, :] * DIM_IN + (k + inner)[:, None], mask=w_mask, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        if find_stats:
-            count = tl.minimum(BLOCK_K, DIM_IN - k).to(tl.float32)
-            x = x.to(tl.float32)
-            chunk_mean = tl.sum(x, axis=1) / count
-            deviation = x - chunk_mean[:, None]
-            if DIM_IN % BLOCK_K:
-                deviation = tl.where((k + inner < DIM_IN)[None, :], deviation, 0.0)
-            delta = chunk_mean - mean
-            mean += delta * (count / (k + count))
-            squares += tl.sum(deviation * deviation, axis=1) + delta * delta * (k * (count / (k + count)))
-
-    if not early and stats_ptr is not None:
-        mean, squares = load_stats(stats_ptr, row, live, PARTS, DIM_IN // PARTS)
-    finish(
-        acc,
-        mean,
-        squares,
-        bias,
-        w_sum,
-        residual,
-        row,
-        block_n,
+    linear_tile(
+        x_ptr,
+        w_ptr,
         bias_ptr,
         w_sum_ptr,
+        stats_ptr,
         residual_ptr,
         y_ptr,
         y_stats_ptr,
+        row_offset(row, x_tokens, stride_xb, stride_xn, DIM_IN),
+        row,
+        row,
+        tl.program_id(0) % blocks_n,
         stride_rb,
         stride_rn,
         rows,
@@ -158,8 +104,12 @@ def _linear_kernel(
         eps,
         DIM_IN,
         DIM_OUT,
+        PARTS,
         ACTIVATION,
+        BLOCK_M,
         BLOCK_N,
+        BLOCK_K,
+        PDL,
     )
 
 

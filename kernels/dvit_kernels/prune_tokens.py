@@ -40,37 +40,22 @@ def _divisor(size: int, most: int) -> int:
     return min(most, size & -size)
 
 
-def launch_prune_tokens(
-    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `dvit::prune_tokens` as three or four Triton launches on x's device and its current stream.
+def score_launches(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], num_prefix: int, eps: float
+) -> tuple[list[Launch], torch.Tensor]:
+    """Return the two launches that score patch tokens, and the scores (B, N) float32 that they write.
 
-    Args:
-        x: (B, P+N, C) tokens in float32, float16 or bfloat16; N up to 1024, C from 64 to 1024 in multiples of 32; any
-            strides (one other than 1 in the last dimension costs a copy).
-        packed: the result of `pack_predictor` for x.dtype, on x's device.
-        num_keep: the number of the N patch tokens to keep, 1 to N.
-        num_prefix: the number P of leading tokens, always kept.
-        eps: of the predictor's LayerNorm.
-
-    Returns:
-        kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
+    Arguments as for `launch_prune_tokens`, with the last dimension of x contiguous. Row statistics that the first
+    launch reads are computed here, by a launch of their own.
 
     Raises:
-        ValueError: a size is not supported, or packed weights have another width or dtype.
+        ValueError: packed weights have another width or dtype.
     """
     b, n, c = x.shape[0], x.shape[1] - num_prefix, x.shape[2]
     if len(packed) != 10 or packed[0].shape != (c, c) or packed[0].dtype != x.dtype:
-        raise ValueError(f"launch_prune_tokens: packed does not fit x, with {c} channels in {x.dtype}")
-    if num_prefix < 0 or not supports(n, c) or not 1 <= num_keep <= n:
-        raise ValueError(
-            f"launch_prune_tokens: {num_keep} of {n} tokens with {c} channels behind {num_prefix}; 1 to N of N up to "
-            f"{MAX_TOKENS} tokens with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
-        )
+        raise ValueError(f"score_launches: packed does not fit x, with {c} channels in {x.dtype}")
     half = c // 2
     w1, w1_sum, b1, w2_own, w2_mean, b2, w3, b3, w4, b4 = (t.contiguous() for t in packed)
-    if x.stride(2) != 1:
-        x = x.contiguous()
     tile = _project_tile(b * n, c, x.dtype)
     tile_m = min(tile.block_m, max(16, triton.next_power_of_2(n)))
     tiles = triton.cdiv(b * n, tile_m)
@@ -78,8 +63,6 @@ def launch_prune_tokens(
     hidden = x.new_empty(b * n, half)
     sums = x.new_empty(tiles, segments, half, dtype=torch.float32)
     score = x.new_empty(b, n, dtype=torch.float32)
-    kept_x = x.new_empty(b, num_prefix + num_keep, c)
-    index = x.new_empty(b, num_keep, dtype=torch.int64)
 
     # Not computed beside an asynchronous product, for the reason given in linear.py.
     with_stats = tile_m >= WGMMA_ROWS and x.dtype != torch.float32
@@ -144,6 +127,39 @@ def launch_prune_tokens(
         num_stages=3 if half_precision else 2,
         maxnreg=128 if can_pair else 0,
     )
+    return [project, score_tokens], score
+
+
+def launch_prune_tokens(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], num_keep: int, num_prefix: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `dvit::prune_tokens` as three or four Triton launches on x's device and its current stream.
+
+    Args:
+        x: (B, P+N, C) tokens in float32, float16 or bfloat16; N up to 1024, C from 64 to 1024 in multiples of 32; any
+            strides (one other than 1 in the last dimension costs a copy).
+        packed: the result of `pack_predictor` for x.dtype, on x's device.
+        num_keep: the number of the N patch tokens to keep, 1 to N.
+        num_prefix: the number P of leading tokens, always kept.
+        eps: of the predictor's LayerNorm.
+
+    Returns:
+        kept_x (B, P+num_keep, C) and index (B, num_keep) int64, as `dvit::prune_tokens`.
+
+    Raises:
+        ValueError: a size is not supported, or packed weights have another width or dtype.
+    """
+    b, n, c = x.shape[0], x.shape[1] - num_prefix, x.shape[2]
+    if num_prefix < 0 or not supports(n, c) or not 1 <= num_keep <= n:
+        raise ValueError(
+            f"launch_prune_tokens: {num_keep} of {n} tokens with {c} channels behind {num_prefix}; 1 to N of N up to "
+            f"{MAX_TOKENS} tokens with {MIN_DIM} to {MAX_DIM} channels, a multiple of 32, are supported"
+        )
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    scoring, score = score_launches(x, packed, num_prefix, eps)
+    kept_x = x.new_empty(b, num_prefix + num_keep, c)
+    index = x.new_empty(b, num_keep, dtype=torch.int64)
     block_tokens, block_rows = max(32, triton.next_power_of_2(n)), 16
     # Few images: one program per block of rows. Many: two per image, so that the choice is repeated less often.
     num_groups = min(triton.cdiv(num_prefix + num_keep, block_rows), max(2, 512 // max(b, 1)))
@@ -168,5 +184,5 @@ def launch_prune_tokens(
         num_warps=4 if block_tokens <= 128 else 8,
         num_stages=1,
     )
-    run([project, score_tokens, select], x.device)
+    run([*scoring, select], x.device)
     return kept_x, index

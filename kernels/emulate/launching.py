@@ -36,6 +36,9 @@ OUTPUTS = {
     "_attention_kernel": ("out_ptr", "signal_ptr"),
     "_attention_online_kernel": ("out_ptr", "signal_ptr"),
     "_patch_embedding_kernel": ("out_ptr",),
+    "_order_kernel": ("order_ptr",),
+    "_routed_fc1_kernel": ("hidden_ptr",),
+    "_routed_add_kernel": ("y_ptr", "y_stats_ptr"),
 }
 
 

@@ -27,7 +27,7 @@ def test_a_dry_run_walks_the_whole_order(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == "compiled kernels: a dry run needs none"
     begun = [line.split()[1].rstrip(",") for line in lines if line.startswith("== ") and ", at most" in line]
-    assert begun == [part for part in gpu.PARTS if part not in ("second", "more")]
+    assert begun == [part for part in gpu.PARTS if part not in gpu.ASKED_FOR]
     assert "no part failed" in lines[-1]
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == sorted(
@@ -58,8 +58,11 @@ def test_a_dry_run_walks_the_whole_order(tmp_path):
 
 @pytest.mark.slow
 def test_the_second_run_walks_too(tmp_path):
-    done = suite("--dry", "--only", "second", "--out", str(tmp_path / "out"))
+    done = suite("--dry", "--only", "second,routing", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
+    routing = json.loads((tmp_path / "out" / "routing.json").read_text())["rows"]
+    assert {row["op"] for row in routing} == {"routed_mlp", "route_tokens"}
+    assert all(row.get("max_error", 0.0) < 1e-5 for row in routing)
     rows = json.loads((tmp_path / "out" / "second.json").read_text())["rows"]
     beside = [row for row in rows if "baseline" in row]
     assert {row["variant"] for row in beside} == {"registers as they come", "at most 128 registers"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_cases import answers, case_images, official_checkpoint, options
 from kernel_helpers import needs_loops
+from routing_inputs import make_branches, make_order
 
 import dvit_infer as dvit
 from dvit_infer.backends.kernel_check import check_kernels
@@ -22,6 +23,8 @@ from dvit_infer.ops.layer_norm import layer_norm, row_stats
 from dvit_infer.ops.linear import linear, row_sums
 from dvit_infer.ops.merge_tokens import merge_tokens, merge_tokens_ref, merge_tokens_with_stats
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
+from dvit_infer.ops.route_tokens import order_of, route_tokens
+from dvit_infer.ops.routed_mlp import routed_mlp
 
 pytestmark = pytest.mark.interpreter
 TRITON, PYTORCH, CPU = Choices(otherwise="triton"), Choices(otherwise="pytorch"), torch.device("cpu")
@@ -89,7 +92,18 @@ def call_patch_embedding(dtype):
     return patch_embedding(make_rows(3, 3, 8, 12), *packed, 4)
 
 
-def call_prune_tokens(dtype):
+def call_routed_mlp(which):
+    """The result or its statistics: both are checked."""
+
+    def call(dtype):
+        x, (mlp, fast) = make_rows(3, 21, 64).to(dtype), make_branches(64, 48, dtype)
+        return routed_mlp(x, x, make_order(3, 21, 12), 12, mlp, fast, stats_block=64)[which]
+
+    return call
+
+
+def make_state():
+    """A predictor's weights, for 64 channels."""
     state, half = {}, 32
     for seed, (name, shape) in enumerate(
         {
@@ -100,7 +114,11 @@ def call_prune_tokens(dtype):
         }.items()
     ):
         state[name] = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
-    return dvit.prune_tokens(make_rows(3, 21, 64).to(dtype), state, 12)[0]
+    return state
+
+
+def call_prune_tokens(dtype):
+    return dvit.prune_tokens(make_rows(3, 21, 64).to(dtype), make_state(), 12)[0]
 
 
 # Op, where its launcher is, a call of it, which of the launcher's results is made wrong.
@@ -117,6 +135,8 @@ OPS = [
     pytest.param("attention_with_signal", "attention", call_signal("class_attention"), 1, id="class_attention"),
     pytest.param("merge_tokens", "merge_tokens", call_merge_tokens, 0, id="merge_tokens"),
     pytest.param("keep_tokens", "keep_tokens", call_keep_tokens, 0, id="keep_tokens"),
+    pytest.param("routed_mlp", "routed_mlp", call_routed_mlp(0), 0, id="routed_mlp"),
+    pytest.param("routed_mlp", "routed_mlp", call_routed_mlp(1), 1, id="routed_mlp-stats"),
 ]
 
 
@@ -242,6 +262,29 @@ def test_keep_tokens_that_keeps_others_is_replaced(monkeypatch):
     monkeypatch.setattr("dvit_kernels.keep_tokens.launch_keep_tokens", keep_the_first)
     with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match="scores .* more than a kept one"):
         assert torch.equal(call_keep_tokens(torch.float32), expected)
+
+
+def first_ones(order):
+    return order_of(torch.arange(12).repeat(3, 1), 21)
+
+
+def falling(order):
+    return order.flip(1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(first_ones, "scores .* more than a kept one"), (falling, "order is not that of"), (beyond, "not from 0 to 20")],
+)
+def test_route_tokens_in_a_wrong_order_is_replaced(monkeypatch, fault, message):
+    given = make_rows(3, 21, 64), dvit.pack_predictor(make_state()), 12
+    expected = route_tokens(*given)
+    with using(TRITON), fallback.checking(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(route_tokens(*given), expected)  # a right one stays
+    break_kernel(monkeypatch, "route_tokens", "route_tokens", fault, None)
+    with using(TRITON), fallback.checking(), pytest.warns(RuntimeWarning, match=message):
+        assert torch.equal(route_tokens(*given), expected)
 
 
 @pytest.mark.parametrize("op", [merge_tokens_with_stats, keep_tokens_with_stats])
