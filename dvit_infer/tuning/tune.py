@@ -25,7 +25,6 @@ from dvit_infer.tuning.subject import Subject
 
 BUDGET = 720.0  # seconds
 FOR_SEARCH, FOR_PREDICTION = 0.75, 0.25  # shares of it: until the search ends, and until it begins at the latest
-TIMING_S = (1.0, 20.0)  # of each comparison: the least and the most
 
 Progress = Callable[[str, float, float], None]  # what is done, the share of the budget used, seconds left at most
 
@@ -123,10 +122,8 @@ def tune(
     if not found.tallies:
         raise InputError(f"budget: {budget:g} seconds are too few to measure a single point; take more")
     what[0] = "the best ones"
-    final = Final(points, found, measure, sample, goal, batch)
-    result = final.result(
-        out_of_time, lambda: min(max(TIMING_S[0], (budget - (time.monotonic() - start)) / 3), TIMING_S[1])
-    )
+    left = lambda: budget - (time.monotonic() - start)  # noqa: E731
+    result = Final(points, found, measure, sample, goal, batch, out_of_time, left).result()
     file.remove()
     return result
 

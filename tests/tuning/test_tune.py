@@ -37,7 +37,7 @@ def images():
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """Search few points, and time them little: what is timed is not what is tested."""
-    monkeypatch.setattr(tuning, "TIMING_S", (0.05, 0.05))
+    monkeypatch.setattr("dvit_infer.tuning.final.TIMING_S", (0.05, 0.05))
     monkeypatch.setattr("dvit_infer.tuning.points.RATES", RATES)
     monkeypatch.setattr("dvit_infer.benchmark.timing.MIN_ROUNDS", 2)
     monkeypatch.setattr("dvit_infer.benchmark.timing.WARM_UP_S", 0.0)
@@ -48,7 +48,7 @@ def _soon(monkeypatch):
 @pytest.fixture(scope="module")
 def found(dense, images):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "TIMING_S", (0.05, 0.05))
+        patch.setattr("dvit_infer.tuning.final.TIMING_S", (0.05, 0.05))
         patch.setattr("dvit_infer.tuning.points.RATES", RATES)
         return dvit.tune(dense, images, 0.75, methods=["evit", "tome"], **CPU)
 

@@ -1,0 +1,97 @@
+"""Compare the point that `dvit.tune` chooses with the fastest of an exhaustive grid, on the dense digits model.
+
+    PYTHONPATH=.:kernels:bench/proof python bench/tune_grid.py [--images 1000] [--target 0.99] [--seconds 60] [--update]
+
+Every point is evaluated on the images that the search has; those that meet the target are timed interleaved with the
+chosen one. In a family fewer MACs are less time, so of each its `EACH` leanest are timed. Times of a busy machine are
+noise, but their ratios, taken per round, are not. A few minutes; --update puts the figures into
+bench/results/proof.json.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cluttered_digits import test_set
+
+import dvit_infer as dvit
+from dvit_infer.benchmark.results import environment
+from dvit_infer.tuning.measure import Measure
+from dvit_infer.tuning.points import Points
+from dvit_infer.tuning.quality import Goal
+from dvit_infer.tuning.sample import sample_of
+from dvit_infer.tuning.search import evaluated
+from dvit_infer.tuning.subject import Subject
+from dvit_infer.utils.files import atomic_write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = ROOT / "bench" / "proof" / "dense.pth"
+BATCH = 64
+EACH = 2  # points of a family that are timed
+
+
+def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
+    """Return what tuning chose, what the grid has, and the times of both."""
+    start = time.monotonic()
+    chosen = dvit.tune(DENSE, images, target, batch=BATCH)
+    tuned_s = time.monotonic() - start
+    print(chosen, f"{tuned_s:.0f} s", flush=True)
+    subject = Subject(DENSE)
+    points = Points(subject.config, subject.dense)
+    dense = subject.engine(subject.dense, True)
+    sample, goal = sample_of(images, dense), Goal("agreement", target)
+    measure = Measure(subject.engine, dense, points.points, sample, goal.metric, BATCH)
+    every = list(points.points)
+    tallies = {name: evaluated(name, measure, goal, sample.searched, lambda: False) for name in every}
+    meeting = {name for name, tally in tallies.items() if tally is not None and tally.complete and tally.meets(goal)}
+    print(f"{len(every)} points, {len(meeting)} meet the target, {time.monotonic() - start - tuned_s:.0f} s", flush=True)
+    leanest = [
+        point.name
+        for family in points.families.values()
+        for point in [point for point in family if point.name in meeting][:EACH]
+    ]
+    engines = {name: measure.engine(name) for name in leanest if name != chosen.chosen.name}
+    timings = measure.time(engines | {chosen.chosen.name: chosen.engine}, seconds)
+    own = timings[chosen.chosen.name]
+    ratios = {name: timings[name].speedup_over(own) for name in leanest}  # of times: the chosen one's over this one's
+    for name, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
+        print(f"{ratio:.3f} x the chosen one's speed  {points.points[name].candidate.macs:.1%} of the MACs  {name}")
+    fastest = max(ratios, key=lambda name: ratios[name])
+    return {
+        "environment": environment(),
+        "images": len(images),
+        "searched": sample.searched,
+        "target": target,
+        "batch": BATCH,
+        "points": len(every),
+        "meeting": len(meeting),
+        "timed": len(timings) - 1,
+        "rounds": len(own.seconds),
+        "searched_points": len(chosen.points),
+        "chosen": chosen.chosen.name,
+        "chosen_speedup": own.speedup_over(timings[""]),
+        "fastest": fastest,
+        "chosen_time_over_fastest": max(1.0, ratios[fastest]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1_000)
+    parser.add_argument("--target", type=float, default=0.99)
+    parser.add_argument("--seconds", type=float, default=60, help="of the timing")
+    parser.add_argument("--update", action="store_true", help="put the figures into the repository")
+    options = parser.parse_args()
+    images = torch.from_numpy(test_set()[0][: options.images])
+    found = grid(images, options.target, options.seconds)
+    print(json.dumps(found, indent=1))
+    if options.update:
+        results = ROOT / "bench" / "results" / "proof.json"
+        atomic_write_json(results, json.loads(results.read_text()) | {"grid": found})
+
+
+if __name__ == "__main__":
+    main()
