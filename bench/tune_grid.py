@@ -2,15 +2,14 @@
 
     PYTHONPATH=.:kernels:bench/proof python bench/tune_grid.py [--images 1000] [--target 0.99] [--seconds 60] [--update]
 
-Every point is evaluated on the images that the search has; those that meet the target are timed interleaved with the
-chosen one. In a family fewer MACs are less time, so of each its `EACH` leanest are timed. Times of a busy machine are
-noise, but their ratios, taken per round, are not. A few minutes; --update puts the figures into
-bench/results/proof.json.
+Points are evaluated on the images that the search has, those of a family from the fewest MACs on, until `EACH` of them
+meet the target: all others of that family take more MACs, and so more time. Those that meet it are timed interleaved
+with the chosen one, and compared by the ratios of their times in each round, which a busy machine changes little. A few
+minutes; --update puts the figures into bench/results/proof.json.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +34,25 @@ EACH = 2  # points of a family that are timed
 
 def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
     """Return what tuning chose, what the grid has, and the times of both."""
-    start = time.monotonic()
     chosen = dvit.tune(DENSE, images, target, batch=BATCH)
-    tuned_s = time.monotonic() - start
-    print(chosen, f"{tuned_s:.0f} s", flush=True)
+    print(chosen, flush=True)
     subject = Subject(DENSE)
     points = Points(subject.config, subject.dense)
     dense = subject.engine(subject.dense, True)
     sample, goal = sample_of(images, dense), Goal("agreement", target)
     measure = Measure(subject.engine, dense, points.points, sample, goal.metric, BATCH)
-    every = list(points.points)
-    tallies = {name: evaluated(name, measure, goal, sample.searched, lambda: False) for name in every}
-    meeting = {name for name, tally in tallies.items() if tally is not None and tally.complete and tally.meets(goal)}
-    print(f"{len(every)} points, {len(meeting)} meet the target, {time.monotonic() - start - tuned_s:.0f} s", flush=True)
-    leanest = [
-        point.name
-        for family in points.families.values()
-        for point in [point for point in family if point.name in meeting][:EACH]
-    ]
+    evaluations, leanest = 0, list[str]()
+    for family in points.families.values():
+        met = 0
+        for point in family:
+            tally = evaluated(point.name, measure, goal, sample.searched, lambda: False)
+            evaluations += 1
+            if tally is not None and tally.complete and tally.meets(goal):
+                leanest.append(point.name)
+                met += 1
+            if met == EACH:
+                break
+    print(f"{evaluations} of {len(points.points)} points evaluated, {len(leanest)} timed", flush=True)
     engines = {name: measure.engine(name) for name in leanest if name != chosen.chosen.name}
     timings = measure.time(engines | {chosen.chosen.name: chosen.engine}, seconds)
     own = timings[chosen.chosen.name]
@@ -66,8 +66,8 @@ def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
         "searched": sample.searched,
         "target": target,
         "batch": BATCH,
-        "points": len(every),
-        "meeting": len(meeting),
+        "points": len(points.points),
+        "evaluated": evaluations,
         "timed": len(timings) - 1,
         "rounds": len(own.seconds),
         "searched_points": len(chosen.points),

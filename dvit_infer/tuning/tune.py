@@ -71,8 +71,8 @@ def tune(
         arch, image_size, assume, device, dtype, calibrate, backend: as for `convert`.
         preprocess, workers: as for `measure_accuracy`.
         seed: of the order of the images.
-        search_file: keeps what was found if the search is interrupted, so that the same call resumes, and is deleted in
-            the end; None: a file in the user's cache folder.
+        search_file: keeps what was found, so that the same call resumes where this one was interrupted; None: a file in
+            the user's cache folder, if that can be written, which is deleted in the end.
         progress: called often.
 
     Raises:
@@ -102,7 +102,7 @@ def tune(
         repr(goal),
         repr(methods),
         dense.precision,
-        dense.runner.runtime,
+        dense.runner.runtime.partition(",")[0],  # which linear is the fastest is measured anew in each run
         str(batch),
         str(torch.get_num_threads()),
     )

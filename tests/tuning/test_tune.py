@@ -205,7 +205,6 @@ def test_an_interrupted_search_resumes(dense, images, tmp_path, monkeypatch):
     assert len(known) == 1
     result = dvit.tune(dense, images, 0.99, **options)
     assert not set(calls[2:]) & set(known)
-    assert not file.exists()
     assert {point.name for point in result.points} >= set(known)
 
 
