@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -14,6 +15,7 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_uint8_images
 from dvit_infer.tuning import sample as sampling
 from dvit_infer.tuning import tune as tuning
+from dvit_infer.tuning.final import AT_ONCE
 from dvit_infer.tuning.measure import Measure
 from dvit_infer.tuning.result import TunedPoint, pareto
 from dvit_infer.tuning.sample import distinct, sample_of
@@ -206,6 +208,21 @@ def test_an_interrupted_search_resumes(dense, images, tmp_path, monkeypatch):
     result = dvit.tune(dense, images, 0.99, **options)
     assert not set(calls[2:]) & set(known)
     assert {point.name for point in result.points} >= set(known)
+
+
+def test_few_engines_are_alive_at_once(dense, images, monkeypatch):
+    """Of all finalists; one of a large model takes a gigabyte."""
+    engine, made, most = Measure.engine, weakref.WeakSet(), []
+
+    def counted(self, name):
+        most.append(len(made))
+        made.add(one := engine(self, name))
+        return one
+
+    monkeypatch.setattr(Measure, "engine", counted)
+    result = dvit.tune(dense, images, 0.5, methods=["evit", "tome"], **CPU)
+    assert len(most) > len(result.rows) > AT_ONCE + 1  # the points of all families, and of them those timed in the end
+    assert max(most) < AT_ONCE
 
 
 @pytest.mark.parametrize("change", [{"target": 0.76}, {"metric": "cosine"}, {"methods": ["evit"]}, {"batch": 8}])
