@@ -48,6 +48,7 @@ def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
             tally = evaluated(point.name, measure, goal, sample.searched, lambda: False)
             evaluations += 1
             if tally is not None and tally.complete and tally.meets(goal):
+                print(f"meets the target with {point.macs:.1%} of the MACs: {point.name}", flush=True)
                 leanest.append(point.name)
                 met += 1
             if met == EACH:
