@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DENSE = ROOT / "bench" / "proof" / "dense.pth"
 BATCH = 64
 EACH = 2  # points of a family that are timed
+AGAIN = 5  # the fastest of these, which are timed again
 
 
 def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
@@ -54,12 +55,15 @@ def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
             if met == EACH:
                 break
     print(f"{evaluations} of {len(points.points)} points evaluated, {len(leanest)} timed", flush=True)
-    engines = {name: measure.engine(name) for name in leanest if name != chosen.chosen.name}
-    timings = measure.time(engines | {chosen.chosen.name: chosen.engine}, seconds)
-    own = timings[chosen.chosen.name]
-    ratios = {name: timings[name].speedup_over(own) for name in leanest}  # of times: the chosen one's over this one's
+    own = chosen.chosen.name
+    engines = {own: chosen.engine} | {name: measure.engine(name) for name in leanest if name != own}
+    timings = measure.time(engines, seconds)
+    leanest.sort(key=lambda name: timings[name].speedup_over(timings[own]), reverse=True)
+    # The best of many noisy ratios is a lucky one: time the first few again, by themselves.
+    timings = measure.time({name: engines[name] for name in dict.fromkeys([own, *leanest[:AGAIN]])}, seconds)
+    ratios = {name: timing.speedup_over(timings[own]) for name, timing in timings.items() if name}
     for name, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
-        print(f"{ratio:.3f} x the chosen one's speed  {points.points[name].candidate.macs:.1%} of the MACs  {name}")
+        print(f"{ratio:.3f} x the chosen one's speed: {name}")
     fastest = max(ratios, key=lambda name: ratios[name])
     return {
         "environment": environment(),
@@ -69,13 +73,13 @@ def grid(images: torch.Tensor, target: float, seconds: float) -> dict[str, Any]:
         "batch": BATCH,
         "points": len(points.points),
         "evaluated": evaluations,
-        "timed": len(timings) - 1,
-        "rounds": len(own.seconds),
+        "timed": len(engines),
+        "rounds": len(timings[own].seconds),
         "searched_points": len(chosen.points),
-        "chosen": chosen.chosen.name,
-        "chosen_speedup": own.speedup_over(timings[""]),
+        "chosen": own,
+        "chosen_speedup": timings[own].speedup_over(timings[""]),
         "fastest": fastest,
-        "chosen_time_over_fastest": max(1.0, ratios[fastest]),
+        "chosen_time_over_fastest": ratios[fastest],
     }
 
 
@@ -83,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1_000)
     parser.add_argument("--target", type=float, default=0.99)
-    parser.add_argument("--seconds", type=float, default=60, help="of the timing")
+    parser.add_argument("--seconds", type=float, default=60, help="of each of two timings")
     parser.add_argument("--update", action="store_true", help="put the figures into the repository")
     options = parser.parse_args()
     images = torch.from_numpy(test_set()[0][: options.images])
