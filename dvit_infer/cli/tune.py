@@ -108,11 +108,13 @@ def _tune(options: argparse.Namespace) -> int:
 
         write_report(outs["report"], content)
         print(f"wrote {options.report}")
+    if result.met:
+        result.engine.save(outs["out"])
+    kept.unlink(missing_ok=True)  # only now: after a full disk the same command resumes
     if not result.met:
         print(shown(f"{result}"))
         print(f"error: target: no reduction keeps {result.target:g}; {name} was not written", file=sys.stderr)
         return 1
-    result.engine.save(outs["out"])
     print(f"wrote {name} ({outs['out'].stat().st_size / 2**20:.1f} MiB): {result.chosen.name}")
     print(shown(f"{result}"))
     return 0

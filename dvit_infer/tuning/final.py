@@ -1,23 +1,21 @@
-"""The end of a search: which points are left, whether images held back agree, their times, and the result."""
+"""The end of a search: the finalists are timed beside the dense model, and the fastest one is the result."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
 from dvit_infer.benchmark.timing import Row, Timing, noise
 from dvit_infer.engine import Engine
+from dvit_infer.tuning.finalists import Finalist, Finalists
 from dvit_infer.tuning.measure import Measure
 from dvit_infer.tuning.points import Points
 from dvit_infer.tuning.quality import Goal
 from dvit_infer.tuning.result import HeldBack, TunedPoint, TuneResult
-from dvit_infer.tuning.sample import Sample, distinct
-from dvit_infer.tuning.search import WINDOW, Candidate, Found, accepted, evaluated, nearest
+from dvit_infer.tuning.sample import Sample
+from dvit_infer.tuning.search import Found
 
-FINALISTS = 5  # families that are timed in the end
-TRIES = 3  # points of a family whose answers on images held back are counted, if they rule the first ones out
-APART = 1.03  # ratio of their MACs: a point that keeps one token more is no other point
-# Images held back rule a point out where a one-sided test at 10% does. At 2.5% it would hardly ever: of 333 images,
-# 98.2% pass for 99%.
-RULES_OUT = 1.2816
+AT_ONCE = 3  # engines that are timed together and so alive, beside the dense one; one of DeiT-B takes 350 MB in float32
+TIMING_S = (1.0, 20.0)  # of each such comparison: the least and the most
 
 
 class Final:
@@ -26,134 +24,85 @@ class Final:
     Args:
         points, found: what was searched, and what is known of it.
         measure, sample, goal, batch: what measures it, on which images, what is to be kept, images at a time.
+        out_of_time: whether there is no time to evaluate more points.
+        left: seconds that are left to time them; the first ones are timed in any case.
     """
 
-    def __init__(self, points: Points, found: Found, measure: Measure, sample: Sample, goal: Goal, batch: int) -> None:
+    def __init__(
+        self,
+        points: Points,
+        found: Found,
+        measure: Measure,
+        sample: Sample,
+        goal: Goal,
+        batch: int,
+        out_of_time: Callable[[], bool],
+        left: Callable[[], float],
+    ) -> None:
         self._points, self._found, self._measure = points, found, measure
-        self._sample, self._goal, self._batch = sample, goal, batch
-        self._accepted = accepted(points.families, found, goal)
-        self._held: dict[str, HeldBack] = {}
-        self._meeting = {point.name for point in self._accepted}
-        self._ruled_out: set[str] = set()
-        self._engines: dict[str, Engine] = {}
-        self._warnings: list[str] = []
+        self._sample, self._goal, self._batch, self._left = sample, goal, batch, left
+        self._finalists = Finalists(points, found, measure, sample, goal, out_of_time)
+        self._best: dict[str, Engine] = {}  # the fastest so far, if any
+        self._timings: dict[str, tuple[Timing, Timing]] = {}  # of a point, and of the dense model in the same run
+        self._rows: dict[str, Row] = {}
 
-    def result(self, out_of_time: Callable[[], bool], seconds: Callable[[], float]) -> TuneResult:
-        """Choose among the best points of the families: by answers on images held back, then by time.
-
-        Args:
-            out_of_time: whether there is no time for more points.
-            seconds: how long timing may take.
-        """
-        names = [name for first in self._fastest() if (name := self._first_not_ruled_out(first, out_of_time))]
-        names += self._rounded(names[0], out_of_time) if names else []
-        met = bool(names)
-        self._meeting |= set(names)
+    def result(self) -> TuneResult:
+        """Choose among the best points of the families and those beside the best of them, by time."""
+        self._compete(self._finalists.fastest())
+        for name in list(self._best):
+            self._compete(self._finalists.rounded(name))
+        met = bool(self._best)
         if not met:
-            names = [self._nearest()]
-        engines = {name: self._engines[name] for name in names}
-        self._engines = engines  # the others can go
-        timings = self._measure.time(engines, seconds())
-        for name in names:  # the other points of these families are then predicted from this run
-            self._found.timed(self._points.points[name].candidate, 1 / timings[name].speedup_over(timings[""]))
-        chosen = max(names, key=lambda name: timings[name].speedup_over(timings[""]))
-        rates = {name: timings[name].rates(self._batch)["images_per_s"] for name in (chosen, "")}
-        tuned = self._all(timings)
-        dense = self._measure.dense
+            self._compete(iter([self._finalists.nearest()]))
+        [(name, engine)] = self._best.items()
+        timing, dense = self._timings[name]
+        tuned = self._all()
         return TuneResult(
-            engine=engines[chosen],
+            engine=engine,
             goal=self._goal,
             met=met,
-            chosen=next(point for point in tuned if point.name == chosen),
-            held_back=self._held[chosen],
-            speedup=timings[chosen].speedup_over(timings[""]),
-            images_per_s=rates[chosen],
-            dense_images_per_s=rates[""],
+            chosen=next(point for point in tuned if point.name == name),
+            held_back=self._finalists.held[name],
+            speedup=timing.speedup_over(dense),
+            images_per_s=timing.rates(self._batch)["images_per_s"],
+            dense_images_per_s=dense.rates(self._batch)["images_per_s"],
             batch=self._batch,
             searched=self._sample.searched,
             points=tuned,
-            rows=tuple(self._row(each, timings[name], timings[""]) for name, each in {"": dense, **engines}.items()),
+            rows=(self._row(self._measure.dense, dense, dense), *self._rows.values()),
             finished=self._found.finished,
-            warnings=(*self._sample.warnings, *self._warnings, *self._doubts(self._held[chosen], timings)),
+            warnings=(*self._sample.warnings, *self._finalists.warnings, *self._doubts(self._finalists.held[name])),
         )
 
-    def _fastest(self) -> list[Candidate]:
-        """Return the fastest accepted point of each family that may hold the fastest of all."""
-        first: dict[str, Candidate] = {}
-        for point in self._accepted:
-            if self._found.cost(point) <= self._found.cost(self._accepted[0]) * (1 + WINDOW):
-                first.setdefault(point.family, point)
-        return list(first.values())[:FINALISTS]
+    def _compete(self, challengers: Iterator[Finalist]) -> None:
+        """Time all of them, beside the best so far, and keep only the best."""
+        while (self._left() > 0 or not self._best) and self._next(challengers):
+            pass
 
-    def _first_not_ruled_out(self, first: Candidate, out_of_time: Callable[[], bool]) -> str | None:
-        """Return a point or, if images held back rule it out, a gentler one of its family; None: they all are."""
-        family = self._points.families[first.family]
-        macs, tries = 0.0, 0
-        for point in family[family.index(first) :]:
-            if point.macs < APART * macs or not self._meets(point.name, out_of_time):
-                continue
-            if tries == TRIES:
-                return None
-            if not self._is_ruled_out(point.name):
-                return point.name
-            macs, tries = point.macs, tries + 1
-        return None
-
-    def _meets(self, name: str, out_of_time: Callable[[], bool]) -> bool:
-        """Return whether a point meets the target on the images searched; evaluate it first if need be."""
-        if name not in self._found.tallies:
-            tally = evaluated(name, self._measure, self._goal, self._sample.searched, out_of_time)
-            if tally is None:
-                return False
-            self._found.tallies[name] = tally
-        tally = self._found.tallies[name]
-        return tally.complete and tally.meets(self._goal)
-
-    def _is_ruled_out(self, name: str) -> bool:
-        """Return whether answers on images held back make it unlikely that a point meets the target."""
-        self._count(name)
-        if name not in self._ruled_out:
+    def _next(self, challengers: Iterator[Finalist]) -> bool:
+        """Time the next ones, as many as may be alive; return whether there was one. Engines that lose go on return."""
+        engines = self._best | dict(itertools.islice(challengers, AT_ONCE - len(self._best)))
+        if len(engines) == len(self._best):
             return False
-        held = self._held[name]
-        rule = f"the {held.images} held back speak against that ({held.quality:.2%})"
-        self._warnings.append(f"{name}: meets the target on the images searched, but {rule}")
+        timings = self._measure.time(engines, min(max(TIMING_S[0], self._left() / 3), TIMING_S[1]))
+        dense = timings.pop("")
+        for name, timing in timings.items():
+            self._timings[name] = timing, dense
+            self._rows[name] = self._row(engines[name], timing, dense)
+            # The other points of its family are predicted from this run.
+            self._found.timed(self._points.points[name].candidate, 1 / timing.speedup_over(dense))
+        fastest = max(timings, key=lambda name: timings[name].speedup_over(dense))
+        self._best = {fastest: engines[fastest]}
         return True
 
-    def _count(self, name: str) -> None:
-        """Count what a point keeps on images held back."""
-        self._engines[name] = self._measure.engine(name)
-        tally = self._measure.held_back(self._engines[name])
-        differ = distinct(self._sample.images[self._sample.searched :])
-        low, high = tally.interval(self._goal, differ)
-        top1 = dense = None
-        if self._goal.metric == "top1":
-            dense = 100 * self._measure.dense_answers(True).float().mean().item()
-            top1 = dense - 100 * tally.loss / tally.images
-        self._held[name] = HeldBack(tally.quality(self._goal), low, high, tally.images, differ, top1, dense)
-        if tally.interval(self._goal, differ, RULES_OUT)[1] < self._goal.target:
-            self._ruled_out.add(name)
-
-    def _rounded(self, name: str, out_of_time: Callable[[], bool]) -> list[str]:
-        """Return points beside one that meet the target too, with counts that suit tiles."""
-        beside = [other.name for other in self._points.rounded(name)]
-        return [one for one in beside if self._meets(one, out_of_time) and not self._is_ruled_out(one)]
-
-    def _nearest(self) -> str:
-        """Return the point that comes nearest to the target: on images held back, if these ruled some out."""
-        if self._held:
-            return max(self._held, key=lambda name: self._held[name].quality)
-        point = nearest(self._points.families, self._found, self._goal)
-        assert point is not None
-        self._count(point.name)
-        return point.name
-
-    def _all(self, timings: Mapping[str, Timing]) -> tuple[TunedPoint, ...]:
+    def _all(self) -> tuple[TunedPoint, ...]:
         names = [name for name in self._found.tallies if name in self._points.points]
         names.sort(key=lambda name: self._points.points[name].candidate.macs)
-        return tuple(self._tuned(name, timings) for name in names)
+        meeting = self._finalists.meeting()
+        return tuple(self._tuned(name, name in meeting) for name in names)
 
-    def _tuned(self, name: str, timings: Mapping[str, Timing]) -> TunedPoint:
-        point, tally, timing = self._points.points[name], self._found.tallies[name], timings.get(name)
+    def _tuned(self, name: str, meets: bool) -> TunedPoint:
+        point, tally, row = self._points.points[name], self._found.tallies[name], self._rows.get(name)
         low, high = tally.interval(self._goal)
         return TunedPoint(
             name=name,
@@ -165,9 +114,9 @@ class Final:
             low=low,
             high=high,
             images=tally.images,
-            meets=name in self._meeting and name not in self._ruled_out,
-            speedup=1 / self._found.cost(point.candidate) if timing is None else timing.speedup_over(timings[""]),
-            images_per_s=None if timing is None else timing.rates(self._batch)["images_per_s"],
+            meets=meets,
+            speedup=1 / self._found.cost(point.candidate) if row is None else row.speedup,
+            images_per_s=None if row is None else row.images_per_s,
         )
 
     def _row(self, engine: Engine, timing: Timing, dense: Timing) -> Row:
@@ -189,7 +138,7 @@ class Final:
             **timing.rates(self._batch),
         )
 
-    def _doubts(self, held: HeldBack, timings: Mapping[str, Timing]) -> list[str]:
+    def _doubts(self, held: HeldBack) -> list[str]:
         """Return warnings about what the result does not say."""
         doubts, goal, searched = [], self._goal, self._sample.searched
         if goal.metric == "agreement" and goal.allowed * searched < 1:
@@ -203,10 +152,10 @@ class Final:
                 f"only {held.distinct} of {held.images} images held back differ by more than noise; the interval "
                 "counts those alone"
             )
-        if all(timing.speedup_over(timings[""]) <= 1 for name, timing in timings.items() if name):
+        if all(row.speedup <= 1 for row in self._rows.values()):
             doubts.append("the dense model is at least as fast on this machine")
         if not self._found.finished:
             doubts.append("the budget ended before the search did; with more, there may be a faster one")
-        if noisy := noise(timings.values()):
+        if noisy := noise(itertools.chain(*self._timings.values())):
             doubts.append(noisy)
         return doubts

@@ -53,12 +53,12 @@ class Point:
     def name(self) -> str:
         return self.candidate.name
 
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """The arguments of `convert` that give this reduction."""
-        assume = {name: value for name, value in self.settings.items() if name == "score"}
-        rest = {name: value for name, value in self.settings.items() if name != "score"}
-        return {"method": self.method, **rest, **({"assume": assume} if assume else {})}
+
+def keywords_of(method: str, settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `convert` that give a reduction."""
+    assume = {name: value for name, value in settings.items() if name == "score"}
+    rest = {name: value for name, value in settings.items() if name != "score"}
+    return {"method": method, **rest, **({"assume": assume} if assume else {})}
 
 
 def options_of(method: str, settings: Settings) -> str:

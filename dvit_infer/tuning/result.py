@@ -6,6 +6,7 @@ from typing import Any
 
 from dvit_infer.benchmark.timing import Row
 from dvit_infer.engine import Engine
+from dvit_infer.tuning.points import keywords_of
 from dvit_infer.tuning.quality import Goal, Metric
 
 _KEEPS = {
@@ -127,7 +128,7 @@ class TuneResult:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments of `convert` that give the chosen reduction."""
-        return {"method": self.chosen.method, **self.chosen.settings}
+        return keywords_of(self.chosen.method, self.chosen.settings)
 
     def __str__(self) -> str:
         held = self.held_back

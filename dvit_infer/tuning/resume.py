@@ -1,10 +1,12 @@
 """What a search has found so far, in a file, so that an interrupted one resumes."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dvit_infer.errors import InputError
 from dvit_infer.tuning.quality import Tally
@@ -31,15 +33,15 @@ class SearchFile:
 
     def __init__(self, path: Path | None, key: str) -> None:
         self.path = path or cache_folder() / "tune" / f"{key}.json"
-        self._key = key
+        self._key, self._named = key, path is not None
 
     def read(self) -> Found | None:
         try:
             content = json.loads(self.path.read_text())
             if content["version"] != VERSION or content["key"] != self._key:
                 return None
-            tallies = {str(name): Tally(**fields) for name, fields in content["tallies"].items()}
-            return Found(tallies, {str(name): float(value) for name, value in content["times"].items()})
+            tallies = {name: _tally(**fields) for name, fields in content["tallies"].items()}
+            return Found(tallies, {name: float(value) for name, value in content["times"].items()})
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
@@ -55,12 +57,18 @@ class SearchFile:
             "tallies": {name: asdict(tally) for name, tally in found.tallies.items()},
             "times": found.times,
         }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.nullcontext() if self._named else contextlib.suppress(OSError, InputError):
+            if not self._named:
+                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with atomic_write(self.path, "search") as part:
                 part.write_text(json.dumps(content) + "\n")
-        except OSError as error:
-            raise InputError(f"search: {self.path}: {error.strerror or error}") from None
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Delete the file, unless the caller named it."""
+        if not self._named:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+
+def _tally(images: Any, loss: Any, squares: Any, complete: Any) -> Tally:
+    return Tally(int(images), float(loss), float(squares), bool(complete))

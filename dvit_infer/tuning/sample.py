@@ -81,13 +81,13 @@ def sample_of(
     if len(images) < LEAST:
         count = f"{len(images)} image{'s' * (len(images) != 1)}"
         raise InputError(f"{name}: {count} to search; {LEAST} or more are needed, one of them to be held back")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: _most(images)]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: _most(images[0].nbytes)]
     chosen = found[order] if isinstance(found, torch.Tensor) else None
     return Sample(images[order], chosen, len(order) - max(1, round(len(order) / 3)), tuple(warnings))
 
 
-def _most(images: torch.Tensor) -> int:
-    return max(LEAST, min(MOST, MOST_BYTES // max(1, images[0].nbytes)))
+def _most(bytes_each: int) -> int:
+    return max(LEAST, min(MOST, MOST_BYTES // bytes_each))
 
 
 def _given(
@@ -124,9 +124,9 @@ def _read(
     else:
         entries = [Entry(path) for path in find_images(names)]
     height, width = engine.config.image_size
-    most = max(LEAST, min(MOST, MOST_BYTES // (3 * height * width)))
     chance = random.Random(seed)
-    drawn = heapq.nsmallest(most, entries, key=lambda entry: chance.random())  # not the first: they are of one class
+    # Not the first ones: they are of one class.
+    drawn = heapq.nsmallest(_most(3 * height * width), entries, key=lambda entry: chance.random())
     if len(drawn) < len(entries):
         warnings.append(f"{names[0]}: {len(drawn):,} of {len(entries):,} images are used, drawn at random")
     pixels, classes, unreadable = [], [], 0

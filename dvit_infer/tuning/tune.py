@@ -25,7 +25,6 @@ from dvit_infer.tuning.subject import Subject
 
 BUDGET = 720.0  # seconds
 FOR_SEARCH, FOR_PREDICTION = 0.75, 0.25  # shares of it: until the search ends, and until it begins at the latest
-TIMING_S = (1.0, 20.0)  # of each comparison: the least and the most
 
 Progress = Callable[[str, float, float], None]  # what is done, the share of the budget used, seconds left at most
 
@@ -72,8 +71,8 @@ def tune(
         arch, image_size, assume, device, dtype, calibrate, backend: as for `convert`.
         preprocess, workers: as for `measure_accuracy`.
         seed: of the order of the images.
-        search_file: keeps what was found if the search is interrupted, so that the same call resumes, and is deleted in
-            the end; None: a file in the user's cache folder.
+        search_file: keeps what was found, so that the same call resumes where this one was interrupted; None: a file in
+            the user's cache folder, if that can be written, which is deleted in the end.
         progress: called often.
 
     Raises:
@@ -103,7 +102,7 @@ def tune(
         repr(goal),
         repr(methods),
         dense.precision,
-        dense.runner.runtime,
+        dense.runner.runtime.partition(",")[0],  # which linear is the fastest is measured anew in each run
         str(batch),
         str(torch.get_num_threads()),
     )
@@ -123,10 +122,8 @@ def tune(
     if not found.tallies:
         raise InputError(f"budget: {budget:g} seconds are too few to measure a single point; take more")
     what[0] = "the best ones"
-    final = Final(points, found, measure, sample, goal, batch)
-    result = final.result(
-        out_of_time, lambda: min(max(TIMING_S[0], (budget - (time.monotonic() - start)) / 3), TIMING_S[1])
-    )
+    left = lambda: budget - (time.monotonic() - start)  # noqa: E731
+    result = Final(points, found, measure, sample, goal, batch, out_of_time, left).result()
     file.remove()
     return result
 

@@ -1,4 +1,7 @@
-"""Memory: whether an error means that there was too little, and how much is free."""
+"""Memory: whether an error means that there was too little, how much is free, and giving it back."""
+
+import contextlib
+import ctypes
 
 import torch
 
@@ -22,3 +25,9 @@ def check_batch_fits(batch: int, needed: int) -> None:
             f"batch: {batch} images do not fit in memory: about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
             "free; use a smaller batch"
         )
+
+
+def return_freed() -> None:
+    """Give the system memory that was freed and that the C library keeps; with another one than glibc, do nothing."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -27,7 +27,7 @@ CPU = ["--device", "cpu", "--backend", "torch", "--workers", "0"]
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """Search few points, and time them little: what is timed is not what is tested."""
-    monkeypatch.setattr("dvit_infer.tuning.tune.TIMING_S", (0.05, 0.05))
+    monkeypatch.setattr("dvit_infer.tuning.final.TIMING_S", (0.05, 0.05))
     monkeypatch.setattr("dvit_infer.tuning.points.RATES", (0.2, 0.4, 0.6, 0.8, 0.9, 0.96))
     monkeypatch.setattr("dvit_infer.tuning.measure.PAIRS_S", 0.0)
     monkeypatch.setattr("dvit_infer.benchmark.timing.MIN_ROUNDS", 2)

@@ -7,7 +7,7 @@ from golden_cases import state_dict
 from golden_vits import write
 
 from dvit_infer.errors import InputError
-from dvit_infer.tuning.points import Points, options_of
+from dvit_infer.tuning.points import Points, keywords_of, options_of
 from dvit_infer.tuning.subject import Subject
 
 pytestmark = pytest.mark.slow  # each is a search
@@ -40,7 +40,7 @@ def test_keywords_and_options_give_the_point(points):
     model = subject()
     for point in list(points.points.values())[::7]:
         assert model.config(point.method, point.settings).reduction == point.config.reduction
-        assert point.keywords["method"] == point.method
+        assert keywords_of(point.method, point.settings)["method"] == point.method
         assert point.name == options_of(point.method, point.settings)
 
 
@@ -71,7 +71,7 @@ def test_a_model_without_class_token_is_ranked_by_its_mean_query(tmp_path):
     found = Points(model.config, model.dense, ["evit"])
     assert found.points
     assert all(point.settings["score"] == "pooled" for point in found.points.values())
-    assert all(point.keywords["assume"] == {"score": "pooled"} for point in found.points.values())
+    assert keywords_of("evit", {"keep_rate": 0.5, "score": "pooled"})["assume"] == {"score": "pooled"}
 
 
 def test_methods_that_do_not_fit():

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from dataclasses import asdict
+import math
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.synthetic import sample_uint8_images
 from dvit_infer.tuning import sample as sampling
 from dvit_infer.tuning import tune as tuning
+from dvit_infer.tuning.final import AT_ONCE
+from dvit_infer.tuning.finalists import FAMILIES
 from dvit_infer.tuning.measure import Measure
 from dvit_infer.tuning.result import TunedPoint, pareto
 from dvit_infer.tuning.sample import distinct, sample_of
@@ -37,7 +40,7 @@ def images():
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """Search few points, and time them little: what is timed is not what is tested."""
-    monkeypatch.setattr(tuning, "TIMING_S", (0.05, 0.05))
+    monkeypatch.setattr("dvit_infer.tuning.final.TIMING_S", (0.05, 0.05))
     monkeypatch.setattr("dvit_infer.tuning.points.RATES", RATES)
     monkeypatch.setattr("dvit_infer.benchmark.timing.MIN_ROUNDS", 2)
     monkeypatch.setattr("dvit_infer.benchmark.timing.WARM_UP_S", 0.0)
@@ -48,7 +51,7 @@ def _soon(monkeypatch):
 @pytest.fixture(scope="module")
 def found(dense, images):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "TIMING_S", (0.05, 0.05))
+        patch.setattr("dvit_infer.tuning.final.TIMING_S", (0.05, 0.05))
         patch.setattr("dvit_infer.tuning.points.RATES", RATES)
         return dvit.tune(dense, images, 0.75, methods=["evit", "tome"], **CPU)
 
@@ -205,8 +208,25 @@ def test_an_interrupted_search_resumes(dense, images, tmp_path, monkeypatch):
     assert len(known) == 1
     result = dvit.tune(dense, images, 0.99, **options)
     assert not set(calls[2:]) & set(known)
-    assert not file.exists()
     assert {point.name for point in result.points} >= set(known)
+
+
+def test_few_engines_are_alive_at_once(dense, images, monkeypatch):
+    """Of all finalists, here of five families and those beside the fastest; one of a large model takes a gigabyte."""
+    engine, made, alive = Measure.engine, weakref.WeakSet(), []
+
+    def counted(self, name):
+        alive.append(len(made))
+        made.add(one := engine(self, name))
+        return one
+
+    monkeypatch.setattr(Measure, "engine", counted)
+    monkeypatch.setattr(Measure, "relative_time", lambda self, name: 1.0)
+    for module in ("search", "finalists"):  # whatever the times, all families are searched, and may hold the fastest
+        monkeypatch.setattr(f"dvit_infer.tuning.{module}.WINDOW", math.inf)
+    result = dvit.tune(dense, images, 0.5, methods=["evit", "tome"], **CPU)
+    assert len(alive) >= len(result.rows) - 1 >= FAMILIES > AT_ONCE
+    assert max(alive) < AT_ONCE
 
 
 @pytest.mark.parametrize("change", [{"target": 0.76}, {"metric": "cosine"}, {"methods": ["evit"]}, {"batch": 8}])
@@ -285,6 +305,7 @@ def test_a_model_without_classifier_is_tuned_by_its_features(tmp_path):
     result = dvit.tune(source, images, 0.5, methods=["evit"], **CPU)
     assert result.metric == "cosine"
     assert "score=pooled" in result.chosen.name
-    assert asdict(result.chosen)["settings"]["score"] == "pooled"
+    again = dvit.convert(source, **result.settings, device="cpu", backend="torch")
+    assert torch.equal(again.features(images), result.engine.features(images))
     with pytest.raises(InputError, match=r"metric: .* has no classifier, and so no classes; metric cosine fits it"):
         dvit.tune(source, images, metric="agreement", **CPU)
