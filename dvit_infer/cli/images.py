@@ -20,7 +20,14 @@ MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 
 def add_options(parser: Parser) -> None:
+    """Add the options of commands that read images: of the model, of batches, and of processes that decode."""
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
+    add_engine_options(parser)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
+
+
+def add_engine_options(parser: Parser) -> None:
+    """Add the options that say which engine runs and how its images are prepared."""
     add_model_options(parser, "device", "dtype", "calibrate", "backend", *REDUCTION, "image-size", "assume")
     parser.add_argument(
         "--classes", metavar="FILE", help="class names: one a line, a class and a name a line, or JSON (list or map)"
@@ -31,7 +38,6 @@ def add_options(parser: Parser) -> None:
         metavar="X",
         help="share of the shorter side that the crop keeps; default: the file's, else the family's",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
 
 
 def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Classifier, Preprocess, ClassMap | None]":
