@@ -1,6 +1,7 @@
 """dvit-serve: an HTTP server with dynamic batching."""
 
 import argparse
+import contextlib
 import functools
 import ipaddress
 import logging
@@ -110,13 +111,15 @@ def _work(options: argparse.Namespace, listener: "socket.socket", lifeline: "Lif
         logging.getLogger("dvit.serve").info("ready", extra={FIELDS: facts})
 
     metrics, models = Metrics(), {}
-    with json_logs(options.log_level):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(json_logs(options.log_level))
         for name, source in options.sources.items():
             own = argparse.Namespace(**{**vars(options), "model": source, "batch": options.max_batch, "workers": 0})
             engine, preprocess, classes = model_of(own, classifies=False)
             labels = engine.labels if classes is None else classes.labels
             models[name] = Model(name, source, engine, preprocess, labels, options.settings, ModelMeter(metrics, name))
             models[name].start()
+            stack.callback(models[name].batcher.close)
         serve(listener, models, options.settings, metrics, ready)
 
 

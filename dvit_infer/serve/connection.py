@@ -33,10 +33,9 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        before = self._timer
+        between = self.cycle is None or self.cycle.response_complete  # no body can be in these data, but after headers
         super().data_received(data)
-        goes_on = self._timer is not None and self._timer is before  # no headers ended or began in these data
-        self._unfinished = self._unfinished + len(data) if goes_on else 0
+        self._unfinished = self._unfinished + len(data) if between and self._timer is not None else 0
         if self._unfinished > MAX_HEADERS:
             self._refuse(431)
 

@@ -104,16 +104,12 @@ def serve(
     metrics: Metrics,
     ready: Callable[[Server], None] = lambda server: None,
 ) -> None:
-    """Serve models that have started until a signal; then close them.
+    """Serve models that have started, until a signal.
 
     Args:
         listener: of `listen`; it is closed.
         ready: called with the server just before it accepts connections.
     """
     server = Server(models, settings, metrics)
-    try:
-        ready(server)
-        server.run(sockets=[listener])
-    finally:
-        for model in models.values():
-            model.batcher.close()
+    ready(server)
+    server.run(sockets=[listener])
