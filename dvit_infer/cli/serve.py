@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import ipaddress
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from dvit_infer.serve.settings import Settings
     from dvit_infer.serve.workers import Lifeline
-
-_LEVELS = ("info", "warning", "error")
 
 
 def _parser() -> Parser:
@@ -62,7 +59,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-pixels", type=int, default=50_000_000, metavar="N", help="of an image file; default: %(default)s"
     )
-    parser.add_argument("--log-level", choices=_LEVELS, default="info", help="info: a line for each request")
+    parser.add_argument("--no-access-log", action="store_true", help="log what happens, but not each request")
     add_engine_options(parser)
     return parser
 
@@ -91,14 +88,14 @@ def _serve(options: argparse.Namespace) -> int:
         if options.workers == 1:
             _work(options, listener)
         else:
-            with json_logs(options.log_level):
+            with json_logs(not options.no_access_log):
                 supervise(options.workers, functools.partial(_work, options), listener)
     return 0
 
 
 def _work(options: argparse.Namespace, listener: "socket.socket", lifeline: "Lifeline | None" = None) -> None:
     """Load the models, and serve them in this process."""
-    from dvit_infer.serve.logs import FIELDS, json_logs
+    from dvit_infer.serve.logs import FIELDS, json_logs, log
     from dvit_infer.serve.metrics import Metrics, ModelMeter
     from dvit_infer.serve.model import Model
     from dvit_infer.serve.server import Server, serve
@@ -108,11 +105,11 @@ def _work(options: argparse.Namespace, listener: "socket.socket", lifeline: "Lif
             lifeline.ready(server.stop)
         host, port = listener.getsockname()[:2]
         facts = {"host": host, "port": port, "pid": os.getpid(), "models": {n: m.id for n, m in models.items()}}
-        logging.getLogger("dvit.serve").info("ready", extra={FIELDS: facts})
+        log.info("ready", extra={FIELDS: facts})
 
     metrics, models = Metrics(), {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(json_logs(options.log_level))
+        stack.enter_context(json_logs(not options.no_access_log))
         for name, source in options.sources.items():
             own = argparse.Namespace(**{**vars(options), "model": source, "batch": options.max_batch, "workers": 0})
             engine, preprocess, classes = model_of(own, classifies=False)

@@ -71,7 +71,8 @@ class Batcher:
 
     Args:
         run: takes (B, 3, H, W), B <= max_batch, and returns (B, K); called by the batcher's thread alone.
-        max_batch: the most images in a batch, and in a request.
+        max_batch: the most images in a request.
+        full: the images of a full batch, at most `max_batch`; a request with more is a batch of its own.
         max_delay_s: the longest that the first image waits for others while nothing runs.
         max_queue: the most images that may have a place and not be running.
         meter: is told of queue and batches.
@@ -82,13 +83,15 @@ class Batcher:
         self,
         run: Run,
         max_batch: int,
+        full: int,
         max_delay_s: float,
         max_queue: int,
         meter: Meter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_batch, self.clock = max_batch, clock
-        self._run, self._max_delay_s, self._max_queue, self._meter = run, max_delay_s, max_queue, meter
+        self._run, self._full, self._max_delay_s, self._max_queue = run, full, max_delay_s, max_queue
+        self._meter = meter
         self._queue: deque[Ticket] = deque()
         self._waiting = 0  # images that have a place
         self._seconds = 0.0  # for an image of the last batch
@@ -174,7 +177,7 @@ class Batcher:
         if not self._queue:
             return None
         head = self._queue[0]
-        if self._closing or sum(ticket.count for ticket in self._alike(head)) >= self.max_batch:
+        if self._closing or sum(ticket.count for ticket in self._alike(head)) >= self._full:
             return 0.0
         return max(0.0, head.since + self._max_delay_s - now)
 
@@ -186,9 +189,9 @@ class Batcher:
         self._drop(now)
         batch: list[Ticket] = []
         if self._queue:
-            room = self.max_batch
+            room = self._full
             for ticket in self._alike(self._queue[0]):
-                if ticket.count > room:
+                if ticket.count > room and batch:
                     break
                 room -= ticket.count
                 batch.append(ticket)

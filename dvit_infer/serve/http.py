@@ -25,7 +25,7 @@ from dvit_infer.images.decode import ImageFileError
 from dvit_infer.serve import inference_protocol as protocol
 from dvit_infer.serve.batcher import ExpiredError, FullError
 from dvit_infer.serve.bodies import Bodies
-from dvit_infer.serve.logs import FIELDS
+from dvit_infer.serve.logs import FIELDS, requests_log
 from dvit_infer.serve.metrics import Metrics
 from dvit_infer.serve.model import Model
 from dvit_infer.serve.settings import Settings
@@ -34,7 +34,6 @@ from dvit_infer.utils.threads import allowed_threads
 CLIENT_GONE = 499  # in logs and metrics alone; nginx's number for it
 _HEALTH = "/v2/health/"
 _ENDPOINTS = ("live", "ready", "infer", "predict", "metrics")  # labels of metrics; all else is "other"
-_log = logging.getLogger("dvit.serve")
 _Out = TypeVar("_Out")
 
 
@@ -252,7 +251,7 @@ class _Observed:
             path, model = scope["path"], state.get("model", "")
             endpoint = path.rpartition("/")[2]
             self._metrics.answered(endpoint if endpoint in _ENDPOINTS else "other", model, status, seconds)
-            if _log.isEnabledFor(logging.INFO):
+            if requests_log.isEnabledFor(logging.INFO):
                 fields = {
                     "method": scope["method"],
                     "path": path,
@@ -262,4 +261,4 @@ class _Observed:
                     "images": state.get("images", 0),
                     "client": (scope.get("client") or ("",))[0],
                 }
-                _log.info("request", extra={FIELDS: fields})
+                requests_log.info("request", extra={FIELDS: fields})

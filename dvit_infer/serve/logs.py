@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 FIELDS = "fields"  # of a record: a dict whose items stand in its line
+log = logging.getLogger("dvit.serve")
+requests_log = logging.getLogger("dvit.serve.requests")
 
 
 class _Json(logging.Formatter):
@@ -25,14 +27,15 @@ class _Json(logging.Formatter):
 
 
 @contextlib.contextmanager
-def json_logs(level: str) -> Iterator[None]:
-    """Send the logs of this process, warnings of Python included, to stderr as JSON, from a level on."""
+def json_logs(requests: bool) -> Iterator[None]:
+    """Send the logs of this process, warnings of Python included, to stderr as JSON, with or without each request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
     root = logging.getLogger()
     before = root.level
     root.addHandler(handler)
-    root.setLevel(level.upper())
+    root.setLevel(logging.INFO)
+    requests_log.setLevel(logging.INFO if requests else logging.WARNING)
     logging.captureWarnings(True)
     try:
         yield

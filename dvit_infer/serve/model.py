@@ -49,7 +49,11 @@ class Model:
         self.name, self.engine, self.preprocess, self.labels = name, engine, preprocess, labels
         self.id, self.width = model_id(engine, source, preprocess), 0
         self._max_pixels = settings.max_pixels
-        self.batcher = Batcher(self._run, settings.max_batch, settings.max_delay_ms / 1e3, settings.places, meter)
+        # The engine would split a larger batch; the first images would only wait for the others.
+        self._full = min(settings.max_batch, engine.micro_batch)
+        self.batcher = Batcher(
+            self._run, settings.max_batch, self._full, settings.max_delay_ms / 1e3, settings.places, meter
+        )
 
     def start(self) -> None:
         """Start the batcher, and return when the engine is warm.
@@ -87,8 +91,7 @@ class Model:
 
     def _warm_up(self) -> None:
         """Run the batch sizes that engines are prepared for one by one, up to the largest that runs at once."""
-        most = min(self.batcher.max_batch, self.engine.micro_batch)
-        sizes = [*(size for size in BUCKETS if size < most), most]
+        sizes = [*(size for size in BUCKETS if size < self._full), self._full]
         self.engine.warm_up(sizes, uint8=True)
         if self.engine.device.type != "cpu" and not self.engine.only_uint8:  # CPUs normalise before the graph
             self.engine.warm_up(sizes)

@@ -1,7 +1,6 @@
 """Several processes behind one port: a supervisor that starts them, replaces what is killed, and ends them."""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import shutil
@@ -15,14 +14,13 @@ from multiprocessing.connection import Connection, wait
 from prometheus_client import multiprocess
 
 from dvit_infer.errors import InputError, KernelError
-from dvit_infer.serve.logs import FIELDS
+from dvit_infer.serve.logs import FIELDS, log
 from dvit_infer.serve.metrics import SHARED
 from dvit_infer.serve.server import stops_call
 from dvit_infer.utils.memory import is_allocation_failure
 from dvit_infer.utils.threads import SETTINGS, allowed_threads
 
 MOST = 64
-_log = logging.getLogger("dvit.serve")
 _SPAWN = multiprocessing.get_context("spawn")  # runtimes with threads do not survive a fork
 _KILLED = "a worker process was killed while it started, perhaps out of memory; try fewer"
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # before a worker is started again that could not start
@@ -128,7 +126,7 @@ def _watch(workers: list[_Worker], start: Callable[[], _Worker], asked: int) -> 
             if not started:
                 raise InputError(error or f"workers: {_KILLED}")
             fields = {"pid": worker.process.pid, "exit": worker.process.exitcode, "error": error}
-            _log.error("a worker died; starting another", extra={FIELDS: fields})
+            log.error("a worker died; starting another", extra={FIELDS: fields})
             multiprocess.mark_process_dead(worker.process.pid)  # type: ignore[no-untyped-call]
             pause_s = _PAUSE_S if worker.is_ready else min(2 * pause_s, _LONGEST_PAUSE_S)
             if not worker.is_ready and wait([asked], pause_s):
@@ -136,7 +134,7 @@ def _watch(workers: list[_Worker], start: Callable[[], _Worker], asked: int) -> 
             workers[place] = start()
         if not started and all(worker.is_ready for worker in workers):
             started = True
-            _log.info("serving", extra={FIELDS: {"workers": len(workers)}})
+            log.info("serving", extra={FIELDS: {"workers": len(workers)}})
 
 
 def _end(workers: Sequence[_Worker], asked: int) -> None:

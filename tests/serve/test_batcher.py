@@ -42,7 +42,7 @@ def clock():
 
 @pytest.fixture
 def batcher(clock):
-    return Batcher(double, max_batch=4, max_delay_s=0.5, max_queue=8, meter=Meter(), clock=clock)
+    return Batcher(double, max_batch=4, full=4, max_delay_s=0.5, max_queue=8, meter=Meter(), clock=clock)
 
 
 @pytest.fixture
@@ -79,6 +79,14 @@ def test_batches_are_in_order_and_keep_requests_whole(batcher, queue, clock):
     assert batcher.take(clock.now) == [a, b]  # c does not fit, and d does not overtake it
     assert batcher.take(clock.now) == [c, d]
     assert batcher.take(clock.now) == []
+
+
+def test_a_request_larger_than_a_full_batch_runs_alone(clock):
+    batcher = Batcher(double, max_batch=4, full=2, max_delay_s=0.5, max_queue=8, meter=Meter(), clock=clock)
+    with batcher.place(3) as large, batcher.place(1) as a, batcher.place(1) as b, batcher.place(1) as c:
+        for ticket in (large, a, b, c):
+            batcher.submit(ticket, images(*range(ticket.count)))
+        assert [batcher.take(clock.now) for _ in range(3)] == [[large], [a, b], [c]]
 
 
 def test_dtypes_do_not_mix(batcher, queue, clock):
@@ -127,7 +135,7 @@ def test_the_thread_answers_each_request_with_its_own(clock):
         return double(batch)
 
     meter = Meter()
-    batcher = Batcher(run, max_batch=4, max_delay_s=0, max_queue=8, meter=meter)
+    batcher = Batcher(run, max_batch=4, full=4, max_delay_s=0, max_queue=8, meter=meter)
     warm = []
     batcher.start(lambda: warm.append(threading.current_thread().name))
     assert warm == ["batcher"]
@@ -148,7 +156,7 @@ def test_an_error_reaches_those_whose_batch_it_was(batcher):
             raise RuntimeError("no")
         return double(batch)
 
-    batcher = Batcher(run, max_batch=1, max_delay_s=0, max_queue=8, meter=Meter())
+    batcher = Batcher(run, max_batch=1, full=1, max_delay_s=0, max_queue=8, meter=Meter())
     batcher.start()
     with batcher.place(1) as a, batcher.place(1) as b:
         first, second = batcher.submit(a, images(1)), batcher.submit(b, images(2))
@@ -159,13 +167,13 @@ def test_an_error_reaches_those_whose_batch_it_was(batcher):
 
 
 def test_closing_runs_what_waits_and_hurrying_ends_the_wait():
-    batcher = Batcher(double, max_batch=4, max_delay_s=1e6, max_queue=8, meter=Meter())
+    batcher = Batcher(double, max_batch=4, full=4, max_delay_s=1e6, max_queue=8, meter=Meter())
     batcher.start()
     with batcher.place(1) as a:
         answer = batcher.submit(a, images(1))
         batcher.close()
         assert answer.result(0).tolist() == [[2, 2]]
-    batcher = Batcher(double, max_batch=4, max_delay_s=1e6, max_queue=8, meter=Meter())
+    batcher = Batcher(double, max_batch=4, full=4, max_delay_s=1e6, max_queue=8, meter=Meter())
     batcher.start()
     with batcher.place(1) as a:
         answer = batcher.submit(a, images(1))
@@ -178,6 +186,6 @@ def test_a_failed_warm_up_is_raised_at_the_start():
     def first():
         raise MemoryError("images")
 
-    batcher = Batcher(double, max_batch=4, max_delay_s=0, max_queue=8, meter=Meter())
+    batcher = Batcher(double, max_batch=4, full=4, max_delay_s=0, max_queue=8, meter=Meter())
     with pytest.raises(MemoryError, match="images"):
         batcher.start(first)

@@ -64,7 +64,12 @@ def test_the_size_of_an_image_is_limited(engine, checkpoint):
     [
         ("?model=other", {}, 404, "model: 'other' is not served; these are: tiny"),
         ("?timeout=soon", {}, 400, 'timeout: "soon"; a whole number of microseconds is expected'),
-        ("", {"Content-Type": "multipart/form-data; boundary=x"}, 415, "send the image file itself: curl --data-binary"),
+        (
+            "",
+            {"Content-Type": "multipart/form-data; boundary=x"},
+            415,
+            "send the image file itself: curl --data-binary",
+        ),
         ("", {"Content-Encoding": "gzip"}, 415, "Content-Encoding: compressed bodies are not read"),
     ],
 )
