@@ -121,15 +121,23 @@ def hey(url: str, post: Post, *options: str) -> float:
     return float(found[1])
 
 
-async def poisson(url: str, post: Post, per_s: float, seconds: float) -> list[float]:
-    """Send requests at random times; return the seconds from each one's time to its answer."""
-    chance, loop, times = random.Random(0), asyncio.get_running_loop(), []
+async def poisson(url: str, post: Post, per_s: float, seconds: float) -> tuple[list[float], int]:
+    """Send requests at random times.
+
+    Returns:
+        The seconds from each one's time to its answer, and the number of those that were refused (503).
+    """
+    chance, loop, times, refused = random.Random(0), asyncio.get_running_loop(), [], 0
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask(due: float) -> None:
+            nonlocal refused
             async with session.post(url + post.path, data=post.body, headers=post.headers) as answer:
                 await answer.read()
-                assert answer.status == 200, answer.status
+            if answer.status == 503:
+                refused += 1
+                return
+            answer.raise_for_status()
             times.append(loop.time() - due)
 
         asked, due, end = [], loop.time(), loop.time() + seconds
@@ -138,7 +146,7 @@ async def poisson(url: str, post: Post, per_s: float, seconds: float) -> list[fl
             await asyncio.sleep(due - loop.time())
             asked.append(asyncio.create_task(ask(due)))
         await asyncio.gather(*asked)
-    return times
+    return times, refused
 
 
 async def kill_one(served: Served, post: Post, seconds: float) -> dict[str, int]:
@@ -194,11 +202,11 @@ def latency(name: str, model: str, given: argparse.Namespace) -> Iterator[dict[s
     with server(model, "--no-access-log") as served:
         for post in posts(Path(model).stem, given.sizes[name]):
             most = hey(served.url, post, "-z", f"{given.seconds:g}s", "-c", f"{CLIENTS}")
-            times = asyncio.run(poisson(served.url, post, LOAD * most, 2 * given.seconds))
+            times, refused = asyncio.run(poisson(served.url, post, LOAD * most, 2 * given.seconds))
             p50, p99 = np.percentile(times, [50, 99]) * 1e3
             yield {
                 "what": f"latency, {post.kind}, {LOAD:.0%} of {most:.0f} images/s",
-                **{"requests": len(times), "p50_ms": float(p50), "p99_ms": float(p99)},
+                **{"answered": len(times), "refused": refused, "p50_ms": float(p50), "p99_ms": float(p99)},
             }
 
 

@@ -43,8 +43,8 @@ def application(models: Mapping[str, Model], settings: Settings, metrics: Metric
     model = "/v2/models/{model}"
     routes = [
         Route("/v2", server.metadata),
-        Route(f"{_HEALTH}live", server.healthy),
-        Route(f"{_HEALTH}ready", server.healthy),
+        Route(f"{_HEALTH}live", server.live),
+        Route(f"{_HEALTH}ready", server.ready),
         *(
             Route(f"{prefix}{path}", endpoint, methods=[method])
             for prefix in (model, f"{model}/versions/{{version}}")
@@ -82,8 +82,11 @@ class _Server:
         extensions = ["binary_tensor_data"]
         return JSONResponse({"name": "dvit-serve", "version": dvit_infer.__version__, "extensions": extensions})
 
-    async def healthy(self, request: Request) -> Response:
-        return JSONResponse({})  # models are warm before the first connection is accepted
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        return JSONResponse({"ready": True})  # models are warm before the first connection is accepted
 
     async def model_ready(self, request: Request) -> Response:
         return JSONResponse({"name": self._model(request).name, "ready": True})

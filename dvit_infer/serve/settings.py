@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dvit_infer.errors import InputError
+from dvit_infer.images.decode import MAX_PIXELS
 from dvit_infer.utils.bounds import check_bound
 
 
@@ -40,7 +41,7 @@ class Settings:
             ("timeout_s", 0.001, 86_400),
             ("body_timeout_s", 0.001, 86_400),
             ("max_body", 1, 1 << 34),
-            ("max_pixels", 1, 1 << 30),
+            ("max_pixels", 1, MAX_PIXELS),
         ):
             value = getattr(self, what)
             check_bound(what, value, most)

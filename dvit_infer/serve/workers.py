@@ -99,7 +99,7 @@ def supervise(count: int, work: Work, listener: socket.socket) -> None:
     asked, ask = os.pipe()  # readable once a signal has arrived
     workers: list[_Worker] = []
     try:
-        with stops_call(lambda: os.write(ask, b"\0")), _environment(count):
+        with stops_call(lambda: os.write(ask, b"\0")), worker_environment(count):
             try:
                 workers += [_Worker(work, listener) for _ in range(count)]
                 _watch(workers, lambda: _Worker(work, listener), asked)
@@ -151,7 +151,7 @@ def _end(workers: Sequence[_Worker], asked: int) -> None:
 
 
 @contextlib.contextmanager
-def _environment(count: int) -> Iterator[None]:
+def worker_environment(count: int) -> Iterator[None]:
     """Set what workers inherit: their share of the CPUs, and the folder of their metrics, which is removed."""
     folder = tempfile.mkdtemp(prefix="dvit-serve-")
     changed = {SHARED: folder}

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from commands import ENV, ROOT, TINY, fails
 from drawn import draw
-from served import HOST, ask, wait_for
+from served import HOST, ask, metric, wait_for
 
 from dvit_infer.cli import serve as command
 
@@ -48,6 +48,7 @@ def png(seed: int) -> bytes:
         (["m.pth", "--max-delay-ms", "nan"], r"--max-delay-ms: nan; 0 or more is expected"),
         (["m.pth", "--max-queue", "3"], r"--max-queue: 3; 64, a batch, to 1048576 are expected"),
         (["m.pth", "--timeout", "0"], r"--timeout: 0; 0\.001 or more is expected"),
+        (["m.pth", "--max-pixels", "1000000000"], r"--max-pixels: 1000000000 is over the bound"),
         (["m.pth", "--max-body", "1e9"], r"argument --max-body: invalid int value: '1e9'"),
         (["m.pth", "--token-file", "none"], r"--token-file: none: No such file or directory"),
         (["m.pth", "--token-file", os.devnull], r"--token-file: /dev/null: one line of at least 16 characters"),
@@ -185,6 +186,8 @@ def test_a_killed_worker_is_replaced_and_no_answer_is_lost(checkpoint, engine_li
             client.join()
         assert {status for _, status, _, _ in answers} == {200}
         assert {body.decode() for _, _, _, body in answers} == {engine_lines[seed] for seed in range(4)}
+        count = metric(port, 'dvit_requests_total{endpoint="predict",model="tiny",status="200"}')
+        assert count >= len(answers)  # of all processes, the dead one too
         assert len(broken) <= len(clients)  # at most the one request that each had in the killed process
         assert {line["pid"] for line in served.said("a worker died; starting another")} == {workers[0]["pid"]}
         served.process.kill()  # without a supervisor, workers end by themselves

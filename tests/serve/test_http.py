@@ -121,7 +121,7 @@ def test_a_full_queue_says_when_to_come_again(held):
 
 
 def test_a_deadline_ends_the_wait_and_its_image_does_not_run(held):
-    port, gated, pool, first = held
+    port, gated, _, first = held
     status, _, body = ask(port, "POST", "/predict?timeout=1000", png())
     assert (status, json.loads(body)) == (504, {"error": "timeout: the deadline passed before the images ran"})
     request = {"inputs": [tensor(ONE)], "parameters": {"timeout": 1000}}
@@ -133,7 +133,7 @@ def test_a_deadline_ends_the_wait_and_its_image_does_not_run(held):
 
 
 def test_the_work_of_a_client_that_went_away_does_not_run(held):
-    port, gated, pool, first = held
+    port, gated, _, first = held
     body = png()
     with socket.create_connection((HOST, port)) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
