@@ -80,6 +80,8 @@ def _serve(options: argparse.Namespace) -> int:
     options.sources, options.settings = named(options.models), _settings(options)
     if not 1 <= options.workers <= MOST:
         raise InputError(f"workers: {options.workers} processes cannot serve; 1 to {MOST} can")
+    if options.workers > 1 and os.name != "posix":
+        raise InputError(f"workers: {options.workers} processes cannot share a port on this system; 1 can serve")
     if not 0 <= options.port <= 65535:
         raise InputError(f"port: {options.port} is none; 0 to 65535 are expected")
     with listen(options.host, options.port) as listener:  # before models are loaded: a busy port is known at once

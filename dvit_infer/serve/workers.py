@@ -36,7 +36,8 @@ class Lifeline:
 
     def ready(self, stop: Callable[[], None]) -> None:
         """Report that the worker serves; `stop` is called, in a thread, if the supervisor ends without a word."""
-        self._pipe.send(None)
+        with contextlib.suppress(OSError):  # it has gone already
+            self._pipe.send(None)
 
         def watch() -> None:
             with contextlib.suppress(EOFError, OSError):
@@ -50,7 +51,12 @@ class _Worker:
     def __init__(self, work: Work, listener: socket.socket) -> None:
         self.pipe, other = _SPAWN.Pipe()
         self.process = _SPAWN.Process(target=_run, args=(work, listener, other), name="dvit-serve worker")
-        self.process.start()
+        # Ctrl-C and a hangup reach all processes of a terminal; the supervisor is the one that ends workers.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         other.close()
         self.is_ready = False
 
@@ -66,7 +72,6 @@ class _Worker:
 
 def _run(work: Work, listener: socket.socket, pipe: Connection) -> None:
     """Run a worker: what a new process calls."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the supervisor ends them
     try:
         work(listener, Lifeline(pipe))
     except (InputError, KernelError) as error:
@@ -131,6 +136,7 @@ def _watch(workers: list[_Worker], start: Callable[[], _Worker], asked: int) -> 
             pause_s = _PAUSE_S if worker.is_ready else min(2 * pause_s, _LONGEST_PAUSE_S)
             if not worker.is_ready and wait([asked], pause_s):
                 return
+            worker.pipe.close()
             workers[place] = start()
         if not started and all(worker.is_ready for worker in workers):
             started = True
