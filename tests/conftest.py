@@ -29,7 +29,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what 
 
 
 # Rooms whose tests are not about what runs an engine; those of the golden models are about that too, and the slow ones.
-ROOMS_OF_PYTORCH = ("cli", "evaluate", "graph", "images", "models", "ops", "reduction", "training", "tuning")
+ROOMS_OF_PYTORCH = ("cli", "evaluate", "graph", "images", "models", "ops", "reduction", "serve", "training", "tuning")
 GOLDEN = ("test_golden_vits.py", "test_golden_reductions.py")
 
 

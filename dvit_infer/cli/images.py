@@ -20,8 +20,17 @@ MOST_UNREADABLE = 0.01  # share of unreadable images up to which a run succeeds
 
 
 def add_options(parser: Parser, classes: bool = True) -> None:
-    """Add the options; `classes`: that for names of classes too."""
+    """Add the options of commands that read images: of the model, of batches, and of processes that decode.
+
+    `classes`: that for names of classes too.
+    """
     parser.add_argument("--batch", type=int, metavar="B", help="images at a time; default: 256 on CUDA, 16 on a CPU")
+    add_engine_options(parser, classes)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
+
+
+def add_engine_options(parser: Parser, classes: bool = True) -> None:
+    """Add the options that say which engine runs and how its images are prepared; `classes`: names of classes too."""
     add_model_options(parser, "device", "dtype", "calibrate", "backend", *REDUCTION, "image-size", "assume")
     names = "class names: one a line, a class and a name a line, or JSON (list or map)"
     if classes:
@@ -32,7 +41,6 @@ def add_options(parser: Parser, classes: bool = True) -> None:
         metavar="X",
         help="share of the shorter side that the crop keeps; default: the file's, else the family's",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that decode; default: one less than CPUs")
 
 
 def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Classifier, Preprocess, ClassMap | None]":

@@ -127,15 +127,29 @@ def _predictions(engine: Classifier, group: Sequence[Decoded], kept: bool) -> li
 
 
 def _classified(engine: Classifier, paths: Sequence[str], images: torch.Tensor, kept: bool) -> Iterator[Prediction]:
-    logits, chosen = engine(images, return_kept=True) if kept else (engine(images), [])
+    logits, chosen = engine(images, return_kept=True) if kept else (engine(images), None)
+    return predictions_of(logits, paths, engine.precision, chosen)
+
+
+def predictions_of(
+    logits: torch.Tensor, paths: Sequence[str], precision: str, kept: Sequence[torch.Tensor] | None = None
+) -> Iterator[Prediction]:
+    """Yield the prediction for each image from a model's output.
+
+    Args:
+        logits: (B, K) on any device.
+        paths: the names of the B images.
+        precision: the engine's, named if an output is NaN or Inf.
+        kept: as the engine returns them, one tensor a stage; None: not requested.
+    """
     finite = torch.isfinite(logits).all(dim=1).tolist()
     logits = as_classes(logits.cpu())
     best = logits.softmax(dim=1).topk(min(TOP, logits.shape[1]))
-    stages = [stage.tolist() for stage in chosen]
+    stages = None if kept is None else [stage.tolist() for stage in kept]
     predictions = zip(paths, finite, best.indices.tolist(), best.values.tolist(), strict=True)
     for row, (path, is_finite, classes, probabilities) in enumerate(predictions):
         if not is_finite:
-            yield Prediction(path, error=f"the model's output in {engine.precision} is NaN or Inf")
+            yield Prediction(path, error=f"the model's output in {precision} is NaN or Inf")
             continue
         top = tuple((index, round(share, 6)) for index, share in zip(classes, probabilities, strict=True))
-        yield Prediction(path, top, tuple(tuple(stage[row]) for stage in stages) if kept else None)
+        yield Prediction(path, top, None if stages is None else tuple(tuple(stage[row]) for stage in stages))

@@ -83,17 +83,17 @@ def open_image(path: str | Path) -> Image.Image:
     return _read(path, opened)
 
 
-def open_bytes(path: str | Path, content: bytes) -> Image.Image:
-    """Read an image from its bytes, like `open_image`; errors name `path`."""
-    return _read(path, lambda: io.BytesIO(content))
+def open_bytes(path: str | Path, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image from its bytes, like `open_image`; errors name `path`, and `max_pixels` may be a lower limit."""
+    return _read(path, lambda: io.BytesIO(content), min(max_pixels, MAX_PIXELS))
 
 
-def _read(path: str | Path, opened: Callable[[], IO[bytes]]) -> Image.Image:
+def _read(path: str | Path, opened: Callable[[], IO[bytes]], max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with opened() as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about decompression bombs, which are refused, and harmless damage
             try:
-                return _decoded(path, file)
+                return _decoded(path, file, max_pixels)
             except UnidentifiedImageError:
                 raise ImageFileError(path, _unidentified(file)) from None
     except UnclearSamplesError as error:
@@ -106,11 +106,11 @@ def _read(path: str | Path, opened: Callable[[], IO[bytes]]) -> Image.Image:
         raise ImageFileError(path, said) from None
 
 
-def _decoded(path: str | Path, file: IO[bytes]) -> Image.Image:
+def _decoded(path: str | Path, file: IO[bytes], max_pixels: int) -> Image.Image:
     with Image.open(file, formats=_formats()) as image:
         width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise ImageFileError(path, _too_large(f"{width}x{height}"))
+        if width * height > max_pixels or max(width, height) > MAX_SIDE:
+            raise ImageFileError(path, _too_large(f"{width}x{height}", max_pixels))
         check_bands(image)
         white, deep = stated_white(image), is_deep(image)
         image.load()
@@ -148,8 +148,8 @@ def _needs(kind: str, plugin: str, package: str) -> str:
     return f"damaged {kind}" if plugin in _formats() else f"is {kind}; to read it, run pip install {package}"
 
 
-def _too_large(size: str) -> str:
-    return f"{size} is a decompression bomb: at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side are read"
+def _too_large(size: str, max_pixels: int = MAX_PIXELS) -> str:
+    return f"{size} is a decompression bomb: at most {max_pixels:,} pixels and {MAX_SIDE:,} a side are read"
 
 
 def _rgb(image: Image.Image, white: int | None) -> Image.Image:

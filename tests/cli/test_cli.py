@@ -160,7 +160,14 @@ def test_what_a_file_says_is_printed_as_it_is(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["dvit_infer.cli.convert", "dvit_infer.cli.bench", "dvit_infer.cli.train", "dvit_infer.cli.tune"]
+    "module",
+    [
+        "dvit_infer.cli.convert",
+        "dvit_infer.cli.bench",
+        "dvit_infer.cli.train",
+        "dvit_infer.cli.tune",
+        "dvit_infer.cli.serve",
+    ],
 )
 def test_help_loads_no_torch(module):
     code = f"import sys, {module} as m\ntry: m.main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
