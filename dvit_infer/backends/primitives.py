@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.arithmetic import activate, signal_of
+from dvit_infer.backends.arithmetic import signal_of
 from dvit_infer.backends.state import State
 from dvit_infer.graph.nodes import Attention, Branch, NormNode
 from dvit_infer.graph.reductions import Prune
+from dvit_infer.ops.activations import activate
 from dvit_infer.ops.attention import attention_ref
 from dvit_infer.ops.merge_tokens import merge_tokens_ref
 from dvit_infer.reduction.tome import Merge

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.arithmetic import activate, places_of, rotate_patches, weighted_mean
+from dvit_infer.backends.arithmetic import places_of, rotate_patches, weighted_mean
 from dvit_infer.backends.precision import as_asked
 from dvit_infer.backends.primitives import Primitives
 from dvit_infer.backends.state import Hook, State
@@ -15,6 +15,7 @@ from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Embed
 from dvit_infer.graph.reductions import Prune
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
+from dvit_infer.ops.activations import activate
 from dvit_infer.ops.merge_tokens import average_rows_ref, match_tokens_ref
 from dvit_infer.reduction.predictor import PredictorPrune
 from dvit_infer.reduction.tome import Merge

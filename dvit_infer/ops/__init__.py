@@ -15,6 +15,7 @@ from dvit_infer.ops import (
     merge_tokens,
     patch_embedding,
     prune_tokens,
+    rotary_attention,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "merge_tokens",
     "patch_embedding",
     "prune_tokens",
+    "rotary_attention",
 ]

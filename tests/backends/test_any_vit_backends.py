@@ -8,12 +8,12 @@ from any_vit import DROPPING, KINDS, agrees, tiny
 from kernel_helpers import needs_loops
 
 import dvit_infer as dvit
-from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.cpu import CpuRunner, Linear
 from dvit_infer.backends.kernel_check import _name
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.graph import Graph, fold
+from dvit_infer.ops.activations import activate
 from dvit_infer.ops.choices import Choices, using
 
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
