@@ -50,7 +50,8 @@ def linear_ref(
 
     Args:
         x: (..., C) in float32, float16 or bfloat16, any strides.
-        weight: (K, C), gated (2K, C), in x's dtype. If x is normalised, the gain is folded into it and the shift into `bias`.
+        weight: (K, C), gated (2K, C), in x's dtype. If x is normalised, the gain is folded into it and the shift into
+            `bias`.
         bias: (K,), gated (2K,), in any floating-point dtype.
         residual: (..., K), of x's leading sizes, any strides.
         weight_sum: as the bias, float32, row sums of `weight` as stored (`row_sums`). Given: x is normalised first.
@@ -73,7 +74,9 @@ def linear_ref(
     if weight_sum is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=eps)
     bias = None if bias is None else bias.to(x.dtype)
-    if activation == "gelu_tanh" and not gated and bias is not None and x.is_cuda:  # cuBLAS fuses this form with its product
+    if (
+        activation == "gelu_tanh" and not gated and bias is not None and x.is_cuda
+    ):  # cuBLAS fuses this form with its product
         flat = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
         y = flat.view(*x.shape[:-1], -1)
     else:
@@ -152,9 +155,11 @@ def choose(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim
     return choices_for(device).of("linear", dtype, rows, **kind)
 
 
-def free_stats_block(device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int) -> int:
+def free_stats_block(
+    device: torch.device, dtype: torch.dtype, rows: int, dim_in: int, dim_out: int, norm: bool = False
+) -> int:
     """Return the `stats_block` that is free for a linear with a residual: its tile's columns, or 0 if there is none."""
-    choice = choose(device, dtype, rows, dim_in, dim_out, does_what(norm=False, residual=True, activation="none"))
+    choice = choose(device, dtype, rows, dim_in, dim_out, does_what(norm, residual=True, activation="none"))
     if choice.by == "pytorch":
         return 0
     if choice.tile is not None:

@@ -63,7 +63,7 @@ def rotary_attention_ref(
             first, second = y.chunk(2, dim=-1)
             y = y * c + torch.cat([-second, first], dim=-1) * s
         changed.append(y.to(x.dtype))
-    return attention_ref(*changed, v, scale, bias)
+    return attention_ref(changed[0], changed[1], v, scale, bias)
 
 
 def _places(x: torch.Tensor, num_prefix: int, positions: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -115,7 +115,9 @@ def _checked(*arguments: Any, **named: Any) -> _Call:
             if table.ndim < 2 or not leading or table.shape[-1] != head_dim or table.dtype != torch.float32:
                 raise ValueError(f"rotary_attention: {name} is {_found(table)}; {shape} is expected")
         if head_dim % 2 or sin.shape != cos.shape:
-            raise ValueError(f"rotary_attention: sin is {_found(sin)}, cos {_found(cos)}; one even head size is expected")
+            raise ValueError(
+                f"rotary_attention: sin is {_found(sin)}, cos {_found(cos)}; one even head size is expected"
+            )
     if not 0 <= num_prefix <= n:
         raise ValueError(f"rotary_attention: num_prefix is {num_prefix}; 0 to {n} is expected")
     if positions is not None and (positions.dtype != torch.int64 or positions.shape != (b, n - num_prefix)):

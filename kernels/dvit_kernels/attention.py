@@ -178,7 +178,9 @@ def launch_attention(
     images = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     queries, keys = (max_tokens, max_tokens) if ragged else (q.shape[1], k.shape[1])
     heads, head_dim = q.shape[-2:]
-    tile = tile or default_tile(queries, keys, head_dim, q.dtype, pair_bias is not None, signal is not None, compared is not None)
+    tile = tile or default_tile(
+        queries, keys, head_dim, q.dtype, pair_bias is not None, signal is not None, compared is not None
+    )
     out = q.new_empty(q.shape)
     q, k, v = (_addressable(x, max_tokens if ragged else x.shape[1]) for x in (q, k, v))
     strides = [stride for x in (q, k, v, out) for stride in _strides(x)]

@@ -52,7 +52,8 @@ def load_heads(
 ):
     """Load rows of a head, zeros past the end: one tile, or those of its halves if they are normalised or rotated.
 
-    Sines and cosines are there twice, half a head apart; the first ones are read. Tokens whose place is not in the tables, such as prefix tokens, are not rotated.
+    Sines and cosines are there twice, half a head apart; the first ones are read. Tokens whose place is not in the
+    tables, such as prefix tokens, are not rotated.
     """
     sin_ptr, cos_ptr, positions_ptr = tables
     if norm_ptr is None and sin_ptr is None:

@@ -142,7 +142,9 @@ def _attention_online_kernel(
     stride_kn *= UNIT
     stride_vn *= UNIT
     if not SLICE:
-        q = load_heads(q_ptr, row, n_queries, stride_qn, norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+        q = load_heads(
+            q_ptr, row, n_queries, stride_qn, norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -152,7 +154,9 @@ def _attention_online_kernel(
         if SLICE:
             s = _sliced_scores(q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, HEAD, SLICE)
         else:
-            k = load_heads(k_ptr, key, whole, stride_kn, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+            k = load_heads(
+                k_ptr, key, whole, stride_kn, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+            )
             s = scores_of(q, k)
         if biased:
             s = mask_scores(s, bias_ptr, pair_rows, key, whole, factor, LOG_BIAS)
@@ -163,7 +167,9 @@ def _attention_online_kernel(
         if SLICE:
             s = _sliced_scores(q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, HEAD, SLICE)
         else:
-            k = load_heads(k_ptr, key, n_keys, stride_kn, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+            k = load_heads(
+                k_ptr, key, n_keys, stride_kn, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+            )
             s = scores_of(q, k)
         v = load_rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
         s = mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor, LOG_BIAS)

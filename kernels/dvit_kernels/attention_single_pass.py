@@ -113,13 +113,19 @@ def _attention_kernel(
     # All loads are issued before the first product waits for any of them.
     dim = tl.arange(0, BLOCK_D)
     key_a = tl.arange(0, CHUNK_A)
-    k_a = load_heads(k_ptr, key_a, n_keys, stride_kn * UNIT, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+    k_a = load_heads(
+        k_ptr, key_a, n_keys, stride_kn * UNIT, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+    )
     if CHUNK_B:
         key_b = CHUNK_A + tl.arange(0, CHUNK_B)
-        k_b = load_heads(k_ptr, key_b, n_keys, stride_kn * UNIT, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+        k_b = load_heads(
+            k_ptr, key_b, n_keys, stride_kn * UNIT, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+        )
     if CHUNK_C:
         key_c = CHUNK_A + CHUNK_B + tl.arange(0, CHUNK_C)
-        k_c = load_heads(k_ptr, key_c, n_keys, stride_kn * UNIT, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+        k_c = load_heads(
+            k_ptr, key_c, n_keys, stride_kn * UNIT, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+        )
     v_a = load_rows(v_ptr, key_a, n_keys, stride_vn * UNIT, dim, HEAD)
     if CHUNK_B:
         v_b = load_rows(v_ptr, key_b, n_keys, stride_vn * UNIT, dim, HEAD)
@@ -128,7 +134,9 @@ def _attention_kernel(
 
     for start in range(tile * BLOCK_M, n_queries, programs * BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q = load_heads(q_ptr, row, n_queries, stride_qn * UNIT, norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX)
+        q = load_heads(
+            q_ptr, row, n_queries, stride_qn * UNIT, norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+        )
         pair_rows = pair_rows_of(pair_ptr, row, n_queries, stride_pm)
         s_a = scores_of(q, k_a)
         s_a = mask_scores(s_a, bias_ptr, pair_rows, key_a, n_keys, factor, LOG_BIAS)

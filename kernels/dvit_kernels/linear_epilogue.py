@@ -2,8 +2,8 @@
 
 * LayerNorm before the layer, its gain and shift folded into weight and bias, is a rank-1 correction of the product:
   LN(x) w^T = rstd * (x w^T - mean * rowsum(w)). This is exact up to rounding if the row sums are those of w as stored.
-* A gated linear computes gate and factor, activation(gate) * factor, in one product: columns of a tile alternate between
-  the two halves of w, so that a thread holds both and nothing moves between threads.
+* A gated linear, activation(gate) * factor, takes one product: columns of a tile alternate between the two halves of w,
+  so that a thread holds both and nothing moves between threads.
 * Statistics for the next LayerNorm are stored beside the result: mean and sum of squared deviations of every block of
   columns, which combine without cancellation (Chan et al. 1983).
 """
@@ -125,25 +125,25 @@ def finish(
         if bias is None:
             bias = load_columns(bias_ptr, w_row, there)
         acc += bias[None, :]
-    WIDTH: tl.constexpr = DIM_OUT // 2 if GATED else DIM_OUT  # columns of the result
-    BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    width: tl.constexpr = DIM_OUT // 2 if GATED else DIM_OUT  # columns of the result
+    block: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     if GATED:
-        gate, factor = tl.split(tl.reshape(acc, (acc.shape[0], BLOCK, 2)))
+        gate, factor = tl.split(tl.reshape(acc, (acc.shape[0], block, 2)))
         acc = activate(gate, ACTIVATION) * factor
-        col, there = columns(block_n, WIDTH, BLOCK)
+        col, there = columns(block_n, width, block)
     else:
         acc = activate(acc, ACTIVATION)
     mask = live[:, None] & there[None, :]
     if residual_ptr is not None:
         if residual is None:
-            residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, WIDTH)
+            residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, width)
         acc += residual
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (row.to(tl.int64) * WIDTH)[:, None] + col[None, :], y, mask=mask)
-    if y_stats_ptr is not None:  # BLOCK divides WIDTH
+    tl.store(y_ptr + (row.to(tl.int64) * width)[:, None] + col[None, :], y, mask=mask)
+    if y_stats_ptr is not None:  # block divides width
         y = y.to(tl.float32)  # statistics of the rounded values that the next launch reads
-        part_mean = tl.sum(y, axis=1) / BLOCK
+        part_mean = tl.sum(y, axis=1) / block
         deviation = y - part_mean[:, None]
-        at = y_stats_ptr + (row.to(tl.int64) * (WIDTH // BLOCK) + block_n) * 2
+        at = y_stats_ptr + (row.to(tl.int64) * (width // block) + block_n) * 2
         tl.store(at, part_mean, mask=live)
         tl.store(at + 1, tl.sum(deviation * deviation, axis=1), mask=live)
