@@ -250,12 +250,20 @@ class TorchRunner(Primitives):
         y = self.pooled_linear(node, "proj", self.mix(q, k, v, node.scale).flatten(2))
         hidden = self.norm_rows(y, w["mlp_norm.weight"], w["mlp_norm.bias"], node.eps)
         hidden = self.pooled_linear(node, "fc1", hidden, node.act)
-        y = y + self.pooled_linear(node, "fc2", hidden)
+        y = self.pooled_linear(node, "fc2", hidden, residual=y)
         state.x = self.after_pooling(node, y[:, 0].float())
 
-    def pooled_linear(self, node: MapPool, name: str, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
-        """Return activation(x w^T + b) for one row (B, 1, C) of each image."""
-        return activate(F.linear(x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"]), activation)
+    def pooled_linear(
+        self,
+        node: MapPool,
+        name: str,
+        x: torch.Tensor,
+        activation: str = "none",
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return residual + activation(x w^T + b) for one row (B, 1, C) of each image."""
+        y = activate(F.linear(x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"]), activation)
+        return y if residual is None else residual + y
 
     def after_pooling(self, node: Pool, y: torch.Tensor) -> torch.Tensor:
         """Apply what follows pooling to rows (B, C) in float32, and return them in float32."""

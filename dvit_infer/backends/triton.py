@@ -49,8 +49,8 @@ class TritonRunner(TorchRunner):
         super().__init__(graph)
         self._graph = graph
         for node in graph.nodes:
-            has_norm = isinstance(node, NormNode) and "norm.weight" in node.weights
-            if has_norm or node.weights.keys() & {"gamma", "inner_norm.weight"} or getattr(node, "residual_scale", 1.0) != 1.0:
+            names = {"norm.weight", "inner_norm.weight", "gamma"} if isinstance(node, NormNode) else set()
+            if names & node.weights.keys() or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
         self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
         self.forms_of = {"gelu": CHEAPEST_GELU[self.dtype]}
@@ -163,8 +163,17 @@ class TritonRunner(TorchRunner):
     ) -> torch.Tensor:
         return linear(x, weight, bias, activation=activation)[0]
 
-    def pooled_linear(self, node: MapPool, name: str, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
-        return self.linear(name, x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"], activation)
+    def pooled_linear(
+        self,
+        node: MapPool,
+        name: str,
+        x: torch.Tensor,
+        activation: str = "none",
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return linear(x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"], residual, activation=activation)[
+            0
+        ]
 
     def inner_norm(self, node: Branch, y: torch.Tensor) -> torch.Tensor:
         return y  # the linear behind it normalises
