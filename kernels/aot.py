@@ -73,8 +73,9 @@ def name(launch: Launch) -> str:
     tensors = (v.base if isinstance(v, TensorDescriptor) else v for v in given.values())
     matrices = [v for v in tensors if isinstance(v, torch.Tensor) and v.ndim > 1]
     dtypes = sorted({NAMES[v.dtype] for v in matrices if v.dtype not in (torch.int64, torch.float32)} or {"fp32"})
-    # A pair bias and a signal are labelled where they are present, by PAIR_UNIT and LEAVES.
-    labelled = ("pair_ptr", "signal_ptr")
+    # A pair bias, a signal and a rotation are labelled where they are present, by PAIR_UNIT, LEAVES and NUM_PREFIX.
+    present = ("norm_ptr", "positions_ptr")
+    labelled = ("pair_ptr", "signal_ptr", "sin_ptr", "cos_ptr", *present)
     pointers = (p.name for p in launch.kernel.params if p.name.endswith("_ptr") and p.name not in labelled)
     without = [f"no-{name.removesuffix('_ptr')}" for name in pointers if given[name] is None]
     linear = "residual_tokens" in given  # whose strides may be None, for adjacent rows
@@ -83,7 +84,8 @@ def name(launch: Launch) -> str:
     ]
     constants = [p.name for p in launch.kernel.params if p.is_constexpr and p.name != "PDL"]
     values = [f"{c}={given[c]}" for c in constants if given[c] is not None] + ["PDL"] * bool(given["PDL"])
-    words = [launch.kernel.__name__, *dtypes, *without, *strides, *values]
+    extra = [name.removesuffix("_ptr") for name in present if given.get(name) is not None]
+    words = [launch.kernel.__name__, *dtypes, *without, *extra, *strides, *values]
     words += [f"warps={launch.num_warps}", f"stages={launch.num_stages}"]
     return " ".join([*words, f"maxnreg={launch.maxnreg}"] if launch.maxnreg else words)
 

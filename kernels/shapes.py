@@ -4,7 +4,7 @@ import functools
 
 import torch
 from dvit_kernels.activations import CHEAPEST_GELU
-from dvit_kernels.attention import launch_attention, launch_attention_with_signal
+from dvit_kernels.attention import Compared, launch_attention, launch_attention_with_signal
 from dvit_kernels.attention_signals import SIGNALS
 from dvit_kernels.keep_tokens import launch_keep_tokens
 from dvit_kernels.launch import Launch, collecting, programmatic_launches
@@ -122,6 +122,35 @@ def linear(rows: int, c: int, hidden: int, dtype: torch.dtype) -> None:
     added(hidden)
 
 
+def gated(rows: int, c: int, hidden: int, activation: str, dtype: torch.dtype) -> None:
+    """Launch both linears of a gated MLP: DINOv2, DINOv3 and EVA02, whose fc2 normalises its input."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    block = default_stats_block(rows, c, dtype)
+    given = empty(2 * hidden, c), empty(2 * hidden), None, empty(2 * hidden, dtype=torch.float32)
+    for stats in (empty(rows, c // block, 2, dtype=torch.float32), None):
+        launch_linear(empty(rows, c), *given, stats, 1e-6, activation, gated=True)
+    given = empty(c, hidden), empty(c), empty(rows, c), empty(c, dtype=torch.float32)
+    stats = empty(rows, 1, 2, dtype=torch.float32) if rows > 1024 else None
+    launch_linear(empty(rows, hidden), *given, stats, 1e-6, stats_block=block)
+
+
+def activations() -> None:
+    """Launch fc1 of CLIP (SiLU, after folding) and So400m, and the MLP of attention pooling, one row an image."""
+    for rows, c, hidden, activation in ((256 * 197, 768, 3072, "silu"), (256 * 196, 1152, 4304, "gelu_tanh")):
+        x, weight = (torch.empty(n, c, dtype=torch.bfloat16, device="meta") for n in (rows, hidden))
+        sums, stats = torch.empty(hidden, device="meta"), torch.empty(rows, c // 128, 2, device="meta")
+        launch_linear(x, weight, weight[:, 0], None, sums, stats, 1e-6, activation)
+    for activation in ("gelu_tanh", "quick_gelu"):
+        launch_linear(
+            *(torch.empty(n, 1152, dtype=torch.bfloat16, device="meta") for n in (256, 4304)),
+            None,
+            activation=activation,
+        )
+
+
 def linear_tma(rows: int, c: int, hidden: int) -> None:
     """Launch the linears of a block by TMA, for each variant of its kernel, in tiles that fit in registers."""
 
@@ -215,6 +244,26 @@ def attention() -> None:
     launch_attention(*qkv.flatten(0, 1).unbind(1), 0.125, None, ends, 197)
 
 
+def rotary_attention() -> None:
+    """Launch rotated heads (DINOv3, EVA02), with positions after tokens were dropped; normalised ones; class tokens."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    empty = functools.partial(torch.empty, device="meta")
+    half = [(201, 201, 64, bf16), (577, 577, 64, bf16), (201, 201, 64, f16), (1, 201, 64, bf16)]
+    others = [*((261, 261, d, bf16) for d in (72, 80, 128)), *((201, 201, d, f32) for d in (64, 128))]
+    for m, n, head_dim, dtype in (*half, *others):
+        q, k, v = empty(256, n, 3, 6, head_dim, dtype=dtype).unbind(2)
+        table, norms = empty(n - 5, head_dim), empty(2, 2, head_dim)
+        turns, positions = Compared(table, table, None, 5), empty(256, n - 5, dtype=torch.int64)
+        launch_attention(q[:, :m], k, v, 0.125, compared=turns)
+        launch_attention(q[:, :m], k, v, 0.125, compared=turns._replace(norms=norms))
+        launch_attention(q[:, :m], k, v, 0.125, compared=Compared(norms=norms))
+        if n < 577:
+            launch_attention(q[:, :m], k, v, 0.125, compared=turns._replace(positions=positions))
+        if head_dim == 64:
+            by_head = Compared(empty(6, n - 5, 64), empty(6, n - 5, 64), None, 5)
+            launch_attention(q[:, :m], k, v, 0.125, empty(256, n), compared=by_head)  # merged tokens' sizes
+
+
 def attention_with_signals() -> None:
     """Launch attention that leaves a signal: DeiT-S and ViT-B at 224 and 384 pixels, and after reduction."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
@@ -248,6 +297,13 @@ def launches() -> list[Launch]:
             linear(256 * 197, c, ratio * c, torch.bfloat16)
         linear(256 * 197, 384, 1536, torch.float16)
         linear(256 * 197, 384, 1536, torch.float32)
+        for batch in (1, 256):
+            gated(batch * 201, 384, 1536, "silu", torch.bfloat16)
+        gated(256 * 257, 1536, 4096, "silu", torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            gated(256 * 197, 768, 2048, "silu", dtype)
+        gated(256 * 197, 768, 2048, CHEAPEST_GELU[torch.bfloat16], torch.bfloat16)
+        activations()
         linear_tma(256 * 197, 384, 1536)
         candidates()
         class_row(256, 384, torch.bfloat16)
@@ -255,6 +311,7 @@ def launches() -> list[Launch]:
         apart(256, 384, torch.bfloat16)
         patch_embedding()
         attention()
+        rotary_attention()
         attention_with_signals()
         for batch, c in ((1, 384), (1, 512), (256, 384), (256, 512)):
             routing(batch, c, torch.bfloat16)
@@ -272,4 +329,5 @@ def launches() -> list[Launch]:
             routing(1, 384, torch.bfloat16)
             qkv = torch.empty(1, 197, 3, 6, 64, dtype=torch.bfloat16, device="meta")
             launch_attention(*qkv.unbind(2), 0.125)
+            gated(201, 384, 1536, "silu", torch.bfloat16)
     return found

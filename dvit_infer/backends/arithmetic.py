@@ -1,27 +1,10 @@
-"""Arithmetic of node kinds that every backend does in PyTorch: activations, and where tokens are."""
+"""Arithmetic of node kinds that every backend does in PyTorch: where tokens are, and what attention leaves."""
 
 import torch
 from torch.nn import functional as F
 
 from dvit_infer.graph.nodes import PLACES, Attention
 from dvit_infer.ops.attention_signal import class_attention_ref, mean_keys_ref
-
-
-def activate(y: torch.Tensor, act: str) -> torch.Tensor:
-    """Apply an activation by its name in `Mlp.act`, or 'none'.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    if act == "none":
-        return y
-    if act == "quick_gelu":
-        return y * torch.sigmoid(1.702 * y)
-    if act == "silu":
-        return F.silu(y)
-    if act not in ("gelu", "gelu_tanh"):
-        raise ValueError(f"activation: {act!r} is not known")
-    return F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def places_of(node: Attention, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:

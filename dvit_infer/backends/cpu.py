@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Branch, Node
 from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops import prune_tokens as op
+from dvit_infer.ops.activations import activate
 from dvit_infer.reduction.predictor import PredictorPrune
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images

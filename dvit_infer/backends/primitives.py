@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.arithmetic import activate, signal_of
+from dvit_infer.backends.arithmetic import signal_of
 from dvit_infer.backends.state import State
 from dvit_infer.graph.nodes import Attention, Branch, NormNode
 from dvit_infer.graph.reductions import Prune
+from dvit_infer.ops.activations import activate
 from dvit_infer.ops.attention import attention_ref
 from dvit_infer.ops.merge_tokens import merge_tokens_ref
 from dvit_infer.reduction.tome import Merge
@@ -38,6 +39,7 @@ class Primitives:
         stats: torch.Tensor | None = None,
         activation: str = "none",
         out_dtype: torch.dtype | None = None,
+        gated: bool = False,
     ) -> torch.Tensor:
         """Return activation(LayerNorm(x) w^T + b) for the node's linear `name`; valid until the second one after it.
 
@@ -47,10 +49,16 @@ class Primitives:
             stats: statistics of x's rows, as `linear_add` may have left them; for all rows only.
             activation: 'none', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu', or a form of `forms_of`.
             out_dtype: the dtype of the result; None: x's.
+            gated: whether the linear gives gate and factor side by side: activation(gate) * factor is returned.
         """
         w = node.weights
         x = F.layer_norm(x, x.shape[-1:], w.get("norm.weight"), w.get("norm.bias"), node.eps)
-        y = self.linear(name, x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias"), activation)
+        linear = x[:, rows], w[f"{name}.weight"], w.get(f"{name}.bias")
+        if gated:
+            gate, factor = self.linear(name, *linear).chunk(2, dim=-1)
+            y = activate(gate, activation) * factor
+        else:
+            y = self.linear(name, *linear, activation)
         return y if out_dtype is None else y.to(out_dtype)
 
     def norm_rows(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from dvit_infer.backends.arithmetic import activate, places_of, rotate_patches, weighted_mean
+from dvit_infer.backends.arithmetic import places_of, rotate_patches, weighted_mean
 from dvit_infer.backends.precision import as_asked
 from dvit_infer.backends.primitives import Primitives
 from dvit_infer.backends.state import Hook, State
@@ -16,6 +16,7 @@ from dvit_infer.graph.reductions import Prune
 from dvit_infer.graph.tokens import note_last
 from dvit_infer.images.tensors import prepare
 from dvit_infer.ops import prune_tokens as op
+from dvit_infer.ops.activations import activate
 from dvit_infer.ops.merge_tokens import average_rows_ref, match_tokens_ref
 from dvit_infer.reduction.predictor import PredictorPrune
 from dvit_infer.reduction.tome import Merge
@@ -172,14 +173,20 @@ class TorchRunner(Primitives):
             k, v = self.norm_linear(node, "kv", x, stats=state.stats).view(b, n, 2, heads, -1).unbind(2)
             state.x = x[:, : node.rows]
             q = self.norm_linear(node, "q", x, slice(node.rows)).view(b, node.rows, heads, -1)
+        y, state.signal = self.attend_by_places(q, k, v, node, state)
+        self.linear_add(node, "proj", self.inner_norm(node, y.flatten(2)), state)
+
+    def attend_by_places(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, node: Attention, state: State
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what `attend` does, of queries and keys that are first normalised and rotated as the node says."""
         if node.has_qk_norm:
             q, k = self.head_norm(node, "q_norm", q), self.head_norm(node, "k_norm", k)
         places = places_of(node, state.positions)
         if "sin" in places:
             q, k = (rotate_patches(part, node, places["sin"], places["cos"]) for part in (q, k))
         sizes = state.sizes if node.adds_sizes else None
-        y, state.signal = self.attend(q, k, v, node, sizes, places.get("pair_bias"))
-        self.linear_add(node, "proj", self.inner_norm(node, y.flatten(2)), state)
+        return self.attend(q, k, v, node, sizes, places.get("pair_bias"))
 
     def head_norm(self, node: Attention, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return queries or keys (B, tokens, heads, head size), normalised for each head."""
@@ -192,12 +199,8 @@ class TorchRunner(Primitives):
         return self.norm_rows(y, node.weights.get("inner_norm.weight"), node.weights.get("inner_norm.bias"), node.eps)
 
     def mlp(self, node: Mlp, state: State) -> None:
-        if node.gated:
-            gate, factor = self.norm_linear(node, "fc1", state.x, stats=state.stats).chunk(2, dim=-1)
-            hidden = activate(gate, node.act) * factor
-        else:
-            act = self.forms_of.get(node.act, node.act)
-            hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=act)
+        act = self.forms_of.get(node.act, node.act)
+        hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=act, gated=node.gated)
         self.linear_add(node, "fc2", self.inner_norm(node, hidden), state)
 
     def prune(self, node: Prune, state: State) -> None:
@@ -246,16 +249,31 @@ class TorchRunner(Primitives):
         state.x = self.after_pooling(node, torch.cat(parts, dim=-1))
 
     def map_pool(self, node: MapPool, state: State) -> None:
-        w, x = node.weights, self.last_norm(node, state.x)[:, node.num_prefix :].to(state.x.dtype)
+        w, x = node.weights, state.x
+        if node.last_norm is not None:
+            x = self.norm_rows(x, *node.last_norm, node.eps)
+        x = x[:, node.num_prefix :]
         queries = w["queries"] if "queries" in w else F.linear(w["latent"], w["q.weight"], w["q.bias"])
         (b, n, _), heads = x.shape, node.num_heads
         q = queries.expand(b, -1, -1).reshape(b, 1, heads, -1)
         k, v = self.linear("kv", x, w["kv.weight"], w["kv.bias"]).view(b, n, 2, heads, -1).unbind(2)
-        y = F.linear(self.mix(q, k, v, node.scale).flatten(2), w["proj.weight"], w["proj.bias"])
+        y = self.pooled_linear(node, "proj", self.mix(q, k, v, node.scale).flatten(2))
         hidden = self.norm_rows(y, w["mlp_norm.weight"], w["mlp_norm.bias"], node.eps)
-        hidden = activate(F.linear(hidden, w["fc1.weight"], w["fc1.bias"]), node.act)
-        y = y + F.linear(hidden, w["fc2.weight"], w["fc2.bias"])
+        hidden = self.pooled_linear(node, "fc1", hidden, node.act)
+        y = self.pooled_linear(node, "fc2", hidden, residual=y)
         state.x = self.after_pooling(node, y[:, 0].float())
+
+    def pooled_linear(
+        self,
+        node: MapPool,
+        name: str,
+        x: torch.Tensor,
+        activation: str = "none",
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return residual + activation(x w^T + b) for one row (B, 1, C) of each image."""
+        y = activate(F.linear(x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"]), activation)
+        return y if residual is None else residual + y
 
     def after_pooling(self, node: Pool, y: torch.Tensor) -> torch.Tensor:
         """Apply what follows pooling to rows (B, C) in float32, and return them in float32."""

@@ -7,30 +7,29 @@ from dvit_kernels.keep_tokens import supports as keeps
 from dvit_kernels.launch import is_programmatic
 from dvit_kernels.merge_tokens import supports as merges
 
-from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.primitives import ALL
 from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
-from dvit_infer.graph.heads import Pool
-from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Mlp, Node, NormNode
+from dvit_infer.graph.heads import MapPool, Pool
+from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Node, NormNode
 from dvit_infer.graph.reductions import Prune
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
 from dvit_infer.ops.keep_tokens import keep_tokens_with_stats
 from dvit_infer.ops.layer_norm import layer_norm
-from dvit_infer.ops.linear import ACTIVATIONS, free_stats_block, linear, row_sums
+from dvit_infer.ops.linear import free_stats_block, linear, row_sums
 from dvit_infer.ops.merge_tokens import merge_tokens_with_stats
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding, patch_embedding_into
+from dvit_infer.ops.rotary_attention import rotary_attention
 from dvit_infer.reduction.evit import AttentionPrune
 from dvit_infer.reduction.tome import Merge
 from dvit_infer.utils.devices import is_out_of_memory
 
 # Copying so many images takes 18 us at 3 TB/s, as long as launching a separate kernel. Derived, not measured.
 EMBED_APART_FROM = 128
-_ACTS = {"silu": "SiLU", "quick_gelu": "quick GELU"}
 
 
 class TritonRunner(TorchRunner):
@@ -50,12 +49,15 @@ class TritonRunner(TorchRunner):
         super().__init__(graph)
         self._graph = graph
         for node in graph.nodes:
-            has_norm = isinstance(node, NormNode) and "norm.weight" in node.weights
-            if has_norm or "gamma" in node.weights or getattr(node, "residual_scale", 1.0) != 1.0:
+            names = {"norm.weight", "inner_norm.weight", "gamma"} if isinstance(node, NormNode) else set()
+            if names & node.weights.keys() or getattr(node, "residual_scale", 1.0) != 1.0:
                 raise ValueError(f"{node.name} is not folded, which the Triton backend needs")
         self.nodes = [_channels_last(node) if isinstance(node, Convolution) else node for node in graph.nodes]
         self.forms_of = {"gelu": CHEAPEST_GELU[self.dtype]}
         self._sums = {node.name: _sums(node) for node in graph.nodes}
+        self._head_norms = {
+            node.name: _head_norms(node) for node in graph.nodes if isinstance(node, Attention) and node.has_qk_norm
+        }
         self._stem = isinstance(graph.nodes[0], Convolution)
         self._embed = {
             node.name: self._packed_embedding(node, uint8=False) for node in graph.nodes if isinstance(node, Embed)
@@ -78,7 +80,7 @@ class TritonRunner(TorchRunner):
 
     @property
     def buffer_bytes(self) -> int:
-        own = [t for sums in self._sums.values() for t in sums.values()]
+        own = [t for sums in self._sums.values() for t in sums.values()] + list(self._head_norms.values())
         own += [t for packed in (*self._embed.values(), self._embed_uint8) for t in packed]
         return sum(t.numel() * t.element_size() for t in own)
 
@@ -149,11 +151,32 @@ class TritonRunner(TorchRunner):
         stats: torch.Tensor | None = None,
         activation: str = "none",
         out_dtype: torch.dtype | None = None,
+        gated: bool = False,
     ) -> torch.Tensor:
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
-        sums, fused = self._sums[node.name][name], activation if activation in ACTIVATIONS else "none"
-        y, _ = linear(x[:, rows], w, b, None, sums, stats, node.eps, fused, out_dtype=out_dtype)
-        return y if fused == activation else activate(y, activation)
+        sums = self._sums[node.name][name]
+        y, _ = linear(x[:, rows], w, b, None, sums, stats, node.eps, activation, out_dtype=out_dtype, gated=gated)
+        return y
+
+    def linear(
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
+    ) -> torch.Tensor:
+        return linear(x, weight, bias, activation=activation)[0]
+
+    def pooled_linear(
+        self,
+        node: MapPool,
+        name: str,
+        x: torch.Tensor,
+        activation: str = "none",
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return linear(x, node.weights[f"{name}.weight"], node.weights[f"{name}.bias"], residual, activation=activation)[
+            0
+        ]
+
+    def inner_norm(self, node: Branch, y: torch.Tensor) -> torch.Tensor:
+        return y  # the linear behind it normalises
 
     def norm_rows(
         self, x: torch.Tensor, gain: torch.Tensor | None, shift: torch.Tensor | None, eps: float
@@ -163,9 +186,20 @@ class TritonRunner(TorchRunner):
     def linear_add(self, node: Branch, name: str, y: torch.Tensor, state: State) -> None:
         w, b = node.weights[f"{name}.weight"], node.weights.get(f"{name}.bias")
         rows, (dim_out, dim_in) = y.numel() // y.shape[-1], w.shape
-        block = free_stats_block(y.device, y.dtype, rows, dim_in, dim_out) if node.leaves_stats else 0
-        state.x, left = linear(y, w, b, state.x, stats_block=block)
+        sums, sizes = self._sums[node.name].get(name), (rows, dim_in, dim_out)
+        block = free_stats_block(y.device, y.dtype, *sizes, sums is not None) if node.leaves_stats else 0
+        state.x, left = linear(y, w, b, state.x, sums, None, node.eps, stats_block=block)
         state.stats = left if block else None
+
+    def attend_by_places(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, node: Attention, state: State
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        w, norms = node.weights, self._head_norms.get(node.name)
+        if node.leaves or "pair_bias" in w or (norms is None and "sin" not in w):
+            return super().attend_by_places(q, k, v, node, state)
+        bias = state.sizes.log() if node.adds_sizes and state.sizes is not None else None
+        places = w.get("sin"), w.get("cos"), state.positions, node.num_prefix
+        return rotary_attention(q, k, v, node.scale, bias, *places, norms, node.eps), None
 
     def attend(
         self,
@@ -213,9 +247,17 @@ def _channels_last(node: Convolution) -> Convolution:
     return node.with_weights(lambda w: w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w)
 
 
+def _head_norms(node: Attention) -> torch.Tensor:
+    """Return gain and shift of the LayerNorms of queries and keys, (2, 2, D) float32."""
+    w = node.weights
+    rows = [w[f"{part}_norm.{kind}"].float() for part in "qk" for kind in ("weight", "bias")]
+    return torch.stack(rows).view(2, 2, -1)
+
+
 def _sums(node: Node) -> dict[str, torch.Tensor]:
     """Return row sums of the weights that multiply normalised rows, by the linear's name."""
     names = node.normed if isinstance(node, NormNode) else ()
+    names += (node.last,) if isinstance(node, Branch) and node.has_inner_norm else ()
     return {n: row_sums(node.weights[f"{n}.weight"]) for n in names if f"{n}.weight" in node.weights}
 
 
@@ -231,14 +273,14 @@ def _by_pytorch(graph: Graph) -> list[str]:
                 found["attention of a mean query"] = None
             if not supports(size):
                 found[f"attention of heads of {size} channels"] = None
-            if "sin" in node.weights:
+            if "sin" in node.weights and node.leaves:  # which no kernel writes beside a rotation
                 found["rotary positions"] = None
-        elif isinstance(node, Mlp) and (node.gated or node.act not in ACTIVATIONS):
-            found["gated MLPs" if node.gated else _ACTS[node.act]] = None
         elif isinstance(node, Merge) and not merges(node.tokens - node.num_prefix, node.key_dim):
             most.setdefault("merging", node.tokens)
         elif isinstance(node, AttentionPrune) and not keeps(node.tokens - node.num_prefix, heads):
             most.setdefault("choosing", node.tokens)
-        elif isinstance(node, Pool):
+        elif isinstance(node, MapPool) and not supports(node.dim // node.num_heads):
+            found[f"attention of heads of {node.dim // node.num_heads} channels"] = None
+        elif isinstance(node, Pool) and not isinstance(node, MapPool):
             found["pooling"] = None
     return [*found, *(f"{what} among {tokens} tokens" for what, tokens in most.items())]

@@ -15,6 +15,7 @@ from dvit_infer.ops import (
     merge_tokens,
     patch_embedding,
     prune_tokens,
+    rotary_attention,
     route_tokens,
     routed_mlp,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "merge_tokens",
     "patch_embedding",
     "prune_tokens",
+    "rotary_attention",
     "route_tokens",
     "routed_mlp",
 ]

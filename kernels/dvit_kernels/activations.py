@@ -1,4 +1,7 @@
-"""GELU inside a kernel, in float32: by erf to the last bit, by a polynomial of erf, and in its tanh form."""
+"""Activations inside a kernel, in float32.
+
+GELU is there by erf to the last bit, by a polynomial of erf, and in its tanh form.
+"""
 
 import torch
 import triton
@@ -55,8 +58,14 @@ def gelu_tanh_approx(x):
 
 
 @triton.jit
+def silu(x, STEEPNESS: tl.constexpr):
+    """x times the sigmoid of STEEPNESS * x: 1 for SiLU, 1.702 for CLIP's quick GELU."""
+    return x / (1.0 + tl.math.exp2(x * (-1.4426950408889634 * STEEPNESS)))
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """Apply `ACTIVATION`: none, gelu (erf), gelu_poly, gelu_tanh or gelu_tanh_approx."""
+    """Apply `ACTIVATION`: none, gelu (erf), gelu_poly, gelu_tanh, gelu_tanh_approx, quick_gelu or silu."""
     if ACTIVATION == "gelu":
         x = gelu_erf(x)
     elif ACTIVATION == "gelu_poly":
@@ -65,4 +74,8 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = gelu_tanh(x)
     elif ACTIVATION == "gelu_tanh_approx":
         x = gelu_tanh_approx(x)
+    elif ACTIVATION == "quick_gelu":
+        x = silu(x, 1.702)
+    elif ACTIVATION == "silu":
+        x = silu(x, 1.0)
     return x

@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
+from dvit_kernels.attention_heads import load_heads, scores_of
 from dvit_kernels.attention_parts import (
+    NUMBERS,
     PAIR_STRIDES,
     STRIDES,
     find_program,
@@ -20,16 +22,14 @@ from dvit_kernels.launch import wait_for_inputs
 
 
 @triton.jit
-def _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD: tl.constexpr, SLICE):
-    if SLICE:  # operands in registers: few channels at a time, with q reloaded for every block of keys
-        s = tl.zeros((row.shape[0], key.shape[0]), tl.float32)
-        for d in range(0, HEAD, SLICE):
-            some = d + tl.arange(0, SLICE)
-            q_some = load_rows(q_ptr, row, n_queries, stride_qn, some, HEAD)
-            k_some = load_rows(k_ptr, key, n_keys, stride_kn, some, HEAD)
-            s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
-    else:
-        s = tl.dot(q, tl.trans(load_rows(k_ptr, key, n_keys, stride_kn, dim, HEAD)), input_precision="ieee")
+def _sliced_scores(q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, HEAD: tl.constexpr, SLICE):
+    """Return scores with operands in registers: few channels at a time, with q reloaded for every block of keys."""
+    s = tl.zeros((row.shape[0], key.shape[0]), tl.float32)
+    for d in range(0, HEAD, SLICE):
+        some = d + tl.arange(0, SLICE)
+        q_some = load_rows(q_ptr, row, n_queries, stride_qn, some, HEAD)
+        k_some = load_rows(k_ptr, key, n_keys, stride_kn, some, HEAD)
+        s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
     return s
 
 
@@ -44,7 +44,7 @@ def _add(s, v, acc, total, top, BIASED: tl.constexpr, factor):
     return acc, total * rescale + tl.sum(p, axis=1), higher
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_heads", "programs", "stride_bias", "n_pair", *STRIDES, *PAIR_STRIDES])
+@triton.jit(do_not_specialize=[*NUMBERS, *STRIDES, *PAIR_STRIDES])
 def _attention_online_kernel(
     q_ptr,  # all arguments as in _attention_kernel
     k_ptr,
@@ -53,6 +53,10 @@ def _attention_online_kernel(
     pair_ptr,
     cu_seqlens_ptr,
     out_ptr,
+    norm_ptr,
+    sin_ptr,
+    cos_ptr,
+    positions_ptr,
     signal_ptr,
     stride_qb,
     stride_qn,
@@ -71,6 +75,8 @@ def _attention_online_kernel(
     stride_ph,
     stride_pm,
     n_pair,
+    n_places,
+    norm_eps,
     n_queries,
     n_heads,
     programs,
@@ -83,9 +89,11 @@ def _attention_online_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     REST: tl.constexpr,  # a power of two, at least 16, that holds the keys after the last full block
-    SLICE: tl.constexpr,  # in float32, channels of a head per step; 0: all
+    SLICE: tl.constexpr,  # in float32, channels of a head per step; 0: all; not if heads are normalised or rotated
     LEAVES: tl.constexpr,
     HEADS: tl.constexpr,
+    NUM_PREFIX: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     LOG_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -119,6 +127,13 @@ def _attention_online_kernel(
     if pair_ptr is not None:
         pair_ptr = pair_bias_of(pair_ptr, at, head, n_pair, stride_pb * PAIR_UNIT, stride_ph * PAIR_UNIT)
         stride_pm *= PAIR_UNIT
+    k_norm_ptr = None if norm_ptr is None else norm_ptr + 2 * HEAD
+    if BY_HEAD:
+        sin_ptr += head * n_places * HEAD
+        cos_ptr += head * n_places * HEAD
+    if positions_ptr is not None:
+        positions_ptr += at * (N_KEYS - NUM_PREFIX)
+    tables = (sin_ptr, cos_ptr, positions_ptr)
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
@@ -126,21 +141,36 @@ def _attention_online_kernel(
     stride_qn *= UNIT
     stride_kn *= UNIT
     stride_vn *= UNIT
-    q = None if SLICE else load_rows(q_ptr, row, n_queries, stride_qn, dim, HEAD)
+    if not SLICE:
+        q = load_heads(
+            q_ptr, row, n_queries, stride_qn, norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     whole = n_keys // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, dim, HEAD, SLICE)
+        if SLICE:
+            s = _sliced_scores(q_ptr, k_ptr, row, key, n_queries, whole, stride_qn, stride_kn, HEAD, SLICE)
+        else:
+            k = load_heads(
+                k_ptr, key, whole, stride_kn, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+            )
+            s = scores_of(q, k)
         if biased:
             s = mask_scores(s, bias_ptr, pair_rows, key, whole, factor, LOG_BIAS)
         v = load_rows(v_ptr, key, whole, stride_vn, dim, HEAD)
         acc, total, top = _add(s, v, acc, total, top, biased, factor)
     if REST:
         key = whole + tl.arange(0, REST)
-        s = _scores(q, q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, dim, HEAD, SLICE)
+        if SLICE:
+            s = _sliced_scores(q_ptr, k_ptr, row, key, n_queries, n_keys, stride_qn, stride_kn, HEAD, SLICE)
+        else:
+            k = load_heads(
+                k_ptr, key, n_keys, stride_kn, k_norm_ptr, norm_eps, tables, n_places, HEAD, BLOCK_D, NUM_PREFIX
+            )
+            s = scores_of(q, k)
         v = load_rows(v_ptr, key, n_keys, stride_vn, dim, HEAD)
         s = mask_scores(s, bias_ptr, pair_rows, key, n_keys, factor, LOG_BIAS)
         acc, total, top = _add(s, v, acc, total, top, biased, factor)

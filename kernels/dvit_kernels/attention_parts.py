@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 STRIDES = tuple(f"stride_{tensor}{dim}" for tensor in "qkvo" for dim in "bnh")
+NUMBERS = ("n_queries", "n_heads", "programs", "stride_bias", "n_pair", "n_places")
 PAIR_STRIDES = ("stride_pb", "stride_ph", "stride_pm")
 
 

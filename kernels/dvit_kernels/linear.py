@@ -57,7 +57,7 @@ FLOAT32_TILE = LinearTile(32, 64, 16, 4, 2)  # without tensor cores, operands in
 @triton.jit(do_not_specialize=["rows", "x_tokens", "residual_tokens"])
 def _linear_kernel(
     x_ptr,  # (B, n, K)
-    w_ptr,  # (N, K)
+    w_ptr,  # (N, K); gated, N is twice the columns of residual and y
     bias_ptr,  # (N,) or None
     w_sum_ptr,  # (N,) float32, row sums of w; None: no LayerNorm before
     stats_ptr,  # (rows, PARTS, 2) float32; None: computed here
@@ -79,6 +79,7 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,  # True or None
     PDL: tl.constexpr,
 ):
     blocks_n: tl.constexpr = (DIM_OUT + BLOCK_N - 1) // BLOCK_N
@@ -109,6 +110,7 @@ def _linear_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        GATED,
         PDL,
     )
 
@@ -171,21 +173,24 @@ def launch_linear(
     activation: str = "none",
     stats_block: int = 0,
     out_dtype: torch.dtype | None = None,
+    gated: bool = False,
     tile: LinearTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `dvit::linear` as one Triton launch on x's device and its current stream.
 
     Arguments and results are as for `dvit_infer.ops.linear.linear`; `tile` fixes the block sizes, and its columns must
-    equal `stats_block` if that is given.
+    equal `stats_block` if that is given; a gated linear has a result column for every two.
     """
     dim_out, dim_in = weight.shape
     rows = x.numel() // dim_in
-    tile = tile or default_tile(rows, dim_out, x.dtype, stats_block)
-    if stats_block and (stats_block != tile.block_n or dim_out % stats_block):
-        raise ValueError(f"linear: stats_block {stats_block} has to be the tile's {tile.block_n} and divide {dim_out}")
+    per_column = 2 if gated else 1
+    tile = tile or default_tile(rows, dim_out, x.dtype, stats_block * per_column)
+    width, block = dim_out // per_column, tile.block_n // per_column
+    if stats_block and (stats_block != block or width % stats_block):
+        raise ValueError(f"linear: stats_block {stats_block} has to be the tile's {block} and divide {width}")
     x, x_tokens, stride_xb, stride_xn = _rows_of(x)
-    y = x.new_empty(*x.shape[:-1], dim_out, dtype=out_dtype or x.dtype)
-    y_stats = x.new_empty((rows, dim_out // stats_block, 2) if stats_block else 0, dtype=torch.float32)
+    y = x.new_empty(*x.shape[:-1], width, dtype=out_dtype or x.dtype)
+    y_stats = x.new_empty((rows, width // stats_block, 2) if stats_block else 0, dtype=torch.float32)
     r_tokens = stride_rb = stride_rn = None
     if residual is not None:
         residual, r_tokens, stride_rb, stride_rn = _rows_of(residual)
@@ -210,10 +215,9 @@ def launch_linear(
         "ACTIVATION": activation,
     }
     row_stride = dim_in if stride_xn is None else stride_xn
-    in_line = x_tokens is None
-    if tile.tma and not (
-        in_line and (weight_sum is None or stats is not None) and can_describe(x, weight, row_stride, tile.block_k)
-    ):
+    in_line = x_tokens is None and (weight_sum is None or stats is not None)
+    # TMA reads rows of w in their order; a gated tile alternates between its halves.
+    if tile.tma and not (in_line and not gated and can_describe(x, weight, row_stride, tile.block_k)):
         tile = _plain(tile, x.dtype)
     if weight_sum is not None and stats is None and tile.block_m >= WGMMA_ROWS and x.dtype != torch.float32:
         # If x is also summed beside an asynchronous product, Triton allocates one buffer too few: later copies land
@@ -228,6 +232,7 @@ def launch_linear(
         launch = Launch.of(_linear_tma_kernel, (min(count, programs(x.device, tile.tma)),), **read, **common)
     else:
         read = {"x_ptr": x, "w_ptr": weight, "stride_xb": stride_xb, "stride_xn": stride_xn, "x_tokens": x_tokens}
+        read["GATED"] = gated or None
         launch = Launch.of(_linear_kernel, (count,), **read, **common)
     run([launch], x.device)
     return y, y_stats

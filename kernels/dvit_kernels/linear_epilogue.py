@@ -2,6 +2,8 @@
 
 * LayerNorm before the layer, its gain and shift folded into weight and bias, is a rank-1 correction of the product:
   LN(x) w^T = rstd * (x w^T - mean * rowsum(w)). This is exact up to rounding if the row sums are those of w as stored.
+* A gated linear, activation(gate) * factor, takes one product: columns of a tile alternate between the two halves of w,
+  so that a thread holds both and nothing moves between threads.
 * Statistics for the next LayerNorm are stored beside the result: mean and sum of squared deviations of every block of
   columns, which combine without cancellation (Chan et al. 1983).
 """
@@ -33,6 +35,14 @@ def columns(block_n, DIM_OUT: tl.constexpr, BLOCK_N: tl.constexpr):
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     there = col < DIM_OUT if DIM_OUT % BLOCK_N else tl.full((BLOCK_N,), True, tl.int1)
     return col, there
+
+
+@triton.jit
+def weight_rows(col, DIM_OUT: tl.constexpr, GATED: tl.constexpr):
+    """Return the rows of w for columns of the product; gated, column 2i is row i, and 2i + 1 that of its factor."""
+    if GATED:
+        col = col % 2 * (DIM_OUT // 2) + col // 2
+    return col
 
 
 @triton.jit
@@ -101,30 +111,39 @@ def finish(
     DIM_OUT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Apply the epilogue and store the results; arguments as for `_linear_kernel`."""
     col, there = columns(block_n, DIM_OUT, BLOCK_N)
+    w_row = weight_rows(col, DIM_OUT, GATED)
     live = row < rows
     if w_sum_ptr is not None:
         if w_sum is None:
-            w_sum = load_columns(w_sum_ptr, col, there)
+            w_sum = load_columns(w_sum_ptr, w_row, there)
         acc = tl.math.rsqrt(squares / DIM_IN + eps)[:, None] * (acc - mean[:, None] * w_sum[None, :])
     if bias_ptr is not None:
         if bias is None:
-            bias = load_columns(bias_ptr, col, there)
+            bias = load_columns(bias_ptr, w_row, there)
         acc += bias[None, :]
-    acc = activate(acc, ACTIVATION)
+    width: tl.constexpr = DIM_OUT // 2 if GATED else DIM_OUT  # columns of the result
+    block: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    if GATED:
+        gate, factor = tl.split(tl.reshape(acc, (acc.shape[0], block, 2)))
+        acc = activate(gate, ACTIVATION) * factor
+        col, there = columns(block_n, width, block)
+    else:
+        acc = activate(acc, ACTIVATION)
     mask = live[:, None] & there[None, :]
     if residual_ptr is not None:
         if residual is None:
-            residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
+            residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, width)
         acc += residual
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (row.to(tl.int64) * DIM_OUT)[:, None] + col[None, :], y, mask=mask)
-    if y_stats_ptr is not None:  # BLOCK_N divides DIM_OUT
+    tl.store(y_ptr + (row.to(tl.int64) * width)[:, None] + col[None, :], y, mask=mask)
+    if y_stats_ptr is not None:  # block divides width
         y = y.to(tl.float32)  # statistics of the rounded values that the next launch reads
-        part_mean = tl.sum(y, axis=1) / BLOCK_N
+        part_mean = tl.sum(y, axis=1) / block
         deviation = y - part_mean[:, None]
-        at = y_stats_ptr + (row.to(tl.int64) * (DIM_OUT // BLOCK_N) + block_n) * 2
+        at = y_stats_ptr + (row.to(tl.int64) * (width // block) + block_n) * 2
         tl.store(at, part_mean, mask=live)
         tl.store(at + 1, tl.sum(deviation * deviation, axis=1), mask=live)

@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from dvit_kernels.launch import SMALL_TILE, prefetch_rows, wait_for_inputs
-from dvit_kernels.linear_epilogue import columns, finish, load_columns, load_many_stats, load_residual, load_stats
+from dvit_kernels.linear_epilogue import (
+    columns,
+    finish,
+    load_columns,
+    load_many_stats,
+    load_residual,
+    load_stats,
+    weight_rows,
+)
 
 
 @triton.jit
@@ -33,6 +41,7 @@ def linear_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,  # True or None
     PDL: tl.constexpr,  # False if the caller has waited for its inputs
 ):
     """Compute a tile's results and store them, after waiting for the launch's inputs."""
@@ -40,19 +49,23 @@ def linear_tile(
     # A small tile has registers left: it loads the inputs of its epilogue before the product instead of after it.
     early: tl.constexpr = BLOCK_M * BLOCK_N <= SMALL_TILE and w_ptr.dtype.element_ty != tl.float32
     col, there = columns(block_n, DIM_OUT, BLOCK_N)
+    w_row = weight_rows(col, DIM_OUT, GATED)
     inner = tl.arange(0, BLOCK_K)
     live = row < rows
 
     bias, w_sum, residual = None, None, None
     if early:
         if bias_ptr is not None:
-            bias = load_columns(bias_ptr, col, there)
+            bias = load_columns(bias_ptr, w_row, there)
         if w_sum_ptr is not None:
-            w_sum = load_columns(w_sum_ptr, col, there)
-        if PDL:
+            w_sum = load_columns(w_sum_ptr, w_row, there)
+        if PDL and GATED:
+            prefetch_rows(w_ptr, block_n, BLOCK_N // 2, DIM_OUT // 2, DIM_IN)
+            prefetch_rows(w_ptr + DIM_OUT // 2 * DIM_IN, block_n, BLOCK_N // 2, DIM_OUT // 2, DIM_IN)
+        elif PDL:
             prefetch_rows(w_ptr, block_n, BLOCK_N, DIM_OUT, DIM_IN)
     wait_for_inputs(PDL)
-    if early and residual_ptr is not None:
+    if early and residual_ptr is not None and not GATED:
         mask = live[:, None] & there[None, :]
         residual = load_residual(residual_ptr, row, col, mask, residual_tokens, stride_rb, stride_rn, DIM_OUT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -65,7 +78,7 @@ def linear_tile(
         if DIM_IN % BLOCK_K:
             x_mask, w_mask = x_mask & (k + inner < DIM_IN)[None, :], w_mask & (k + inner < DIM_IN)[:, None]
         x = tl.load(x_ptr + offset[:, None] + (k + inner)[None, :], mask=x_mask, other=0.0)
-        w = tl.load(w_ptr + col[None, :] * DIM_IN + (k + inner)[:, None], mask=w_mask, other=0.0)
+        w = tl.load(w_ptr + w_row[None, :] * DIM_IN + (k + inner)[:, None], mask=w_mask, other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
         if find_stats:
             count = tl.minimum(BLOCK_K, DIM_IN - k).to(tl.float32)
@@ -103,4 +116,5 @@ def linear_tile(
         DIM_OUT,
         ACTIVATION,
         BLOCK_N,
+        GATED,
     )

@@ -92,6 +92,7 @@ def _linear_tma_kernel(
             DIM_OUT,
             ACTIVATION,
             BLOCK_N,
+            None,
         )
 
 

@@ -95,6 +95,7 @@ def _routed_fc1_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        None,
         False,
     )
 
@@ -164,6 +165,7 @@ def _routed_add_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            None,
             False,
         )
     else:
@@ -195,6 +197,7 @@ def _routed_add_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            None,
             False,
         )
 

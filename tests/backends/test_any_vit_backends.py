@@ -5,15 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from any_vit import DROPPING, KINDS, agrees, tiny
+from dvit_kernels.launch import collecting
 from kernel_helpers import needs_loops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dvit_infer as dvit
-from dvit_infer.backends.arithmetic import activate
 from dvit_infer.backends.cpu import CpuRunner, Linear
 from dvit_infer.backends.kernel_check import _name
+from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.graph import Graph, fold
+from dvit_infer.ops.activations import activate
 from dvit_infer.ops.choices import Choices, using
 
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
@@ -70,9 +73,9 @@ def test_the_triton_backends_kernels(kind):
 @pytest.mark.slow
 @pytest.mark.interpreter
 @needs_loops
-@pytest.mark.parametrize("kind", QUICK)
-def test_the_triton_backend_in_float16(kind):
-    model = tiny(kind, "random", size=(24, 16))
+@pytest.mark.parametrize("kind", ["dinov2-registers", "dinov3", *QUICK])
+def test_a_whole_block_by_the_triton_backend_in_float16(kind):
+    model = tiny(kind, "random", size=(24, 16), depth=1)
     engine = model.engine(torch.float16)
     with using(TRITON):
         engine.runner = TritonRunner(engine.graph)
@@ -96,10 +99,10 @@ def test_the_attention_kernel_takes_heads_of_any_usual_size(head_dim):
     ("kind", "says"),
     [
         ("deit", ""),
-        ("clip", "; PyTorch for SiLU, pooling"),
-        ("dinov3", "; PyTorch for rotary positions, gated MLPs, pooling"),
+        ("clip", "; PyTorch for pooling"),
+        ("eva02-token", ""),
         ("beit-shared", ""),
-        ("siglip", "; PyTorch for pooling"),
+        ("siglip", ""),
     ],
 )
 def test_the_table_says_what_pytorch_runs(kind, says):
@@ -108,6 +111,50 @@ def test_the_table_says_what_pytorch_runs(kind, says):
         with using(choices):
             shown = str(replace(graph, runtime=TritonRunner(graph).runtime))
         assert shown.splitlines()[-1] == f"run by Triton and cuBLAS, by defaults: none was measured here{says}"
+
+
+class _Apart(TorchDispatchMode):
+    """Notes PyTorch's operators, but those of ours and what only views or allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = any(result.alias_info for result in func._schema.returns)
+        if func.namespace == "aten" and not views and "empty" not in func.name():
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["deit", "clip", "dinov2-registers", "dinov3", "eva02", "mixed", "qk-norm", "siglip"])
+def test_a_block_of_any_kind_takes_five_launches(kind):
+    """As many as DeiT's, also after tokens were dropped: places, gates and norms come with them."""
+    model = tiny(kind)
+    with using(TRITON), torch.no_grad():
+        runner = TritonRunner(fold(model.graph()))
+        block = [node for node in runner.nodes if node.name in ("blocks.0.attn", "blocks.0.mlp")]
+        state = State(torch.zeros(2, *block[0].in_shape))
+        patches = model.config.num_patches
+        state.positions = torch.arange(patches).flip(0).expand(2, -1)
+        with collecting() as launches, _Apart() as apart:
+            runner.run_nodes(state, block)
+    assert [launch.kernel.__name__ for launch in launches] == [
+        *("_linear_kernel", "_attention_online_kernel", "_linear_kernel"),
+        *("_linear_kernel", "_linear_kernel"),
+    ]
+    assert apart.seen == []
+
+
+def test_attention_pooling_takes_seven_launches():
+    with using(TRITON), torch.no_grad():
+        runner = TritonRunner(fold(tiny("siglip").graph()))
+        pool = runner.nodes[-1]
+        state = State(torch.zeros(2, *pool.in_shape))
+        with collecting() as launches, _Apart() as apart:
+            runner.run_nodes(state, [pool])
+    assert len(launches) == 7
+    assert apart.seen == []
 
 
 def test_heads_that_no_kernel_takes_are_said():

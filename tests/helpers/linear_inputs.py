@@ -16,12 +16,17 @@ def make_rows(*shape, dtype=torch.float32, seed=1):
     return (torch.randn(*shape, generator=generator) * 2 + 0.5).to(dtype)
 
 
-def exact_linear(x, weight, bias=None, residual=None, norm=False, eps=1e-5, activation="none"):
+def exact_linear(x, weight, bias=None, residual=None, norm=False, eps=1e-5, activation="none", gated=False):
     """What the op approximates, in float64 on the CPU."""
     x, weight = x.cpu().double(), weight.cpu().double()
     y = F.linear(F.layer_norm(x, x.shape[-1:], eps=eps) if norm else x, weight)
     y = y if bias is None else y + bias.cpu().double()
-    y = y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    y, factor = y.chunk(2, dim=-1) if gated else (y, 1.0)
+    if activation in ("silu", "quick_gelu"):
+        y = y * torch.sigmoid(y * (1.702 if activation == "quick_gelu" else 1.0))
+    elif activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    y = y * factor
     return y if residual is None else y + residual.cpu().double()
 
 

@@ -47,10 +47,43 @@ def test_every_epilogue(device, dtype, leading, dim_in, dim_out):
             return  # a row of one channel has no deviation: LayerNorm of it is rounding alone
 
 
+# Leading sizes, C, K: tails; odd K, of which the last column's gate and factor stand alone; rows of a large tile.
+GATED = [
+    pytest.param((3, 7), 64, 96, "silu", marks=QUICK),
+    ((1, 1), 40, 17, "gelu"),
+    pytest.param((2, 50), 72, 33, "gelu_tanh", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("leading", "dim_in", "dim_out", "activation"), GATED)
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_gates(device, dtype, leading, dim_in, dim_out, activation):
+    """Each product's first half is a gate of its second; statistics are of what is stored."""
+    x = make_rows(*leading, dim_in).to(device, dtype)
+    weight, bias = (t.to(device) for t in make_linear(dim_in, 2 * dim_out, dtype))
+    residual = make_rows(*leading, dim_out, seed=2).to(device, dtype)
+    for norm, given in ((True, (weight, bias, None)), (False, (weight, None, residual))):
+        sums = row_sums(weight) if norm else None
+        launches = collected(launch_linear, x, *given, sums, None, 1e-6, activation, gated=True)
+        y = run_guarded(launches, ["y_ptr"])["y_ptr"]
+        plain, _ = linear_ref(x, *given, sums, None, 1e-6, activation, gated=True)
+        check(y, exact_linear(x, *given, norm, 1e-6, activation, True), plain)
+
+
+@pytest.mark.parametrize(("device", "dtype"), WHERE)
+def test_statistics_of_a_gated_result(device, dtype):
+    x, (weight, bias) = make_rows(5, 64).to(device, dtype), (t.to(device) for t in make_linear(64, 96, dtype))
+    given = weight, bias, None, None, None, 1e-6, "silu", 16, None, True
+    launches = collected(launch_linear, x, *given, tile=LinearTile(16, 32, 16, 4, 2))
+    y, stats = run_guarded(launches, ["y_ptr", "y_stats_ptr"]).values()
+    assert (y.shape, stats.shape) == ((5, 48), (5, 3, 2))
+    assert rms((stats.cpu() - exact_stats(y, 16)) / exact_stats(y, 16)) <= 1e-5
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_activations_far_out(device, dtype, activation):
-    """GELU of any finite number, and of NaN."""
+    """Of any finite number, and of NaN."""
     ends = [float("nan"), -60000.0, 60000.0, -100.0, 100.0, -9.0, 9.0, 0.0, -0.0]
     x = torch.tensor([*ends, *torch.linspace(-6, 6, 53).tolist()]).to(device, dtype)[:, None]
     one = torch.ones(1, 1, device=device, dtype=dtype)

@@ -19,6 +19,16 @@ def test_the_reference(norm, activation):
     torch.testing.assert_close(stats, exact_stats(y, 32).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu_poly", "quick_gelu"])
+def test_the_reference_of_a_gate(activation):
+    x, (weight, bias), residual = make_rows(2, 5, 48), make_linear(48, 128), make_rows(2, 5, 64)
+    given = activation, 32, None, True
+    y, stats = linear(x, weight, bias, residual, row_sums(weight), None, 1e-6, *given)
+    expected = exact_linear(x, weight, bias, residual, True, 1e-6, activation, True)
+    assert (y - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(stats, exact_stats(y, 32).float(), rtol=1e-5, atol=1e-5)
+
+
 def test_result_dtype_and_no_statistics():
     x, (weight, bias) = make_rows(3, 48, dtype=torch.bfloat16), make_linear(48, 10, torch.bfloat16)
     y, stats = linear(x, weight, bias, out_dtype=torch.float32)
@@ -44,6 +54,9 @@ def test_result_dtype_and_no_statistics():
         ("activation 'relu'", {"activation": "relu"}),
         ("stats_block 3", {"stats_block": 3}),
         ("stats_block -5", {"stats_block": -5}),
+        ("stats_block 10", {"stats_block": 10, "gated": True}),
+        ("residual has", {"residual": torch.zeros(3, 10), "gated": True}),
+        ("weight has 9 rows", {"weight": torch.zeros(9, 48), "gated": True}),
     ],
 )
 def test_bad_input(what, change):
@@ -55,8 +68,13 @@ def test_bad_input(what, change):
 @pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 3, 48), (0, 48)])
 @pytest.mark.parametrize(
     "named",
-    [{}, {"activation": "gelu_tanh", "stats_block": 32}, {"out_dtype": torch.float32}],
-    ids=["plain", "gelu-stats", "float32"],
+    [
+        {},
+        {"activation": "gelu_tanh", "stats_block": 32},
+        {"out_dtype": torch.float32},
+        {"activation": "silu", "stats_block": 16, "gated": True},
+    ],
+    ids=["plain", "gelu-stats", "float32", "gated"],
 )
 def test_opcheck(shape, named):
     dtype = torch.bfloat16 if "out_dtype" in named else torch.float32
@@ -69,7 +87,7 @@ def test_schema_is_the_published_one():
     assert str(torch.ops.dvit.linear.default._schema) == (
         "dvit::linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, Tensor? weight_sum=None, "
         'Tensor? stats=None, float eps=1.0000000000000001e-05, str activation="none", int stats_block=0, '
-        "ScalarType? out_dtype=None) -> (Tensor, Tensor)"
+        "ScalarType? out_dtype=None, bool gated=False) -> (Tensor, Tensor)"
     )
 
 
