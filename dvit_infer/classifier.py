@@ -100,13 +100,14 @@ class Classifier(ABC):
                 normalised inside with the config's mean and std.
             return_kept: also return which patches were kept.
             kept: for each stage what to do instead of the model's own choice, in the form that is returned. The
-                positions of a stage must be a subset of those of the stage before; its groups must contain those of
-                the stage before.
+                positions of a stage must be a subset of those of the stage before, unless all stay; its groups must
+                contain those of the stage before.
 
         Returns:
             Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions: one (B, k) int64
-            tensor per stage, in the original grid, row-major, ascending. N + j stands for the token into which stage j
-            fused the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage:
+            tensor per stage, in the original grid, row-major, ascending; of DynamicSwin and DynamicConvNeXt the
+            positions of the third stage's map that take the MLPs. N + j stands for the token into which stage j fused
+            the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage:
             for every original patch the lowest one of the group that then holds it.
 
         Raises:
@@ -148,7 +149,8 @@ class Classifier(ABC):
         out = self._in_parts(images, None, True, "tokens")
         if out.positions is not None:
             return out.x, out.positions
-        return out.x, torch.arange(self.config.num_patches, device=out.x.device).repeat(len(out.x), 1)
+        rows, columns = self.config.body.last_grid(self.config.image_size)
+        return out.x, torch.arange(rows * columns, device=out.x.device).repeat(len(out.x), 1)
 
     def warm_up(self, batches: Iterable[int] = (1,), *, uint8: bool = False) -> None:
         """Run batches of these sizes, so that kernels are compiled and forwards captured before images arrive.
@@ -265,9 +267,12 @@ def _check_positions(stages: Sequence[torch.Tensor], reduction: Reduction) -> No
     n = reduction.num_patches
     alive: torch.Tensor | None = None
     for stage, index in enumerate(stages):
-        if index.min() < 0 or index.max() >= n + stage or (index.diff(dim=1) <= 0).any():
-            known = f"positions from 0 to {n - 1}" + (f", or {n} and up for fused tokens" if stage else "")
+        fused = 0 if reduction.routes else stage  # the number of tokens that earlier stages may have fused
+        if index.min() < 0 or index.max() >= n + fused or (index.diff(dim=1) <= 0).any():
+            known = f"positions from 0 to {n - 1}" + (f", or {n} and up for fused tokens" if fused else "")
             raise ValueError(f"kept: stage {stage} is not ascending {known}")
+        if reduction.routes:  # a stage ranks all positions anew
+            continue
         if alive is None:  # with room for a fused token of every stage
             alive = torch.ones(len(index), n + len(stages), dtype=torch.bool, device=index.device)
             alive[:, n:] = False

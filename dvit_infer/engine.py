@@ -29,7 +29,7 @@ from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.labels import labels_of
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_reference, recognise, unused_key
+from dvit_infer.models.registry import build_reference, recognise, unused_keys
 from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import is_int8, resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
@@ -76,7 +76,7 @@ class Engine(Verifiable):
             self._graph, self._weights = graph.to(torch.device("meta"), dtype), weights
         self._source = source
         self.labels = labels_of(checkpoint, config.num_classes)
-        self.params = checkpoint.params(unused_key(config))
+        self.params = checkpoint.params(unused_keys(config))
 
     @property
     def precision(self) -> str:

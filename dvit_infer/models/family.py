@@ -27,6 +27,7 @@ class Family(NamedTuple):
         resized: return the weights of a file for the config's image size.
         graph: yield the nodes of a reference model in evaluation, with unchanged weights; nothing is folded yet.
         crop_pct: return the share of an image's shorter side that evaluation keeps; None: images are warped.
+        of_reduction: a pattern for the keys of weights that only a reduction has.
         in_timm: return timm's dense counterpart, which loads the reference's weights; None: timm has none.
     """
 
@@ -39,4 +40,5 @@ class Family(NamedTuple):
     resized: Callable[[State, Config], State]
     graph: Callable[[Any, Config], Iterator[Node]]
     crop_pct: Callable[[Config], float | None]
+    of_reduction: str = r"score_predictor\."
     in_timm: Callable[[Config], nn.Module] | None = None

@@ -1,0 +1,43 @@
+"""The record of ConvNeXt, with predictors (DynamicConvNeXt) or without."""
+
+import functools
+
+from dvit_infer.config import Config
+from dvit_infer.models.convnext.body import ConvNeXt
+from dvit_infer.models.convnext.graph import graph
+from dvit_infer.models.convnext.read import ARCHS, matches, read_convnext
+from dvit_infer.models.convnext.reference import ConvNeXtModel, PointConv
+from dvit_infer.models.family import Family, State
+from dvit_infer.models.hierarchical.reading import crop_pct
+from dvit_infer.reduction import predictor, route
+
+
+def _reference(config: Config) -> ConvNeXtModel:
+    body, runs, learned = config.body, config.reduction, config.learned
+    assert isinstance(body, ConvNeXt)
+    settings = dict(learned.settings)
+    modules = predictor.modules(body.embed_dim, settings, len(learned.stages), PointConv) if learned.stages else None
+    return ConvNeXtModel(
+        body,
+        num_classes=config.num_classes,
+        begin=functools.partial(route.Routing, runs) if runs.stages else None,
+        score_predictor=modules,
+    )
+
+
+def _resized(state: State, config: Config) -> State:
+    return state  # nothing in the weights depends on the size
+
+
+CONVNEXT = Family(
+    name="convnext",
+    body=ConvNeXt,
+    archs=ARCHS,
+    matches=matches,
+    read=read_convnext,
+    reference=_reference,
+    resized=_resized,
+    graph=graph,
+    crop_pct=crop_pct,
+    of_reduction=r"score_predictor\.|stages\.2\.\d+\.fast_path",
+)
