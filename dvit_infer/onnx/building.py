@@ -111,7 +111,7 @@ class OnnxBuilder(Builder[str]):
     def for_each(self, row: torch.Tensor, x: str, out: str) -> str:
         batch = self.emit("Shape", x, start=0, end=1)
         shape = self.emit("Concat", batch, self.ints(*row.shape), axis=0)
-        return self.emit("Expand", self.own("row", row), shape, out=out)
+        return self.emit("Expand", self.weight(f"{out}/row", row), shape, out=out)
 
     def prune_tokens(self, node: PredictorPrune, x: str) -> tuple[str, str]:
         """Emit a call of the function `dvit.prune_tokens`."""

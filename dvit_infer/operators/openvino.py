@@ -162,7 +162,7 @@ class OpenVinoBuilder(Builder[Value]):
     def for_each(self, row: torch.Tensor, x: Value, out: str) -> Value:
         batch = ops.gather(ops.shape_of(x), ops.constant([0]), ops.constant(0))
         shape = ops.concat([batch, self.ints(*row.shape)], 0)
-        return self._added(ops.broadcast(self.own("row", row), shape), out)[0]
+        return self._added(ops.broadcast(self.weight(f"{out}/row", row), shape), out)[0]
 
     def prune_tokens(self, node: PredictorPrune, x: Value) -> tuple[Value, Value]:
         weights = {name: self.own(name, w) for name, w in packed_by_name(node.packed).items()}
@@ -188,8 +188,15 @@ def _pad(x: Value, pads: Value) -> Any:
     return ops.pad(x, before, after, "constant")
 
 
-def _conv(x: Value, weight: Value, *bias: Value, strides: tuple[int, int], pads: tuple[int, ...]) -> Any:
-    y = ops.convolution(x, weight, list(strides), list(pads[:2]), list(pads[2:]), [1, 1])
+def _conv(
+    x: Value, weight: Value, *bias: Value, strides: tuple[int, int], pads: tuple[int, ...], group: int = 1
+) -> Any:
+    how = list(strides), list(pads[:2]), list(pads[2:]), [1, 1]
+    if group == 1:
+        y = ops.convolution(x, weight, *how)
+    else:
+        out, *kernel = weight.get_shape()
+        y = ops.group_convolution(x, ops.reshape(weight, ops.constant([group, out // group, *kernel]), False), *how)
     return ops.add(y, ops.unsqueeze(bias[0], ops.constant([0, 2, 3]))) if bias else y
 
 
