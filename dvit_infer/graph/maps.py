@@ -85,6 +85,10 @@ class Depthwise(Node):
     map: Map
 
     @property
+    def keeps_x(self) -> bool:
+        return True
+
+    @property
     def in_shape(self) -> tuple[int, ...]:
         return self.map[0] * self.map[1], self.weights["weight"].shape[0]
 

@@ -53,6 +53,11 @@ class Node(ABC):
     def macs(self) -> int:
         """The number of MACs for one image."""
 
+    @property
+    def keeps_x(self) -> bool:
+        """Whether its output is its input, as its result lies beside it, or it only chooses."""
+        return False
+
     def bytes_moved(self, batch: int, itemsize: int) -> int:
         """Return the least bytes read and written: input and output once per image, weights once per batch."""
         activations = math.prod(self.in_shape) + math.prod(self.out_shape)

@@ -23,6 +23,10 @@ class Route(Reduce):
         return self.tokens
 
     @property
+    def keeps_x(self) -> bool:
+        return True
+
+    @property
     def choice_size(self) -> int:
         return self.num_keep
 

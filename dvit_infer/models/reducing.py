@@ -47,6 +47,8 @@ def _check_given(read: Reading, method: str, learned: str | None, known: Mapping
         if read.given.get(what) is None or (runs is not None and _takes(runs, what)):
             continue
         owners = [name for name, one in known.items() if _takes(one, what) and one.KEY in (None, key)]
+        if not owners and all(one.KEY is not None for one in known.values()):
+            raise InputError(f"{what}: {read.name} holds no score predictors, so it runs dense")
         if not owners:
             continue  # that of predictors alone
         many = f"method {owners[0]}" if len(owners) == 1 else f"methods {', '.join(owners[:-1])} and {owners[-1]}"
