@@ -56,7 +56,7 @@ class MapNodes(Primitives):
             rows = self.norm_linear(node, "qkv", x.reshape(-1, c)[index][None])[0]
         q, k, v = rows.view(-1, m, 3, heads, c // heads).unbind(2)
         mixed, start = [], 0
-        for bias, count in windows.biases(w["bias"]):
+        for bias, (_, count) in zip(w["bias"], windows.kinds, strict=True):
             some = slice(start * b, (start + count) * b)
             mixed.append(self.mix(q[some], k[some], v[some], node.scale, pair_bias=bias))
             start += count

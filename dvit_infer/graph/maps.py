@@ -105,8 +105,9 @@ class Depthwise(Node):
 class WindowAttention(Branch):
     """x + proj(softmax(scale * q k^T + bias) v) of LayerNorm(x) within windows (Liu et al. 2021, section 3.2).
 
-    Weights `bias` (heads, M, M) float32 are the relative position bias of a window's M positions. Padded positions have
-    queries, keys and values `pad` (3C,): the bias of their linear, as zeros are padded behind the LayerNorm.
+    Weights `bias` (runs, heads, M, M) float32 are the relative position bias of a window's M positions, with the mask
+    of each run of windows that are cut alike. Padded positions have queries, keys and values `pad` (3C,): the bias of
+    their linear, as zeros are padded behind the LayerNorm.
 
     Attributes:
         windows: where the positions of each window are.

@@ -95,7 +95,7 @@ class Windows:
         part = (at[:, None] * (2 if kind & 2 else 0) + at * (kind & 1)).flatten()
         return (part[:, None] != part).float() * CUT
 
-    def biases(self, bias: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-        """Return what is added to scores for each run of `kinds`, (heads, M, M), by the bias, and its number."""
-        masks = [(self.mask(kind), count) for kind, count in self.kinds]
-        return [(bias if mask is None else bias + mask.to(bias), count) for mask, count in masks]
+    def biases(self, bias: torch.Tensor) -> torch.Tensor:
+        """Return what is added to scores for each run of `kinds`, (runs, heads, M, M), by the bias (heads, M, M)."""
+        masks = [self.mask(kind) for kind, _ in self.kinds]
+        return torch.stack([bias if mask is None else bias + mask.to(bias) for mask in masks])

@@ -69,13 +69,12 @@ def window_attention(to: Builder[V], node: WindowAttention, x: V) -> V:
             is_padded = to.own("is_padded", (index == node.tokens)[:, None])
             part = to.emit("Where", is_padded, to.own(f"pad.{name}", w["pad"][rows]), part)
         parts.append(to.emit("Reshape", part, to.ints(-1, m, heads, dim // heads)))
-    biases = windows.biases(w["bias"])
-    if len(biases) == 1:
+    if len(w["bias"]) == 1:
         q, k, v = parts
-        mixed = to.attend(q, k, v, node.scale, to.own("bias", biases[0][0]))
+        mixed = to.attend(q, k, v, node.scale, to.own("bias", w["bias"][0]))
     else:
-        each = torch.cat([bias.expand(number, -1, -1, -1) for bias, number in biases])
-        mixed = _attend_by_window(to, node, parts, each)
+        counts = torch.tensor([count for _, count in windows.kinds], device=w["bias"].device)
+        mixed = _attend_by_window(to, node, parts, w["bias"].repeat_interleave(counts, dim=0))
     mixed = to.emit("Reshape", mixed, to.ints(-1, count * m, dim))
     mixed = to.emit("Gather", mixed, to.table(f"back_{windows.side}_{windows.shift}", windows.inverse), axis=1)
     branch = to.linear_of(mixed, "proj", w)

@@ -6,6 +6,8 @@ from hierarchical_cases import SMALL, answers, checkpoint, images, kept_of, opti
 
 import dvit_infer as dvit
 from dvit_infer.backends.openvino import OpenVinoRunner
+from dvit_infer.backends.triton import TritonRunner
+from dvit_infer.ops.choices import Choices, using
 
 QUICK = ("tiny-swin-r0.7-b2", "tiny-cnn-r0.5-s2")
 CASES = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in SMALL]
@@ -22,6 +24,25 @@ def test_openvino_agrees(case):
     assert all(torch.equal(a, b) for a, b in zip(kept, kept_of(golden), strict=True))
     if kept:
         assert (engine(x, kept=kept) - logits).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_the_runner_for_gpus_agrees(case):
+    """Its kernels are tested elsewhere; here PyTorch stands in for them."""
+    engine = dvit.convert(checkpoint(case), device="cpu", backend="torch")
+    with using(Choices(otherwise="pytorch")):
+        state = TritonRunner(engine.graph).run(images(case))
+    assert (state.x - answers(case)["logits"]).abs().max() < 2e-5
+    assert all(torch.equal(a, b) for a, b in zip(state.choices, kept_of(answers(case)), strict=True))
+
+
+def test_openvino_compiles_for_a_repeated_number_of_images():
+    case = QUICK[1]
+    engine, x = dvit.convert(checkpoint(case), device="cpu", backend="openvino"), images(case)
+    first = engine(x)
+    for batch in (2, 2, 1, 1, 2):
+        assert (engine(x[:batch]) - first[:batch]).abs().max() < 2e-5
+    assert {form.images for form in engine.runner._models} == {None, 1}
 
 
 @pytest.mark.slow

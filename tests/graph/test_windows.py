@@ -33,7 +33,8 @@ def test_index_inverse_and_masks(size, side, shift, pads):
     assert sorted(order) == list(range(windows.count))
     assert torch.equal(windows.index.flatten()[windows.inverse], place.flatten())
     zero = torch.zeros(1, side * side, side * side)
-    ours = torch.cat([bias.expand(count, -1, -1) for bias, count in windows.biases(zero)])
+    counts = torch.tensor([count for _, count in windows.kinds])
+    ours = windows.biases(zero)[:, 0].repeat_interleave(counts, dim=0)
     rows, columns = windows.grid
     theirs = cut_mask(rows * side, columns * side, side, shift)[order] if shift else torch.zeros_like(ours)
     assert torch.equal(ours, theirs)

@@ -61,7 +61,7 @@ def graph(model: SwinTransformer, config: Config) -> Iterator[Node]:
 
 def _attention(block: Block, windows: Windows) -> Tensors:
     weights = own(block, norm="norm1", qkv="attn.qkv", proj="attn.proj")
-    weights["bias"] = block.attn.bias().detach().contiguous()
+    weights["bias"] = windows.biases(block.attn.bias().detach())
     if windows.is_padded:
         weights["pad"] = weights["qkv.bias"]
     return weights
