@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 def timm_candidate(subject: Subject) -> Candidate:
     """timm's dense counterpart, with the checkpoint's weights."""
     config = subject.dense_config
-    in_timm = family_of(config).in_timm
+    family = family_of(config)
+    in_timm = family.in_timm
     if in_timm is None:
         raise InputError(f"compare: timm has no {config.family}; leave timm out")
     _need("timm")
@@ -39,7 +41,7 @@ def timm_candidate(subject: Subject) -> Candidate:
         raise InputError(f"compare: timm cannot be imported here: {first_line(error)}") from None
     dense = build_reference(config, subject.checkpoint)
     try:
-        model.load_state_dict({k: w for k, w in dense.state_dict().items() if not k.startswith("score_predictor.")})
+        model.load_state_dict({k: w for k, w in dense.state_dict().items() if not re.match(family.of_reduction, k)})
     except RuntimeError as error:
         raise InputError(f"compare: timm's {config.arch} has other weights: {first_line(error)}") from None
     model = model.eval().to(subject.device, subject.dtype)

@@ -2,12 +2,16 @@
 
 import functools
 
+from torch import nn
+
 from dvit_infer.config import Config
 from dvit_infer.models.convnext.body import ConvNeXt
 from dvit_infer.models.convnext.graph import graph
+from dvit_infer.models.convnext.names import in_timm
 from dvit_infer.models.convnext.read import ARCHS, matches, read_convnext
 from dvit_infer.models.convnext.reference import ConvNeXtModel, PointConv
 from dvit_infer.models.family import Family, State
+from dvit_infer.models.hierarchical.names import taking_official_names
 from dvit_infer.models.hierarchical.reading import crop_pct
 from dvit_infer.reduction import predictor, route
 
@@ -29,6 +33,21 @@ def _resized(state: State, config: Config) -> State:
     return state  # nothing in the weights depends on the size
 
 
+def _in_timm(config: Config) -> nn.Module:
+    from timm.models.convnext import ConvNeXt as TimmConvNeXt
+
+    body = config.body
+    assert isinstance(body, ConvNeXt)
+    model = TimmConvNeXt(
+        depths=body.depths,
+        dims=body.dims,
+        kernel_sizes=body.kernel,
+        num_classes=config.num_classes,
+        norm_eps=body.eps,
+    )
+    return taking_official_names(model, in_timm)
+
+
 CONVNEXT = Family(
     name="convnext",
     body=ConvNeXt,
@@ -39,5 +58,6 @@ CONVNEXT = Family(
     resized=_resized,
     graph=graph,
     crop_pct=crop_pct,
+    in_timm=_in_timm,
     of_reduction=r"score_predictor\.|stages\.2\.\d+\.fast_path",
 )

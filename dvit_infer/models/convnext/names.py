@@ -32,3 +32,20 @@ def _timms(key: str) -> Place:
         if re.match(pattern, key):
             return Place(re.sub(pattern, ours, key))
     return Place(key)
+
+
+_OFFICIAL = (
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
+    (r"^stages\.(\d+)\.(\d+)\.pwconv([12])\.", r"stages.\1.blocks.\2.mlp.fc\3."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^norm\.", "head.norm."),
+    (r"^head\.", "head.fc."),
+)
+
+
+def in_timm(key: str) -> str:
+    """Return timm's name of an official one."""
+    pattern, theirs = next(((p, t) for p, t in _OFFICIAL if re.match(p, key)), ("", ""))
+    return re.sub(pattern, theirs, key) if pattern else key

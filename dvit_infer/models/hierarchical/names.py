@@ -1,6 +1,9 @@
 """Keys of models of four stages -> the official ones, by a function for each owner."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
 
 from dvit_infer.errors import InputError
 from dvit_infer.models.vit.names.draft import Draft
@@ -37,3 +40,16 @@ def plan_by(
         seen[found.to] = in_file
     table = Table(owner, whose, "", (), {}, {}, {}, {}, {}, finish, into="the official ones")
     return Plan(table, "", places)
+
+
+def taking_official_names(model: nn.Module, rename: Callable[[str], str]) -> nn.Module:
+    """Let timm's model load weights under their official names, and return it."""
+
+    def renamed(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        new = {rename(key): tensor for key, tensor in state.items()}
+        state.clear()
+        state.update(new)
+
+    hooked: Any = model  # its stubs lack the types of the hook
+    hooked.register_load_state_dict_pre_hook(renamed)
+    return model

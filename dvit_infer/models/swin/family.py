@@ -2,11 +2,15 @@
 
 import functools
 
+from torch import nn
+
 from dvit_infer.config import Config
 from dvit_infer.models.family import Family, State
+from dvit_infer.models.hierarchical.names import taking_official_names
 from dvit_infer.models.hierarchical.reading import crop_pct
 from dvit_infer.models.swin.body import Swin
 from dvit_infer.models.swin.graph import graph
+from dvit_infer.models.swin.names import in_timm
 from dvit_infer.models.swin.read import ARCHS, matches, read_swin
 from dvit_infer.models.swin.reference import SwinTransformer
 from dvit_infer.reduction import route
@@ -29,6 +33,25 @@ def _resized(state: State, config: Config) -> State:
     return state  # nothing in the weights depends on the size
 
 
+def _in_timm(config: Config) -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer as TimmSwin
+
+    body = config.body
+    assert isinstance(body, Swin)
+    model = TimmSwin(
+        img_size=config.trained_size if body.pads else config.image_size,
+        dynamic_img_size=True,
+        window_size=max(body.windows),
+        embed_dim=body.dims[0],
+        depths=body.depths,
+        num_heads=body.heads,
+        mlp_ratio=body.mlp_ratio,
+        num_classes=config.num_classes,
+        norm_layer=functools.partial(nn.LayerNorm, eps=body.eps),
+    )
+    return taking_official_names(model, in_timm)
+
+
 SWIN = Family(
     name="swin",
     body=Swin,
@@ -39,5 +62,6 @@ SWIN = Family(
     resized=_resized,
     graph=graph,
     crop_pct=crop_pct,
+    in_timm=_in_timm,
     of_reduction=r"layers\.2\.(score_predictor|blocks\.\d+\.fastmlp)\.",
 )

@@ -51,3 +51,10 @@ def _built_at(draft: Draft) -> None:
             draft.imply(f"{key}: {shape[0]} windows of {shape[1]} positions", trained_size=(side, side))
         del draft.state[key], draft.files[key]
         draft.left_over["layers.*.attn_mask"] = _INDEX
+
+
+def in_timm(key: str) -> str:
+    """Return timm's name of an official one."""
+    if found := _TIMMS.fullmatch(key):
+        return f"layers.{int(found[1]) + 1}.downsample.{found[2]}"
+    return re.sub(r"^head\.", "head.fc.", key)
