@@ -28,6 +28,7 @@ class Family(NamedTuple):
         graph: yield the nodes of a reference model in evaluation, with unchanged weights; nothing is folded yet.
         crop_pct: return the share of an image's shorter side that evaluation keeps; None: images are warped.
         of_reduction: a pattern for the keys of weights that only a reduction has.
+        body_of: return the body of a named size.
         in_timm: return timm's dense counterpart, which loads the reference's weights; None: timm has none.
     """
 
@@ -41,4 +42,5 @@ class Family(NamedTuple):
     graph: Callable[[Any, Config], Iterator[Node]]
     crop_pct: Callable[[Config], float | None]
     of_reduction: str = r"score_predictor\."
+    body_of: Callable[[str], Body] | None = None
     in_timm: Callable[[Config], nn.Module] | None = None

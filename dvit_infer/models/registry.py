@@ -87,7 +87,7 @@ def recognise(
     family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
-        own = ", ".join(_own_archs())
+        own = ", ".join(own_archs())
         raise InputError(
             f"{checkpoint.name}: of no known family (first key {first}); known: {own}, and other plain vision "
             "transformers under their owners' names"
@@ -133,12 +133,13 @@ def _known_arch(arch: Any) -> str | None:
     nearest = difflib.get_close_matches(str(arch)[:100], VIT.archs, n=3)
     timms = f", the nearest: {', '.join(nearest)}" if nearest else ""
     raise InputError(
-        f"arch: {arch!r} does not exist; these do: {', '.join(_own_archs())}, and timm's names of plain vision "
+        f"arch: {arch!r} does not exist; these do: {', '.join(own_archs())}, and timm's names of plain vision "
         f"transformers{timms}"
     )
 
 
-def _own_archs() -> list[str]:
+def own_archs() -> list[str]:
+    """Return the names of sizes that are this project's own, not timm's."""
     return [name for family in (DEIT, LVVIT, SWIN, CONVNEXT) for name in family.archs]
 
 

@@ -8,7 +8,7 @@ from dvit_infer.config import Config
 from dvit_infer.models.convnext.body import ConvNeXt
 from dvit_infer.models.convnext.graph import graph
 from dvit_infer.models.convnext.names import in_timm
-from dvit_infer.models.convnext.read import ARCHS, matches, read_convnext
+from dvit_infer.models.convnext.read import ARCHS, body_of, matches, read_convnext
 from dvit_infer.models.convnext.reference import ConvNeXtModel, PointConv
 from dvit_infer.models.family import Family, State
 from dvit_infer.models.hierarchical.names import taking_official_names
@@ -58,6 +58,7 @@ CONVNEXT = Family(
     resized=_resized,
     graph=graph,
     crop_pct=crop_pct,
+    body_of=body_of,
     in_timm=_in_timm,
     of_reduction=r"score_predictor\.|stages\.2\.\d+\.fast_path",
 )

@@ -30,6 +30,22 @@ ARCHS = {
 }
 
 
+def body_of(arch: str) -> ConvNeXt:
+    """Return the body of a named size."""
+    named = ARCHS[arch]
+    first = {9: 1, 27: 3}[named.depths[2]]  # DynamicViT's `infer.py`
+    return ConvNeXt(
+        patch_size=16,
+        embed_dim=named.dims[2],
+        depth=named.depths[2],
+        depths=named.depths,
+        dims=named.dims,
+        mlp_ratio=4,
+        eps=1e-6,
+        num_fast=named.depths[2] - first if named.num_predictors else 0,
+    )
+
+
 def matches(read: Reading) -> bool:
     return any(re.fullmatch(r"stages\.\d+\.\d+\.dwconv\.weight", key) for key in read.shapes)
 

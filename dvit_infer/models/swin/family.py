@@ -11,7 +11,7 @@ from dvit_infer.models.hierarchical.reading import crop_pct
 from dvit_infer.models.swin.body import Swin
 from dvit_infer.models.swin.graph import graph
 from dvit_infer.models.swin.names import in_timm
-from dvit_infer.models.swin.read import ARCHS, matches, read_swin
+from dvit_infer.models.swin.read import ARCHS, body_of, matches, read_swin
 from dvit_infer.models.swin.reference import SwinTransformer
 from dvit_infer.reduction import route
 
@@ -62,6 +62,7 @@ SWIN = Family(
     resized=_resized,
     graph=graph,
     crop_pct=crop_pct,
+    body_of=body_of,
     in_timm=_in_timm,
     of_reduction=r"layers\.2\.(score_predictor|blocks\.\d+\.fastmlp)\.",
 )

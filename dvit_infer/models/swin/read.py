@@ -32,6 +32,24 @@ ARCHS = {
 }
 
 
+def body_of(arch: str) -> Swin:
+    """Return the body of a named size, with windows of 7x7."""
+    named = ARCHS[arch]
+    first = {6: 1, 18: 2}[named.depths[2]]  # DynamicViT's `infer.py`
+    return Swin(
+        patch_size=16,
+        embed_dim=named.dims[2],
+        depth=named.depths[2],
+        depths=named.depths,
+        dims=named.dims,
+        mlp_ratio=4,
+        eps=1e-5,
+        num_fast=named.depths[2] - first if named.num_predictors else 0,
+        heads=named.heads,
+        windows=(7,) * 4,
+    )
+
+
 def matches(read: Reading) -> bool:
     return any(re.fullmatch(rf"layers\.\d+\.blocks\.\d+\.{re.escape(_TABLE)}", key) for key in read.shapes)
 
