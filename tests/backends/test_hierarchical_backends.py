@@ -5,6 +5,7 @@ import torch
 from hierarchical_cases import SMALL, answers, checkpoint, images, kept_of, options
 
 import dvit_infer as dvit
+from dvit_infer.backends.cpu import CpuRunner, Linear
 from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.backends.triton import TritonRunner
 from dvit_infer.ops.choices import Choices, using
@@ -34,6 +35,15 @@ def test_the_runner_for_gpus_agrees(case):
         state = TritonRunner(engine.graph).run(images(case))
     assert (state.x - answers(case)["logits"]).abs().max() < 2e-5
     assert all(torch.equal(a, b) for a, b in zip(state.choices, kept_of(answers(case)), strict=True))
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("case", QUICK)
+def test_both_linears_of_cpus_agree(case, prepacked):
+    engine = dvit.convert(checkpoint(case), device="cpu", backend="torch")
+    runner = CpuRunner(engine.graph, Linear(torch.float32, prepacked))
+    for _ in range(2):  # the second time in memory that is used again
+        assert (runner.run(images(case)).x - answers(case)["logits"]).abs().max() < 2e-5
 
 
 def test_openvino_compiles_for_a_repeated_number_of_images():
