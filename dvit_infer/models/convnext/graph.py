@@ -20,7 +20,6 @@ def graph(model: ConvNeXtModel, config: Config) -> Iterator[Node]:
     weights = unprefixed(own(model.downsample_layers[0], w="0", norm="1"), "w.")
     yield Stem(name="stem", equals="stages.0.0:in", weights=weights, image=config.image_size, eps=eps)
     routes = Routes(config, model.score_predictor, "stages.2.")
-    none = Routes(config, None, "")
     for number, stage in enumerate(model.stages):
         tokens = maps[number][0] * maps[number][1]
         if number:
@@ -31,14 +30,13 @@ def graph(model: ConvNeXtModel, config: Config) -> Iterator[Node]:
             yield Downsample(name=name, equals=equals, weights=weights, **facts, **how)
         for i, block in enumerate(stage.children()):
             name = f"stages.{number}.{i}"
-            if number == 2 and (route := routes.before(i)) is not None:
-                yield route
+            yield from routes.before(number, i)
             weights = unprefixed(own(block, w="dwconv"), "w.")
             yield Depthwise(name=f"{name}.dwconv", equals="", weights=weights, map=maps[number])
             mlp = own(block, norm="norm", fc1="pwconv1", fc2="pwconv2", gamma="gamma")
             fast = own(block, fast_norm="fast_path.0", fast="fast_path.1", fast_gamma="fast_path_gamma")
-            yield (routes if number == 2 else none).mlp(
-                mlp, fast, name=f"{name}.mlp", equals=f"{name}:out", tokens=tokens, eps=eps, of_branch=True
+            yield routes.mlp(
+                number, mlp, fast, name=f"{name}.mlp", equals=f"{name}:out", tokens=tokens, eps=eps, of_branch=True
             )
     yield Pool(
         name="pool",

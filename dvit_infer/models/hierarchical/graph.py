@@ -1,5 +1,6 @@
 """Parts of the graphs of models of four stages."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dvit_infer.graph.routes import Route, RoutedMlp
 from dvit_infer.reduction import route
 
 Tensors = dict[str, torch.Tensor]
+THIRD = 2  # the number of the stage that routes
 
 
 def own(module: nn.Module, **names: str) -> Tensors:
@@ -40,27 +42,27 @@ class Routes:
         self._config, self._predictors, self._name = config, list(predictors or ()), name
         self._keep: int | None = None  # of the last stage
 
-    def before(self, block: int) -> Route | None:
-        """Return the node that stands before a block, if there is one."""
+    def before(self, number: int, block: int) -> Iterator[Route]:
+        """Yield the node that stands before a block of a stage, if there is one."""
         reduction = self._config.reduction
-        stage = next((stage for stage in reduction.stages if stage.block == block), None)
+        stage = next((stage for stage in reduction.stages if (number, stage.block) == (THIRD, block)), None)
         if stage is None:
-            return None
-        number, self._keep = reduction.stages.index(stage), stage.keep
+            return
+        count, self._keep = reduction.stages.index(stage), stage.keep
         facts = {"tokens": self._config.num_patches, "num_keep": stage.keep, "num_prefix": 0}
-        return route.node(
-            number,
+        yield route.node(
+            count,
             self._predictors,
             dict(reduction.settings),
             self._config.num_patches,
-            name=f"route.{number}",
+            name=f"route.{count}",
             equals=f"{self._name}{block}:in",
             channels=self._config.body.embed_dim,
             **facts,
         )
 
-    def mlp(self, weights: Tensors, fast: Tensors, **facts: Any) -> Node:
-        """Return the node of a block's MLP, with its other branch if there was a choice."""
-        if self._keep is None:
+    def mlp(self, number: int, weights: Tensors, fast: Tensors, **facts: Any) -> Node:
+        """Return the node of an MLP of a stage, with its other branch if there was a choice."""
+        if number != THIRD or self._keep is None:
             return Mlp(weights=weights, **facts)
         return RoutedMlp(weights=weights | fast, num_keep=self._keep, **facts)

@@ -10,7 +10,7 @@ from dvit_infer.graph.heads import Head, Pool
 from dvit_infer.graph.maps import Downsample, Stem, WindowAttention
 from dvit_infer.graph.nodes import Node
 from dvit_infer.graph.windows import Windows
-from dvit_infer.models.hierarchical.graph import Routes, Tensors, own, unprefixed
+from dvit_infer.models.hierarchical.graph import THIRD, Routes, Tensors, own, unprefixed
 from dvit_infer.models.swin.reference import Block, PatchMerging, SwinTransformer
 
 
@@ -27,13 +27,12 @@ def graph(model: SwinTransformer, config: Config) -> Iterator[Node]:
         for i, block in enumerate(stage.blocks):
             assert isinstance(block, Block)
             name = f"layers.{number}.blocks.{i}"
-            if number == 2 and (route := routes.before(i)) is not None:
-                yield route
+            yield from routes.before(number, i)
             pads = cast(Literal["", "after_roll", "before_roll"], body.pads)
             windows = Windows(maps[number], block.window, block.shift, pads)
             yield WindowAttention(
                 name=f"{name}.attn",
-                equals=f"{name}.norm2:in" if number != 2 or not config.reduction.stages else "",
+                equals=f"{name}.norm2:in" if number != THIRD or not config.reduction.stages else "",
                 weights=_attention(block, windows),
                 windows=windows,
                 num_heads=block.attn.num_heads,
@@ -42,10 +41,7 @@ def graph(model: SwinTransformer, config: Config) -> Iterator[Node]:
             )
             mlp = own(block, norm="norm2", fc1="mlp.fc1", fc2="mlp.fc2")
             fast = own(block, fast_norm="fastmlp.fc1.0", fast="fastmlp.fc1.1")
-            if number == 2:
-                yield routes.mlp(mlp, fast, name=f"{name}.mlp", equals=f"{name}:out", **facts)
-            else:
-                yield Routes(config, None, "").mlp(mlp, {}, name=f"{name}.mlp", equals=f"{name}:out", **facts)
+            yield routes.mlp(number, mlp, fast, name=f"{name}.mlp", equals=f"{name}:out", **facts)
         if stage.downsample is not None:
             name, weights = f"layers.{number}.downsample", _merging(stage.downsample)
             following = f"layers.{number + 1}.blocks.0:in"
