@@ -147,7 +147,7 @@ class OpenVinoRunner:
         form = self._form(Variant(output, bool(given)), len(images))
         try:
             choices = self._choices(given or ())
-            x, *own = self._infer(self._request(form), [images, *choices], form)
+            x, *own = self._infer(self._request(form), [images, *choices])
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise MemoryError(str(error)) from None
@@ -171,7 +171,7 @@ class OpenVinoRunner:
         last, self._last[variant] = self._last.get(variant), images
         return Form(variant, images if self._fixes and images == last else None)
 
-    def _infer(self, request: Any, inputs: Sequence[torch.Tensor], form: Form) -> list[torch.Tensor]:
+    def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies of the outputs; the inputs are read where they are, and let go of then."""
         import numpy as np
         from openvino import Tensor
@@ -183,7 +183,7 @@ class OpenVinoRunner:
             request.infer()
             return [torch.from_numpy(np.array(tensor.data)) for tensor in request.output_tensors]
         finally:
-            request.set_input_tensor(0, no_images(self.config, form.images or 1))
+            request.set_input_tensor(0, no_images(self.config, len(inputs[0]) if self._fixes else 1))
 
     def _request(self, form: Form) -> Any:
         """Return the calling thread's infer request for a form; those for other numbers of images are let go of."""
