@@ -103,13 +103,14 @@ class Classifier(ABC):
                 normalised inside with the config's mean and std.
             return_kept: also return which patches were kept.
             kept: for each stage what to do instead of the model's own choice, in the form that is returned. The
-                positions of a stage must be a subset of those of the stage before; its groups must contain those of
-                the stage before.
+                positions of a stage must be a subset of those of the stage before, unless all stay; its groups must
+                contain those of the stage before.
 
         Returns:
             Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions: one (B, k) int64
-            tensor per stage, in the original grid, row-major, ascending. N + j stands for the token into which stage j
-            fused the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage:
+            tensor per stage, in the original grid, row-major, ascending; of DynamicSwin and DynamicConvNeXt the
+            positions of the third stage's map that take the MLPs. N + j stands for the token into which stage j fused
+            the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage:
             for every original patch the lowest one of the group that then holds it.
 
         Raises:
@@ -151,7 +152,8 @@ class Classifier(ABC):
         out = self._in_parts(images, None, True, "tokens")
         if out.positions is not None:
             return out.x, out.positions
-        return out.x, torch.arange(self.config.num_patches, device=out.x.device).repeat(len(out.x), 1)
+        rows, columns = self.config.body.last_grid(self.config.image_size)
+        return out.x, torch.arange(rows * columns, device=out.x.device).repeat(len(out.x), 1)
 
     @torch.no_grad()
     def feature_map(self, images: torch.Tensor, fill: Fill = "last") -> torch.Tensor:
@@ -165,7 +167,7 @@ class Classifier(ABC):
                 is applied to all tokens; or 'zeros'. A patch whose token was fused into another counts as dropped.
 
         Returns:
-            (B, D, h, w) float32, in the memory format channels_last.
+            (B, D, h, w) float32, in the memory format channels_last; of models of four stages the last map.
 
         Raises:
             InputError: `fill` is another, or the model gives logits only.
@@ -173,12 +175,13 @@ class Classifier(ABC):
         """
         if not isinstance(fill, str) or fill not in get_args(Fill):
             raise InputError(f"fill: {str(fill)[:40]!r} is not one of {', '.join(get_args(Fill))}")
-        out = self._in_parts(images, None, True, "feature_map")
-        if fill == "zeros" and out.choices and not self.config.reduction.merges:
+        stay = self.config.body.routes
+        out = self._in_parts(images, None, True, "tokens" if stay else "feature_map")
+        if fill == "zeros" and not stay and out.choices and not self.config.reduction.merges:
             held = torch.zeros(out.x.shape[:2], dtype=torch.bool, device=out.x.device)
             held = F.pad(held, (0, len(out.choices))).scatter_(1, out.choices[-1], True)  # fused tokens are behind
             out.x.masked_fill_(~held[:, : out.x.shape[1], None], 0.0)
-        return out.x.view(len(out.x), *self.config.grid, -1).permute(0, 3, 1, 2)
+        return out.x.view(len(out.x), *self.config.body.last_grid(self.config.image_size), -1).permute(0, 3, 1, 2)
 
     def warm_up(self, batches: Iterable[int] = (1,), *, uint8: bool = False) -> None:
         """Run batches of these sizes, so that kernels are compiled and forwards captured before images arrive.
@@ -295,9 +298,12 @@ def _check_positions(stages: Sequence[torch.Tensor], reduction: Reduction) -> No
     n = reduction.num_patches
     alive: torch.Tensor | None = None
     for stage, index in enumerate(stages):
-        if index.min() < 0 or index.max() >= n + stage or (index.diff(dim=1) <= 0).any():
-            known = f"positions from 0 to {n - 1}" + (f", or {n} and up for fused tokens" if stage else "")
+        fused = 0 if reduction.routes else stage  # the number of tokens that earlier stages may have fused
+        if index.min() < 0 or index.max() >= n + fused or (index.diff(dim=1) <= 0).any():
+            known = f"positions from 0 to {n - 1}" + (f", or {n} and up for fused tokens" if fused else "")
             raise ValueError(f"kept: stage {stage} is not ascending {known}")
+        if reduction.routes:  # a stage ranks all positions anew
+            continue
         if alive is None:  # with room for a fused token of every stage
             alive = torch.ones(len(index), n + len(stages), dtype=torch.bool, device=index.device)
             alive[:, n:] = False

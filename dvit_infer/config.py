@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 Size = tuple[int, int]  # (height, width)
 Floats = tuple[float, ...]
@@ -22,12 +22,12 @@ class Stage:
     Attributes:
         block: 0-based index of the block it belongs to.
         keep: the number of patch tokens that remain; None: it differs by image.
-        where: its place in the block.
+        where: its place in the block. 'mlp': all tokens stay, and those kept take the MLPs from this block on.
     """
 
     block: int
     keep: int | None = None
-    where: Literal["before", "after_attention"] = "before"
+    where: Literal["before", "after_attention", "mlp"] = "before"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Reduction:
         """The number of positions by which each stage's choice is stated: those kept, or all, each with its group."""
         return tuple(self.num_patches if self.merges else stage.keep or 0 for stage in self.stages)
 
+    @property
+    def routes(self) -> bool:
+        """Whether all tokens stay, and those that a stage does not keep pass its MLPs by; each stage ranks all."""
+        return any(stage.where == "mlp" for stage in self.stages)
+
     def fuses(self, stage: int) -> bool:
         """Return whether a stage fuses the tokens that it drops into one more."""
         before = self.num_patches if not stage else (self.stages[stage - 1].keep or 0) + self.fuses(stage - 1)
@@ -104,8 +109,10 @@ class Body:
         patch_size: pixels per side of the patches among which a reduction chooses.
         embed_dim: channels of their tokens.
         depth: the number of blocks before or in which it may choose.
+        routes: whether a reduction may only choose which tokens take the MLPs, as all have to stay.
     """
 
+    routes: ClassVar[bool] = False
     patch_size: int
     embed_dim: int
     depth: int
@@ -114,6 +121,20 @@ class Body:
     def pooled_dim(self) -> int:
         """Channels of the row that pooling returns and a classifier reads."""
         return self.embed_dim
+
+    def grid(self, size: Size) -> Size:
+        """Return the number of patches down and across an image of that size."""
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def last_grid(self, size: Size) -> Size:
+        """Return the same of the tokens behind the last block of a dense model."""
+        return self.grid(size)
+
+    def why_not_size(self, size: Size) -> str | None:
+        """Return why images cannot have that size; None: they can."""
+        if size[0] % self.patch_size or size[1] % self.patch_size:
+            return f"is not a multiple of the patch size {self.patch_size}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,7 @@ class Config:
     @property
     def grid(self) -> Size:
         """The number of patches down and across."""
-        return grid(self.image_size, self.body)
+        return self.body.grid(self.image_size)
 
     @property
     def num_patches(self) -> int:
@@ -165,7 +186,7 @@ class Config:
 
     @property
     def trained_grid(self) -> Size:
-        return grid(self.trained_size, self.body)
+        return self.body.grid(self.trained_size)
 
     @property
     def num_keep(self) -> tuple[int, ...]:
@@ -189,8 +210,3 @@ class Config:
             if name not in facts:
                 raise AttributeError(f"a Config has no {name!r}")
             return facts[name]
-
-
-def grid(size: Size, body: Body) -> Size:
-    """Return the number of patches down and across an image of that size."""
-    return size[0] // body.patch_size, size[1] // body.patch_size

@@ -29,7 +29,7 @@ from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.labels import labels_of
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_reference, recognise, unused_key
+from dvit_infer.models.registry import build_reference, recognise, unused_keys
 from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import is_int8, resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
@@ -67,7 +67,7 @@ class Engine(Verifiable):
         cached: bool = True,
     ) -> None:
         self.labels = labels_of(checkpoint, config.num_classes)
-        self.params = checkpoint.params(unused_key(config))
+        self.params = checkpoint.params(unused_keys(config))
         graph = folded_graph(config, checkpoint, device, dtype, take=True)
         weights = FoldedWeights(config, source, device, dtype, None if source.is_file else graph)
         key = source.digest + header_text(config).encode() + f"{dtype} {int8}".encode() if cached else None

@@ -31,7 +31,7 @@ PROBE_ROUNDS = 9
 # where the probe measured 1.12 x (an EPYC, two threads, torch 2.13), whole models gained as much: 1.10 to 1.23 x.
 MIN_SPEEDUP = 1 / 0.94
 _EXPECTED_ROWS = 1024  # oneDNN chooses a weight layout for about this many rows; others work too
-_LARGE = ("qkv", "kv", "fc1", "proj", "fc2")  # linears of all tokens; the class token's queries are few rows
+_LARGE = ("qkv", "kv", "fc1", "proj", "fc2", "fast")  # linears of all tokens; the class token's queries are few rows
 
 
 class Linear(NamedTuple):

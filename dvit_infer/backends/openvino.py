@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ from dvit_infer.backends.state import Hook, State, follow
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import OF_ALL_TOKENS, Wanted
+from dvit_infer.graph.maps import Depthwise
 from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import prepare
@@ -35,12 +36,27 @@ from dvit_infer.utils.mapping import release_file, released_meanwhile
 _GROUP = 128
 
 
+class Form(NamedTuple):
+    """A compiled model: of a variant, for a number of images; None: for any."""
+
+    variant: Variant
+    images: int | None = None
+
+    def replaced_by(self, other: "Form") -> bool:
+        """Return whether there is to be only one of the two: of one variant, for different numbers of images."""
+        return self.variant == other.variant and None not in (self.images, other.images) and self != other
+
+
 class OpenVinoRunner:
     """Runs a graph in OpenVINO.
 
     It holds one compiled model, with weights packed for this processor, for each output that was asked for (logits,
     features, tokens, feature map) and for given kept sets, made when it is first needed. PyTorch runs the nodes one by
     one where a hook is given, with weights that are read again. Threads may share it: each has its own infer requests.
+
+    Around the convolutions of maps, OpenVINO copies them to another layout and back, unless it knows the number of
+    images (a fifth of ConvNeXt-T's time at batch 8). So a second call in a row with the same number compiles a model
+    for it, in a second or so; there is one such model for each output, beside the one for any number.
 
     Args:
         graph: the graph with its weights, which are not kept unless they are few.
@@ -68,11 +84,12 @@ class OpenVinoRunner:
         self._nodes = graph.to(torch.device("meta"), graph.dtype).nodes
         self._reductions = [node for node in self._nodes if isinstance(node, Reduce)]
         self._lock, self._local = threading.Lock(), threading.local()
-        self._models: dict[Variant, Any] = {}
-        self._mapped: dict[Variant, Path] = {}  # whose weights are mapped and not all packed yet
+        self._models: dict[Form, Any] = {}
+        self._mapped: dict[Form, Path] = {}  # whose weights are mapped and not all packed yet
         self._note = ""
-        self._no_images = no_images(self.config)
-        self._compile(VARIANTS[0], graph, take)
+        self._fixes = any(isinstance(node, Depthwise) for node in self._nodes)
+        self._last: dict[Variant, int] = {}  # the number of images of the last call
+        self._compile(Form(VARIANTS[0]), graph, take)
 
     def __deepcopy__(self, memo: object) -> "OpenVinoRunner":
         return self  # nothing in it changes
@@ -134,15 +151,15 @@ class OpenVinoRunner:
         if hook is not None:
             return self.plain().run(images, given, hook, return_choices, output)
         images = prepare(images, self.config, self.device, torch.float32)
-        variant = Variant(output, bool(given))
+        form = self._form(Variant(output, bool(given)), len(images))
         try:
             choices = self._choices(given or ())
-            x, *own = self._infer(self._request(variant), [images, *choices])
+            x, *own = self._infer(self._request(form), [images, *choices])
         except RuntimeError as error:
             if "alloc" in str(error):
                 raise MemoryError(str(error)) from None
             raise
-        if (path := self._mapped.pop(variant, None)) is not None:
+        if (path := self._mapped.pop(form, None)) is not None:
             release_file(path)
         if not (given or return_choices or output in OF_ALL_TOKENS):
             return State(x)
@@ -156,6 +173,11 @@ class OpenVinoRunner:
             node.note(tokens, choices[-1])
         return choices
 
+    def _form(self, variant: Variant, images: int) -> Form:
+        """Return the form of a model for a call with that number of images."""
+        last, self._last[variant] = self._last.get(variant), images
+        return Form(variant, images if self._fixes and images == last else None)
+
     def _infer(self, request: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return copies of the outputs; the inputs are read where they are, and let go of then."""
         import numpy as np
@@ -168,35 +190,41 @@ class OpenVinoRunner:
             request.infer()
             return [torch.from_numpy(np.array(tensor.data)) for tensor in request.output_tensors]
         finally:
-            request.set_input_tensor(0, self._no_images)
+            request.set_input_tensor(0, no_images(self.config, len(inputs[0]) if self._fixes else 1))
 
-    def _request(self, variant: Variant) -> Any:
-        """Return the calling thread's infer request for a variant."""
+    def _request(self, form: Form) -> Any:
+        """Return the calling thread's infer request for a form; those for other numbers of images are let go of."""
         requests = self._local.__dict__.setdefault("requests", {})
-        if variant not in requests:
-            if variant not in self._models:
-                with self._lock:
-                    if variant not in self._models:
-                        self._compile(variant)
-            requests[variant] = self._models[variant].create_infer_request()
-        return requests[variant]
+        if form not in requests:
+            with self._lock:
+                if form not in self._models:
+                    self._compile(form)
+                model = self._models[form]
+            for other in [other for other in requests if other.replaced_by(form)]:
+                del requests[other]
+            requests[form] = model.create_infer_request()
+        return requests[form]
 
-    def _compile(self, variant: Variant, graph: Graph | None = None, take: bool = False) -> None:
-        """Compile a variant; `graph` saves reading the weights again, if they are needed.
+    def _compile(self, form: Form, graph: Graph | None = None, take: bool = False) -> None:
+        """Compile a form of the model; `graph` saves reading the weights again, if they are needed.
 
         With `take`, weights that are in the cache are taken out of it before.
         """
         try:
-            model, path = self._model(variant, graph)
+            model, path = self._model(form.variant, graph)
             if take and path is not None and graph is not None:
                 graph.forget()
+            if form.images is not None:
+                model.reshape({given: [form.images, *list(given.partial_shape)[1:]] for given in model.inputs})
             with released_meanwhile(path):
                 compiled = compile_model(model, self._settings)
         except RuntimeError as error:  # OpenVINO's only class
             raise InputError(f"backend: openvino cannot compile {self.config.arch}: {first_reason(error)}") from None
         if path is not None:
-            self._mapped[variant] = path  # the first call packs more of them
-        self._models[variant] = compiled
+            self._mapped[form] = path  # the first call packs more of them
+        for other in [other for other in self._models if other.replaced_by(form)]:
+            del self._models[other]
+        self._models[form] = compiled
 
     def _model(self, variant: Variant, graph: Graph | None) -> tuple[Any, Path | None]:
         """Return a variant's model, and the file from which its weights are mapped, if they are."""

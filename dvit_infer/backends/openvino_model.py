@@ -147,11 +147,11 @@ def only(model: Any, variant: Variant) -> Any:
     return openvino.Model(results, inputs, model.get_friendly_name())
 
 
-def no_images(config: Config) -> Any:
+def no_images(config: Config, count: int = 1) -> Any:
     """Return an input that stands for none: a request holds on to its last one, and with it to a caller's memory."""
     import openvino
 
-    return openvino.Tensor(openvino.Type.f32, openvino.Shape([1, 3, *config.image_size]))
+    return openvino.Tensor(openvino.Type.f32, openvino.Shape([count, 3, *config.image_size]))
 
 
 def constants_of(model: Any, nodes: Sequence[Node]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from dvit_infer.config import Ranges
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Branch, Mlp
+from dvit_infer.graph.routes import RoutedMlp
 
 # Quantiles of all values. On 10,000 cluttered digits, 99.44, 99.24 and 98.87% of the tokens are kept with them, and
 # 99.35, 99.13 and 98.78% by minimum and maximum; at 0.001 the error of the logits is twice as large.
@@ -53,6 +54,11 @@ class _RangeRunner(CpuRunner):
     def mlp(self, node: Mlp, state: State) -> None:
         self._node = node.name
         super().mlp(node, state)
+        self._node = ""
+
+    def routed_mlp(self, node: RoutedMlp, state: State) -> None:
+        self._node = node.name
+        super().routed_mlp(node, state)
         self._node = ""
 
     def linear(

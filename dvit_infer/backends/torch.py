@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from dvit_infer.backends.arithmetic import places_of, rotate_patches, weighted_mean
+from dvit_infer.backends.maps import MapNodes
 from dvit_infer.backends.precision import as_asked
-from dvit_infer.backends.primitives import Primitives
 from dvit_infer.backends.state import Hook, State
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import OF_ALL_TOKENS, Classify, Head, MapPool, Pool, Wanted, nodes_for
@@ -22,7 +22,7 @@ from dvit_infer.reduction.predictor import PredictorPrune
 from dvit_infer.reduction.tome import Merge
 
 
-class TorchRunner(Primitives):
+class TorchRunner(MapNodes):
     """Runs a graph: one loop, and one method per node kind, on a few primitives.
 
     Subclasses replace primitives for a device, and the node kinds embed and convolution.
@@ -46,6 +46,7 @@ class TorchRunner(Primitives):
     embeds_apart_from: int | None = None
 
     def __init__(self, graph: Graph, why: str = "") -> None:
+        super().__init__()
         self.config = graph.config
         self.nodes: Sequence[Node] = graph.nodes
         self.device, self.dtype = graph.device, graph.dtype
@@ -199,8 +200,12 @@ class TorchRunner(Primitives):
         return self.norm_rows(y, node.weights.get("inner_norm.weight"), node.weights.get("inner_norm.bias"), node.eps)
 
     def mlp(self, node: Mlp, state: State) -> None:
+        x = state.x
+        if node.of_branch:
+            assert state.branch is not None
+            x, state.branch = state.branch, None
         act = self.forms_of.get(node.act, node.act)
-        hidden = self.norm_linear(node, "fc1", state.x, stats=state.stats, activation=act, gated=node.gated)
+        hidden = self.norm_linear(node, "fc1", x, stats=state.stats, activation=act, gated=node.gated)
         self.linear_add(node, "fc2", self.inner_norm(node, hidden), state)
 
     def prune(self, node: Prune, state: State) -> None:

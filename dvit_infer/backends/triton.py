@@ -62,8 +62,8 @@ class TritonRunner(TorchRunner):
         self._embed = {
             node.name: self._packed_embedding(node, uint8=False) for node in graph.nodes if isinstance(node, Embed)
         }
-        self.takes_uint8 = not self._stem
-        self.embeds_apart_from = None if self._stem else EMBED_APART_FROM
+        self.takes_uint8 = isinstance(graph.nodes[0], Embed)
+        self.embeds_apart_from = EMBED_APART_FROM if self.takes_uint8 else None
         # BatchNorm is folded; in float32 another setting would be needed to keep cuDNN from using TF32.
         fuses = self.device.type == "cuda" and self.dtype != torch.float32
         self._fused_convolutions = {node.name for node in graph.nodes if isinstance(node, Convolution) and fuses}

@@ -20,7 +20,7 @@ from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
 from dvit_infer.models.reference import Reference
-from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_key
+from dvit_infer.models.registry import build_graph, build_reference, recognise, unused_keys
 from dvit_infer.models.source import WeightSource
 from dvit_infer.reduction import METHODS
 from dvit_infer.utils.memory import is_allocation_failure
@@ -147,7 +147,7 @@ class Subject:
         return config if self._calibrate is None else calibrated(config, self.checkpoint, self._calibrate)
 
     def params(self, config: Config) -> int:
-        return self.checkpoint.params(unused_key(config))
+        return self.checkpoint.params(unused_keys(config))
 
 
 def engine_candidate(subject: Subject, config: Config, runtime: str = "engine") -> Candidate:

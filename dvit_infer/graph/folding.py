@@ -11,8 +11,10 @@ import torch
 
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import Head, MapPool, Pool
+from dvit_infer.graph.maps import WindowAttention
 from dvit_infer.graph.nodes import PLACES, Attention, Branch, Convolution, Mlp, Node, NormNode, Weights
 from dvit_infer.graph.reductions import Reduce
+from dvit_infer.graph.routes import RoutedMlp
 
 _ROWS = 32  # of a matrix that are in double precision at a time: whole ones would be a large part of a model
 _QUICK = 1.702  # of CLIP's GELU
@@ -84,6 +86,11 @@ def _layer_norm(node: Node) -> Node:
             bias = _product(weight, shift)
             folded[f"{linear}.weight"] = _scaled(weight, gain)
             folded[f"{linear}.bias"] = bias + w[f"{linear}.bias"].double() if f"{linear}.bias" in w else bias
+    if isinstance(node, RoutedMlp):
+        weight, bias = w["fast.weight"], w["fast.bias"].double()
+        folded["fast.weight"] = _scaled(weight, w["fast_norm.weight"].double())
+        folded["fast.bias"] = bias + _product(weight, w["fast_norm.bias"].double())
+        node = replace(node, weights={n: v for n, v in node.weights.items() if not n.startswith("fast_norm.")})
     if isinstance(node, Head):
         folded |= {f"kept_{name}": node.weights[name] for name in ("norm.weight", "norm.bias")}
     return _noted(node, "LayerNorm", folded, drop="norm")
@@ -91,16 +98,15 @@ def _layer_norm(node: Node) -> Node:
 
 def _softmax_scale(node: Node) -> Node:
     """Fold the scale of the attention scores into the query rows of qkv, or into the norm of the queries."""
-    if not isinstance(node, Attention) or node.scale == 1.0:
+    if not isinstance(node, Attention | WindowAttention) or node.scale == 1.0:
         return node
-    if node.has_qk_norm:
+    if isinstance(node, Attention) and node.has_qk_norm:
         scaled = {name: w.double() * node.scale for name, w in node.weights.items() if name.startswith("q_norm.")}
         return replace(_noted(node, "softmax scale", scaled), scale=1.0)
     rows = node.weights["qkv.weight"].new_ones(3 * node.dim, dtype=torch.float64)
     rows[: node.dim] = node.scale
     folded = {"qkv.weight": _scaled(node.weights["qkv.weight"], rows[:, None])}
-    if "qkv.bias" in node.weights:
-        folded["qkv.bias"] = node.weights["qkv.bias"].double() * rows
+    folded |= {name: node.weights[name].double() * rows for name in ("qkv.bias", "pad") if name in node.weights}
     return replace(_noted(node, "softmax scale", folded), scale=1.0)
 
 
@@ -120,7 +126,11 @@ def _layer_scale(node: Node) -> Node:
     gamma = node.weights["gamma"].double()
     weight, bias = (node.weights[f"{node.last}.{part}"] for part in ("weight", "bias"))
     scaled = {f"{node.last}.weight": _scaled(weight, gamma[:, None]), f"{node.last}.bias": _scaled(bias, gamma)}
-    kept = {name: w for name, w in node.weights.items() if name != "gamma"}
+    kept = {name: w for name, w in node.weights.items() if name not in ("gamma", "fast_gamma")}
+    if "fast_gamma" in node.weights:
+        fast = node.weights["fast_gamma"].double()
+        scaled["fast.weight"] = _scaled(node.weights["fast.weight"], fast[:, None])
+        scaled["fast.bias"] = _scaled(node.weights["fast.bias"], fast)
     return _noted(replace(node, weights=kept), "layer scale", scaled)
 
 
@@ -208,8 +218,12 @@ def _class_only(nodes: list[Node]) -> list[Node]:
 
 def _leave_stats(nodes: list[Node]) -> list[Node]:
     """Let each node with a residual leave statistics of its output, where the next one normalises all its rows."""
+
+    def takes(node: Node | None) -> bool:
+        return isinstance(node, Branch) and node.takes_stats and not (isinstance(node, Mlp) and node.of_branch)
+
     return [
-        replace(node, leaves_stats=True) if isinstance(node, Branch) and isinstance(following, Branch) else node
+        replace(node, leaves_stats=True) if isinstance(node, Branch) and takes(following) else node
         for node, following in zip_longest(nodes, nodes[1:])
     ]
 

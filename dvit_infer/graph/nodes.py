@@ -53,6 +53,11 @@ class Node(ABC):
     def macs(self) -> int:
         """The number of MACs for one image."""
 
+    @property
+    def keeps_x(self) -> bool:
+        """Whether its output is its input, as its result lies beside it, or it only chooses."""
+        return False
+
     def bytes_moved(self, batch: int, itemsize: int) -> int:
         """Return the least bytes read and written: input and output once per image, weights once per batch."""
         activations = math.prod(self.in_shape) + math.prod(self.out_shape)
@@ -180,12 +185,14 @@ class Branch(NormNode):
 
     Attributes:
         last: the name of the linear that ends the branch.
+        takes_stats: whether statistics of x's rows can serve its LayerNorm.
         leaves_stats: whether it leaves statistics of its output's rows, which the next node normalises.
         has_inner_norm: whether a LayerNorm, with weights `inner_norm` unless they are folded, stands before it.
     """
 
     last: ClassVar[str]
-    residual_scale: float
+    takes_stats: ClassVar[bool] = True
+    residual_scale: float = 1.0
     leaves_stats: bool = False
     has_inner_norm: bool = False
 
@@ -258,6 +265,7 @@ class Mlp(Branch):
     Attributes:
         act: 'gelu' (exact), 'gelu_tanh', 'quick_gelu' or 'silu'.
         gated: whether it is.
+        of_branch: whether it reads not x, but the branch that the node before began: x + fc2(act(fc1(LayerNorm(y)))).
     """
 
     kind = "mlp"
@@ -265,6 +273,7 @@ class Mlp(Branch):
     last = "fc2"
     act: str = "gelu"
     gated: bool = False
+    of_branch: bool = False
 
     @property
     def out_shape(self) -> tuple[int, ...]:

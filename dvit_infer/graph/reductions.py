@@ -40,6 +40,10 @@ class Reduce(TokenNode):
     def out_shape(self) -> tuple[int, ...]:
         return self.left if self.rows is None else self.rows, self.dim
 
+    @property
+    def keeps_x(self) -> bool:
+        return self.rows is not None
+
     def bytes_moved(self, batch: int, itemsize: int) -> int:
         return super().bytes_moved(batch, itemsize) + batch * (4 * self.signal_size + 8 * self.choice_size)
 

@@ -6,14 +6,19 @@ from typing import Any
 
 from dvit_infer.graph.nodes import Attention, Node, TokenNode
 from dvit_infer.graph.reductions import Reduce
+from dvit_infer.graph.routes import Route, RoutedMlp
 
 
 def saved_macs(nodes: Sequence[Node], at: int) -> int | None:
     """Return by how many MACs later nodes would exceed theirs with the tokens that node `at` removes.
 
+    Those of MLPs that some tokens pass by, if all took them.
+
     Of an attention whose queries are fewer rows only keys and values would be more. None: the node removes none.
     """
     node = nodes[at]
+    if isinstance(node, Route):
+        return sum(routed.mlp_macs - routed.macs for _, routed in _routed(nodes, at))
     if not isinstance(node, Reduce):
         return None
     removed = _removed(node)
@@ -21,8 +26,13 @@ def saved_macs(nodes: Sequence[Node], at: int) -> int | None:
 
 
 def saved_time(nodes: Sequence[Node], seconds: Sequence[float], at: int) -> float | None:
-    """Return by how much later nodes would take longer, if the time of each were proportional to its tokens."""
+    """Return by how much later nodes would take longer, if the time of each were proportional to its tokens.
+
+    Of MLPs that some tokens pass by, if it were proportional to its MACs.
+    """
     node = nodes[at]
+    if isinstance(node, Route):
+        return sum(seconds[i] * (routed.mlp_macs / routed.macs - 1) for i, routed in _routed(nodes, at))
     if not isinstance(node, Reduce):
         return None
     return sum(seconds[i] * _removed(node) / later.tokens for i, later in _affected(nodes, at))
@@ -30,6 +40,16 @@ def saved_time(nodes: Sequence[Node], seconds: Sequence[float], at: int) -> floa
 
 def _removed(node: Reduce) -> int:
     return node.tokens - node.left if node.rows is None else 0
+
+
+def _routed(nodes: Sequence[Node], at: int) -> Iterator[tuple[int, RoutedMlp]]:
+    """Yield the MLPs, with their places, that follow the choice of node `at`."""
+    for i in range(at + 1, len(nodes)):
+        node = nodes[i]
+        if isinstance(node, Route):
+            return
+        if isinstance(node, RoutedMlp):
+            yield i, node
 
 
 def _affected(nodes: Sequence[Node], at: int) -> Iterator[tuple[int, TokenNode]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,18 +15,22 @@ from dvit_infer.errors import InputError
 from dvit_infer.images.tensors import is_plain
 from dvit_infer.models.beside import Facts, read_beside
 from dvit_infer.models.containers import check_no_url, tensor_files
+from dvit_infer.models.convnext import names as convnext
 from dvit_infer.models.hub import is_hub_name, local_folder
 from dvit_infer.models.kinds import check_kind, code_beside, is_timms
 from dvit_infer.models.loading import load
 from dvit_infer.models.modules import read_module
 from dvit_infer.models.pickled import Inert
 from dvit_infer.models.state_dicts import find_weights, official_names
-from dvit_infer.models.vit.names import Plan, apply, plan_of, unstacked
+from dvit_infer.models.swin import names as swin
+from dvit_infer.models.vit import names as vit
+from dvit_infer.models.vit.names import Plan, apply, unstacked
 from dvit_infer.utils.files import check_name
 from dvit_infer.utils.mapping import release_part
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WORTH_RELEASING = 1 << 20  # bytes
+_PLANS = (swin.plan_of, convnext.plan_of, vit.plan_of)  # the first that knows the keys
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which is not used
 
 
@@ -44,6 +49,7 @@ class Checkpoint:
     beside: dict[str, Any] = field(default_factory=dict)  # JSON files in the file's folder (`read_beside`)
     owner: str | None = None  # whose names the file has; None: timm's, or unknown ones
     whose: str = ""  # the owner and the model in words
+    renamed: str = "timm's"  # whose names they have become
     left_over: tuple[tuple[str, str], ...] = ()  # keys that are not used, together, and why
     implied: Facts = field(default_factory=dict)  # what follows from the names
     stated: Facts = field(default_factory=dict)  # what a module says of itself
@@ -69,10 +75,10 @@ class Checkpoint:
             yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
     def params(self, unused: str | None) -> int:
-        """Return the number of weights, without those of the module `unused` and without BatchNorm's statistics."""
+        """Return the number of weights, without keys of the pattern `unused` and without BatchNorm's statistics."""
         buffers = ("running_mean", "running_var", "num_batches_tracked")
         weights = {key: w.numel() for key, w in self.state.items() if not key.endswith(buffers)}
-        return sum(n for key, n in weights.items() if unused is None or not key.startswith(f"{unused}."))
+        return sum(n for key, n in weights.items() if unused is None or not re.match(unused, key))
 
 
 def read_checkpoint(
@@ -160,6 +166,7 @@ def _take_weights(
         draft = apply(name, plan, checkpoint.state, keys)
         checkpoint.state, checkpoint.names_in_file = draft.state, draft.files
         checkpoint.owner, checkpoint.whose = plan.table.owner or None, plan.table.whose
+        checkpoint.renamed = plan.table.into
         checkpoint.left_over = tuple(draft.left_over.items())
         checkpoint.implied = draft.implied
     return checkpoint
@@ -168,7 +175,7 @@ def _take_weights(
 def _plan(name: str, keys: Mapping[str, str], beside: Mapping[str, Any]) -> Plan | None:
     """Return whose names the keys are; a model that its config.json says is another kind is called by that."""
     try:
-        plan = plan_of(name, keys)
+        plan = next(filter(None, (plan_of(name, keys) for plan_of in _PLANS)), None)
     except InputError:
         check_kind(name, beside)
         raise

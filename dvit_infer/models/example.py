@@ -9,7 +9,7 @@ import torch
 from dvit_infer.config import Body, Config, Reduction, Stage
 from dvit_infer.errors import InputError
 from dvit_infer.models.fill import fill
-from dvit_infer.models.registry import family_of
+from dvit_infer.models.registry import FAMILIES, family_of, own_archs
 from dvit_infer.models.vit.archs import ARCHS
 from dvit_infer.models.vit.body import ViT
 
@@ -26,7 +26,7 @@ def example_checkpoint(arch: str, keep_rate: float = 0.7, seed: int = 0) -> dict
     shapes = example_shapes(arch)
     state = {key: torch.from_numpy(np.asarray(fill(key, shape, seed))) for key, shape in shapes.items()}
     args = argparse.Namespace(model=arch.removeprefix("dynamicvit-"))
-    if ARCHS[arch].num_predictors:
+    if any("score_predictor." in key for key in shapes):
         args.base_rate = keep_rate
     return {"model": state, "optimizer": {}, "epoch": 0, "scaler": {}, "args": args}
 
@@ -37,8 +37,12 @@ def example_shapes(arch: str) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: the architecture does not exist.
     """
+    family = next((family for family in FAMILIES if family.body_of is not None and arch in family.archs), None)
+    if family is not None and family.body_of is not None:
+        stages = family.archs[arch].num_predictors
+        return shapes_of(family.name, family.body_of(arch), size=224, num_classes=1000, stages=stages)
     if arch not in ARCHS:
-        raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(ARCHS)}")
+        raise InputError(f"arch: {arch!r} does not exist; these do: {', '.join(own_archs())}")
     sizes = ARCHS[arch]
     body = ViT(
         patch_size=16,

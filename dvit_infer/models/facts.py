@@ -1,13 +1,13 @@
 """Check each fact about a model that a file or a user states; the message names its origin."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from dvit_infer.config import CROP_MODES, INTERPOLATIONS
+from dvit_infer.config import CROP_MODES, INTERPOLATIONS, Body
 from dvit_infer.errors import InputError
-from dvit_infer.reduction import METHODS
+from dvit_infer.reduction import Method
 from dvit_infer.reduction.settings import is_number as is_number  # here, as the other checks
 from dvit_infer.reduction.settings import positive_float as positive_float
 from dvit_infer.utils.bounds import check_bound
@@ -63,13 +63,19 @@ def block_indices(what: str, value: Any, depth: int, count: int | None) -> tuple
 
 def image_size(what: str, value: Any, patch: int) -> tuple[int, int]:
     """Return (height, width), both multiples of the patch size."""
+    return image_size_of(what, value, Body(patch_size=patch, embed_dim=1, depth=1))
+
+
+def image_size_of(what: str, value: Any, body: Body) -> tuple[int, int]:
+    """Return (height, width) of images that a body takes."""
     sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2:
         raise InputError(f"{what}: {value!r} is not a size; one number or height and width are expected")
     height, width = (positive_int(what, side) for side in sides)
-    if height % patch or width % patch:
-        raise InputError(f"{what}: {height}x{width} is not a multiple of the patch size {patch}")
-    if (height // patch) * (width // patch) > MAX_PATCHES:
+    if (why := body.why_not_size((height, width))) is not None:
+        raise InputError(f"{what}: {height}x{width} {why}")
+    rows, columns = body.grid((height, width))
+    if rows * columns > MAX_PATCHES:
         raise InputError(f"{what}: {height}x{width} is too large: over {MAX_PATCHES} patches, each attending to all")
     return height, width
 
@@ -107,13 +113,12 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def method(what: str, value: Any, learned: str | None, name: str) -> str:
-    """Return a method that `name` can run, whose weights hold the modules of `learned`."""
-    if not isinstance(value, str) or (value != "none" and value not in METHODS):
-        raise InputError(f"{what}: {value!r} is not one of {', '.join([*METHODS, 'none'])}")
-    if value != "none" and METHODS[value].KEY is not None and value != learned:
-        free = ", ".join(repr(name) for name, known in METHODS.items() if known.KEY is None)
-        raise InputError(
-            f"{what}: {value!r} needs score predictors, and {name} holds none; {free} need none, 'none' runs it dense"
-        )
+def method(what: str, value: Any, learned: str | None, name: str, known: Mapping[str, Method]) -> str:
+    """Return a method of the known ones that `name` can run, whose weights hold the modules of `learned`."""
+    if not isinstance(value, str) or (value != "none" and value not in known):
+        raise InputError(f"{what}: {value!r} is not one of {', '.join([*known, 'none'])}")
+    if value != "none" and known[value].KEY is not None and value != learned:
+        free = ", ".join(repr(name) for name, method in known.items() if method.KEY is None)
+        need = f"{free} need none, " if free else ""
+        raise InputError(f"{what}: {value!r} needs score predictors, and {name} holds none; {need}'none' runs it dense")
     return str(value)

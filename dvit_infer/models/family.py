@@ -12,6 +12,9 @@ from dvit_infer.models.reading import Reading
 from dvit_infer.models.reference import Reference
 
 State = dict[str, torch.Tensor]
+# Builds the model of a config that reduces nothing in its owner's code. Takes the config, the reference's weights, the
+# JSON files beside the file, and a function that returns the weights by their names in the file.
+Owner = Callable[[Config, State, Mapping[str, Any], Callable[[], State]], nn.Module]
 
 
 class Family(NamedTuple):
@@ -27,9 +30,9 @@ class Family(NamedTuple):
         resized: return the weights of a file for the config's image size.
         graph: yield the nodes of a reference model in evaluation, with unchanged weights; nothing is folded yet.
         crop_pct: return the share of an image's shorter side that evaluation keeps; None: images are warped.
-        owners: by the name of a package, what builds the model of a config that reduces nothing in its code. Takes the
-            config, the reference's weights, the JSON files beside the file, and a function that returns the weights by
-            their names in the file.
+        of_reduction: a pattern for the keys of weights that only a reduction has.
+        body_of: return the body of a named size.
+        owners: by the name of a package, what builds the model in its code.
     """
 
     name: str
@@ -41,4 +44,6 @@ class Family(NamedTuple):
     resized: Callable[[State, Config], State]
     graph: Callable[[Any, Config], Iterator[Node]]
     crop_pct: Callable[[Config], float | None]
-    owners: Mapping[str, Callable[[Config, State, Mapping[str, Any], Callable[[], State]], nn.Module]] = {}
+    of_reduction: str = r"score_predictor\."
+    body_of: Callable[[str], Body] | None = None
+    owners: Mapping[str, Owner] = {}

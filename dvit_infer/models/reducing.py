@@ -7,7 +7,7 @@ from dvit_infer.config import Reduction, Setting
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.reading import Reading
-from dvit_infer.reduction import METHODS, Method
+from dvit_infer.reduction import Method, methods_of
 from dvit_infer.reduction.settings import Trunk
 
 STAGES = 3  # of a method without weights, if there are as many blocks
@@ -28,9 +28,10 @@ def read_reductions(
     Raises:
         InputError: a method, a setting or a block is impossible, or means nothing for the method.
     """
-    method = _method(read, asked, learned, count)
+    known = methods_of(trunk)
+    method = _method(read, asked, learned, count, known)
     read.use_reduction(method)
-    _check_given(read, method, learned)
+    _check_given(read, method, learned, known)
     if method in ("none", learned):
         own = Reduction() if learned is None else _resolved(read, learned, trunk, count, asked is not None)
         return (Reduction() if method == "none" else own), own
@@ -38,20 +39,23 @@ def read_reductions(
     return runs, Reduction() if learned is None else _unasked(read, learned, trunk, count)
 
 
-def _check_given(read: Reading, method: str, learned: str | None) -> None:
+def _check_given(read: Reading, method: str, learned: str | None, known: Mapping[str, Method]) -> None:
     """Raise InputError for a setting that the caller gave and the method has not."""
-    runs = METHODS.get(learned or method) if method == "none" else METHODS[method]
-    for what in ("prune_at", *dict.fromkeys(name for one in METHODS.values() for name in one.SETTINGS)):
+    runs = known.get(learned or method) if method == "none" else known[method]
+    key = None if learned is None else known[learned].KEY
+    for what in ("prune_at", *dict.fromkeys(name for one in known.values() for name in one.SETTINGS)):
         if read.given.get(what) is None or (runs is not None and _takes(runs, what)):
             continue
-        owners = [name for name, one in METHODS.items() if _takes(one, what) and one.KEY in (None, _key(learned))]
+        owners = [name for name, one in known.items() if _takes(one, what) and one.KEY in (None, key)]
+        if not owners and all(one.KEY is not None for one in known.values()):
+            raise InputError(f"{what}: {read.name} holds no score predictors, so it runs dense")
         if not owners:
             continue  # that of predictors alone
         many = f"method {owners[0]}" if len(owners) == 1 else f"methods {', '.join(owners[:-1])} and {owners[-1]}"
         if method == "none":
             without = "method none" if learned else f"{read.name} holds no score predictors, so it"
             raise InputError(f"{what}: {without} runs dense; {many} {'takes' if len(owners) == 1 else 'take'} it")
-        instead = ", ".join(name for name in (*METHODS[method].SETTINGS, "prune_at") if _takes(METHODS[method], name))
+        instead = ", ".join(name for name in (*known[method].SETTINGS, "prune_at") if _takes(known[method], name))
         raise InputError(f"{what}: is for {many}, not {method}, which takes {instead}")
 
 
@@ -59,17 +63,13 @@ def _takes(method: Method, what: str) -> bool:
     return not method.EVERY_BLOCK if what == "prune_at" else what in method.SETTINGS
 
 
-def _key(learned: str | None) -> str | None:
-    return None if learned is None else METHODS[learned].KEY
-
-
-def _method(read: Reading, given: Any, learned: str | None, count: int) -> str:
+def _method(read: Reading, given: Any, learned: str | None, count: int, known: Mapping[str, Method]) -> str:
     if given is not None:
-        method = check.method("method", given, learned, read.name)
+        method = check.method("method", given, learned, read.name, known)
         read.note("given", "method", method, "by you")
     elif read.states("method"):
         stated, why = read.stated("method")
-        method = check.method(f"{read.name}: method", stated, learned, read.name)
+        method = check.method(f"{read.name}: method", stated, learned, read.name, known)
         read.note("read", "method", method, why)
     else:
         method = learned or "none"
@@ -86,6 +86,13 @@ def _evenly(depth: int, count: int) -> tuple[int, ...]:
     return tuple(depth * (s + 1) // (count + 1) for s in range(count))
 
 
+def _usual_blocks(trunk: Trunk, count: int | None) -> tuple[int, ...]:
+    """Return where `count` stages are that nothing states; None: of a method that needs no certain number."""
+    if trunk.blocks:
+        return trunk.blocks
+    return tuple(dict.fromkeys(_evenly(trunk.depth, STAGES))) if count is None else _evenly(trunk.depth, count)
+
+
 def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None, is_given: bool) -> Reduction:
     """Return a reduction by given facts, else by the file's, else by defaults.
 
@@ -95,40 +102,42 @@ def _resolved(read: Reading, method: str, trunk: Trunk, count: int | None, is_gi
         count: the number of stages that there have to be; None: any.
         is_given: whether the caller gave the method.
     """
-    known, depth = METHODS[method].SETTINGS, trunk.depth
+    runs, depth = methods_of(trunk)[method], trunk.depth
+    known = runs.SETTINGS
     found = {
         name: read.resolve(name, one.default(trunk), one.why, stored_as=_stored_as(name)) for name, one in known.items()
     }
     blocks = tuple(range(depth))
-    if not METHODS[method].EVERY_BLOCK:
-        evenly = tuple(dict.fromkeys(_evenly(depth, STAGES))) if count is None else _evenly(depth, count)
-        asked = read.resolve("prune_at", evenly, f"{depth} blocks in {len(evenly) + 1} equal parts")
+    if not runs.EVERY_BLOCK:
+        usual = _usual_blocks(trunk, count)
+        why = f"{depth} blocks in {len(usual) + 1} equal parts" if not trunk.blocks else trunk.why_blocks
+        asked = read.resolve("prune_at", usual, why)
         blocks = check.block_indices(read.origin("prune_at"), asked, depth, count)
     settings = {name: known[name].check(read.origin(name), value) for name, value in found.items()}
-    if why := METHODS[method].why_not(settings, trunk):
-        raise InputError(f"{'method' if is_given else f'{read.name}: method'}: {method!r} {why}")
-    return _reduction(method, settings, blocks, trunk.num_patches)
+    if (fault := runs.why_not(settings, trunk)) is not None:
+        raise InputError(f"{'method' if is_given else f'{read.name}: method'}: {method!r} {fault}")
+    return _reduction(method, settings, blocks, trunk)
 
 
 def _unasked(read: Reading, method: str, trunk: Trunk, count: int) -> Reduction:
     """Return the reduction of the weights' own modules while another one runs: by the file, without notes."""
     if read.stored is not None and read.stored.learned.method == method:
         learned = read.stored.learned
-        return _reduction(method, dict(learned.settings), learned.blocks, trunk.num_patches)
-    known = METHODS[method].SETTINGS
+        return _reduction(method, dict(learned.settings), learned.blocks, trunk)
+    known = methods_of(trunk)[method].SETTINGS
     found = {name: read.value_of(name, _stored_as(name)) for name in known}
     settings = {
         name: one.default(trunk) if found[name] is None else one.check(f"{read.name}: {name}", found[name])
         for name, one in known.items()
     }
-    stated = read.value_of("prune_at") or _evenly(trunk.depth, count)
+    stated = read.value_of("prune_at") or _usual_blocks(trunk, count)
     blocks = check.block_indices(f"{read.name}: prune_at", stated, trunk.depth, count)
-    return _reduction(method, settings, blocks, trunk.num_patches)
+    return _reduction(method, settings, blocks, trunk)
 
 
-def _reduction(method: str, settings: Mapping[str, Setting], blocks: tuple[int, ...], num_patches: int) -> Reduction:
-    stages = METHODS[method].stages(settings, blocks, num_patches)
-    return Reduction(method, stages, tuple(settings.items()), num_patches, METHODS[method].MERGES)
+def _reduction(method: str, settings: Mapping[str, Setting], blocks: tuple[int, ...], trunk: Trunk) -> Reduction:
+    known, patches = methods_of(trunk)[method], trunk.num_patches
+    return Reduction(method, known.stages(settings, blocks, patches), tuple(settings.items()), patches, known.MERGES)
 
 
 def check_counts(read: Reading, reduction: Reduction, image_size: tuple[int, int], size_is_given: bool) -> None:

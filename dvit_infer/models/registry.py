@@ -12,6 +12,7 @@ from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.models.checkpoint import Checkpoint
+from dvit_infer.models.convnext.family import CONVNEXT
 from dvit_infer.models.facts import text_of
 from dvit_infer.models.family import Family
 from dvit_infer.models.header import read_header
@@ -19,12 +20,13 @@ from dvit_infer.models.kinds import describe
 from dvit_infer.models.reading import Note, Reading
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.saved import saved_config
+from dvit_infer.models.swin.family import SWIN
 from dvit_infer.models.trained_as import EVIT, evit_facts, other_method
 from dvit_infer.models.vit.families import DEIT, LVVIT, VIT
 from dvit_infer.models.vit.timm_config import arch_of, timm_facts
-from dvit_infer.reduction import METHODS
+from dvit_infer.reduction import SETTINGS
 
-FAMILIES: tuple[Family, ...] = (LVVIT, VIT, DEIT)  # the first one that matches
+FAMILIES: tuple[Family, ...] = (SWIN, CONVNEXT, LVVIT, VIT, DEIT)  # the first one that matches
 
 
 def list_archs() -> list[str]:
@@ -73,18 +75,19 @@ def recognise(
             "given" if given.get("weights") else "read", "weights", checkpoint.weights, f"key in the file{others}"
         )
     if checkpoint.owner is not None:
-        reading.note("read", "names", checkpoint.whose, "its keys become timm's")
+        reading.note("read", "names", checkpoint.whose, f"its keys become {checkpoint.renamed}")
     for what, why in checkpoint.left_over:
         reading.note("read", text_of(what), "not used", why)
     known = describe(reading.shapes) if stored is None else None
     if known is not None:
         raise InputError(
-            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; plain vision transformers are"
+            f"{checkpoint.name}: is {known[0]} (key {known[1]}), which is not read yet; plain vision transformers, "
+            "Swin and ConvNeXt are"
         )
     family = next((f for f in FAMILIES if f.matches(reading)), None)
     if family is None:
         first = next(iter(reading.shapes))
-        own = ", ".join(_own_archs())
+        own = ", ".join(own_archs())
         raise InputError(
             f"{checkpoint.name}: of no known family (first key {first}); known: {own}, and other plain vision "
             "transformers under their owners' names"
@@ -130,13 +133,14 @@ def _known_arch(arch: Any) -> str | None:
     nearest = difflib.get_close_matches(str(arch)[:100], VIT.archs, n=3)
     timms = f", the nearest: {', '.join(nearest)}" if nearest else ""
     raise InputError(
-        f"arch: {arch!r} does not exist; these do: {', '.join(_own_archs())}, and timm's names of plain vision "
+        f"arch: {arch!r} does not exist; these do: {', '.join(own_archs())}, and timm's names of plain vision "
         f"transformers{timms}"
     )
 
 
-def _own_archs() -> list[str]:
-    return [name for family in (DEIT, LVVIT) for name in family.archs]
+def own_archs() -> list[str]:
+    """Return the names of sizes that are this project's own, not timm's."""
+    return [name for family in (DEIT, LVVIT, SWIN, CONVNEXT) for name in family.archs]
 
 
 def _check_method(reading: Reading, args: Mapping[str, Any], asked: Any) -> None:
@@ -173,7 +177,7 @@ def _check_header(name: str, stored: Config, config: Config, overridden: set[str
 
     The name may differ: an unnamed size may get a name later.
     """
-    if counts := overridden & {"prune_at", "image_size", *(name for one in METHODS.values() for name in one.SETTINGS)}:
+    if counts := overridden & {"prune_at", "image_size", *SETTINGS}:
         overridden = overridden | {"learned"}
     if counts or "method" in overridden:
         overridden = overridden | {"reduction"}
@@ -206,10 +210,10 @@ def build_reference(config: Config, checkpoint: Checkpoint, *, take: bool = Fals
     return model.eval()
 
 
-def unused_key(config: Config) -> str | None:
-    """Return the prefix of the weights of a reduction that does not run, or None if there are none."""
+def unused_keys(config: Config) -> str | None:
+    """Return a pattern for the weights of a reduction that does not run, or None if there are none."""
     learned = config.learned.method
-    return None if learned == "none" or learned == config.reduction.method else METHODS[learned].KEY
+    return None if learned in ("none", config.reduction.method) else family_of(config).of_reduction
 
 
 def build_graph(model: nn.Module, config: Config) -> Graph:

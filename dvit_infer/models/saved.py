@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
-from dvit_infer.config import Body, Config, Ranges, Reduction, Stage, grid
+from dvit_infer.config import Body, Config, Ranges, Reduction, Stage
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.header import HEADER_KEY
-from dvit_infer.reduction import METHODS
+from dvit_infer.reduction import methods_of
 
 T = TypeVar("T")
 
@@ -32,10 +32,10 @@ def saved_config(name: str, header: Mapping[str, Any], bodies: Mapping[str, type
             raise InputError(f"family: {family!r} is not known")
         body = _body(bodies[family], values["body"])
         image_size, trained_size = (
-            check.image_size(key, values[key], body.patch_size) for key in ("image_size", "trained_size")
+            check.image_size_of(key, values[key], body) for key in ("image_size", "trained_size")
         )
-        rows, columns = grid(image_size, body)
-        reductions = {key: _reduction(key, values[key], body.depth, rows * columns) for key in ("reduction", "learned")}
+        rows, columns = body.grid(image_size)
+        reductions = {key: _reduction(key, values[key], body, rows * columns) for key in ("reduction", "learned")}
         return Config(
             arch=_text("arch", values["arch"]),
             family=family,
@@ -80,6 +80,8 @@ def _body(kind: type[Body], values: Any) -> Body:
             checked[f.name] = value
         elif types[f.name] is bool:
             checked[f.name] = _flag(f.name, value)
+        elif types[f.name] == tuple[int, ...]:
+            checked[f.name] = _counts(f.name, value)
         else:
             optional = f.default is not MISSING  # such a number may be zero
             checks = {int: check.count if optional else check.positive_int, float: check.positive_float}
@@ -87,7 +89,13 @@ def _body(kind: type[Body], values: Any) -> Body:
     return kind(**checked)
 
 
-def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction:
+def _counts(what: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise InputError(f"{what}: {str(value)[:40]!r} is not a list of numbers")
+    return tuple(check.positive_int(what, one) for one in value)
+
+
+def _reduction(key: str, header: Any, body: Body, num_patches: int) -> Reduction:
     if isinstance(header, Reduction):  # the default
         return header
     values = _named(Reduction, header)
@@ -98,19 +106,20 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
         if stages or settings:
             raise InputError(f"{key}: a dense model has no stages")
         return Reduction()
-    learns = isinstance(method, str) and method in METHODS and METHODS[method].KEY is not None
-    if not isinstance(method, str) or method not in METHODS or (key == "learned" and not learns):
-        raise InputError(f"method: {str(method)[:40]!r} is not one of {', '.join([*METHODS, 'none'])}")
+    methods = methods_of(body)
+    learns = isinstance(method, str) and method in methods and methods[method].KEY is not None
+    if not isinstance(method, str) or method not in methods or (key == "learned" and not learns):
+        raise InputError(f"method: {str(method)[:40]!r} is not one of {', '.join([*methods, 'none'])}")
     if not isinstance(stages, list) or not isinstance(settings, dict):
         raise InputError(f"{key}: its stages are not a list, or its settings not an object")
     stated = [_named(Stage, stage) for stage in stages]
-    if settings.keys() != METHODS[method].SETTINGS.keys():
-        raise InputError(f"{key}: its settings are not {', '.join(METHODS[method].SETTINGS)}")
-    known = {name: one.check(name, settings[name]) for name, one in METHODS[method].SETTINGS.items()}
-    blocks = tuple(range(depth))
-    if not METHODS[method].EVERY_BLOCK:
-        blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], depth, None)
-    counted = METHODS[method].stages(known, blocks, num_patches)
+    if settings.keys() != methods[method].SETTINGS.keys():
+        raise InputError(f"{key}: its settings are not {', '.join(methods[method].SETTINGS)}")
+    known = {name: one.check(name, settings[name]) for name, one in methods[method].SETTINGS.items()}
+    blocks = tuple(range(body.depth))
+    if not methods[method].EVERY_BLOCK:
+        blocks = check.block_indices("prune_at", [stage["block"] for stage in stated], body.depth, None)
+    counted = methods[method].stages(known, blocks, num_patches)
     if not check.is_number(values["num_patches"]) or values["num_patches"] not in (0, num_patches):
         raise InputError(f"{key}: num_patches is {str(values['num_patches'])[:20]}, the image has {num_patches}")
     if len(stated) != len(counted) or any(
@@ -118,7 +127,7 @@ def _reduction(key: str, header: Any, depth: int, num_patches: int) -> Reduction
         for stage, other in zip(stated, counted, strict=True)
     ):
         raise InputError(f"{key}: its stages do not keep what its settings say")
-    return Reduction(method, counted, tuple(known.items()), num_patches, METHODS[method].MERGES)
+    return Reduction(method, counted, tuple(known.items()), num_patches, methods[method].MERGES)
 
 
 def _text(what: str, value: Any) -> str:

@@ -14,7 +14,6 @@ from dvit_infer.classifier import Source, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
-from dvit_infer.graph.reductions import Reduce
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.models.labels import checked_labels
 from dvit_infer.models.registry import config_of
@@ -74,7 +73,7 @@ class OnnxEngine(Verifiable):
     def node_values(
         self, nodes: Sequence[Node], images: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> list[tuple[Node, torch.Tensor]]:
-        there = [node for node in nodes if not isinstance(node, Reduce) or node.rows is None]  # others move no tokens
+        there = [node for node in nodes if not node.keeps_x]
         names = {node.name: node.name for node in there} | {nodes[-1].name: "logits"}
         values = self.runner.node_values(images, kept, tuple(names.values()))
         return [(node, values[names[node.name]]) for node in there]

@@ -67,7 +67,7 @@ def probed(path: Path, given: bool, outputs: Sequence[str]) -> Iterator["Path | 
     present = {value.name for value in graph.output}
     graph.output.extend(known[name] for name in outputs if name not in present)
     if given:
-        choices = [name for name in known if re.fullmatch(r"(prune|merge)\.\d+/(index|rows)", name)]
+        choices = [name for name in known if re.fullmatch(r"(prune|merge|route)\.\d+/(index|rows)", name)]
         for node in graph.node:
             for position, name in enumerate(node.output):
                 if name in choices:

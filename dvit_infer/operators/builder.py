@@ -25,6 +25,8 @@ class Builder(ABC, Generic[V]):
         pads_to_even: whether products over an odd number of rows are slow.
         sizes: (B, P+k) float32, the number of patches in each token; None: 1.
         signal: what attention left for the reduction behind it (`graph.nodes.Signal`).
+        branch: (B, n, C), what a node began beside x, which the next one adds to it.
+        routes: which positions take the MLPs (B, k), the others (B, N-k), and where each is in both together (B, N).
     """
 
     pads_to_even = False
@@ -37,12 +39,15 @@ class Builder(ABC, Generic[V]):
         self.fuses = False
         self.sizes: V | None = None
         self.signal: V | None = None
+        self.branch: V | None = None
+        self.routes: tuple[V, V, V] | None = None
         self._tables: dict[str, tuple[str, torch.Tensor]] = {}  # the last one of each name
         self._remaining: dict[tuple[str, str], V] = {}
 
     def begin(self) -> None:
         """Begin to write a graph; only weights are shared with what was written before."""
         self.rows, self.stage, self.sizes, self.signal = None, "", None, None
+        self.branch, self.routes = None, None
         self._remaining.clear()
 
     @abstractmethod

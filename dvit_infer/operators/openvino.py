@@ -188,8 +188,15 @@ def _pad(x: Value, pads: Value) -> Any:
     return ops.pad(x, before, after, "constant")
 
 
-def _conv(x: Value, weight: Value, *bias: Value, strides: tuple[int, int], pads: tuple[int, ...]) -> Any:
-    y = ops.convolution(x, weight, list(strides), list(pads[:2]), list(pads[2:]), [1, 1])
+def _conv(
+    x: Value, weight: Value, *bias: Value, strides: tuple[int, int], pads: tuple[int, ...], group: int = 1
+) -> Any:
+    how = list(strides), list(pads[:2]), list(pads[2:]), [1, 1]
+    if group == 1:
+        y = ops.convolution(x, weight, *how)
+    else:
+        out, *kernel = weight.get_shape()
+        y = ops.group_convolution(x, ops.reshape(weight, ops.constant([group, out // group, *kernel]), False), *how)
     return ops.add(y, ops.unsqueeze(bias[0], ops.constant([0, 2, 3]))) if bias else y
 
 

@@ -33,13 +33,13 @@ def prune_tokens(
     prefix = to.emit("Slice", x, to.ints(0), num_prefix, to.ints(1), out="prefix")
     patches = to.emit("Slice", x, num_prefix, end, to.ints(1), out="patches")
     with to.exactly():
-        score = _scores(to, norm(patches), weights)
+        score = scores(to, norm(patches), weights)
         index = select(to, score, num_keep)
     return to.emit("Concat", prefix, to.rows_of(patches, index), axis=1, out="kept_x"), index
 
 
-def _scores(to: Builder[V], normed: V, weights: Mapping[str, V]) -> V:
-    """Emit (B, N) float32, the difference of the keep and drop logits."""
+def scores(to: Builder[V], normed: V, weights: Mapping[str, V], stem: str = "") -> V:
+    """Emit (B, N) float32, the difference of the keep and drop logits; `stem` is the prefix of its name."""
     w = weights
     hidden = to.dense(normed, w["w1"], w["b1"], "gelu")
     # The mean half is equal for all tokens of an image, so its part of the layer is computed once.
@@ -49,7 +49,7 @@ def _scores(to: Builder[V], normed: V, weights: Mapping[str, V]) -> V:
     second = to.emit("Add", to.emit("MatMul", own, w["w2_own"]), to.in_dtype(shared))
     third = to.dense(to.activate(second, "gelu"), w["w3"], w["b3"], "gelu")
     last = to.emit("MatMul", to.float32(third), w["w4"])
-    return to.emit("Add", last, w["b4"], out="score")
+    return to.emit("Add", last, w["b4"], out=f"{stem}/score" if stem else "score")
 
 
 def select(to: Builder[V], score: V, num_keep: V, stem: str = "") -> V:

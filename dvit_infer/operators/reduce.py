@@ -10,7 +10,8 @@ import torch
 
 from dvit_infer.graph.reductions import Prune, Reduce
 from dvit_infer.operators.builder import Builder, V
-from dvit_infer.operators.prune_tokens import select
+from dvit_infer.operators.prune_tokens import packed_by_name, scores, select
+from dvit_infer.reduction.route import PredictorRoute
 from dvit_infer.reduction.tome import Merge
 
 
@@ -60,6 +61,25 @@ def merge(to: Builder[V], node: Merge, x: V, rows: V | None) -> tuple[V, V]:
         shares = to.emit("Div", shares, total)
         to.sizes = to.emit("Reshape", total, to.ints(0, node.left))
     return to.emit("MatMul", to.in_dtype(shares), x, out=node.name), rows
+
+
+def route(to: Builder[V], node: PredictorRoute, x: V, index: V | None) -> V:
+    """Emit the positions (B, k) that take the MLPs: `index`, or by the predictor; note where all others are."""
+    if index is None:
+        weights = {name: to.own(name, w) for name, w in packed_by_name(node.packed).items()}
+        with to.exactly():
+            score = scores(to, to.norm(x, node.eps, node.dim), weights, node.name)
+            index = select(to, score, to.ints(node.num_keep), node.name)
+    count, keep = node.tokens, node.num_keep
+    none, one = (torch.full((n,), value, dtype=torch.int64) for n, value in ((count, 0), (keep, 1)))
+    zeros = to.for_each(none, x, f"{node.name}/zeros")
+    is_chosen = to.emit("ScatterElements", zeros, index, to.for_each(one, x, f"{node.name}/ones"), axis=1)
+    before = to.emit("Sub", to.emit("CumSum", is_chosen, to.weight("int/1", torch.tensor(1))), is_chosen)
+    behind = to.emit("Sub", to.own("behind", torch.arange(count)[None] + keep), before)
+    place = to.emit("Where", to.emit("Equal", is_chosen, to.ints(1)), before, behind)
+    order = to.top(place, count, axis=1, largest=0)[1]  # the inverse of a permutation sorts it
+    to.routes = index, to.tokens(order, keep, count), place
+    return index
 
 
 def match(to: Builder[V], node: Merge) -> V:
@@ -124,6 +144,9 @@ class Origins(Generic[V]):
             fused = to.for_each(torch.tensor([node.fused]), index, f"{node.name}/fused")
             self.positions = to.emit("Concat", kept, fused, axis=1)
         self.kept.append(kept)
+
+    def note_routed(self, index: V) -> None:
+        self.kept.append(self._to.emit("Identity", index, out=self._out()))
 
     def _note_dropped(self, node: Prune, index: V, x: V) -> None:
         to, patches = self._to, node.tokens - node.num_prefix

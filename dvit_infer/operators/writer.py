@@ -14,12 +14,17 @@ from dvit_infer.graph.reductions import Prune, Reduce
 from dvit_infer.operators.attention import attention
 from dvit_infer.operators.builder import Builder, V
 from dvit_infer.operators.heads import classify, head, last_norm, map_pool, mean_of, pool
-from dvit_infer.operators.reduce import Origins, keep, merge
+from dvit_infer.operators.maps import depthwise, downsample, routed_mlp, stem, taken, window_attention
+from dvit_infer.operators.reduce import Origins, keep, merge, route
 from dvit_infer.reduction.predictor import PredictorPrune
 from dvit_infer.reduction.random import RandomPrune
+from dvit_infer.reduction.route import PredictorRoute
 from dvit_infer.reduction.tome import Merge
 
-_FOLDED_AWAY = ("bn.weight", "in_conv.0.weight", "gamma", "inner_norm.weight", "latent")
+_FOLDED_AWAY = (
+    *("bn.weight", "in_conv.0.weight", "gamma", "inner_norm.weight", "latent"),
+    *("fast_norm.weight", "fast_gamma"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class _Writer(Generic[V]):
             x, choice = merge(to, node, x, given)
         elif isinstance(node, PredictorPrune) and given is None:
             x, choice = to.prune_tokens(node, x)
+        elif isinstance(node, PredictorRoute):
+            choice = route(to, node, x, given)
         elif isinstance(node, RandomPrune) and given is None:
             x, choice = keep(to, node, x, to.for_each(node.weights["index"], x, f"{node.name}/index"))
         elif isinstance(node, Prune):
@@ -116,11 +123,13 @@ class _Writer(Generic[V]):
         if self._follows:
             if isinstance(node, Merge):
                 self._origins.note_merged(node, choice)
+            elif isinstance(node, PredictorRoute):
+                self._origins.note_routed(choice)
             else:
                 self._origins.note_kept(node, choice, before)
         if self._has_places:
             to.rows, to.stage = self._origins.rows(node), node.name
-        return to.said(x, *node.out_shape) if node.rows is None else x
+        return x if node.rows is not None or isinstance(node, PredictorRoute) else to.said(x, *node.out_shape)
 
 
 def _is_folded(node: Node) -> bool:
@@ -161,7 +170,8 @@ def _norm(to: Builder[V], node: Norm, x: V) -> V:
 
 
 def _mlp(to: Builder[V], node: Mlp, x: V) -> V:
-    w, y = node.weights, to.norm(x, node.eps, node.dim)
+    w = node.weights
+    y = to.norm(taken(to, x) if node.of_branch else x, node.eps, node.dim)
     if node.gated:
         weights, biases = w["fc1.weight"].chunk(2), w["fc1.bias"].chunk(2)
         gate, factor = (to.linear(y, f"fc1_{i}", *part) for i, part in enumerate(zip(weights, biases, strict=True)))
@@ -179,6 +189,11 @@ _WRITES: dict[str, Callable[[Builder[Any], Any, Any], Any]] = {
     "norm": _norm,
     "attention": attention,
     "mlp": _mlp,
+    "stem": stem,
+    "downsample": downsample,
+    "depthwise": depthwise,
+    "window_attention": window_attention,
+    "routed_mlp": routed_mlp,
     "head": head,
     "pool": pool,
     "map_pool": map_pool,

@@ -240,7 +240,9 @@ def _first_difference(
 
 
 def _rows_of(out: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Return only the rows that the engine computes, which may be the first few."""
+    """Return only the rows that the engine computes, which may be the first few; those of a map are its positions."""
+    if there.ndim == out.ndim + 1:
+        there = there.flatten(1, 2)
     return there if out.ndim < 3 else there[:, : out.shape[1]]
 
 

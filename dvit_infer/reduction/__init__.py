@@ -1,4 +1,4 @@
-"""Reductions: which tokens stay. One file per method; `METHODS` lists them.
+"""Reductions: which tokens stay, or take the MLPs. One file per method; `METHODS` and `ROUTING` list them.
 
 A method decides; moving tokens is apart from it, in `choices.py` for reference models and in nodes of the graph. A
 method is a module with the names of `Method`.
@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dvit_infer.config import Setting, Stage
+from dvit_infer.config import Body, Setting, Stage
 from dvit_infer.graph.nodes import Signal
 from dvit_infer.graph.reductions import Reduce
-from dvit_infer.reduction import evit, predictor, random, tome
+from dvit_infer.reduction import evit, predictor, random, route, tome
 from dvit_infer.reduction.choices import Assign, Keep, StageInput
 from dvit_infer.reduction.settings import Known, Trunk
 
@@ -63,3 +63,11 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {"predictor": predictor, "evit": evit, "tome": tome, "random": random}
+SETTINGS = frozenset(name for method in METHODS.values() for name in method.SETTINGS)
+# Of models in which all tokens stay.
+ROUTING: dict[str, Method] = {"predictor": route}
+
+
+def methods_of(model: Body | Trunk) -> dict[str, Method]:
+    """Return the methods, by name, that there are for a kind of model."""
+    return ROUTING if model.routes else METHODS

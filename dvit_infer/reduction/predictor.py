@@ -1,6 +1,6 @@
 """DynamicViT's reduction: score predictors, trained with the model, in front of some blocks (Rao et al. 2021)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dvit_infer.config import Setting, Stage
-from dvit_infer.graph.reductions import Prune
+from dvit_infer.graph.reductions import Prune, Reduce
 from dvit_infer.ops.prune_tokens import pack_predictor
 from dvit_infer.reduction.choices import Keep, StageInput
 from dvit_infer.reduction.settings import Known, always, fits_all, keep_rate, positive_float, reads_tokens_only
@@ -26,18 +26,21 @@ why_not, signal = fits_all, reads_tokens_only
 
 
 class Predictor(nn.Module):
-    """Scores patch tokens from their own features and the mean of the kept ones (Rao et al. 2021, section 3.2)."""
+    """Scores patch tokens from their own features and the mean of the kept ones (Rao et al. 2021, section 3.2).
 
-    def __init__(self, dim: int, eps: float) -> None:
+    `linear` makes its layers of rows (..., C), by the numbers of channels in and out.
+    """
+
+    def __init__(self, dim: int, eps: float, linear: Callable[[int, int], nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.eps = eps
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=eps), nn.Linear(dim, dim), nn.GELU())
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps=eps), linear(dim, dim), nn.GELU())
         self.out_conv = nn.Sequential(
-            nn.Linear(dim, dim // 2),
+            linear(dim, dim // 2),
             nn.GELU(),
-            nn.Linear(dim // 2, dim // 4),
+            linear(dim // 2, dim // 4),
             nn.GELU(),
-            nn.Linear(dim // 4, 2),
+            linear(dim // 4, 2),
         )
 
     def forward(self, x: torch.Tensor, policy: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,8 +56,8 @@ class Predictor(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictorPrune(Prune):
-    """The op dvit::prune_tokens: score, choose, gather. Weights are the predictor's own, or packed for the op."""
+class Scores(Reduce):
+    """A reduction that scores tokens by a predictor. Weights are the predictor's own, or packed for the op."""
 
     eps: float
 
@@ -77,6 +80,11 @@ class PredictorPrune(Prune):
         packed = {f"packed.{i}": w for i, w in enumerate(pack_predictor(self.weights, dtype))}
         return replace(self, weights=packed, folded=(*self.folded, "LayerNorm", "mean half", "logit difference"))
 
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorPrune(Scores, Prune):
+    """The op dvit::prune_tokens: score, choose, gather."""
+
     def prune(self, x: torch.Tensor, signal: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         kept_x, index = torch.ops.dvit.prune_tokens(x, self.packed, self.num_keep, self.num_prefix, self.eps)
         return kept_x, index
@@ -93,10 +101,12 @@ def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: 
     return tuple(Stage(block, int(num_patches * rate ** (s + 1))) for s, block in enumerate(blocks))
 
 
-def modules(dim: int, settings: Mapping[str, Setting], count: int) -> nn.ModuleList:
+def modules(
+    dim: int, settings: Mapping[str, Setting], count: int, linear: Callable[[int, int], nn.Module] = nn.Linear
+) -> nn.ModuleList:
     eps = settings["predictor_eps"]
     assert isinstance(eps, float)
-    return nn.ModuleList(Predictor(dim, eps) for _ in range(count))
+    return nn.ModuleList(Predictor(dim, eps, linear) for _ in range(count))
 
 
 def choose(given: StageInput) -> Keep:
@@ -108,10 +118,14 @@ def choose(given: StageInput) -> Keep:
     return Keep(order[:, :keep].sort(dim=1).values, gap)
 
 
+def weights_of(module: nn.Module) -> dict[str, Any]:
+    """Return the weights and the eps of a predictor, as fields of `Scores`; 1x1 convolutions become linears."""
+    assert isinstance(module, Predictor)
+    state = {name: weight.detach() for name, weight in module.state_dict().items()}
+    return {"weights": {name: w.flatten(1) if w.ndim == 4 else w for name, w in state.items()}, "eps": module.eps}
+
+
 def node(
     stage: int, modules: Sequence[nn.Module], settings: Mapping[str, Setting], num_patches: int, **facts: Any
 ) -> PredictorPrune:
-    predictor = modules[stage]
-    assert isinstance(predictor, Predictor)
-    weights = {name: weight.detach() for name, weight in predictor.state_dict().items()}
-    return PredictorPrune(weights=weights, eps=predictor.eps, **facts)
+    return PredictorPrune(**weights_of(modules[stage]), **facts)

@@ -22,6 +22,10 @@ class Trunk(NamedTuple):
         num_patches: the number of patch tokens before the first stage.
         class_tokens: the number of class and distillation tokens.
         reads_patches: whether the head reads patch tokens.
+        routes: whether a method may only choose which tokens take the MLPs, as all have to stay.
+        blocks, why_blocks: where the modules in the weights chose, as far as their keys show it, and how; (): they do
+            not.
+        predictor_eps: of the LayerNorms of score predictors.
     """
 
     depth: int
@@ -29,6 +33,10 @@ class Trunk(NamedTuple):
     num_patches: int
     class_tokens: int = 0
     reads_patches: bool = True
+    routes: bool = False
+    blocks: tuple[int, ...] = ()
+    why_blocks: str = ""
+    predictor_eps: float = 1e-5
 
 
 class Known(NamedTuple):

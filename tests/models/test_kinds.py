@@ -33,11 +33,8 @@ BLOCK = "blocks.0.norm1.weight"
         ),
         (["convnext.encoder.stages.0.layers.0.dwconv.weight", "convnext.embeddings.x"], "Hugging Face's ConvNeXt"),
         ([BLOCK, "blocks_token_only.0.norm1.weight"], "CaiT"),
-        (["layers.0.blocks.0.attn.relative_position_bias_table"], "Swin Transformer"),
-        (["layers.2.score_predictor.0.in_conv.0.weight"], "DynamicSwin"),
-        (["stages.2.1.fast_path.0.weight", "stages.0.0.dwconv.weight"], "DynamicConvNeXt"),
-        (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"], "ConvNeXt"),
-        (["stages.0.blocks.0.conv_dw.weight"], "ConvNeXt"),
+        (["layers.0.blocks.0.attn.logit_scale", "layers.0.blocks.0.attn.cpb_mlp.0.weight"], "Swin Transformer V2"),
+        (["stages.0.blocks.0.mlp.grn.weight", "stages.0.blocks.0.conv_dw.weight"], "ConvNeXt V2"),
         ([BLOCK, "blocks.0.attn.pool_q.weight", "head.projection.weight"], "MViT"),
         (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "ResNet"),
         (["conv_stem.weight", "blocks.0.0.conv_dw.weight"], "EfficientNet"),
@@ -72,7 +69,7 @@ def test_other_channel_counts_are_named(channels, said):
 @pytest.mark.parametrize(
     ("key", "buffer", "what"),
     [
-        ("layers.0.blocks.0.attn.qkv.weight", "layers.0.blocks.0.attn.relative_position_index", "Swin"),
+        ("layers.0.blocks.0.attn.logit_scale", "layers.0.blocks.0.attn.relative_position_index", "Swin"),
         ("text_model.encoder.x", "text_model.embeddings.position_ids", "a text model"),
     ],
 )

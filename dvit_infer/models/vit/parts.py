@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dvit_infer.config import Config, Size, grid
+from dvit_infer.config import Config, Size
 from dvit_infer.errors import InputError
 from dvit_infer.models import facts as check
 from dvit_infer.models.inputs import read_inputs
@@ -116,7 +116,7 @@ def finished_config(
         implied: why preprocessing that nothing states is known (`read_inputs`).
         facts: the other fields of the config.
     """
-    rows, columns = grid(image_size, body)
+    rows, columns = body.grid(image_size)
     learned_by = "predictor" if predictors else None
     reads_patches = body.pool != "token" or bool(body.stem_dim)  # LV-ViT's auxiliary logits
     trunk = Trunk(body.depth, body.embed_dim, rows * columns, body.class_tokens, reads_patches)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dvit_infer.config import Body, Config, grid
+from dvit_infer.config import Body, Config
 from dvit_infer.models.reading import Reading
 from dvit_infer.models.reducing import check_counts, read_reductions
 from dvit_infer.models.vit.pos_embed import resample_pos_embed
@@ -31,7 +31,7 @@ def read(reading: Reading, arch: str | None, options: Mapping[str, Any]) -> Conf
     body = MeanViT(patch, dim, depth, heads, mlp_dim)
     size = options.get("image_size") or reading.metadata.get("image_size") or side
     height, width = size if isinstance(size, tuple) else (size, size)
-    rows, columns = grid((height, width), body)
+    rows, columns = body.grid((height, width))
     reduction, learned = read_reductions(reading, options.get("method"), Trunk(depth, dim, rows * columns))
     check_counts(reading, reduction, (height, width), options.get("image_size") is not None)
     reading.finish("mean-vit")

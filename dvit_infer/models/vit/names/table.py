@@ -32,6 +32,7 @@ class Table(NamedTuple):
         finish: completes the translation: joins parts, states facts.
         signs: patterns, for each of which some key is in such files, and not in others with the same anchor.
         timms: what stands, under the prefix, before names that are timm's already; None: there are none.
+        into: whose names they become.
     """
 
     owner: str
@@ -46,6 +47,7 @@ class Table(NamedTuple):
     finish: Callable[[Draft], None]
     signs: tuple[str, ...] = ()
     timms: str | None = None
+    into: str = "timm's"
 
 
 class Place(NamedTuple):

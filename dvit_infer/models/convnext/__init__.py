@@ -1,0 +1,1 @@
+"""ConvNeXt (Liu et al. 2022) and DynamicConvNeXt (Rao et al. 2023)."""

@@ -1,0 +1,1 @@
+"""What families of four stages share: each has maps of half the resolution of the one before."""
