@@ -149,7 +149,7 @@ def test_memory_that_is_not_there(checkpoint, capsys, monkeypatch):
 
     monkeypatch.setattr("dvit_infer.benchmark.base.interleave", no_memory)
     assert "--batch: 5 images do not fit" in fails(bench, [checkpoint, "--batch", "5", "--device", "cpu"], capsys)
-    for place in ("dvit_infer.models.folded.fold", "dvit_infer.models.torch_file._mapped"):
+    for place in ("dvit_infer.models.folded.fold_node", "dvit_infer.models.torch_file._mapped"):
         with monkeypatch.context() as patch:
             patch.setattr(place, no_memory)
             assert "out of memory" in fails(convert, [checkpoint, *TINY], capsys)

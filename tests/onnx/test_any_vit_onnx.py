@@ -11,7 +11,7 @@ from any_vit import KINDS, tiny
 
 import dvit_infer as dvit
 from dvit_infer.backends.openvino_model import core
-from dvit_infer.cli import bench, convert, eval
+from dvit_infer.cli import bench, convert, predict
 from dvit_infer.graph import fold
 from dvit_infer.images.synthetic import sample_uint8_images
 from dvit_infer.models.header import HEADER_KEY
@@ -144,7 +144,7 @@ def test_a_model_without_classes_gives_its_embedding(tmp_path, monkeypatch, caps
     torch.testing.assert_close(embedding, model.engine()(images), atol=2e-5, rtol=0)
     with pytest.raises(dvit.InputError, match=r"tokens: m.onnx gives logits only"):
         found.tokens(images)
-    assert eval.main(["m.onnx", ".", "--device", "cpu"]) == 2
+    assert predict.main(["m.onnx", "image.png", "--device", "cpu"]) == 2
     assert "clip has no classifier" in capsys.readouterr().err
 
 
