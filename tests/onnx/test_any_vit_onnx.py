@@ -8,6 +8,7 @@ import onnx.inliner
 import pytest
 import torch
 from any_vit import KINDS, tiny
+from PIL import Image
 
 import dvit_infer as dvit
 from dvit_infer.backends.openvino_model import core
@@ -144,6 +145,7 @@ def test_a_model_without_classes_gives_its_embedding(tmp_path, monkeypatch, caps
     torch.testing.assert_close(embedding, model.engine()(images), atol=2e-5, rtol=0)
     with pytest.raises(dvit.InputError, match=r"tokens: m.onnx gives logits only"):
         found.tokens(images)
+    Image.new("RGB", (8, 8)).save("image.png")
     assert predict.main(["m.onnx", "image.png", "--device", "cpu"]) == 2
     assert "clip has no classifier" in capsys.readouterr().err
 
