@@ -84,7 +84,7 @@ def default_tile(
     few, narrow, aligned = queries <= 16, head_dim <= SINGLE_PASS_HEAD, head_dim % 8 == 0
     short = keys <= (SINGLE_PASS_PAIRS if pair_bias and not few else SINGLE_PASS_TOKENS)
     if short and narrow and aligned:
-        return AttentionTile(16 if few else 64, *key_chunks(keys))
+        return AttentionTile(16 if few else 64, *key_chunks(keys), num_warps=8 if few and compared else 4)
     if pair_bias and not few:
         return AttentionTile(64 if narrow else 32, 64 if narrow and aligned else 32, num_stages=2)
     if compared and not few:  # keys are changed again for every tile of queries: many of them, few keys at a time
