@@ -299,7 +299,7 @@ def _by_pytorch(graph: Graph) -> list[str]:
         elif isinstance(node, WindowAttention) and not supports(node.dim // node.num_heads):
             found[f"attention of heads of {node.dim // node.num_heads} channels"] = None
         elif isinstance(node, Route) and not scores(node.tokens, node.dim):
-            found[f"choosing among {node.tokens} positions of {node.dim} channels"] = None
+            most.setdefault("choosing", node.tokens)
         elif isinstance(node, MapPool) and not supports(node.dim // node.num_heads):
             found[f"attention of heads of {node.dim // node.num_heads} channels"] = None
         elif isinstance(node, Pool) and not isinstance(node, MapPool):

@@ -30,7 +30,7 @@ class Route(Reduce):
         return self.num_keep
 
     def note(self, tokens: Tokens, choice: torch.Tensor) -> None:
-        tokens.choices.append(choice)
+        tokens.choices.append(choice.contiguous())  # the first columns of an order
 
     def choice_of(self, tokens: Tokens, given: torch.Tensor) -> torch.Tensor:
         return given
