@@ -21,9 +21,11 @@ from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Branch, Node
 from dvit_infer.graph.reductions import Prune
+from dvit_infer.graph.routes import Route
 from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.activations import activate
-from dvit_infer.reduction.predictor import PredictorPrune
+from dvit_infer.ops.route_tokens import order_tokens_ref
+from dvit_infer.reduction.predictor import PredictorPrune, Scores
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
 PROBE_ROUNDS = 9
@@ -213,7 +215,7 @@ class CpuRunner(TorchRunner):
             if w.dtype == self.dtype:  # a predictor's vectors are in float32 already
                 w = w.to(self._linear.dtype)
             large = name.removesuffix(".weight") in _LARGE and (isinstance(node, Branch) or name == "kv.weight")
-            if isinstance(node, PredictorPrune):  # but for the mean half, one row per image
+            if isinstance(node, Scores):  # but for the mean half, one row per image
                 large = not self._native and w.ndim == 2 and name != "packed.4"
             return _pack(w) if large and self._linear.prepacked else w
 
@@ -235,6 +237,11 @@ class CpuRunner(TorchRunner):
         index = op.select_tokens_ref(score, node.num_keep)
         state.x = op.gather_tokens_ref(x, index, node.num_prefix)
         return index
+
+    def order(self, node: Route, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(node, Scores):
+            return super().order(node, x)
+        return order_tokens_ref(op.score_tokens_ref(x, node.packed, node.eps, self._score_product), node.num_keep)
 
     def linear(
         self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"

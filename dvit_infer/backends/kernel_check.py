@@ -21,7 +21,8 @@ from dvit_infer.ops.choices import choices_for
 from dvit_infer.ops.fallback import checking, replaced
 from dvit_infer.utils.files import atomic_write_json, cache_folder
 
-_DECIDE = ("num_heads", "num_prefix", "act", "gated", "has_inner_norm")  # fields of nodes that decide which kernels run
+# Fields of nodes that decide which kernels run.
+_DECIDE = ("num_heads", "num_prefix", "num_keep", "act", "gated", "has_inner_norm")
 
 
 def check_kernels(

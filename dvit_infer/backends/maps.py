@@ -1,6 +1,7 @@
 """Node kinds of models with maps, on the same primitives as the others, in plain PyTorch.
 
-A map (H, W) is tokens (B, H * W, C), so that all but convolutions and windows work on rows.
+A map (H, W) is tokens (B, H * W, C), so that all but convolutions and windows work on rows. Rows are gathered by
+`F.embedding`, which moves whole ones: on a CPU indexing takes two to five times as long.
 """
 
 import torch
@@ -9,8 +10,9 @@ from torch.nn import functional as F
 from dvit_infer.backends.primitives import Primitives
 from dvit_infer.backends.state import State
 from dvit_infer.graph.maps import Depthwise, Downsample, Stem, WindowAttention
-from dvit_infer.graph.routes import Route, RoutedMlp, order_of
+from dvit_infer.graph.routes import Route, RoutedMlp
 from dvit_infer.graph.windows import Windows
+from dvit_infer.ops.route_tokens import branch_rows, order_of
 
 
 class MapNodes(Primitives):
@@ -51,9 +53,9 @@ class MapNodes(Primitives):
         index, inverse = self._rows_of(windows, b, x.device)
         if windows.is_padded:
             rows = self.norm_linear(node, "qkv", x).reshape(-1, 3 * c)
-            rows = torch.cat([rows, w["pad"].to(rows.dtype)[None]])[index]
+            rows = F.embedding(index, torch.cat([rows, w["pad"].to(rows.dtype)[None]]))
         else:
-            rows = self.norm_linear(node, "qkv", x.reshape(-1, c)[index][None])[0]
+            rows = self.norm_linear(node, "qkv", F.embedding(index, x.reshape(-1, c))[None])[0]
         q, k, v = rows.view(-1, m, 3, heads, c // heads).unbind(2)
         mixed, start = [], 0
         for bias, (_, count) in zip(w["bias"], windows.kinds, strict=True):
@@ -61,7 +63,7 @@ class MapNodes(Primitives):
             mixed.append(self.mix(q[some], k[some], v[some], node.scale, pair_bias=bias))
             start += count
         y = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-        self.linear_add(node, "proj", y.reshape(-1, c)[inverse].view(b, n, c), state)
+        self.linear_add(node, "proj", F.embedding(inverse, y.reshape(-1, c)).view(b, n, c), state)
 
     def _rows_of(self, windows: Windows, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of maps viewed as (B * H * W, C) that are in windows, and the way back.
@@ -82,36 +84,31 @@ class MapNodes(Primitives):
 
     def route(self, node: Route, state: State) -> None:
         if state.given is not None:
-            index = node.choice_of(state, state.given[len(state.decided)])
+            state.order = order_of(node.choice_of(state, state.given[len(state.decided)]), node.tokens)
         else:
-            index = self.select_route(node, state.x)
-        state.order = order_of(index, node.tokens)
-        state.decide(node, index)
+            state.order = self.order(node, state.x)
+        state.decide(node, state.order[:, : node.num_keep])
+
+    def order(self, node: Route, x: torch.Tensor) -> torch.Tensor:
+        """Return all positions (B, N) of maps (B, N, C): those that take the MLPs, then the others, both ascending."""
+        return node.order(x)
 
     def routed_mlp(self, node: RoutedMlp, state: State) -> None:
-        """Rows of both branches lie together, so that each linear runs once; their results are added in place."""
-        assert state.order is not None
         source = state.x if state.branch is None else state.branch
         state.branch = None
-        (b, n, c), k, w = source.shape, node.num_keep, node.weights
-        rows = state.order + (torch.arange(b, device=source.device) * n)[:, None]
-        chosen, others = rows[:, :k].flatten(), rows[:, k:].flatten()
-        flat = source.reshape(-1, c)
-        hidden = self.norm_linear(node, "fc1", flat[chosen][None], activation=node.act)
+        self.routed_add(node, source, state)
+
+    def routed_add(self, node: RoutedMlp, source: torch.Tensor, state: State) -> None:
+        """Set state.x to x + each branch of its rows of `source` (B, N, C); may write into x, and leave statistics."""
+        assert state.order is not None
+        w, shape = node.weights, source.shape
+        chosen, others = branch_rows(state.order, node.num_keep)
+        source, x = source.reshape(-1, shape[-1]), state.x.reshape(-1, shape[-1])
+        hidden = self.norm_linear(node, "fc1", F.embedding(chosen, source)[None], activation=node.act)
         slow = self.linear("fc2", hidden, w["fc2.weight"], w["fc2.bias"])[0]
-        if "gamma" in w:
-            slow = slow * w["gamma"]
-        x = state.x.reshape(-1, c).index_add(0, chosen, slow)
-        fast = self.fast_linear(node, flat[others][None])[0]
-        state.x = x.index_add_(0, others, fast).view(b, n, c)
-
-    def fast_linear(self, node: RoutedMlp, x: torch.Tensor) -> torch.Tensor:
-        """Return the other branch of a routed MLP for rows (1, n, C)."""
-        w = node.weights
-        y = self.norm_rows(x, w.get("fast_norm.weight"), w.get("fast_norm.bias"), node.eps)
-        y = self.linear("fast", y, w["fast.weight"], w["fast.bias"])
-        return y * w["fast_gamma"] if "fast_gamma" in w else y
-
-    def select_route(self, node: Route, x: torch.Tensor) -> torch.Tensor:
-        """Return the positions (B, k), ascending, that take the MLPs."""
-        return node.select(x)
+        x.index_add_(0, chosen, slow * w["gamma"] if "gamma" in w else slow)
+        rest = F.embedding(others, source)  # even if x is the source: its other rows have not changed
+        rest = self.norm_rows(rest, w.get("fast_norm.weight"), w.get("fast_norm.bias"), node.eps)
+        fast = self.linear("fast", rest, w["fast.weight"], w["fast.bias"])
+        x.index_add_(0, others, fast * w["fast_gamma"] if "fast_gamma" in w else fast)
+        state.x = x.view(shape)

@@ -6,6 +6,7 @@ from dvit_kernels.attention import supports
 from dvit_kernels.keep_tokens import supports as keeps
 from dvit_kernels.launch import is_programmatic
 from dvit_kernels.merge_tokens import supports as merges
+from dvit_kernels.prune_tokens import supports as scores
 
 from dvit_infer.backends.kernel_check import check_kernels
 from dvit_infer.backends.primitives import ALL
@@ -13,8 +14,11 @@ from dvit_infer.backends.state import State
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.heads import MapPool, Pool
+from dvit_infer.graph.maps import WindowAttention
 from dvit_infer.graph.nodes import Attention, Branch, Convolution, Embed, Node, NormNode
 from dvit_infer.graph.reductions import Prune
+from dvit_infer.graph.routes import Route, RoutedMlp
+from dvit_infer.ops import routed_mlp as routed
 from dvit_infer.ops.attention import attention, attention_with_signal
 from dvit_infer.ops.choices import DTYPES, choices_for
 from dvit_infer.ops.fallback import replaced
@@ -191,6 +195,18 @@ class TritonRunner(TorchRunner):
         state.x, left = linear(y, w, b, state.x, sums, None, node.eps, stats_block=block)
         state.stats = left if block else None
 
+    def routed_add(self, node: RoutedMlp, source: torch.Tensor, state: State) -> None:
+        assert state.order is not None
+        w, sums = node.weights, self._sums[node.name]
+        mlp = [w["fc1.weight"], w["fc1.bias"], sums["fc1"], w["fc2.weight"], w["fc2.bias"]]
+        fast = [w["fast.weight"], w["fast.bias"], sums["fast"]]
+        sizes = source.shape[:2].numel(), node.dim, len(w["fc1.weight"])
+        block = routed.free_stats_block(source.device, source.dtype, *sizes) if node.leaves_stats else 0
+        given = source, state.x, state.order, node.num_keep, mlp, fast
+        act = self.forms_of.get(node.act, node.act)
+        state.x, left = routed.routed_mlp(*given, state.stats, node.eps, act, block)
+        state.stats = left if block else None
+
     def attend_by_places(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, node: Attention, state: State
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -258,6 +274,7 @@ def _sums(node: Node) -> dict[str, torch.Tensor]:
     """Return row sums of the weights that multiply normalised rows, by the linear's name."""
     names = node.normed if isinstance(node, NormNode) else ()
     names += (node.last,) if isinstance(node, Branch) and node.has_inner_norm else ()
+    names += ("fast",) if isinstance(node, RoutedMlp) else ()
     return {n: row_sums(node.weights[f"{n}.weight"]) for n in names if f"{n}.weight" in node.weights}
 
 
@@ -278,6 +295,10 @@ def _by_pytorch(graph: Graph) -> list[str]:
         elif isinstance(node, Merge) and not merges(node.tokens - node.num_prefix, node.key_dim):
             most.setdefault("merging", node.tokens)
         elif isinstance(node, AttentionPrune) and not keeps(node.tokens - node.num_prefix, heads):
+            most.setdefault("choosing", node.tokens)
+        elif isinstance(node, WindowAttention) and not supports(node.dim // node.num_heads):
+            found[f"attention of heads of {node.dim // node.num_heads} channels"] = None
+        elif isinstance(node, Route) and not scores(node.tokens, node.dim):
             most.setdefault("choosing", node.tokens)
         elif isinstance(node, MapPool) and not supports(node.dim // node.num_heads):
             found[f"attention of heads of {node.dim // node.num_heads} channels"] = None

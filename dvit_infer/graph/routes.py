@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -31,14 +30,14 @@ class Route(Reduce):
         return self.num_keep
 
     def note(self, tokens: Tokens, choice: torch.Tensor) -> None:
-        tokens.choices.append(choice)
+        tokens.choices.append(choice.contiguous())  # the first columns of an order
 
     def choice_of(self, tokens: Tokens, given: torch.Tensor) -> torch.Tensor:
         return given
 
     @abstractmethod
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) -> the chosen positions (B, k), ascending."""
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) -> all positions (B, N): the chosen ones, ascending, then the others, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,6 @@ class RoutedMlp(Mlp):
     """
 
     kind = "routed_mlp"
-    takes_stats: ClassVar[bool] = False
     num_keep: int
 
     @property
@@ -63,9 +61,3 @@ class RoutedMlp(Mlp):
     def mlp_macs(self) -> int:
         """The number of MACs of an MLP of all positions."""
         return super().macs
-
-
-def order_of(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """Return all positions (B, count): the chosen ones (B, k), which are ascending, then the others, ascending."""
-    is_left = torch.ones(len(chosen), count, dtype=torch.uint8, device=chosen.device).scatter_(1, chosen, 0)
-    return is_left.sort(dim=1, stable=True).indices

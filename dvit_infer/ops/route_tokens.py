@@ -19,7 +19,10 @@ OP = "dvit::route_tokens"
 
 
 def order_of(index: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the order (B, N) int64 of N tokens, of which those at `index` (B, k) are chosen."""
+    """Return the order (B, N) int64 of N tokens of which those at `index` (B, k) are chosen: they, then the others.
+
+    Both are ascending.
+    """
     left = torch.ones(len(index), n, dtype=torch.uint8, device=index.device).scatter_(1, index, 0)
     return left.sort(dim=1, stable=True).indices
 

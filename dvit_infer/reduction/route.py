@@ -13,8 +13,8 @@ from torch import nn
 
 from dvit_infer.config import Reduction, Setting, Stage
 from dvit_infer.errors import InputError
-from dvit_infer.graph.routes import Route, order_of
-from dvit_infer.ops.prune_tokens import score_tokens_ref, select_tokens_ref
+from dvit_infer.graph.routes import Route
+from dvit_infer.ops.route_tokens import order_of, route_tokens
 from dvit_infer.reduction import predictor
 from dvit_infer.reduction.choices import Keep, StageInput
 from dvit_infer.reduction.predictor import Scores
@@ -53,10 +53,11 @@ def stages(settings: Mapping[str, Setting], blocks: Sequence[int], num_patches: 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorRoute(Scores, Route):
-    """Chooses by a score predictor."""
+    """The op dvit::route_tokens: score, choose, order."""
 
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        return select_tokens_ref(score_tokens_ref(x, self.packed, self.eps), self.num_keep)
+    def order(self, x: torch.Tensor) -> torch.Tensor:
+        order: torch.Tensor = route_tokens(x, self.packed, self.num_keep, self.eps)
+        return order
 
 
 def node(

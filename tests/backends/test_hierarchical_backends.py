@@ -7,8 +7,6 @@ from hierarchical_cases import SMALL, answers, checkpoint, images, kept_of, opti
 import dvit_infer as dvit
 from dvit_infer.backends.cpu import CpuRunner, Linear
 from dvit_infer.backends.openvino import OpenVinoRunner
-from dvit_infer.backends.triton import TritonRunner
-from dvit_infer.ops.choices import Choices, using
 
 QUICK = ("tiny-swin-r0.7-b2", "tiny-cnn-r0.5-s2")
 CASES = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in SMALL]
@@ -25,16 +23,6 @@ def test_openvino_agrees(case):
     assert all(torch.equal(a, b) for a, b in zip(kept, kept_of(golden), strict=True))
     if kept:
         assert (engine(x, kept=kept) - logits).abs().max() < 2e-5
-
-
-@pytest.mark.parametrize("case", QUICK)
-def test_the_runner_for_gpus_agrees(case):
-    """Its kernels are tested elsewhere; here PyTorch stands in for them."""
-    engine = dvit.convert(checkpoint(case), device="cpu", backend="torch")
-    with using(Choices(otherwise="pytorch")):
-        state = TritonRunner(engine.graph).run(images(case))
-    assert (state.x - answers(case)["logits"]).abs().max() < 2e-5
-    assert all(torch.equal(a, b) for a, b in zip(state.choices, kept_of(answers(case)), strict=True))
 
 
 @pytest.mark.parametrize("prepacked", [False, True])

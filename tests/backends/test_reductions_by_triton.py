@@ -5,9 +5,8 @@ from collections import Counter
 import pytest
 import torch
 from any_vit import agrees, tiny
-from dvit_kernels.launch import collecting
 from kernel_helpers import needs_loops
-from torch.utils._python_dispatch import TorchDispatchMode
+from launched import launched as launched_by_node
 
 import dvit_infer as dvit
 from dvit_infer.backends import triton
@@ -21,52 +20,15 @@ pytestmark = [pytest.mark.interpreter, needs_loops]
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
 SMALL = (24, 16)  # 6 patches
 POOLED = {"score": "pooled"}
-# Operators of PyTorch that launch nothing on a GPU.
-_VIEWS = {
-    "alias",
-    "detach",
-    "empty",
-    "expand",
-    "lift_fresh",
-    "new_empty",
-    "permute",
-    "select",
-    "slice",
-    "transpose",
-    "unbind",
-    "view",
-}
 
 
 def runner_of(model, dtype=None):
     return TritonRunner(model.engine(dtype).graph if dtype else fold(model.graph()))
 
 
-class Launched(TorchDispatchMode):
-    """The launches of a runner, which are not run, by the name of the node: kernels, and operators of PyTorch."""
-
-    def __init__(self, kernels):
-        super().__init__()
-        self.by_node, self._kernels, self._others = {}, kernels, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, name, _ = str(func).split(".")
-        if namespace == "aten" and name.removeprefix("_") not in _VIEWS:
-            self._others.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def hook(self, node, x):
-        names = [launch.kernel.__name__ for launch in self._kernels]
-        self.by_node[node.name] = names + self._others
-        self._kernels.clear()
-        self._others.clear()
-
-
 def launched(model, images=1, choices=False):
-    """The launches of a call; what they would compute is not there."""
-    with using(TRITON), collecting() as kernels, Launched(kernels) as seen:
-        runner_of(model).run(model.images(images), None, seen.hook, return_choices=choices)
-    return seen.by_node
+    with using(TRITON):
+        return launched_by_node(runner_of(model), model.images(images), choices)
 
 
 @pytest.mark.parametrize("prop_attn", [True, False])
@@ -231,7 +193,7 @@ def test_float16_is_verified(kind, method, settings, called):
         ("deit", "tome", {"merge": 1}, ""),
         ("deit", "evit", {}, ""),
         ("deit", "evit", POOLED, "; PyTorch for attention of a mean query"),
-        ("siglip", "tome", {"merge": 1}, "; PyTorch for pooling"),
+        ("siglip", "tome", {"merge": 1}, ""),
     ],
 )
 def test_the_table_says_what_pytorch_runs(kind, method, settings, says):

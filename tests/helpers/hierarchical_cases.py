@@ -41,6 +41,14 @@ def checkpoint(case: str) -> dict[str, Any]:
     return {"model": state_dict(case), "epoch": 1, "args": argparse.Namespace(base_rate=CASES[case]["keep_rate"])}
 
 
+def small_checkpoint(case: str) -> dict[str, Any]:
+    """Return the weights of a dynamic case for images of 64x64, a Swin's with windows of 2x2."""
+    found = checkpoint(case)
+    model = {n: w for n, w in found["model"].items() if not n.endswith(("relative_position_index", "attn_mask"))}
+    tables = {name: w[:9].clone() for name, w in model.items() if name.endswith("relative_position_bias_table")}
+    return found | {"model": model | tables}
+
+
 def options(case: str) -> dict[str, Any]:
     size = CASES[case]["image_size"]
     return {} if size == 224 else {"image_size": tuple(size)}
