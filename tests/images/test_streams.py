@@ -96,11 +96,14 @@ def test_a_large_folder_takes_no_more_memory(monkeypatch):
 
 
 def _peak(call) -> int:
-    tracemalloc.start()
-    call()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
+    """Return the least peak of three calls: other threads of the process allocate too."""
+    peaks = []
+    for _ in range(3):
+        tracemalloc.start()
+        call()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    return min(peaks)
 
 
 def test_names_keep_what_they_are_given():
