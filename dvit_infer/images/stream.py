@@ -186,7 +186,7 @@ def _receive(groups: Iterator[Group], later: "Queue[Callable[[], list[Group]]]")
     try:
         received = list(itertools.islice(groups, 1))
         later.put(lambda: received)
-    except BaseException as error:
+    except BaseException as error:  # raised again in the caller's thread
         later.put(partial(_raise, error))
 
 

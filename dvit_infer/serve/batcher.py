@@ -110,7 +110,7 @@ class Batcher:
         def work() -> None:
             try:
                 first()
-            except BaseException as error:
+            except BaseException as error:  # raised again where `start` waits
                 warm.set_exception(error)
                 return
             warm.set_result(None)
@@ -238,7 +238,7 @@ class Batcher:
         count = sum(ticket.count for ticket in batch)
         try:
             answers = self._run(np.concatenate([ticket.images for ticket in batch if ticket.images is not None]))
-        except Exception as error:
+        except Exception as error:  # whoever waits for an answer gets it; the thread lives on
             for ticket in batch:
                 ticket.answer.set_exception(error)
             return
