@@ -15,7 +15,7 @@ class Connection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _unfinished = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # httptools reads from this kind
         super().connection_made(transport)
         self._timer = self.loop.call_later(self.headers_timeout_s, self._refuse, 408)
 

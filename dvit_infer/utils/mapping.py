@@ -35,22 +35,23 @@ def release_part(start: int, size: int) -> None:
 @contextlib.contextmanager
 def released_meanwhile(path: Path | None, seconds: float = 0.05) -> Iterator[None]:
     """Call `release_file` again and again while other code reads a file; None: nothing is done."""
+    if path is None:
+        yield
+        return
     done = threading.Event()
 
-    def work() -> None:
+    def work(path: Path) -> None:
         while not done.wait(seconds):
-            release_file(path)  # type: ignore[arg-type]
+            release_file(path)
 
-    thread = threading.Thread(target=work, daemon=True)
-    if path is not None:
-        thread.start()
+    thread = threading.Thread(target=work, args=(path,), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        if path is not None:
-            thread.join()
-            release_file(path)
+        thread.join()
+        release_file(path)
 
 
 def _mappings() -> Iterator[tuple[int, int, str, str]]:

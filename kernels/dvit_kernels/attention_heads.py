@@ -73,7 +73,7 @@ def load_heads(
             sin = tl.load(sin_ptr + at, mask=turns, other=0.0)
             cos = tl.load(cos_ptr + at, mask=turns, other=1.0)
             first, second = first * cos - second * sin, second * cos + first * sin
-        tiles = (first.to(x_ptr.dtype.element_ty), second.to(x_ptr.dtype.element_ty))  # type: ignore[assignment]
+        tiles = (first.to(x_ptr.dtype.element_ty), second.to(x_ptr.dtype.element_ty))  # type: ignore[assignment]  # two
     return tiles
 
 

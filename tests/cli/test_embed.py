@@ -79,7 +79,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(checkpoint):
     for _ in range(2):
         process = subprocess.Popen([*argv, "emb"], env=env, stderr=subprocess.PIPE, start_new_session=True)
         while process.poll() is None and count(Path("emb", IMAGES)) <= done:
-            time.sleep(0.003)
+            time.sleep(0.003)  # until a batch is there: the kill has to come amid a run, wherever that is
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL

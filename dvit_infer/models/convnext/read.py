@@ -14,6 +14,7 @@ from dvit_infer.models.hierarchical.reading import (
     finished_config,
     image_size_of,
     named,
+    num_classes_of,
     num_fast_of,
 )
 from dvit_infer.models.reading import Reading
@@ -64,8 +65,7 @@ def read_convnext(read: Reading, arch: str | None, options: Mapping[str, Any]) -
     if stem[1:] != (3, 4, 4) or kernel % 2 == 0:
         key = read.in_file("downsample_layers.0.0.weight")
         raise InputError(f"{read.name}: {key} has shape {stem}; kernels of (3, 4, 4) are expected")
-    has_head = any(key.startswith("head.") for key in read.shapes)
-    classes = read.vote("the classes", [("head.weight", 0), ("head.bias", 0)]) if has_head else 0
+    classes = num_classes_of(read)
     predictors = read.count("score_predictor.")
     fast = [any(key.startswith(f"{block}fast_path") for key in read.shapes) for block in blocks[2]]
     name = named(read, "convnext", ARCHS, Arch(dims, depths, num_predictors=predictors), classes, arch)

@@ -73,6 +73,13 @@ def _shown(arch: Arch) -> str:
     return f"{','.join(map(str, arch.dims))} wide with {','.join(map(str, arch.depths))} blocks"
 
 
+def num_classes_of(read: Reading) -> int:
+    """Return the number of classes; 0: there is no head."""
+    if not any(key.startswith("head.") for key in read.shapes):
+        return 0
+    return read.vote("the classes", [("head.weight", 0), ("head.bias", 0)])
+
+
 def num_fast_of(read: Reading, has_fast: Sequence[bool], predictors: int) -> int:
     """Return the number of blocks, the last ones of the third stage, that have a second branch.
 

@@ -14,6 +14,7 @@ from dvit_infer.models.hierarchical.reading import (
     finished_config,
     image_size_of,
     named,
+    num_classes_of,
     num_fast_of,
 )
 from dvit_infer.models.reading import Reading
@@ -64,8 +65,7 @@ def read_swin(read: Reading, arch: str | None, options: Mapping[str, Any]) -> Co
     kernel = read.shape("patch_embed.proj.weight", 4)
     if kernel[1:] != (3, 4, 4):
         raise InputError(f"{read.name}: patch_embed.proj.weight has shape {kernel}; kernels of (3, 4, 4) are expected")
-    heads_there = any(key.startswith("head.") for key in read.shapes)
-    classes = read.vote("the classes", [("head.weight", 0), ("head.bias", 0)]) if heads_there else 0
+    classes = num_classes_of(read)
     predictors = read.count("layers.2.score_predictor.")
     fast = [any(key.startswith(f"{block}fastmlp.") for key in read.shapes) for block in blocks[2]]
     name = named(read, "swin", ARCHS, Arch(dims, depths, heads, predictors), classes, arch)

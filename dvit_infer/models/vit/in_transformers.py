@@ -61,9 +61,11 @@ class Answering(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         out = self.model(images, **self.options)
         for name in ("logits", "image_embeds", "pooler_output"):
-            if (answer := getattr(out, name, None)) is not None:
-                return answer  # type: ignore[no-any-return]
-        return out.last_hidden_state[:, 0]  # type: ignore[no-any-return]
+            answer: torch.Tensor | None = getattr(out, name, None)
+            if answer is not None:
+                return answer
+        first: torch.Tensor = out.last_hidden_state[:, 0]
+        return first
 
 
 def in_transformers(
@@ -146,7 +148,8 @@ def _load(name: str, facts: Mapping[str, Any], config: Config, body: ViT, state:
         raise InputError(
             f"compare: transformers finds no {missing[0]} in the file for its {name}; leave transformers out"
         )
-    return model  # type: ignore[no-any-return]
+    built: nn.Module = model
+    return built
 
 
 def _why_not(config: Config, body: ViT) -> str | None:
