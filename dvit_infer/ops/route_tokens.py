@@ -23,7 +23,7 @@ def order_of(index: torch.Tensor, n: int) -> torch.Tensor:
 
     Both are ascending.
     """
-    left = torch.ones(len(index), n, dtype=torch.uint8, device=index.device).scatter_(1, index, 0)
+    left = torch.ones(index.shape[0], n, dtype=torch.uint8, device=index.device).scatter_(1, index, 0)
     return left.sort(dim=1, stable=True).indices
 
 

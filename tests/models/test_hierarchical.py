@@ -100,6 +100,17 @@ def test_another_rate_and_the_dense_counterpart():
     assert dvit.verify(dense, checkpoint(CNN), num_images=2).passed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SWIN, CNN])
+def test_references_are_exported_for_any_batch(case):
+    """dvit-bench has OpenVINO and ONNX Runtime run them; the exporter to ONNX would fix the batch without a word."""
+    model, two = dvit.load_reference(checkpoint(case)), images(case)[:1].repeat(2, 1, 1, 1)
+    any_batch = {"images": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (two,), dynamic_shapes=any_batch, strict=False).module()
+    three = two[:1].repeat(3, 1, 1, 1)
+    torch.testing.assert_close(exported(three), model(three))
+
+
 def test_given_positions_are_used_and_checked():
     engine = dvit.convert(checkpoint(SWIN), device="cpu")
     x = images(SWIN)[:2]

@@ -113,5 +113,5 @@ class ConvNeXtModel(Reference):
         pooled = self.norm(tokens.mean(dim=1))
         logits = self.head(pooled) if self.num_classes else pooled
         if routing is None:
-            return EvalOutput(logits, [], x.new_empty(len(x), 0), pooled, tokens)
+            return EvalOutput(logits, [], x.new_empty(x.shape[0], 0), pooled, tokens)
         return EvalOutput(logits, routing.kept, torch.stack(routing.margins, dim=1), pooled, tokens)
