@@ -5,7 +5,6 @@ but for the share of positions that pass it by. Candidates run in turn; ratios a
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 
 import dvit_infer as dvit
 from dvit_infer.backends.openvino_model import compile_model, openvino_model
+from dvit_infer.benchmark.results import environment, write_json
 from dvit_infer.graph.routes import Route, RoutedMlp
 from dvit_infer.models.example import example_checkpoint
 
@@ -107,7 +107,7 @@ def main() -> None:
         for name, value in row.items():
             print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if given.json:
-        given.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1))
+        write_json(given.json, {"environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":
