@@ -76,6 +76,7 @@ def _convert(options: argparse.Namespace) -> int:
         show(0.3)
         with contextlib.suppress(_ParityError), write(options, engine, out) as written:
             show(0.5)
+            runtime = getattr(written, "outline", engine.outline).runtime
             if not options.no_verify:
                 # Verify the model that the written file gives, not the one in memory.
                 few = written.device.type == "cpu" and written.precision != "int8"
@@ -87,7 +88,7 @@ def _convert(options: argparse.Namespace) -> int:
     print(table(("how", "what", "value", "from"), [(n.how, n.what, n.value, n.why) for n in engine.notes]))
     print(f"{engine.config.arch}: {engine.outline.gmacs:.3f} GMACs per image as run")
     if options.format != "onnx":
-        print(f"run by {engine.outline.runtime}")
+        print(f"run by {runtime}")
     print("not verified, as requested" if report is None else report)
     if report is not None and not report.passed:
         print(
@@ -105,12 +106,16 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _engine(options: argparse.Namespace) -> "Engine":
     import dvit_infer as dvit
+    from dvit_infer.utils.devices import resolve_device
 
     to_onnx = options.format == "onnx"
     if to_onnx and options.dtype == "int8":
         raise dvit.InputError("dtype: an ONNX file is made int8 by --quantize int8")
     if to_onnx and options.backend:
         raise dvit.InputError("backend: is for engines; ONNX Runtime runs ONNX files")
+    device = resolve_device("cpu" if to_onnx else options.device)
+    # What is verified is loaded from the file; before, a CPU has to fold the weights only, not to compile them.
+    only_folds = to_onnx or (device.type == "cpu" and options.dtype != "int8" and not options.no_verify)
     return dvit.convert(
         options.checkpoint,
         arch=options.arch,
@@ -120,10 +125,10 @@ def _engine(options: argparse.Namespace) -> "Engine":
         merge=options.merge,
         image_size=options.image_size,
         assume=options.assume,
-        device="cpu" if to_onnx else options.device,
+        device=device,
         dtype=options.dtype or ("float32" if to_onnx else None),
         calibrate=None if to_onnx else options.calibrate,
-        backend="torch" if to_onnx else options.backend,  # only folds the weights then
+        backend="torch" if only_folds else options.backend,
     )
 
 
