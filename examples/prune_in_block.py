@@ -46,7 +46,8 @@ def dense_model(checkpoint: str | Path, config: dvit.Config) -> nn.Module:
         depth=config.body.depth,
         num_heads=config.body.num_heads,
     )
-    model.load_state_dict(plain.state_dict(), strict=False)  # all but the predictors, which timm does not know
+    weights = plain.state_dict()  # under timm's names, but for the predictors, which it does not have
+    model.load_state_dict({name: weight for name, weight in weights.items() if "score_predictor" not in name})
     return model.eval()
 
 
