@@ -12,9 +12,9 @@ COPY constraints.txt dist/*.whl /tmp/dist/
 RUN set -- /tmp/dist/*.whl \
     && python -m pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" -c /tmp/dist/constraints.txt "${1}[cpu,serve]" \
     && rm -r /tmp/dist \
-    && useradd --create-home dvit
+    && useradd --uid 10001 --create-home dvit
 
-USER dvit
+USER 10001
 WORKDIR /home/dvit
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v2/health/ready')"]

@@ -1,8 +1,8 @@
 """Prune tokens inside a model of your own by the op prune_tokens: python examples/prune_in_block.py [CHECKPOINT]
 
-A block is wrapped, and gets fewer tokens from then on. The model is timm's VisionTransformer, if timm is installed, else
+A wrapped block, and those after it, get fewer tokens. The model is timm's VisionTransformer, if timm is installed, else
 this project's plain PyTorch one, whose blocks have the same names. With the predictors of a DynamicViT checkpoint the
-result has to be what the engine computes, which is checked.
+result has to be what the engine computes; the difference is printed.
 """
 
 import sys
@@ -18,7 +18,7 @@ DIGITS = Path(__file__).parents[1] / "bench" / "proof" / "digits-0.7.pth"
 
 
 class PruneBefore(nn.Module):
-    """A block that begins with fewer tokens: (B, P+N, C) -> (B, P+num_keep, C), the prefix tokens and the best patches."""
+    """A block that begins with fewer tokens: (B, P+N, C) -> (B, P+num_keep, C), the prefix and the best patches."""
 
     def __init__(self, block: nn.Module, predictor: nn.Module, num_keep: int, num_prefix: int = 1) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ def main(checkpoint: str | Path = DIGITS) -> None:
         model.blocks[stage.block] = PruneBefore(model.blocks[stage.block], predictor, stage.keep)
     images = torch.randn(4, 3, *engine.config.image_size)
     error = (model(images) - engine(images)).abs().max().item()
-    print(f"{type(model).__module__}: {engine.config.reduction}; largest difference from the engine's logits {error:.1e}")
+    reduction = engine.config.reduction
+    print(f"{type(model).__module__}, {reduction}: largest difference from the engine's logits {error:.1e}")
 
 
 if __name__ == "__main__":

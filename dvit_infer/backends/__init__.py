@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-import torch
+from torch import device as Device  # `torch` is a module of this package
 
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
@@ -69,7 +69,7 @@ def runner_for(
     return CapturedRunner(TritonRunner(graph))
 
 
-def default_backend(device: torch.device) -> tuple[str, str | None]:
+def default_backend(device: Device) -> tuple[str, str | None]:
     """Return the backend that runs graphs on a device if none is asked for, and what keeps a faster one from it.
 
     A graph may need another one still: a node that OpenVINO's builder does not know is run by torch.

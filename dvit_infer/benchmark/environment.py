@@ -14,7 +14,10 @@ from dvit_infer.utils.cpu_quota import cpu_quota
 from dvit_infer.utils.devices import free_memory, resolve_device
 from dvit_infer.utils.threads import SETTINGS, affinity_threads, describe_threads
 
-PACKAGES = "torch triton openvino onnxruntime onnx numpy safetensors Pillow timm transformers".split()
+PACKAGES = (
+    *("torch", "triton", "openvino", "onnxruntime", "onnx"),
+    *("numpy", "safetensors", "Pillow", "timm", "transformers"),
+)
 # Variables that change which code runs, or how fast, beside every DVIT_*.
 _VARIABLES = (*SETTINGS, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 

@@ -80,7 +80,7 @@ def test_ask_a_server(example, folder, monkeypatch):
     lines = example("ask_server.py", DIGITS, *images)
     expected = [f"{image}: {{'class': {image.parent.name}, 'probability': " for image in images]
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
-    with pytest.raises(SystemExit, match="error: missing.pth: "):
+    with pytest.raises(SystemExit, match=r"error: missing\.pth: "):
         example("ask_server.py", "missing.pth", *images)
 
 
