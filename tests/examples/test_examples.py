@@ -80,8 +80,6 @@ def test_ask_a_server(example, folder, monkeypatch):
     lines = example("ask_server.py", DIGITS, *images)
     expected = [f"{image}: {{'class': {image.parent.name}, 'probability': " for image in images]
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
-    with pytest.raises(SystemExit, match=r"error: missing\.pth: "):
-        example("ask_server.py", "missing.pth", *images)
 
 
 @pytest.mark.slow
@@ -99,6 +97,10 @@ def test_the_notebook_prints_what_is_in_it(monkeypatch):
 
 
 def _texts(notebook) -> list[str]:
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    return [output.text for output in outputs if output.output_type == "stream"]
+    """What each cell prints; that none fails or warns."""
+    texts = []
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+        texts += ["".join(output.get("text", "") for output in outputs)]
+    return [text for text in texts if text]
