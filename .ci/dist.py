@@ -46,6 +46,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
         ("the wheel lacks", expected - found),
         ("the wheel should not have", found - expected),
         ("the sdist lacks", set(NATIVE.split()) - names),
+        ("the sdist should not have", {name for name in names if name.split("/")[0] in ("tests", "bench", "examples")}),
     ):
         if odd:
             sys.exit(f"error: {what} {', '.join(sorted(odd))}")
