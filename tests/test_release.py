@@ -26,6 +26,7 @@ def test_there_is_one_version():
     [
         ("vendor.github-workflows", ".github/workflows/*.yml"),
         ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/bug.yml"),
+        ("vendor.github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
         ("vendor.citation-file-format", "CITATION.cff"),
     ],
 )
