@@ -20,12 +20,16 @@ NATIVE = "CMakeLists.txt kernels/csrc/include/dvit_kernels.h kernels/csrc/cpu.cp
 
 
 def run(*command: str | Path, cwd: Path = ROOT, quiet: bool = False) -> None:
-    """Run a command without the checkout on Python's path; end with its status if it fails."""
+    """Run a command without the checkout on Python's path; end with its status if it fails.
+
+    `quiet`: what it prints is shown only if it fails.
+    """
     print("$", *command, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    output = subprocess.DEVNULL if quiet else None
-    done = subprocess.run(command, cwd=cwd, env=environment, stdout=output, check=False)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+    done = subprocess.run(command, cwd=cwd, env=environment, text=True, check=False, **output)
     if done.returncode:
+        print(done.stdout or "", end="")
         sys.exit(done.returncode)
 
 
@@ -54,7 +58,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
 
 def use(wheel: Path, python: Path, commands: list[str]) -> None:
     """Install the wheel, ask every command for help, convert the model of the proof and draw what it keeps."""
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel)
+    run(python, "-m", "pip", "install", "-c", ROOT / "constraints.txt", wheel, quiet=True)
     here = BUILD / "elsewhere"
     here.mkdir()
     imported = "import dvit_infer, dvit_kernels, sys; files = dvit_infer.__file__, dvit_kernels.__file__; print(*files)"
@@ -69,7 +73,7 @@ def use(wheel: Path, python: Path, commands: list[str]) -> None:
 def main() -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     shutil.rmtree(BUILD, ignore_errors=True)
-    run(sys.executable, "-m", "build", "--outdir", DIST)
+    run(sys.executable, "-m", "build", "--outdir", DIST, quiet=True)
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     check_contents(wheel, sdist)
