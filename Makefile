@@ -13,11 +13,12 @@
 # UBSan, under ThreadSanitizer, and, where nvcc is, the CUDA side (build/native*; JOBS=2).
 # `make aot` compiles the kernels for GPUs that are not here; TRITON=3.6.0 or =newest takes
 # another Triton (kept under build/ until `make clean`), UPDATE=1 writes the table.
+# `make dist` builds the wheel and the sdist into dist/, and uses the wheel in a fresh environment (build/dist).
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo lint check test emulate bench proof gpu gpu-second gpu-cache native aot clean
+.PHONY: demo lint check test emulate bench proof gpu gpu-second gpu-cache native aot dist clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -35,6 +36,9 @@ demo: $(READY)
 	$(BIN)/dvit-eval build/demo/digits.dvit.safetensors build/demo/pictures
 	$(BIN)/dvit-bench build/demo/digits.dvit.safetensors --batch 64 --json build/demo/bench.json --report build/demo/bench.html
 	$(BIN)/dvit-viz build/demo/digits.dvit.safetensors build/demo/pictures/*/0000[0-2].png -o build/demo/kept.png
+	@printf '\nTo look at it, open these in a browser (xdg-open FILE does, on macOS open FILE):\n'
+	@printf '  %s: %s\n' 'speed, as a page with charts' 'file://$(CURDIR)/build/demo/bench.html' \
+	  'the patches that the model keeps' 'file://$(CURDIR)/build/demo/kept.png'
 
 proof: $(READY)
 	$(BIN)/python bench/proof/proof.py $(if $(UPDATE),--update)
@@ -44,6 +48,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/csrc/*.[ch]* kernels/csrc/*/*.[ch]*)
 
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -113,5 +118,8 @@ build/triton-%/.ready: $(READY)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	touch $@
 
+dist: $(READY)
+	$(BIN)/python .ci/dist.py
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

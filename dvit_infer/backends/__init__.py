@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+from torch import device as Device  # `torch` is a module of this package
+
 from dvit_infer.backends.captured import CapturedRunner
 from dvit_infer.backends.cpu import CpuRunner
 from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.backends.openvino_cache import LEAST_BYTES
-from dvit_infer.backends.openvino_model import FASTER, MISSING, why_not_openvino
+from dvit_infer.backends.openvino_model import FASTER, MISSING, why_no_openvino, why_not_openvino
 from dvit_infer.backends.torch import TorchRunner
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
@@ -65,6 +67,21 @@ def runner_for(
     from dvit_infer.backends.triton import TritonRunner
 
     return CapturedRunner(TritonRunner(graph))
+
+
+def default_backend(device: Device) -> tuple[str, str | None]:
+    """Return the backend that runs graphs on a device if none is asked for, and what keeps a faster one from it.
+
+    A graph may need another one still: a node that OpenVINO's builder does not know is run by torch.
+
+    Raises:
+        InputError: DVIT_KERNELS is neither require nor off.
+    """
+    if device.type == "cpu":
+        why_not = why_no_openvino()
+        return ("openvino", None) if why_not is None else ("torch", why_not)
+    why_not = why_not_triton(device)
+    return ("triton", None) if why_not is None else ("torch", why_not)
 
 
 def _on_cpu(

@@ -76,6 +76,11 @@ def why_not_openvino(graph: Graph) -> str | None:
         return f"openvino runs on CPUs, not on {graph.device.type}"
     if graph.dtype not in PRECISIONS:
         return f"openvino runs float32 and bfloat16, not {str(graph.dtype).removeprefix('torch.')}"
+    return why_no_openvino()
+
+
+def why_no_openvino() -> str | None:
+    """Return the reason why OpenVINO runs no graph in this process; None: it runs those that fit it."""
     if os.environ.get("DVIT_PRUNE"):
         return "openvino has prune_tokens of its own, not that of DVIT_PRUNE"
     try:

@@ -32,7 +32,7 @@ def environment() -> dict[str, str | None]:
         "gpu": gpu,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
         "commit": _commit(),
         "date": datetime.now().isoformat(timespec="seconds"),
     }
@@ -44,10 +44,11 @@ def machine_name(gpu: str | None) -> str:
 
     from dvit_infer.utils.devices import slug
 
-    return slug(gpu or f"{_cpu()} {torch.get_num_threads()} threads")
+    return slug(gpu or f"{cpu_name()} {torch.get_num_threads()} threads")
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return the processor's name, as Linux has it, else its architecture."""
     try:
         found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -55,7 +56,8 @@ def _cpu() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed distribution; None if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -42,6 +42,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with tables and charts")
+    parser.add_argument(
+        "--environment", action="store_true", help="print what a bug report needs, and measure nothing: no MODEL"
+    )
     return parser
 
 
@@ -50,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.environment:
+        return _environment()
     from dvit_infer.backends.openvino import OpenVinoRunner
     from dvit_infer.benchmark.compare import USUAL, Comparison, fvcore_gmacs
     from dvit_infer.benchmark.compare_onnx import OnnxComparison
@@ -152,6 +157,13 @@ def _bench(options: argparse.Namespace) -> int:
     ]:
         print(f"error: not all candidates compute the same function: {'; '.join(mismatches)}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _environment() -> int:
+    from dvit_infer.benchmark.environment import describe_environment
+
+    print(describe_environment())
     return 0
 
 

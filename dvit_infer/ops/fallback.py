@@ -25,7 +25,7 @@ from dvit_infer.errors import InputError, KernelError
 from dvit_infer.utils.devices import is_out_of_memory
 
 SETTING = "DVIT_KERNELS"
-REPORT = "please report this line and the output of `python -m torch.utils.collect_env` to the project"
+REPORT = "please report this line and the output of `dvit-bench --environment` to the project"
 EVERY = "every kernel"  # disabled together, by a failure that affects all
 
 Result = TypeVar("Result")

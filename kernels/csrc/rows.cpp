@@ -128,8 +128,7 @@ static void gelu_as(float *y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = to_float(from_float<T>(gelu_of(y[i])));
 }
 
-static void pack(int32_t dtype, const void *matrix, int64_t first, int64_t out, int64_t in,
-                 float *panel) {
+static void pack(int32_t dtype, const void *matrix, int64_t first, int64_t out, int64_t in, float *panel) {
   const auto as = dtype == DVIT_FLOAT32 ? pack_as<float> : dtype == DVIT_FLOAT16 ? pack_as<Float16> : pack_as<BFloat16>;
   as(matrix, first, out, in, panel);
 }

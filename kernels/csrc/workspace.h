@@ -7,8 +7,7 @@ namespace dvit {
 
 class Workspace {
  public:
-  explicit Workspace(void *base)
-      : base_(round_up<uintptr_t>(reinterpret_cast<uintptr_t>(base), kAlignment)) {}
+  explicit Workspace(void *base) : base_(round_up<uintptr_t>(reinterpret_cast<uintptr_t>(base), kAlignment)) {}
 
   template <class T>
   T *take(int64_t count) {

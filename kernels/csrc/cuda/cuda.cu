@@ -24,8 +24,8 @@ struct Launcher {
 
   template <class Kernel, class Given>
   dvit_status operator()(const char *name, Kernel kernel, int64_t blocks, int threads, const Given &plan) const {
-    if (blocks > INT_MAX) return fail(DVIT_UNSUPPORTED, "shape.batch: %s would need %lld blocks", name,
-                                      static_cast<long long>(blocks));
+    if (blocks > INT_MAX)
+      return fail(DVIT_UNSUPPORTED, "shape.batch: %s would need %lld blocks", name, static_cast<long long>(blocks));
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -49,8 +49,7 @@ DVIT_KERNEL __launch_bounds__(kThreads, kBlocksAtOnce) project(Plan<T> plan) {
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * kTile;
   if (thread < kTile) {
     const int64_t row = first_row + thread, image = row / plan.tokens, token = plan.prefix + row % plan.tokens;
-    memory.a_rows[thread] =
-        row < plan.rows ? plan.x + image * plan.batch_stride + token * plan.token_stride : nullptr;
+    memory.a_rows[thread] = row < plan.rows ? plan.x + image * plan.batch_stride + token * plan.token_stride : nullptr;
     const int column = first_column + thread;
     memory.w_rows[thread] = column < plan.channels ? plan.w1 + int64_t{column} * plan.channels : nullptr;
   }
@@ -148,7 +147,7 @@ DVIT_KERNEL __launch_bounds__(kThreads, kBlocksAtOnce) score(Plan<T> plan) {
   const int64_t first_row = image * plan.tokens + first_token;
 
   static_assert(sizeof(memory.stages) >= sizeof(float[8][kMostHalf]), "");
-  share<T>(plan, image, mean, reinterpret_cast<float(*)[kMostHalf]>(memory.stages), shared);
+  share<T>(plan, image, mean, reinterpret_cast<float (*)[kMostHalf]>(memory.stages), shared);
   for (int first = 0; first < half; first += kTile) {
     if (thread < kTile) {
       memory.a_rows[thread] = thread < rows ? plan.hidden + (first_row + thread) * half : nullptr;

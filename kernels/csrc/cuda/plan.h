@@ -38,8 +38,8 @@ struct Plan {
         w2_mean(static_cast<const T *>(p.w2_mean)), w3(static_cast<const T *>(p.w3)), w1_sum(p.w1_sum), b1(p.b1),
         b2(p.b2), b3(p.b3), w4(p.w4), b4(p.b4), batch_stride(stride_of(shape.batch_stride, shape.batch)),
         token_stride(stride_of(shape.token_stride, shape.prefix + shape.tokens)), prefix(shape.prefix),
-        rows(shape.batch * shape.tokens), tiles(ceil_div<int64_t>(rows, kTile)),
-        tokens(static_cast<int>(shape.tokens)), channels(static_cast<int>(shape.channels)),
+        rows(shape.batch * shape.tokens), tiles(ceil_div<int64_t>(rows, kTile)), tokens(static_cast<int>(shape.tokens)),
+        channels(static_cast<int>(shape.channels)),
         segments(smaller(kTile, (kTile - 2) / tokens + 2)),  // pictures that a tile can touch
         eps(eps), x_aligned(aligned16(this->x, batch_stride) && aligned16(this->x, token_stride)),
         weights_aligned(aligned16(w1) && aligned16(w2_own) && aligned16(w2_mean) && aligned16(w3)) {
@@ -68,8 +68,8 @@ struct SelectPlan {
       : x(static_cast<const char *>(x)), score(score), kept_x(static_cast<char *>(kept_x)), index(index),
         batch(shape.batch), batch_stride(stride_of(shape.batch_stride, shape.batch) * size_of(shape.dtype)),
         token_stride(stride_of(shape.token_stride, shape.prefix + shape.tokens) * size_of(shape.dtype)),
-        row_bytes(shape.channels * size_of(shape.dtype)),
-        prefix(shape.prefix), tokens(static_cast<int>(shape.tokens)), keep(static_cast<int>(shape.keep)) {
+        row_bytes(shape.channels * size_of(shape.dtype)), prefix(shape.prefix), tokens(static_cast<int>(shape.tokens)),
+        keep(static_cast<int>(shape.keep)) {
     // Few pictures: a block for every 16 rows. Many: two a picture, so that choosing is not repeated so often.
     const int64_t wanted = shape.batch < 256 ? 512 / shape.batch : 2;
     blocks_per_image = static_cast<int>(smaller(ceil_div<int64_t>(prefix + keep, 16), wanted));

@@ -11,9 +11,9 @@
 namespace dvit {
 inline namespace DVIT_LEVEL {
 
-constexpr int kTile = 64;      // rows and columns of a tile
-constexpr int kDepth = 32;     // of a stage
-constexpr int kThreads = 128;  // of a block
+constexpr int kTile = 64;         // rows and columns of a tile
+constexpr int kDepth = 32;        // of a stage
+constexpr int kThreads = 128;     // of a block
 constexpr int kBlocksAtOnce = 4;  // on a multiprocessor: leaves a thread 128 registers, with which nothing spills
 
 template <class T>

@@ -57,8 +57,8 @@ int main() try {
 
   std::printf("libdvit_kernels %s, %s CUDA\n", dvit_version(), dvit_has_cuda() ? "with" : "without");
   for (int64_t image = 0; image < batch; ++image) {
-    std::printf("picture %lld keeps %lld of %lld patches:", static_cast<long long>(image),
-                static_cast<long long>(keep), static_cast<long long>(tokens));
+    std::printf("picture %lld keeps %lld of %lld patches:", static_cast<long long>(image), static_cast<long long>(keep),
+                static_cast<long long>(tokens));
     for (int64_t i = 0; i < 10; ++i) std::printf(" %lld", static_cast<long long>(index[image * keep + i]));
     std::puts(" ...");
   }

@@ -10,12 +10,12 @@
 
 #include "common.h"
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);           \
-      std::exit(1);                                                                 \
-    }                                                                               \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                       \
+    }                                                                     \
   } while (false)
 
 namespace dvit {

@@ -6,12 +6,12 @@
 
 #include "dvit_kernels.h"
 
-#define CHECK(condition)                                                                         \
-  do {                                                                                           \
-    if (!(condition)) {                                                                          \
-      printf("%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #condition, dvit_last_error());     \
-      exit(1);                                                                                   \
-    }                                                                                            \
+#define CHECK(condition)                                                                     \
+  do {                                                                                       \
+    if (!(condition)) {                                                                      \
+      printf("%s:%d: not so: %s (%s)\n", __FILE__, __LINE__, #condition, dvit_last_error()); \
+      exit(1);                                                                               \
+    }                                                                                        \
   } while (0)
 
 enum { B = 2, P = 1, N = 6, C = 64, K = 3 };
@@ -65,22 +65,28 @@ static void pointers(void) {
   lacking.w3 = NULL;
   CHECK(prune(NULL) == DVIT_INVALID && strstr(dvit_last_error(), "shape"));
   CHECK(dvit_prune_tokens(&right, &predictor, 1e-5f, odd, kept_x, position, workspace, sizeof(workspace), 1) ==
-            DVIT_INVALID && strcmp(dvit_last_error(), "x: is not aligned to 4 bytes") == 0);
+            DVIT_INVALID &&
+        strcmp(dvit_last_error(), "x: is not aligned to 4 bytes") == 0);
   CHECK(dvit_prune_tokens(&right, &predictor, 1e-5f, x, NULL, position, workspace, sizeof(workspace), 1) ==
-            DVIT_INVALID && strcmp(dvit_last_error(), "kept_x: is null") == 0);
+            DVIT_INVALID &&
+        strcmp(dvit_last_error(), "kept_x: is null") == 0);
   CHECK(dvit_prune_tokens(&right, &predictor, 1e-5f, x, kept_x, NULL, workspace, sizeof(workspace), 1) ==
-            DVIT_INVALID && strstr(dvit_last_error(), "index"));
+            DVIT_INVALID &&
+        strstr(dvit_last_error(), "index"));
   CHECK(dvit_prune_tokens(&right, &lacking, 1e-5f, x, kept_x, position, workspace, sizeof(workspace), 1) ==
-            DVIT_INVALID && strstr(dvit_last_error(), "predictor.w3"));
-  CHECK(dvit_prune_tokens(&right, NULL, 1e-5f, x, kept_x, position, workspace, sizeof(workspace), 1) ==
-            DVIT_INVALID && strstr(dvit_last_error(), "predictor"));
+            DVIT_INVALID &&
+        strstr(dvit_last_error(), "predictor.w3"));
+  CHECK(dvit_prune_tokens(&right, NULL, 1e-5f, x, kept_x, position, workspace, sizeof(workspace), 1) == DVIT_INVALID &&
+        strstr(dvit_last_error(), "predictor"));
   CHECK(dvit_prune_tokens(&right, &predictor, NAN, x, kept_x, position, workspace, sizeof(workspace), 1) ==
-            DVIT_INVALID && strstr(dvit_last_error(), "eps"));
+            DVIT_INVALID &&
+        strstr(dvit_last_error(), "eps"));
   CHECK(dvit_prune_tokens(&right, &predictor, 1e-5f, x, kept_x, position, NULL, 0, 1) == DVIT_INVALID);
   CHECK(dvit_prune_tokens(&right, &predictor, 1e-5f, x, kept_x, position, workspace, 9, 1) == DVIT_WORKSPACE &&
         strstr(dvit_last_error(), "workspace_bytes: 9"));
   CHECK(dvit_prune_tokens(&right, &predictor, 1e-5f, x, kept_x, position, workspace, sizeof(workspace), -1) ==
-            DVIT_INVALID && strstr(dvit_last_error(), "threads"));
+            DVIT_INVALID &&
+        strstr(dvit_last_error(), "threads"));
   CHECK(dvit_select_gather(&right, x, NULL, kept_x, position, 1) == DVIT_INVALID && strstr(dvit_last_error(), "score"));
   CHECK(dvit_prune_tokens_workspace(&right, 1, NULL) == DVIT_INVALID);
   CHECK(dvit_prune_tokens_workspace(&right, 1, &bytes) == DVIT_OK && bytes <= sizeof(workspace));

@@ -48,8 +48,8 @@ std::vector<int> by_sorting(const std::vector<float> &scores, int keep) {
 std::vector<int> by_one(const std::vector<float> &scores, int keep) {
   std::vector<int> kept(keep, -1);
   dvit::OneThread alone;
-  select_tokens(alone, [&](int i) { return dvit::order_key(scores[i]); }, static_cast<int>(scores.size()), keep,
-                kept.data());
+  select_tokens(
+      alone, [&](int i) { return dvit::order_key(scores[i]); }, static_cast<int>(scores.size()), keep, kept.data());
   return kept;
 }
 
@@ -60,8 +60,8 @@ std::vector<int> by_threads(const std::vector<float> &scores, int keep, int size
   for (int rank = 0; rank < size; ++rank)
     threads.emplace_back([&, rank] {
       Threads group{rank, size, barrier, flags};
-      select_tokens(group, [&](int i) { return dvit::order_key(scores[i]); }, static_cast<int>(scores.size()), keep,
-                    kept.data());
+      select_tokens(
+          group, [&](int i) { return dvit::order_key(scores[i]); }, static_cast<int>(scores.size()), keep, kept.data());
     });
   for (std::thread &thread : threads) thread.join();
   return kept;
