@@ -26,6 +26,7 @@ from dvit_infer.ops import prune_tokens as op
 from dvit_infer.ops.activations import activate
 from dvit_infer.ops.route_tokens import order_tokens_ref
 from dvit_infer.reduction.predictor import PredictorPrune, Scores
+from dvit_infer.utils.memory import return_freed
 
 PROBE_SHAPE = 512, 384, 1536  # rows, in, out: fc1 of DeiT-S for three images
 PROBE_ROUNDS = 9
@@ -195,6 +196,8 @@ class CpuRunner(TorchRunner):
                     node.weights[name] = node.weights[name].to("meta")
                 elif w is not node.weights[name]:
                     self._copied_bytes += w.numel() * w.element_size()
+            if weights is not None:
+                return_freed()
         self.nodes = nodes
 
     def __reduce__(self) -> tuple[Any, ...]:  # buffers and oneDNN's layouts cannot be copied

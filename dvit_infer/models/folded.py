@@ -15,6 +15,7 @@ from dvit_infer.graph.reductions import Prune
 from dvit_infer.models.checkpoint import Checkpoint
 from dvit_infer.models.registry import build_graph, build_reference
 from dvit_infer.models.source import WeightSource
+from dvit_infer.utils.memory import return_freed
 
 
 def folded_graph(
@@ -37,6 +38,7 @@ def folded_graph(
             _check_float16(checkpoint.name, node)
         nodes.append(node.to(device, dtype, copy=not take))
         del node
+        return_freed()  # or what folds let go of, matrices among it, stays with the heap
     return fold_across(Graph(config, tuple(nodes)))
 
 

@@ -51,14 +51,9 @@ def write(path, dim, hidden, blocks):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(
-    ("backend", "suffix", "most"),
-    [("openvino", "safetensors", 1.2), ("openvino", "pth", 1.4), ("torch", "safetensors", 1.4)],
+    ("backend", "suffix"), [("openvino", "safetensors"), ("openvino", "pth"), ("torch", "safetensors")]
 )
-def test_converting_a_giant_needs_little_more_than_its_weights(backend, suffix, most, tmp_path, monkeypatch):
-    """Up to 160 MB more than the weights, however many there are: of all forty blocks 4%, of four up to 40%.
-
-    What OpenVINO, the default on CPUs, takes of a safetensors file is below 1.2 even so.
-    """
+def test_converting_a_giant_needs_little_more_than_its_weights(backend, suffix, tmp_path, monkeypatch):
     if backend == "openvino":
         pytest.importorskip("openvino")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -66,4 +61,4 @@ def test_converting_a_giant_needs_little_more_than_its_weights(backend, suffix, 
     write(tmp_path / f"giant.{suffix}", DIM, HIDDEN, BLOCKS)
     command = [sys.executable, "-c", MEASURE, tmp_path / "small.pth", tmp_path / f"giant.{suffix}", backend]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < most
+    assert float(done.stdout) < 1.2
