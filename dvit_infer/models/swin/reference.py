@@ -53,7 +53,7 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.bias()[None]
         if mask is not None:
-            bias = (bias + mask[:, None]).to(x.dtype).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)  # len() would fix the batch of an export
+            bias = (bias + mask[:, None]).to(x.dtype).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         if self.fused:
             mixed = F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)
         else:
