@@ -1,5 +1,6 @@
 # Three commands: `make demo`, `make check` (lint, types, imports, the quick tests: a minute) and `make test` (every
 # test). Each sets up .venv by itself the first time. WORKERS=8 uses more processes.
+# `make docs` serves the manual of docs/ on http://127.0.0.1:8000; .venv/bin/mkdocs build writes it to build/manual.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
 # `make emulate` runs compiled kernels without a GPU, one shape of each, `make emulate ALL=1` all of their tests
@@ -17,7 +18,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo lint check test emulate bench proof gpu gpu-second gpu-cache native aot clean
+.PHONY: demo docs lint check test emulate bench proof gpu gpu-second gpu-cache native aot clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -35,6 +36,9 @@ demo: $(READY)
 	$(BIN)/dvit-eval build/demo/digits.dvit.safetensors build/demo/pictures
 	$(BIN)/dvit-bench build/demo/digits.dvit.safetensors --batch 64 --json build/demo/bench.json --report build/demo/bench.html
 	$(BIN)/dvit-viz build/demo/digits.dvit.safetensors build/demo/pictures/*/0000[0-2].png -o build/demo/kept.png
+
+docs: $(READY)
+	$(BIN)/mkdocs serve --strict
 
 proof: $(READY)
 	$(BIN)/python bench/proof/proof.py $(if $(UPDATE),--update)
