@@ -44,11 +44,11 @@ class Engine(Verifiable):
     Attributes:
         notes: the facts read, assumed or given when the checkpoint was recognised.
         params: the number of weights in the file, without those of a reduction that does not run.
-        config, runner, device, dtype, micro_batch: as for every `Classifier`; with int8, `dtype` is that of all else.
-
-    Args:
-        checkpoint: what was read; the tensors are taken out of it, so that they can go as they are folded.
-        cached: whether OpenVINO's model may be kept in the user's cache folder.
+        config: the description of the model (frozen): `engine.config.reduction` says which tokens stay.
+        labels: class names by number, if the file has them; else None.
+        runner: the backend that runs it.
+        device, dtype: where it runs and in which dtype; with int8, `dtype` is that of all else.
+        micro_batch: the most images that run together; larger batches are split.
     """
 
     fan_in_dim = 1
@@ -66,6 +66,12 @@ class Engine(Verifiable):
         int8: bool = False,
         cached: bool = True,
     ) -> None:
+        """Fold what was read.
+
+        Args:
+            checkpoint: what was read; the tensors are taken out of it, so that they can go as they are folded.
+            cached: whether OpenVINO's model may be kept in the user's cache folder.
+        """
         self.labels = labels_of(checkpoint, config.num_classes)
         self.params = checkpoint.params(unused_keys(config))
         graph = folded_graph(config, checkpoint, device, dtype, take=True)

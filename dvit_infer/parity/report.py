@@ -51,6 +51,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether there are no failures."""
         return not self.failures
 
     def __str__(self) -> str:

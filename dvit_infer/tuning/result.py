@@ -115,10 +115,12 @@ class TuneResult:
 
     @property
     def target(self) -> float:
+        """The quality to keep."""
         return self.goal.target
 
     @property
     def metric(self) -> Metric:
+        """The measure of quality: "agreement", "cosine" or "top1"."""
         return self.goal.metric
 
     @property
