@@ -33,7 +33,8 @@ def test_nothing_is_loaded_from_elsewhere(manual):
 
 def test_every_public_name_is_in_the_reference(manual):
     page = (manual / "reference" / "api.html").read_text()
-    assert [name for name in dvit.__all__ if f'id="dvit_infer.{name}"' not in page] == []
+    anchors = {name: "serve.ray_data.Classify" if name == "ray" else name for name in dvit.__all__}  # a module
+    assert [name for name, anchor in anchors.items() if f'id="dvit_infer.{anchor}"' not in page] == []
 
 
 @pytest.mark.parametrize("width", [420, 1200])
