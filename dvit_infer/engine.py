@@ -215,7 +215,7 @@ def convert(
     where, what, int8 = placed(device, dtype)
     if calibrate is not None and not int8:
         raise InputError("calibrate: is for dtype int8")
-    checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
+    checkpoint, config, notes = recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
     if calibrate is not None:
         config = calibrated(config, checkpoint, calibrate)
     return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint), backend, int8)
@@ -297,7 +297,7 @@ def load_reference(
     Its forward returns logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it returns a
     `TrainOutput` (models/reference.py). Arguments and errors are as for `convert`.
     """
-    checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
+    checkpoint, config, _ = recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
     return build_reference(config, checkpoint)
 
 
@@ -306,16 +306,21 @@ def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
     return read_checkpoint(source, engine.config.weights, or_bare=True)
 
 
-def _recognised(
+def recognised(
     source: Source,
-    arch: str | None,
-    keep_rate: float | Sequence[float] | None,
-    prune_at: Sequence[int] | None,
-    method: str | None,
-    merge: int | str | Sequence[int] | None,
-    image_size: int | tuple[int, int] | None,
-    assume: Mapping[str, Any] | None,
+    arch: str | None = None,
+    keep_rate: float | Sequence[float] | None = None,
+    prune_at: Sequence[int] | None = None,
+    method: str | None = None,
+    merge: int | str | Sequence[int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> tuple[Checkpoint, Config, list[Note]]:
+    """Read a checkpoint; return it, what model it is, and the facts read, assumed or given. Arguments: as `convert`.
+
+    Raises:
+        InputError: As for `convert`.
+    """
     if assume is not None and not isinstance(assume, Mapping):
         raise InputError(f"assume: a dict such as {{'num_heads': 6}} is expected, not {assume!r}")
     given = dict(assume or {})

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import dvit_infer as dvit
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def manual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("manual")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -27,6 +29,12 @@ def test_nothing_is_loaded_from_elsewhere(manual):
     assert len(pages) > 20
     assert [page for page in pages if loaded.search(page.read_text())] == []
     assert [style for style in manual.rglob("*.css") if re.search(r"url\([\"']?(https?:)?//", style.read_text())] == []
+
+
+def test_every_public_name_is_in_the_reference(manual):
+    page = (manual / "reference" / "api.html").read_text()
+    anchors = {name: "serve.ray_data.Classify" if name == "ray" else name for name in dvit.__all__}  # a module
+    assert [name for name, anchor in anchors.items() if f'id="dvit_infer.{anchor}"' not in page] == []
 
 
 @pytest.mark.parametrize("width", [420, 1200])

@@ -111,7 +111,7 @@ def test_what_is_shown_is_what_runs(tmp_path, environment):
     ("block", "said"),
     [
         ("```python\nprint(1)\n```\nand\n```text\n1\n```", "does not follow a python block"),
-        ("```python\nprint(1)\n```\n```text\n2\n```", "Expected"),
+        ("```python\nprint(1)\n```\n```text\n2\n```", "- 2"),
         ("```console\n$ echo a\nb\n```", "echo a"),
         ("```console\n$ echo a\na\nb\n```", "echo a"),
         ("```console\n$ false\n```", "status 1"),

@@ -1,0 +1,158 @@
+"""Measure what Ray costs on one node: dvit-predict's stream by a local cluster over that of one process.
+
+    PYTHONPATH=.:kernels python bench/ray_overhead.py [--images 2000] [--rounds 3] [--models deit-s,digits] [--json FILE]
+
+Rounds alternate; the ratio is of one round. Both streams begin with the list of files and end with the last prediction,
+on the same CPUs, with the same batches; what each needs before, to load the engine and to start Ray, is told apart.
+DeiT-S/0.7 (random weights) reads JPEG files of 500 x 375, the digits model PNG files of 64 x 64.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+
+import dvit_infer as dvit
+from dvit_infer.benchmark.results import environment, write_json
+from dvit_infer.evaluate.predictions import Prediction, model_id, predict
+from dvit_infer.images.entry import Entry
+from dvit_infer.images.find import find_images
+from dvit_infer.models.example import example_checkpoint
+from dvit_infer.models.preprocessing import preprocess_for
+from dvit_infer.serve.ray_cluster import LOCAL, cluster, decoders_for, engines_for
+from dvit_infer.serve.ray_stream import EngineStream
+from dvit_infer.utils.threads import describe_threads
+
+sys.path.append(str(Path(__file__).parent / "proof"))
+from embed import write_images  # noqa: E402
+
+PROOF = Path(__file__).parent / "proof"
+CONTENTS = 200  # files that differ; the others are links to them
+
+
+def write_digits(folder: Path, count: int) -> None:
+    """Write images of the digits model as PNG files."""
+    from cluttered_digits import draw
+
+    folder.mkdir()
+    for number, pixels in enumerate(draw(count, "test", 1)[0]):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{number:05}.png", compress_level=1)
+
+
+def linked(folder: Path, count: int) -> None:
+    """Add links to the files of a folder until there are so many."""
+    files = sorted(folder.iterdir())
+    for number in range(len(files), count):
+        file = files[number % len(files)]
+        os.link(file, folder / f"{number:05}{file.suffix}")
+
+
+@contextlib.contextmanager
+def on_ray(model: str) -> Iterator[EngineStream[list[Prediction]]]:
+    """Start Ray here, and the engines of a model, as dvit-predict --ray does."""
+    with cluster(LOCAL):
+        needs = engines_for(ray.nodes(), None)
+        stream: EngineStream[list[Prediction]] = EngineStream(
+            functools.partial(dvit.ray.Classify, model), needs, decoders_for(ray.nodes(), needs, None), 0
+        )
+        stream.start(lambda: None)
+        yield stream
+
+
+def timed(groups: Iterator[list[Prediction]]) -> tuple[float, list[Prediction]]:
+    """Return the seconds of a stream and its predictions."""
+    start = time.perf_counter()
+    found = [one for group in groups for one in group]
+    return time.perf_counter() - start, found
+
+
+def check_same(alone: list[Prediction], by_ray: list[Prediction]) -> float:
+    """Return the largest difference of a probability.
+
+    Raises:
+        SystemExit: An image is missing, or another is its place, or it is of another class.
+    """
+    if [(one.image, one.top[0][0]) for one in alone] != [(one.image, one.top[0][0]) for one in by_ray]:
+        raise SystemExit("the predictions differ")
+    shares = [np.array([[share for _, share in one.top] for one in found]) for found in (alone, by_ray)]
+    return float(np.abs(shares[0] - shares[1]).max())
+
+
+def measure(name: str, model: str, folder: Path, rounds: int) -> dict[str, Any]:
+    entries = [Entry(path) for path in find_images([str(folder)])]
+    pairs, starts, error = [], [], 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        engine = dvit.convert(model)
+        model_id(engine, model, preprocess_for(engine.config))
+        loaded = time.perf_counter() - start
+        list(predict(engine, entries[:32]))  # compiled, as an engine on Ray is by the time that its first group is
+        alone, expected = timed(predict(engine, entries))
+        del engine
+        start = time.perf_counter()
+        with on_ray(model) as stream:
+            started = time.perf_counter() - start
+            list(stream(entries[:32]))
+            by_ray, found = timed(stream(entries))
+            engines, decoders = stream.engines, stream.decoders
+        error = max(error, check_same(expected, found))
+        pairs.append((alone, by_ray))
+        starts.append((loaded, started))
+        print(f"{name}: {len(entries) / alone:.1f} images/s alone, {len(entries) / by_ray:.1f} by Ray", flush=True)
+    return {
+        "model": name,
+        "what": f"{len(entries)} images by Ray on one node, start apart",
+        "engines": engines,
+        "decoders": decoders,
+        "images_per_s": len(entries) / statistics.median(by_ray for _, by_ray in pairs),
+        "alone_images_per_s": len(entries) / statistics.median(alone for alone, _ in pairs),
+        "overhead": statistics.median(by_ray / alone for alone, by_ray in pairs) - 1,
+        "overheads": [by_ray / alone - 1 for alone, by_ray in pairs],
+        "start_s": statistics.median(started for _, started in starts),
+        "alone_start_s": statistics.median(loaded for loaded, _ in starts),
+        "max_probability_error": error,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", default="deit-s,digits")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        deit = Path(folder, "deit-s.pth")
+        torch.save(example_checkpoint("dynamicvit-deit-s"), deit)
+        models = {"deit-s": (str(deit), write_images), "digits": (str(PROOF / "digits-0.7.pth"), write_digits)}
+        for name in given.models.split(","):
+            model, write = models[name]
+            write(images := Path(folder, name), min(CONTENTS, given.images))
+            linked(images, given.images)
+            rows.append(measure(name, model, images, given.rounds))
+            row = rows[-1]
+            print(
+                f"{name}: overhead {row['overhead']:.1%} ({min(row['overheads']):.1%} to {max(row['overheads']):.1%}), "
+                f"start {row['start_s']:.1f} s for {row['alone_start_s']:.1f}; {describe_threads()}, ray {ray.__version__}",
+                flush=True,
+            )
+    if given.json is not None:
+        facts = environment() | {"ray": ray.__version__, "threads": describe_threads()}
+        write_json(given.json, {"environment": facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
