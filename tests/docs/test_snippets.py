@@ -87,7 +87,7 @@ $ echo $y \\
   $((x + 4)) images/s && pwd
 71,304.5 8  images/s
 /
-$ seq 5; (echo 6; sleep 100) &
+$ sleep 100 & seq 5
 1
 ...
 5
