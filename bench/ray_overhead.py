@@ -1,6 +1,6 @@
 """Measure what Ray costs on one node: dvit-predict's stream by a local cluster over that of one process.
 
-    PYTHONPATH=.:kernels python bench/ray_overhead.py [--images 2000] [--rounds 3] [--models deit-s,digits] [--json FILE]
+    PYTHONPATH=.:kernels python bench/ray_overhead.py [--images 2000] [--rounds 3] [--models deit-s,digits]
 
 Rounds alternate; the ratio is of one round. Both streams begin with the list of files and end with the last prediction,
 on the same CPUs, with the same batches; what each needs before, to load the engine and to start Ray, is told apart.
@@ -36,7 +36,7 @@ from dvit_infer.serve.ray_stream import EngineStream
 from dvit_infer.utils.threads import describe_threads
 
 sys.path.append(str(Path(__file__).parent / "proof"))
-from embed import write_images  # noqa: E402
+from embed import write_images
 
 PROOF = Path(__file__).parent / "proof"
 CONTENTS = 200  # files that differ; the others are links to them
@@ -146,7 +146,8 @@ def main() -> None:
             row = rows[-1]
             print(
                 f"{name}: overhead {row['overhead']:.1%} ({min(row['overheads']):.1%} to {max(row['overheads']):.1%}), "
-                f"start {row['start_s']:.1f} s for {row['alone_start_s']:.1f}; {describe_threads()}, ray {ray.__version__}",
+                f"start {row['start_s']:.1f} s for {row['alone_start_s']:.1f}; {describe_threads()}, "
+                f"ray {ray.__version__}",
                 flush=True,
             )
     if given.json is not None:

@@ -47,9 +47,7 @@ def _embed(options: argparse.Namespace) -> int:
     find_entries(options.images)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context((_here if options.ray is None else _on_cluster)(options, batch))
-        progress = stack.enter_context(
-            counting("embedding", lambda: sum(1 for _ in find_entries(options.images)))
-        )
+        progress = stack.enter_context(counting("embedding", lambda: sum(1 for _ in find_entries(options.images))))
         found = write_rows(model.stream, model.index, options.images, options.out, progress)
     index = model.index
     print(f"{index.arch}, {index.reduction}; {index.precision} on {model.machine}; images {index.preprocess}")

@@ -12,7 +12,10 @@ from dvit_infer.images.decoded import Decoded, decoded, decoded_bytes
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.preprocess import Preprocess
 
-COLUMNS = ("bytes", "image")  # of images, where nothing else is said: as Ray's read_binary_files and read_images have it
+COLUMNS = (
+    "bytes",
+    "image",
+)  # of images, where nothing else is said: as Ray's read_binary_files and read_images have it
 NO_IMAGE = "there is no image"
 Batch = Mapping[str, Any]
 Columns = dict[str, Any]
