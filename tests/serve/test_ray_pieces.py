@@ -147,11 +147,13 @@ def test_the_files_of_a_model(checkpoint):
     files = model_files("m/w.pth")
     assert (files.name, files.path, sorted(files.files)) == ("m/w.pth", "w.pth", ["config.json", "w.pth"])
     if HAS_RAY:
-        with pytest.raises(dvit.InputError, match=r"^m/w\.pth: is none$"), source_of(files) as source:
+        with source_of(files) as source:
             assert source.read_bytes() == Path(checkpoint).read_bytes()
             assert (source.parent / "config.json").read_text() == "{}"
-            raise dvit.InputError(f"{source}: is none")
         assert not source.exists()
+        damaged = files._replace(files={"w.pth": np.zeros(9, np.uint8)})
+        with pytest.raises(dvit.InputError, match=r"^m/w\.pth: "):
+            dvit.ray.Classify(damaged)
     for missing in ("none.pth", "m"):
         with pytest.raises(dvit.InputError, match=missing):
             model_files(missing)
