@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +57,48 @@ def test_devices_that_a_cluster_has_not():
 
 @needs_ray
 @pytest.mark.parametrize("command", [predict, embed])
-def test_clusters_that_cannot_be_reached(command, checkpoint, capsys):
+def test_clusters_that_cannot_be_reached(command, checkpoint, capsys, monkeypatch):
     draw_all(Path("photos"), 1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    monkeypatch.setattr("dvit_infer.serve.ray_cluster._REACHED_S", 0.1)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     out = ["-o", "out"]
     for address, why in (
         (f"127.0.0.1:{port}", "Connection refused"),
+        ("auto", "Connection refused"),
         ("127.0.0.1:port", "is no address"),
         ("head", "is no address"),
         ("ray://head:10001", "run this on a node of the cluster"),
         ("no.such.invalid:6379", ""),
     ):
         line = fails(command, [checkpoint, "photos", *TINY, *out, f"--ray={address}"], capsys)
-        assert re.match(rf"error: --ray: {re.escape(address)}: {why}.*; --ray HOST:PORT is that of", line), line
+        where = f"127.0.0.1:{port}" if address == "auto" else address
+        assert re.match(
+            rf"error: --ray: {re.escape(where)}: {why}.*; HOST:PORT of a cluster's head is expected", line
+        ), line
+
+
+@needs_ray
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_port_of_something_else(answer, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("dvit_infer.serve.ray_cluster._REACHED_S", 0.1)
+    draw_all(Path("photos"), 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def serve() -> None:
+            connection = other.accept()[0]
+            connection.sendall(answer)
+            connection.recv(1000)
+            connection.recv(1000)
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        line = fails(predict, [checkpoint, "photos", *TINY, f"--ray={address}"], capsys)
+        thread.join()
+    assert line.startswith(f"error: --ray: {address}: {'is no cluster of Ray' if answer else 'timed out'}; HOST:PORT")
 
 
 @needs_ray
