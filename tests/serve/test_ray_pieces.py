@@ -1,5 +1,6 @@
 """What --ray refuses, which engines a cluster gets, and what the callables do with a batch: no cluster is needed."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -74,9 +75,7 @@ def test_clusters_that_cannot_be_reached(command, checkpoint, capsys, monkeypatc
     ):
         line = fails(command, [checkpoint, "photos", *TINY, *out, f"--ray={address}"], capsys)
         where = f"127.0.0.1:{port}" if address == "auto" else address
-        assert re.match(
-            rf"error: --ray: {re.escape(where)}: {why}.*; HOST:PORT of a cluster's head is expected", line
-        ), line
+        assert re.match(rf"error: --ray: {re.escape(where)}: {why}.*; HOST:PORT of a cluster's head", line), line
 
 
 @needs_ray
@@ -87,11 +86,10 @@ def test_a_port_of_something_else(answer, checkpoint, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
 
         def serve() -> None:
-            connection = other.accept()[0]
-            connection.sendall(answer)
-            connection.recv(1000)
-            connection.recv(1000)
-            connection.close()
+            with other.accept()[0] as connection, contextlib.suppress(ConnectionResetError):
+                connection.sendall(answer)
+                while connection.recv(1000):
+                    pass
 
         thread = threading.Thread(target=serve)
         thread.start()
