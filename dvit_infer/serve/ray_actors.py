@@ -109,7 +109,7 @@ class Actors(Generic[Out]):
             self._start(actor.needs)
 
 
-def root_of(error: Any) -> BaseException:
+def root_of(error: Any) -> Any:
     """Return the error of Ray at the root of another.
 
     Raises:
@@ -118,7 +118,7 @@ def root_of(error: Any) -> BaseException:
     """
     from ray.exceptions import RayError, RayTaskError
 
-    root: BaseException = error
+    root = error
     while isinstance(root, RayTaskError) and root.cause is not None:
         root = root.cause
     text = str(error)
