@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import TINY, fails
+from commands import ROOT, TINY, fails
 from drawn import draw, draw_all
 
 import dvit_infer as dvit
@@ -184,3 +184,12 @@ def test_the_files_of_a_model(checkpoint):
     for missing in ("none.pth", "m"):
         with pytest.raises(dvit.InputError, match=missing):
             model_files(missing)
+
+
+def test_the_docs_name_options_that_exist():
+    known = {
+        option for one in (predict, embed) for action in one._parser()._actions for option in action.option_strings
+    }
+    for name in ("ray.md", "hundred_nodes.md"):
+        text = (ROOT / "docs" / name).read_text()
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
