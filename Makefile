@@ -1,5 +1,6 @@
 # Three commands: `make demo`, `make check` (lint, types, imports, the quick tests: a minute) and `make test` (every
 # test). Each sets up .venv by itself the first time. WORKERS=8 uses more processes.
+# `make docs` serves the manual of docs/ on http://127.0.0.1:8000; .venv/bin/mkdocs build writes it to build/manual.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
 # `make emulate` runs compiled kernels without a GPU, one shape of each, `make emulate ALL=1` all of their tests
@@ -18,7 +19,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo lint check test emulate bench proof gpu gpu-second gpu-cache native aot dist clean
+.PHONY: demo docs lint check test emulate bench proof gpu gpu-second gpu-cache native aot dist clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -39,6 +40,9 @@ demo: $(READY)
 	@printf '\nTo look at it, open these in a browser (xdg-open FILE does, on macOS open FILE):\n'
 	@printf '  %s: %s\n' 'speed, as a page with charts' 'file://$(CURDIR)/build/demo/bench.html' \
 	  'the patches that the model keeps' 'file://$(CURDIR)/build/demo/kept.png'
+
+docs: $(READY)
+	$(BIN)/mkdocs serve --strict
 
 proof: $(READY)
 	$(BIN)/python bench/proof/proof.py $(if $(UPDATE),--update)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dvit_infer.ops.prune_tokens import pack_predictor, prune_tokens
     from dvit_infer.parity.report import Report
     from dvit_infer.parity.verification import verify
+    from dvit_infer.serve import ray_data as ray
     from dvit_infer.tuning.result import TuneResult
     from dvit_infer.tuning.tune import tune
 
@@ -40,6 +41,7 @@ _HOME = {
     "load_reference": "engine",
     "pack_predictor": "ops.prune_tokens",
     "prune_tokens": "ops.prune_tokens",
+    "ray": "serve.ray_data",  # the module
     "tune": "tuning.tune",
     "verify": "parity.verification",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "load_reference",
     "pack_predictor",
     "prune_tokens",
+    "ray",
     "tune",
     "verify",
 ]
@@ -69,7 +72,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    value = home if name == "ray" else getattr(home, name)
     globals()[name] = value
     return value
 

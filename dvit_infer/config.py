@@ -146,9 +146,15 @@ class Config:
 
     Attributes:
         arch: a name from `list_archs()`, or family-WIDTHxDEPTH for an unnamed size.
-        body: the facts of the family.
-        reduction: what runs.
+        family: the name of the family that reads and builds it.
+        num_classes: K; 0 without a classifier.
+        image_size: (height, width) it runs at.
+        trained_size: (height, width) of the position embedding in the file.
+        body: the facts of the family: patch size, width, depth, heads and so on.
+        reduction: which tokens stay, as it runs.
         learned: the reduction whose modules are among the weights, whether or not it runs.
+        mean: of the three channels, by which images are normalised.
+        std: likewise.
         crop_pct: share of a resized image's shorter side that evaluation keeps; None: the family's, or all of a squash.
         crop_mode: how images are resized and cropped; see `images.preprocess.Preprocess`.
         interpolation: the filter that resizes them, by Pillow's name.
@@ -182,10 +188,12 @@ class Config:
 
     @property
     def num_patches(self) -> int:
+        """N, the number of patch tokens before any reduction."""
         return self.grid[0] * self.grid[1]
 
     @property
     def trained_grid(self) -> Size:
+        """The same at the trained size."""
         return self.body.grid(self.trained_size)
 
     @property

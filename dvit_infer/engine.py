@@ -44,11 +44,12 @@ class Engine(Verifiable):
     Attributes:
         notes: the facts read, assumed or given when the checkpoint was recognised.
         params: the number of weights in the file, without those of a reduction that does not run.
-        config, runner, device, dtype, micro_batch: as for every `Classifier`; with int8, `dtype` is that of all else.
-
-    Args:
-        checkpoint: what was read; the tensors are taken out of it, so that they can go as they are folded.
-        cached: whether OpenVINO's model may be kept in the user's cache folder.
+        config: the description of the model (frozen): `engine.config.reduction` says which tokens stay.
+        labels: class names by number, if the file has them; else None.
+        runner: the backend that runs it.
+        device: where it runs.
+        dtype: in which dtype it runs; with int8, that of all else.
+        micro_batch: the most images that run together; larger batches are split.
     """
 
     fan_in_dim = 1
@@ -66,6 +67,12 @@ class Engine(Verifiable):
         int8: bool = False,
         cached: bool = True,
     ) -> None:
+        """Fold what was read.
+
+        Args:
+            checkpoint: what was read; the tensors are taken out of it, so that they can go as they are folded.
+            cached: whether OpenVINO's model may be kept in the user's cache folder.
+        """
         self.labels = labels_of(checkpoint, config.num_classes)
         self.params = checkpoint.params(unused_keys(config))
         graph = folded_graph(config, checkpoint, device, dtype, take=True)
@@ -81,6 +88,7 @@ class Engine(Verifiable):
 
     @property
     def precision(self) -> str:
+        """The name of the dtype it computes in, 'int8' included."""
         return "int8" if self._int8 else super().precision
 
     @property
@@ -209,7 +217,7 @@ def convert(
     where, what, int8 = placed(device, dtype)
     if calibrate is not None and not int8:
         raise InputError("calibrate: is for dtype int8")
-    checkpoint, config, notes = _recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
+    checkpoint, config, notes = recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
     if calibrate is not None:
         config = calibrated(config, checkpoint, calibrate)
     return Engine(config, checkpoint, notes, where, what, WeightSource(source, checkpoint), backend, int8)
@@ -291,7 +299,7 @@ def load_reference(
     Its forward returns logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it returns a
     `TrainOutput` (models/reference.py). Arguments and errors are as for `convert`.
     """
-    checkpoint, config, _ = _recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
+    checkpoint, config, _ = recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
     return build_reference(config, checkpoint)
 
 
@@ -300,16 +308,21 @@ def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
     return read_checkpoint(source, engine.config.weights, or_bare=True)
 
 
-def _recognised(
+def recognised(
     source: Source,
-    arch: str | None,
-    keep_rate: float | Sequence[float] | None,
-    prune_at: Sequence[int] | None,
-    method: str | None,
-    merge: int | str | Sequence[int] | None,
-    image_size: int | tuple[int, int] | None,
-    assume: Mapping[str, Any] | None,
+    arch: str | None = None,
+    keep_rate: float | Sequence[float] | None = None,
+    prune_at: Sequence[int] | None = None,
+    method: str | None = None,
+    merge: int | str | Sequence[int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> tuple[Checkpoint, Config, list[Note]]:
+    """Read a checkpoint; return it, what model it is, and the facts read, assumed or given. Arguments: as `convert`.
+
+    Raises:
+        InputError: As for `convert`.
+    """
     if assume is not None and not isinstance(assume, Mapping):
         raise InputError(f"assume: a dict such as {{'num_heads': 6}} is expected, not {assume!r}")
     given = dict(assume or {})

@@ -34,7 +34,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", help="write config, notes and parity results as JSON")
     onnx = parser.add_argument_group("ONNX files", "with --format onnx")
-    onnx.add_argument("--opset", type=int, metavar="N", help="17 to 21, for older runtimes (README); default: 20")
+    onnx.add_argument("--opset", type=int, metavar="N", help="17 to 21, for older runtimes; default: 20")
     onnx.add_argument(
         "--kept",
         action="store_true",

@@ -1,16 +1,20 @@
 """dvit-embed: write the features of a collection of images; an interrupted run can be resumed."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.images import Tally, add_options, model_of
+from dvit_infer.cli.images import Tally, add_options, checked_classes, model_of
+from dvit_infer.cli.on_ray import add_ray_option, on_ray
 
 if TYPE_CHECKING:
-    from dvit_infer.evaluate.embed import Embedding
+    from dvit_infer.evaluate.embed import Embedding, RowStream
+    from dvit_infer.evaluate.embedding_folder import Index
 
 POOL = "own: as the model's owner pools (default); cls: class token; mean: mean of patches; cls_mean: both; map"
 
@@ -27,6 +31,7 @@ def _parser() -> Parser:
     parser.add_argument("--normalize", action="store_true", help="divide every row by its length")
     parser.add_argument("--store", metavar="T", default="float32", help="dtype of the file: float32 (default), float16")
     add_options(parser, classes=False)
+    add_ray_option(parser)
     return parser
 
 
@@ -35,37 +40,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from dvit_infer.benchmark.results import machine_name
-    from dvit_infer.evaluate.embed import embed
-    from dvit_infer.evaluate.embedding_folder import read_index
+    from dvit_infer.evaluate.embed import batch_for, write_rows
     from dvit_infer.images.archives import find_entries
-    from dvit_infer.utils.files import check_output_folder
 
-    read_index(check_output_folder(options.out, "out"))  # before the model is loaded
+    batch = batch_for(options.out, options.batch, options.store)  # before the model is loaded
     find_entries(options.images)
-    engine, preprocess, _ = model_of(options, classifies=False)
-    with counting("embedding", lambda: sum(1 for _ in find_entries(options.images))) as progress:
-        found = embed(
-            engine,
-            options.images,
-            options.out,
-            pool=options.pool,
-            normalize=options.normalize,
-            store=options.store,
-            batch=options.batch,
-            preprocess=preprocess,
-            workers=options.workers,
-            progress=progress,
-        )
-    config = engine.config
-    print(f"{config.arch}, {config.reduction}; {engine.precision} on {machine_name(None)}; images {preprocess}")
-    print(f"run by {engine.runner.runtime}")
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context((_here if options.ray is None else _on_cluster)(options, batch))
+        progress = stack.enter_context(counting("embedding", lambda: sum(1 for _ in find_entries(options.images))))
+        found = write_rows(model.stream, model.facts, options.images, options.out, progress)
+    index = model.facts
+    print(f"{index.arch}, {index.reduction}; {index.precision} on {model.machine}; images {index.preprocess}")
+    print(f"run by {model.runtime()}")
     print(_summary(found, options.out))
     tally = Tally()
     tally.images, tally.unreadable = found.images, len(found.failed)
     if found.failed:
         tally.first, tally.why = found.failed[0]
     return tally.status()
+
+
+class _Model(NamedTuple):
+    """A model that was loaded: what gives its rows, the index of them, and what runs it where."""
+
+    stream: "RowStream"
+    facts: "Index"
+    machine: str
+    runtime: Callable[[], str]
+
+
+@contextlib.contextmanager
+def _here(options: argparse.Namespace, batch: int | None) -> Iterator[_Model]:
+    from dvit_infer.benchmark.results import machine_name
+    from dvit_infer.evaluate.embed import index_of
+    from dvit_infer.evaluate.features import Embedder
+
+    engine, preprocess, _ = model_of(options, classifies=False)
+    embedder = Embedder(engine, batch, options.pool, options.normalize, preprocess, options.workers)
+    yield _Model(embedder, index_of(embedder, options.store), machine_name(None), lambda: engine.runner.runtime)
+
+
+@contextlib.contextmanager
+def _on_cluster(options: argparse.Namespace, batch: int | None) -> Iterator[_Model]:
+    from dvit_infer.serve.ray_stream import RowsOnCluster
+
+    with on_ray(options, "Embed", batch, pool=options.pool, normalize=options.normalize) as stream:
+        facts = stream.facts
+        assert facts.index is not None
+        checked_classes(options, facts.config, classifies=False)
+        index = replace(facts.index, dtype=options.store)
+        yield _Model(RowsOnCluster(stream), index, facts.machine, lambda: facts.runtime)
 
 
 def _summary(found: "Embedding", out: str) -> str:

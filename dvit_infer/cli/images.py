@@ -3,8 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dvit_infer.cli.common import REDUCTION, Parser, add_model_options, progress
 from dvit_infer.config import IMAGENET_MEAN, IMAGENET_STD
@@ -53,39 +52,49 @@ def model_of(options: argparse.Namespace, classifies: bool = True) -> "tuple[Cla
     Raises:
         InputError: One of these options is invalid, or the model has no classifier.
     """
-    import dvit_infer as dvit
-    from dvit_infer.evaluate.one_logit import check_classes, class_count
-    from dvit_infer.images.classes import read_classes
+    from dvit_infer.evaluate.open_model import open_model
     from dvit_infer.images.stream import batch_size, check_fits, worker_count
     from dvit_infer.models.preprocessing import preprocess_for
     from dvit_infer.onnx.engine import is_onnx, onnx_device
     from dvit_infer.utils.devices import is_int8, resolve_device
 
-    exported = is_onnx(options.model)
     device = "cpu" if is_int8(options.dtype) and options.device is None else options.device
-    names_of = getattr(options, "classes", None)
-    batch = batch_size(options.batch, (onnx_device if exported else resolve_device)(device))
+    batch = batch_size(options.batch, (onnx_device if is_onnx(options.model) else resolve_device)(device))
     worker_count(options.workers)
-    chosen = {name: getattr(options, name) for name in (*_OWN, "image_size", "assume", "dtype", "calibrate", "backend")}
-    if exported and options.backend is not None:
-        raise dvit.InputError(f"backend: {options.model} runs in ONNX Runtime; the checkpoint has a choice")
-    if exported and (odd := [name for name, value in chosen.items() if value is not None]):
-        raise dvit.InputError(f"{odd[0]}: {options.model} was converted with this fixed; convert the checkpoint again")
-    engine: Classifier
     with progress("loading"):
-        if exported:
-            engine = dvit.load_onnx(options.model, device=options.device)
-        else:
-            engine = dvit.convert(options.model, device=options.device, **chosen)
-    if classifies or names_of is not None:
-        check_classes(engine.config, options.model)
-    warn_of_assumed(options, engine.config)
+        engine = open_model(options.model, **engine_options(options))
+    classes = checked_classes(options, engine.config, classifies)
     check_fits(batch, engine.config.image_size)
-    preprocess = preprocess_for(engine.config)
-    if options.crop_pct is not None:
-        preprocess = preprocess_for(replace(engine.config, crop_pct=options.crop_pct))
-    classes = None if names_of is None else read_classes(names_of, class_count(engine.config))
-    return engine, preprocess, classes
+    return engine, preprocess_for(engine.config, options.crop_pct), classes
+
+
+def engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `convert` that are options of the command line."""
+    return {
+        name: getattr(options, name)
+        for name in (*_OWN, "image_size", "assume", "dtype", "calibrate", "backend", "device")
+    }
+
+
+def checked_classes(options: argparse.Namespace, config: "Config", classifies: bool) -> "ClassMap | None":
+    """Check a model that was loaded, and warn of what is assumed about it; return the class map, if given.
+
+    Args:
+        options: of the command line.
+        config: of the model.
+        classifies: whether the model has to have a classifier.
+
+    Raises:
+        InputError: It has none, or the class map does not fit.
+    """
+    from dvit_infer.evaluate.one_logit import check_classes, class_count
+    from dvit_infer.images.classes import read_classes
+
+    names_of = getattr(options, "classes", None)
+    if classifies or names_of is not None:
+        check_classes(config, options.model)
+    warn_of_assumed(options, config)
+    return None if names_of is None else read_classes(names_of, class_count(config))
 
 
 def warn_of_assumed(options: argparse.Namespace, config: "Config") -> None:

@@ -3,14 +3,18 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from dvit_infer.cli.common import Parser, run
 from dvit_infer.cli.counting import counting
-from dvit_infer.cli.images import Tally, add_options, model_of, one_logit
+from dvit_infer.cli.images import Tally, add_options, checked_classes, model_of, one_logit
+from dvit_infer.cli.on_ray import add_ray_option, on_ray
 
 if TYPE_CHECKING:
+    from dvit_infer.config import Config
+    from dvit_infer.evaluate.predictions import Prediction
     from dvit_infer.images.entry import Entry
     from dvit_infer.images.path_set import Names
 
@@ -25,6 +29,7 @@ def _parser() -> Parser:
     kept = "add the positions of the patches that every stage keeps; if it merges, the group of every patch"
     parser.add_argument("--kept", action="store_true", help=kept)
     add_options(parser)
+    add_ray_option(parser)
     return parser
 
 
@@ -33,44 +38,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from dvit_infer.evaluate.predictions import model_id, predict
     from dvit_infer.evaluate.results_file import results
     from dvit_infer.images.archives import find_entries
     from dvit_infer.utils.files import check_output
 
     out = None if options.out is None else check_output(options.out, "out", not_this=options.model)
     found = find_entries(options.images)
-    engine, preprocess, classes = model_of(options)
-    model = model_id(engine, options.model, preprocess)
-    labels = engine.labels if classes is None else classes.labels
-    if note := one_logit(engine.config):
-        print(f"note: {note}", file=sys.stderr)
     tally, told = _Tally(), 0
     with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_on_cluster(options) if options.ray is not None else _here(options))
+        if note := one_logit(model.config):
+            print(f"note: {note}", file=sys.stderr)
         write: Callable[[list[str]], None] = _print
         if out is not None:
-            file = stack.enter_context(results(out, model, kept=options.kept, labelled=labels is not None))
+            labelled = model.labels is not None
+            file = stack.enter_context(results(out, model.id, kept=options.kept, labelled=labelled))
             write, found = file.append, tally.new(found, file.done)
         # No progress bar if the lines themselves go to the terminal.
         shows = out is not None or not sys.stdout.isatty()
         progress = stack.enter_context(
             counting("predicting", lambda: sum(1 for _ in find_entries(options.images)), shown=shows)
         )
-        groups = predict(
-            engine,
-            found,
-            kept=options.kept,
-            batch=options.batch,
-            preprocess=preprocess,
-            workers=options.workers,
-        )
-        for group in groups:
-            write([prediction.line(model, labels) for prediction in group])
+        for group in model.predict(found):
+            write([prediction.line(model.id, model.labels) for prediction in group])
             for prediction in group:
                 tally.count(prediction.image, prediction.error)
             progress(tally.images - told)
             told = tally.images
     return tally.status()
+
+
+class _Model(NamedTuple):
+    """A model that was loaded: its `model_id`, and what predicts by it."""
+
+    config: "Config"
+    id: str
+    labels: Mapping[int, str] | None
+    predict: "Callable[[Iterable[Entry]], Iterator[list[Prediction]]]"
+
+
+@contextlib.contextmanager
+def _here(options: argparse.Namespace) -> Iterator[_Model]:
+    from dvit_infer.evaluate.predictions import model_id, predict
+
+    engine, preprocess, classes = model_of(options)
+    labels = engine.labels if classes is None else classes.labels
+    given = {"kept": options.kept, "batch": options.batch, "preprocess": preprocess, "workers": options.workers}
+    yield _Model(engine.config, model_id(engine, options.model, preprocess), labels, partial(predict, engine, **given))
+
+
+@contextlib.contextmanager
+def _on_cluster(options: argparse.Namespace) -> Iterator[_Model]:
+    with on_ray(options, "Classify", options.batch, kept=options.kept) as stream:
+        facts = stream.facts
+        classes = checked_classes(options, facts.config, classifies=True)
+        yield _Model(facts.config, facts.model, facts.labels if classes is None else classes.labels, stream)
 
 
 class _Tally(Tally):

@@ -1,8 +1,9 @@
 """Embed a collection of images: their features in a folder that an interrupted run resumes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dvit_infer.evaluate.embedding_folder import Index, embedding_folder, read_i
 from dvit_infer.evaluate.features import Embedder, Rates, Rows
 from dvit_infer.evaluate.predictions import model_id
 from dvit_infer.images.archives import find_entries
+from dvit_infer.images.entry import Entry
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import running
 from dvit_infer.utils.files import check_output_folder
@@ -76,29 +78,68 @@ def embed(
         InputError: There is no image; the folder is of another model, other settings or other images, or holds
             something else; the disk has no room; or an argument is out of range.
     """
+    names = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
+    find_entries(names)
+    chosen = batch_for(out, batch, store)
+    embedder = Embedder(engine, chosen, pool, normalize, preprocess, workers)
+    return write_rows(embedder, index_of(embedder, store), names, out, progress)
+
+
+def batch_for(out: str | Path, batch: int | None, store: str) -> int | None:
+    """Return the batch size for a folder: as given, else as in the folder; None if that has none yet.
+
+    Raises:
+        InputError: The folder holds something else or cannot be written, or `store` is not one of `STORES`.
+    """
     if store not in STORES:
         raise InputError(f"store: {store!r} is not one of {', '.join(STORES)}")
-    names = [str(images)] if isinstance(images, str | Path) else [str(one) for one in images]
     there = read_index(check_output_folder(out, "out"))
+    return there.batch if batch is None and there is not None else batch
+
+
+class RowStream(Protocol):
+    """Gives the features of images: an `Embedder`, or several of them on a cluster."""
+
+    @property
+    def rates(self) -> Rates:
+        """Of all streams so far."""
+
+    def __call__(self, entries: Iterable[Entry], /) -> Iterator[Rows]:
+        """Yield the features of images in order, batch by batch."""
+
+
+def write_rows(
+    stream: RowStream, index: Index, names: Sequence[str], out: str | Path, progress: Callable[[int], None]
+) -> Embedding:
+    """Write what a stream gives for images to a folder, as `embed` describes.
+
+    Args:
+        stream: gives rows in batches of `index.batch`.
+        index: the facts on which the rows depend.
+        names: files, folders, archives or patterns.
+        out: the folder.
+        progress: as for `embed`.
+
+    Raises:
+        InputError: As for `embed`.
+    """
     count = sum(1 for _ in find_entries(names))
-    chosen = there.batch if batch is None and there is not None else batch
-    embedder = Embedder(engine, chosen, pool, normalize, preprocess, workers)
-    index = _index(embedder, store)
     with embedding_folder(out, index, count, find_entries(names)) as (folder, left):
         resumed = folder.done
         progress(resumed)
-        with running(embedder.batch):  # here too: a worker that is killed is an error wherever this process is
-            for rows in embedder(left) if resumed < count else ():
+        with running(index.batch):  # here too: a worker that is killed is an error wherever this process is
+            for rows in stream(left) if resumed < count else ():
                 if folder.done + len(rows.images) > count:
                     raise InputError(f"{names[0]}: images were added while they were read; run it again")
-                folder.append(*_stored(rows, store))
+                folder.append(*_stored(rows, index.dtype))
                 progress(len(rows.images))
         if folder.done < count:
             raise InputError(f"{names[0]}: images were removed while they were read; run it again")
-    return Embedding(folder.path, index, count, resumed, tuple(folder.failed), embedder.rates)
+    return Embedding(folder.path, index, count, resumed, tuple(folder.failed), stream.rates)
 
 
-def _index(embedder: Embedder, store: str) -> Index:
+def index_of(embedder: Embedder, store: str) -> Index:
+    """Return the facts on which the rows of an embedder depend, stored in a dtype of `STORES`."""
     config = embedder.engine.config
     return Index(
         model=model_id(embedder.engine, None, embedder.preprocess),

@@ -67,11 +67,13 @@ class Rows(NamedTuple):
         images: as decoded.
         features: (B, D) float32; NaN for images without any.
         errors: why an image has none.
+        seconds: of the model, from pixels in main memory to features.
     """
 
     images: Sequence[Decoded]
     features: np.ndarray
     errors: Sequence[str | None]
+    seconds: float
 
 
 @dataclass
@@ -80,13 +82,15 @@ class Rates:
 
     Attributes:
         workers: processes that decoded; 0: decoding and model alternated.
+        engines: that ran the model side by side.
         images: the number of images.
         seconds: overall.
         decode_seconds: that workers spent decoding, added up.
-        model_seconds: of the model, from pixels in main memory to features.
+        model_seconds: of the model, from pixels in main memory to features, added up.
     """
 
     workers: int
+    engines: int = 1
     images: int = 0
     seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -103,7 +107,15 @@ class Rates:
 
     @property
     def model_images_per_s(self) -> float:
-        return self._rate(self.model_seconds)
+        """The rate of all engines together."""
+        return self._rate(self.model_seconds) * self.engines
+
+    def add(self, rows: Rows, seconds: float) -> None:
+        """Count a batch that took so long overall."""
+        self.images += len(rows.images)
+        self.seconds += seconds
+        self.decode_seconds += sum(image.seconds for image in rows.images)
+        self.model_seconds += rows.seconds
 
     def _rate(self, seconds: float) -> float:
         return self.images / seconds if seconds else math.nan
@@ -111,7 +123,7 @@ class Rates:
     def __str__(self) -> str:
         decoders = plural(self.workers, "worker") if self.workers else "no workers"
         text = f"{self.images_per_s:.1f} images/s: decoding {self.decode_images_per_s:.1f} by {decoders}, model "
-        text += f"{self.model_images_per_s:.1f}"
+        text += f"{self.model_images_per_s:.1f}{f' by {self.engines} engines' * (self.engines > 1)}"
         slower = min(self.decode_images_per_s, self.model_images_per_s)
         return f"{text}; {self.images_per_s / slower:.0%} of the slower" if self.workers and slower > 0 else text
 
@@ -164,14 +176,15 @@ class Embedder:
             start = time.perf_counter()
             with running(self.batch):  # not around the yield: errors of the caller must pass unchanged
                 group = next(groups, None)
-                rows = None if group is None else self._rows(group)
+                rows = None if group is None else self.rows(group)
             if rows is None:
                 return
             yield rows  # what the caller does with them takes time too
-            self.rates.images += len(rows.images)
-            self.rates.seconds += time.perf_counter() - start
+            self.rates.add(rows, time.perf_counter() - start)
 
-    def _rows(self, group: Sequence[Decoded]) -> Rows:
+    def rows(self, group: Sequence[Decoded]) -> Rows:
+        """Return the features of a batch of images."""
+        seconds = 0.0
         features = np.full((len(group), self.dim), np.nan, np.float32)
         errors = [image.error for image in group]
         images = pixels(group)
@@ -185,6 +198,4 @@ class Embedder:
                     features[at] = row
                 else:
                     errors[at] = f"the model's output in {self.engine.precision} is NaN or Inf"
-            self.rates.model_seconds += seconds
-        self.rates.decode_seconds += sum(image.seconds for image in group)
-        return Rows(group, features, errors)
+        return Rows(group, features, errors, seconds)

@@ -39,20 +39,27 @@ class Prediction:
     error: str | None = None
 
     def line(self, model: str, labels: Mapping[int, str] | None = None) -> str:
-        """Return one line of JSON, in ASCII. A non-UTF-8 name becomes lone surrogates (`os.fsencode` undoes it).
+        """Return the `record` as one line of JSON, in ASCII.
+
+        A non-UTF-8 name becomes lone surrogates (`os.fsencode` undoes it).
+        """
+        return json.dumps(self.record(model, labels))
+
+    def record(self, model: str, labels: Mapping[int, str] | None = None) -> dict[str, Any]:
+        """Return what the line of an image holds.
 
         Args:
             model: the `model_id`.
-            labels: class names; if given, every class gets a label, null if it has no name.
+            labels: class names; if given, every class gets a label, None if it has no name.
         """
         start = {"image": self.image, "model": model}
         if self.error is not None:
-            return json.dumps({**start, "error": self.error})
+            return {**start, "error": self.error}
         top = [
             {"class": index, **({} if labels is None else {"label": labels.get(index)}), "probability": probability}
             for index, probability in self.top
         ]
-        return json.dumps({**start, "top5": top, **({} if self.kept is None else {"kept": self.kept})})
+        return {**start, "top5": top, **({} if self.kept is None else {"kept": self.kept})}
 
 
 def model_id(engine: Classifier, source: Source | None, preprocess: Preprocess) -> str:
@@ -113,13 +120,14 @@ def predict(
     while True:
         with running(batch):  # not around the yield: errors of the caller must pass unchanged
             group = next(groups, None)
-            predictions = None if group is None else _predictions(engine, group, kept)
+            predictions = None if group is None else classify(engine, group, kept)
         if predictions is None:
             return
         yield predictions
 
 
-def _predictions(engine: Classifier, group: Sequence[Decoded], kept: bool) -> list[Prediction]:
+def classify(engine: Classifier, group: Sequence[Decoded], kept: bool = False) -> list[Prediction]:
+    """Return the predictions for a batch of images, in their order; `kept`: with the kept patches."""
     images = pixels(group)
     readable = [image.path for image in group if not image.error]
     classified = iter(()) if images is None else _classified(engine, readable, images, kept)

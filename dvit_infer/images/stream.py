@@ -7,22 +7,19 @@ import math
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from queue import Queue
 from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dvit_infer.errors import InputError
-from dvit_infer.images.archives import read_member
-from dvit_infer.images.decode import ImageFileError, open_bytes, open_image
+from dvit_infer.images.decoded import Decoded as Decoded
+from dvit_infer.images.decoded import decoded
 from dvit_infer.images.entry import Entry as Entry
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.utils.bounds import check_bound
@@ -38,38 +35,14 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 AHEAD = 4  # groups of AT_ONCE per worker that are read ahead at least
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A decoded image, (3, H, W) uint8, or the reason why it cannot be read; and the decoding time in seconds."""
-
-    path: str
-    label: int | None
-    pixels: np.ndarray | None
-    error: str | None
-    seconds: float
-
-
-class _Decoder(Dataset[Decoded]):
-    """The dataset that workers run. It returns NumPy arrays, because tensors would use scarce shared memory."""
+class _Dataset(Dataset[Decoded]):
+    """What workers run. It returns NumPy arrays, because tensors would use scarce shared memory."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
 
     def __getitem__(self, entry: Entry) -> Decoded:
-        start = time.perf_counter()
-        pixels, why = None, entry.error
-        try:
-            if why is None:
-                pixels = self.preprocess(_opened(entry))
-        except ImageFileError as error:
-            why = error.why
-        return Decoded(entry.path, entry.label, pixels, why, time.perf_counter() - start)
-
-
-def _opened(entry: Entry) -> Image.Image:
-    if entry.member is None:
-        return open_image(entry.path)
-    return open_bytes(entry.path, read_member(entry.path, entry.member))
+        return decoded(entry, self.preprocess)
 
 
 def worker_count(workers: int | None) -> int:
@@ -106,7 +79,7 @@ def decode(
     with interrupts_held(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than processors: as asked
         loader = DataLoader(
-            _Decoder(preprocess),
+            _Dataset(preprocess),
             batch_sampler=itertools.chain(first, chunks),
             num_workers=workers,
             collate_fn=list,
@@ -116,8 +89,8 @@ def decode(
             multiprocessing_context=START_METHOD if workers else None,
         )
         results = iter(loader)
-    for decoded in results:
-        yield from decoded
+    for group in results:
+        yield from group
 
 
 def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
@@ -160,9 +133,9 @@ def _ignore_interrupts(worker: int) -> None:  # a function of the module: worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+def batches(images: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     """Yield batches of `size`; the last may be shorter. Unreadable images are included."""
-    source = iter(decoded)
+    source = iter(images)
     while batch := list(itertools.islice(source, size)):
         yield batch
 

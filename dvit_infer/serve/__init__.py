@@ -1,1 +1,1 @@
-"""Serving a model to many clients: dynamic batches behind HTTP, in one process or in several behind one port."""
+"""Serving a model to many clients (HTTP, dynamic batches), and running it on the nodes of a Ray cluster."""

@@ -1,6 +1,5 @@
 """The report's page in headless Chromium: no word on the console, charts, sorting, narrow and dark."""
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,24 +9,6 @@ from report_content import BATCHES, CANDIDATES, RATES, content, full, model_row
 from dvit_infer.benchmark.report.page import write_report
 
 pytestmark = pytest.mark.slow
-
-ARGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="not run: there is no playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("not run: there is no Chromium")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=program, args=ARGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ CONVERT = dvit.convert
 
 @pytest.fixture
 def _headless(monkeypatch, _empty_folder):
-    monkeypatch.setattr(dvit, "convert", headless)
+    monkeypatch.setattr("dvit_infer.evaluate.open_model.convert", headless)
     draw_all(Path("photos", "a"), 2)
 
 
