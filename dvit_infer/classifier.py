@@ -107,11 +107,11 @@ class Classifier(ABC):
                 contain those of the stage before.
 
         Returns:
-            Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions: one (B, k) int64
+            Logits (B, K) float32 on the engine's device; with `return_kept` also the kept positions, one (B, k) int64
             tensor per stage, in the original grid, row-major, ascending; of DynamicSwin and DynamicConvNeXt the
             positions of the third stage's map that take the MLPs. N + j stands for the token into which stage j fused
-            the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage:
-            for every original patch the lowest one of the group that then holds it.
+            the others ('evit'). A model that merges tokens ('tome') returns groups, one (B, N) tensor per stage,
+            which has for every original patch the lowest one of the group that then holds it.
 
         Raises:
             ValueError: images or kept have an invalid rank, size, dtype or content.

@@ -148,11 +148,13 @@ class Config:
         arch: a name from `list_archs()`, or family-WIDTHxDEPTH for an unnamed size.
         family: the name of the family that reads and builds it.
         num_classes: K; 0 without a classifier.
-        image_size, trained_size: (height, width) it runs at, and of the position embedding in the file.
+        image_size: (height, width) it runs at.
+        trained_size: (height, width) of the position embedding in the file.
         body: the facts of the family: patch size, width, depth, heads and so on.
         reduction: which tokens stay, as it runs.
         learned: the reduction whose modules are among the weights, whether or not it runs.
-        mean, std: of the three channels, by which images are normalised.
+        mean: of the three channels, by which images are normalised.
+        std: likewise.
         crop_pct: share of a resized image's shorter side that evaluation keeps; None: the family's, or all of a squash.
         crop_mode: how images are resized and cropped; see `images.preprocess.Preprocess`.
         interpolation: the filter that resizes them, by Pillow's name.

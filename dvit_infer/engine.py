@@ -47,7 +47,8 @@ class Engine(Verifiable):
         config: the description of the model (frozen): `engine.config.reduction` says which tokens stay.
         labels: class names by number, if the file has them; else None.
         runner: the backend that runs it.
-        device, dtype: where it runs and in which dtype; with int8, `dtype` is that of all else.
+        device: where it runs.
+        dtype: in which dtype it runs; with int8, that of all else.
         micro_batch: the most images that run together; larger batches are split.
     """
 
@@ -87,6 +88,7 @@ class Engine(Verifiable):
 
     @property
     def precision(self) -> str:
+        """The name of the dtype it computes in, 'int8' included."""
         return "int8" if self._int8 else super().precision
 
     @property

@@ -4,6 +4,7 @@ RAY_ADDRESS names the cluster; without it Ray starts here. Printed is a line of 
 """
 
 import json
+import os
 import sys
 
 import ray
@@ -15,7 +16,7 @@ def classified(model: str, folder: str) -> ray.data.Dataset:
     """Return a dataset of the model's predictions; nothing runs before rows are asked for."""
     cpus = int(ray.cluster_resources()["CPU"])
     weights = dvit.ray.put(model)  # into the object store, once: nodes need not see the file
-    files = ray.data.read_binary_files(folder, include_paths=True)
+    files = ray.data.read_binary_files(os.path.abspath(folder), include_paths=True)
     images = files.map_batches(dvit.ray.Decode(model), batch_size=64)  # tasks of their own, wherever a CPU is free
     return images.map_batches(
         dvit.ray.Classify,

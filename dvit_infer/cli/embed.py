@@ -47,11 +47,9 @@ def _embed(options: argparse.Namespace) -> int:
     find_entries(options.images)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context((_here if options.ray is None else _on_cluster)(options, batch))
-        progress = stack.enter_context(
-            counting("embedding", lambda: sum(1 for _ in find_entries(options.images)))
-        )
-        found = write_rows(model.stream, model.index, options.images, options.out, progress)
-    index = model.index
+        progress = stack.enter_context(counting("embedding", lambda: sum(1 for _ in find_entries(options.images))))
+        found = write_rows(model.stream, model.facts, options.images, options.out, progress)
+    index = model.facts
     print(f"{index.arch}, {index.reduction}; {index.precision} on {model.machine}; images {index.preprocess}")
     print(f"run by {model.runtime()}")
     print(_summary(found, options.out))
@@ -66,7 +64,7 @@ class _Model(NamedTuple):
     """A model that was loaded: what gives its rows, the index of them, and what runs it where."""
 
     stream: "RowStream"
-    index: "Index"
+    facts: "Index"
     machine: str
     runtime: Callable[[], str]
 
@@ -88,6 +86,7 @@ def _on_cluster(options: argparse.Namespace, batch: int | None) -> Iterator[_Mod
 
     with on_ray(options, "Embed", batch, pool=options.pool, normalize=options.normalize) as stream:
         facts = stream.facts
+        assert facts.index is not None
         checked_classes(options, facts.config, classifies=False)
         index = replace(facts.index, dtype=options.store)
         yield _Model(RowsOnCluster(stream), index, facts.machine, lambda: facts.runtime)

@@ -12,19 +12,24 @@ class Report:
 
     Attributes:
         model: the architecture and its reduction: what the parity is of.
-        max_error, rms_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
+        max_error: of the engine's logits, with the reference's kept sets where its own differ (float32)
             or everywhere (bfloat16 and float16); int8 always by its own choice, whose flips are part of its error.
-        plain_max_error, plain_rms_error: the same for plain PyTorch in the engine's dtype.
-        top1_agreement, plain_top1_agreement: share of images with the reference's first class.
-        kept_compared, kept_equal: per stage, images whose cut is clear, and those of them with the same kept set.
+        rms_error: likewise.
+        plain_max_error: the same for plain PyTorch in the engine's dtype.
+        plain_rms_error: likewise.
+        top1_agreement: share of images with the reference's first class.
+        plain_top1_agreement: the same for plain PyTorch.
+        kept_compared: per stage, images whose cut is clear.
+        kept_equal: per stage, those of them with the same kept set.
         kept_overlap: per stage, mean share of the reference's tokens that the engine keeps by its own choice; where
             tokens are merged, of patches in a group with the same lowest patch.
         choice: what a stage does with tokens, for the table.
         wrong_weight: the first of the engine's tensors that does not follow from the checkpoint, or None.
         first_difference: the first node whose output differs, or None.
         failures: the reasons why it did not pass; empty if it passed.
-        features_error, plain_features_error: the same for what the classifier reads, max in float32, else rms; None:
-            not compared, as tokens are dropped, features are the output, or an ONNX file has none.
+        features_error: the same for what the classifier reads, max in float32, else rms; None: not compared, as
+            tokens are dropped, features are the output, or an ONNX file has none.
+        plain_features_error: likewise of plain PyTorch.
         output: the output of the model, which errors are of.
     """
 

@@ -84,7 +84,8 @@ class Actors(Generic[Out]):
             self._deaths += 1
             if self._deaths > MOST_DEATHS:
                 raise InputError(
-                    f"ray: {self._deaths} processes in a row were killed while they loaded the model, perhaps out of memory"
+                    f"ray: {self._deaths} processes in a row were killed while they loaded the model, perhaps out of "
+                    "memory"
                 ) from None
             self._start(actor.needs)
             return
@@ -93,8 +94,8 @@ class Actors(Generic[Out]):
             self.facts = facts
         elif (facts.model, facts.batch) != (self.facts.model, self.facts.batch):
             raise InputError(
-                f"ray: nodes differ: {facts.precision}, batch {facts.batch} on {facts.machine}, {self.facts.precision}, "
-                f"batch {self.facts.batch} on {self.facts.machine}; --dtype, --device and --batch say which"
+                f"ray: nodes differ: {facts.precision}, batch {facts.batch} on {facts.machine}, {self.facts.precision}"
+                f", batch {self.facts.batch} on {self.facts.machine}; --dtype, --device and --batch say which"
             )
         self.live.append(actor)
 
@@ -108,7 +109,7 @@ class Actors(Generic[Out]):
             self._start(actor.needs)
 
 
-def root_of(error: Any) -> BaseException:
+def root_of(error: Any) -> Any:
     """Return the error of Ray at the root of another.
 
     Raises:
@@ -124,8 +125,8 @@ def root_of(error: Any) -> BaseException:
     if lacking := re.search(r"No module named '([\w.]+)'", text):
         where = re.search(r"ip=([\w.:]+)", text)
         raise InputError(
-            f"ray: node {where[1] if where else 'of the cluster'}: has no Python package {lacking[1]}; install the same "
-            "versions on every node"
+            f"ray: node {where[1] if where else 'of the cluster'}: has no Python package {lacking[1]}; install the "
+            "same versions on every node"
         ) from None
     if isinstance(root, InputError | KernelError | MemoryError):
         raise root from None

@@ -18,9 +18,8 @@ from dvit_infer.utils.threads import num_threads
 LOCAL = "local"  # the address of a cluster that is started here
 CPUS = 2  # of an engine on a CPU: more engines of few threads do more than few of many
 _REACHED_S = 5.0
-_AWAY = "--ray HOST:PORT is that of the cluster's head, --ray auto that of this machine's"
-# Ray would try for a minute, and then end this process.
-_SETTINGS = {"RAY_gcs_rpc_server_connect_timeout_s": "5", "RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # of gRPC, which Ray speaks
+_AWAY = "HOST:PORT of a cluster's head is expected, or auto, for the one of this machine"
 
 
 @contextlib.contextmanager
@@ -37,11 +36,11 @@ def cluster(address: str) -> Iterator[None]:
     import ray
 
     given: dict[str, Any] = {"num_cpus": num_threads(), "include_dashboard": False} if address == LOCAL else {}
-    _check(address)
+    if address != LOCAL:
+        address = _found(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with _environment():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **given)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **given)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
         why = " ".join(str(error).split()) or "is no cluster of this version of Ray"
@@ -56,31 +55,33 @@ def cluster(address: str) -> Iterator[None]:
         remove_left_over(Path(tempfile.gettempdir()))  # of its actors on this machine
 
 
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    added = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
+def _found(address: str) -> str:
+    """Return the address HOST:PORT of a cluster.
 
-
-def _check(address: str) -> None:
-    """Raise InputError unless somebody listens at an address HOST:PORT."""
-    if address in (LOCAL, "auto"):
-        return
+    Raises:
+        InputError: No server like Ray's answers there. Ray itself would wait for minutes.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address:  # where Ray notes the last cluster that was started
+            with contextlib.suppress(OSError):
+                address = Path(tempfile.gettempdir(), "ray", "ray_current_cluster").read_text().strip()
+        if not address:
+            raise InputError(f"ray: auto: no cluster runs on this machine; {_AWAY}")
     host, colon, port = address.rpartition(":")
     if "://" in address:
         raise InputError(f"ray: {address}: run this on a node of the cluster, without Ray's client; {_AWAY}")
     if not colon or not port.isdecimal():
         raise InputError(f"ray: {address}: is no address; {_AWAY}")
     try:
-        socket.create_connection((host, int(port)), _REACHED_S).close()
+        with socket.create_connection((host, int(port)), _REACHED_S) as connection:
+            connection.sendall(_HELLO)
+            if connection.recv(9)[3:4] != _HELLO[-6:-5]:  # a frame of settings, in answer to ours
+                raise OSError("is no cluster of Ray")
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error) or "nobody answers"
         raise InputError(f"ray: {address}: {why}; {_AWAY}") from None
+    return address
 
 
 def engines_for(nodes: Sequence[Mapping[str, Any]], device: str | None) -> list[dict[str, int]]:

@@ -18,7 +18,7 @@ from dvit_infer.serve.ray_model import put as put
 
 
 class Classify(OnEngine[list[Prediction]]):
-    """Classifies the images of a dataset: `ds.map_batches(dvit.ray.Classify, fn_constructor_args=(model,), num_cpus=2)`.
+    """Classifies images: `ds.map_batches(dvit.ray.Classify, fn_constructor_args=(model,), num_cpus=2, concurrency=4)`.
 
     Takes a column of bytes of image files, or of uint8 images (H, W, 3) of the model's size (`Decode` prepares them).
     Returns the columns of dvit-predict's lines: `image` (if there is a column `path`), `model`, `top5`, with `kept`

@@ -12,7 +12,7 @@ from dvit_infer.images.decoded import Decoded, decoded, decoded_bytes
 from dvit_infer.images.entry import Entry
 from dvit_infer.images.preprocess import Preprocess
 
-COLUMNS = ("bytes", "image")  # of images, where nothing else is said: as Ray's read_binary_files and read_images have it
+COLUMNS = ("bytes", "image")  # of images, by default: what Ray's read_binary_files and read_images give
 NO_IMAGE = "there is no image"
 Batch = Mapping[str, Any]
 Columns = dict[str, Any]
@@ -23,7 +23,7 @@ class Decode:
 
     Takes a column of bytes of image files, or of uint8 images (H, W, 3) of any size. Returns the column `image`, uint8
     (N, H, W, 3) as the model sees them, and `error`: why an image cannot be read, which then is black; else None. Other
-    columns stay. It is read once, on the driver, what the model needs; tasks carry that alone.
+    columns stay. What the model needs is read once, on the driver; tasks carry that alone.
 
     Args:
         model: path of the model, or how its images are prepared.

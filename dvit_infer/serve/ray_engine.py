@@ -71,12 +71,13 @@ class OnEngine(ABC, Generic[Out]):
         need("dvit.ray", "ray", extra="dvit-infer[ray]")
         self.column = column
         self._threads = use_assigned_cpus()
-        self._files = contextlib.ExitStack()  # held open: an engine may read its file again
-        source = self._files.enter_context(source_of(model))
-        self.engine = open_model(source, **convert)
-        self.preprocess = preprocess_for(self.engine.config, crop_pct)
-        self.batch = batch_size(batch, self.engine.device)
-        self.id = model_id(self.engine, source, self.preprocess)
+        with contextlib.ExitStack() as files:
+            source = files.enter_context(source_of(model))
+            self.engine = open_model(source, **convert)
+            self.preprocess = preprocess_for(self.engine.config, crop_pct)
+            self.batch = batch_size(batch, self.engine.device)
+            self.id = model_id(self.engine, source, self.preprocess)
+            self._files = files.pop_all()  # they stay: an engine may read its file again
 
     @property
     def facts(self) -> Facts:

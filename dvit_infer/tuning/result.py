@@ -88,7 +88,8 @@ class TuneResult:
         chosen: its point.
         held_back: its quality on the images held back.
         speedup: over the dense model, in one interleaved run.
-        images_per_s, dense_images_per_s: in the same run.
+        images_per_s: in the same run.
+        dense_images_per_s: of the dense model, likewise.
         batch: images at a time in it.
         searched: how many images were searched.
         points: all that were searched, fewest MACs first.

@@ -3,9 +3,9 @@
 * `python` is run in the page's one namespace.
 * `text`, right after a python block, is what that printed, where `...` stands for anything.
 * `console` has lines `$ command`, run by one bash for the page (a trailing backslash continues), each with what it
-  writes to stdout and stderr. Figures and lengths of rules need not agree, a line `...` stands for any lines, and without any
-  output shown, none is compared. A command whose shown output ends in a line `error: ...` has to end with status 2, any
-  other with 0.
+  writes to stdout and stderr. Figures and lengths of rules need not agree, a line `...` stands for any lines, and
+  without any output shown, none is compared. A command whose shown output ends in a line `error: ...` has to end with
+  status 2, any other with 0.
 * `json` is read as JSON, one value or one a line.
 * `sh` is not run: programs that are not here (`ELSEWHERE`).
 

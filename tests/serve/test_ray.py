@@ -1,7 +1,6 @@
 """On a cluster of two nodes: answers are the engine's, in order, once, whatever is killed; and nothing stays behind."""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -178,6 +177,4 @@ def test_a_node_without_the_package_is_named(cluster, checkpoint):
     out, err = process.communicate()
     assert (process.returncode, out) == (2, "")
     assert err.startswith("error: --ray: node ")
-    assert err.endswith(
-        ": has no Python package dvit_infer; install the same versions on every node\n"
-    )
+    assert err.endswith(": has no Python package dvit_infer; install the same versions on every node\n")

@@ -1,14 +1,16 @@
 """What --ray refuses, which engines a cluster gets, and what the callables do with a batch: no cluster is needed."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import TINY, fails
+from commands import ROOT, TINY, fails
 from drawn import draw, draw_all
 
 import dvit_infer as dvit
@@ -56,20 +58,45 @@ def test_devices_that_a_cluster_has_not():
 
 @needs_ray
 @pytest.mark.parametrize("command", [predict, embed])
-def test_clusters_that_cannot_be_reached(command, checkpoint, capsys):
+def test_clusters_that_cannot_be_reached(command, checkpoint, capsys, monkeypatch):
     draw_all(Path("photos"), 1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    monkeypatch.setattr("dvit_infer.serve.ray_cluster._REACHED_S", 0.1)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     out = ["-o", "out"]
     for address, why in (
         (f"127.0.0.1:{port}", "Connection refused"),
+        ("auto", "Connection refused"),
         ("127.0.0.1:port", "is no address"),
         ("head", "is no address"),
         ("ray://head:10001", "run this on a node of the cluster"),
         ("no.such.invalid:6379", ""),
     ):
         line = fails(command, [checkpoint, "photos", *TINY, *out, f"--ray={address}"], capsys)
-        assert re.match(rf"error: --ray: {re.escape(address)}: {why}.*; --ray HOST:PORT is that of", line), line
+        where = f"127.0.0.1:{port}" if address == "auto" else address
+        assert re.match(rf"error: --ray: {re.escape(where)}: {why}.*; HOST:PORT of a cluster's head", line), line
+
+
+@needs_ray
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_port_of_something_else(answer, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("dvit_infer.serve.ray_cluster._REACHED_S", 0.1)
+    draw_all(Path("photos"), 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def serve() -> None:
+            with other.accept()[0] as connection, contextlib.suppress(ConnectionResetError):
+                connection.sendall(answer)
+                while connection.recv(1000):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        line = fails(predict, [checkpoint, "photos", *TINY, f"--ray={address}"], capsys)
+        thread.join()
+    assert line.startswith(f"error: --ray: {address}: {'is no cluster of Ray' if answer else 'timed out'}; HOST:PORT")
 
 
 @needs_ray
@@ -147,11 +174,22 @@ def test_the_files_of_a_model(checkpoint):
     files = model_files("m/w.pth")
     assert (files.name, files.path, sorted(files.files)) == ("m/w.pth", "w.pth", ["config.json", "w.pth"])
     if HAS_RAY:
-        with pytest.raises(dvit.InputError, match=r"^m/w\.pth: is none$"), source_of(files) as source:
+        with source_of(files) as source:
             assert source.read_bytes() == Path(checkpoint).read_bytes()
             assert (source.parent / "config.json").read_text() == "{}"
-            raise dvit.InputError(f"{source}: is none")
         assert not source.exists()
+        damaged = files._replace(files={"w.pth": np.zeros(9, np.uint8)})
+        with pytest.raises(dvit.InputError, match=r"^m/w\.pth: "):
+            dvit.ray.Classify(damaged)
     for missing in ("none.pth", "m"):
         with pytest.raises(dvit.InputError, match=missing):
             model_files(missing)
+
+
+def test_the_docs_name_options_that_exist():
+    known = {
+        option for one in (predict, embed) for action in one._parser()._actions for option in action.option_strings
+    }
+    for name in ("ray.md", "hundred_nodes.md"):
+        text = (ROOT / "docs" / name).read_text()
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
