@@ -3,9 +3,9 @@
     PYTHONPATH=.:kernels python bench/ray_overhead.py [--images 2000] [--rounds 3] [--models deit-s,digits]
 
 Rounds alternate; the ratio is of one round. Where other work shares the machine, CPU time, of all processes together,
-says more: Ray also runs its workers at a lower priority (RAY_worker_niceness, 15). Both streams begin with the list of
-files and end with the last prediction, on the same CPUs, with the same batches; loading the engine and starting Ray are
-told apart. DeiT-S/0.7 (random weights) reads JPEG files of 500 x 375, the digits model PNG files of 64 x 64.
+says more. Both streams begin with the list of files and end with the last prediction, on the same CPUs, with the same
+batches; loading the engine and starting Ray are told apart. DeiT-S/0.7 (random weights) reads JPEG files of 500 x 375,
+the digits model PNG files of 64 x 64.
 """
 
 import argparse

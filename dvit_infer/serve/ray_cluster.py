@@ -38,6 +38,7 @@ def cluster(address: str) -> Iterator[None]:
     given: dict[str, Any] = {"num_cpus": num_threads(), "include_dashboard": False} if address == LOCAL else {}
     if address != LOCAL:
         address = _found(address)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster here: Ray's is 15, this command's is its user's
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **given)
