@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,23 @@ def _draw(folder: Path, count: int) -> None:
         write_images(folder, images[:count], labels[:count])
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands of this checkout, whatever is installed."""
+    folder = tmp_path_factory.mktemp("bin")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, target in project["scripts"].items():
+        module, function = target.split(":")
+        (folder / name).write_text(f"#!{sys.executable}\nfrom {module} import {function} as f\nraise SystemExit(f())\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @pytest.fixture
-def environment() -> dict[str, str]:
-    """A user's: with the commands on PATH, and this checkout instead of what is installed."""
+def environment(programs) -> dict[str, str]:
+    """A user's environment, in which the commands and the package are this checkout's."""
     ours = {name: value for name, value in os.environ.items() if name not in SET_BY_TESTS}
-    path = os.pathsep.join([str(Path(sys.executable).parent), ours.get("PATH", os.defpath)])
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), ours.get("PATH", os.defpath)])
     return {**ours, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 
 
