@@ -56,7 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "large" in item.keywords:
+            item.add_marker("slow")
     if chosen := config.getoption("emulate"):
         return emulated.select(config, items, chosen == "quick")
     there_is = torch.cuda.is_available()
@@ -64,6 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if marker in item.keywords:
             item.add_marker(pytest.mark.skip(reason=why))
+        if not there_is and "large" in item.keywords and "float16" in item.name:
+            item.add_marker(pytest.mark.skip(reason="the interpreter runs large shapes in float32 only"))
         if "emulated" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="compiled kernels: with --emulate"))
 

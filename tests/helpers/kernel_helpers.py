@@ -33,7 +33,7 @@ needs_loops = pytest.mark.skipif(
     reason="Triton 3.6's interpreter cannot loop up to a tensor under NumPy 2.4",
 )
 QUICK = pytest.mark.quick  # the shape of a kernel that `--emulate quick` runs
-SLOW = pytest.mark.slow
+LARGE = pytest.mark.large  # a shape that takes the interpreter long
 GUARD = 4096  # elements before and after every output
 SENTINEL = -77
 

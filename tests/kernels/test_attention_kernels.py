@@ -7,7 +7,7 @@ import torch
 from attention_checks import check, on, poisoned, run_one
 from attention_inputs import INF, make_bias, make_pair_bias, make_qkv, make_ragged
 from dvit_kernels.attention import AttentionTile, key_chunks, launch_attention
-from kernel_helpers import QUICK, SLOW, WHERE, needs_loops
+from kernel_helpers import LARGE, QUICK, WHERE, needs_loops
 
 from dvit_infer.ops import attention as op
 from dvit_infer.ops.attention import attention, attention_ref
@@ -25,11 +25,11 @@ SHAPES = [
     pytest.param(1, 65, 65, 2, 48, marks=QUICK),
     (1, 40, 33, 1, 60),
     (1, 20, 20, 2, 128),
-    pytest.param(1, 70, 130, 1, 64, marks=SLOW),
+    pytest.param(1, 70, 130, 1, 64, marks=LARGE),
     pytest.param(1, 18, 130, 1, 104, marks=QUICK),
-    pytest.param(1, 33, 197, 1, 64, marks=SLOW),
-    pytest.param(1, 5, 257, 1, 64, marks=SLOW),
-    pytest.param(1, 20, 321, 1, 20, marks=SLOW),
+    pytest.param(1, 33, 197, 1, 64, marks=LARGE),
+    pytest.param(1, 5, 257, 1, 64, marks=LARGE),
+    pytest.param(1, 20, 321, 1, 20, marks=LARGE),
 ]
 RAGGED = [20, 5, 1, 0, 33]
 
@@ -63,7 +63,7 @@ def test_tiles_change_nothing(device, dtype, tile):
         check(run_one(*given, tile=tile), given)
 
 
-@pytest.mark.parametrize("most", [33, 64, pytest.param(300, marks=SLOW)])
+@pytest.mark.parametrize("most", [33, 64, pytest.param(300, marks=LARGE)])
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_ragged(device, dtype, most):
     """Lengths that are below the promised maximum by any amount, none at all among them."""

@@ -5,19 +5,19 @@ import torch
 from attention_checks import check, on, poisoned, run_one
 from attention_inputs import INF, make_bias, make_pair_bias, make_qkv, make_ragged
 from dvit_kernels.attention import AttentionTile, launch_attention
-from kernel_helpers import QUICK, SLOW, WHERE, needs_loops
+from kernel_helpers import LARGE, QUICK, WHERE, needs_loops
 
 pytestmark = needs_loops
 
 # B, groups, M, N, H, D: the windows of Swin; a tile and a row; blocks of keys with a rest and without; one query.
 PAIRS = [
-    pytest.param(4, 2, 49, 49, 2, 32, marks=(QUICK, SLOW)),
-    pytest.param(2, 0, 65, 64, 1, 48, marks=SLOW),
+    pytest.param(4, 2, 49, 49, 2, 32, marks=(QUICK, LARGE)),
+    pytest.param(2, 0, 65, 64, 1, 48, marks=LARGE),
     (3, 3, 2, 40, 2, 104),
     (3, 1, 1, 17, 2, 64),
-    pytest.param(2, 0, 33, 130, 2, 64, marks=(QUICK, SLOW)),
+    pytest.param(2, 0, 33, 130, 2, 64, marks=(QUICK, LARGE)),
     (1, 0, 20, 144, 1, 32),
-    pytest.param(2, 2, 18, 100, 1, 128, marks=SLOW),
+    pytest.param(2, 2, 18, 100, 1, 128, marks=LARGE),
     (1, 0, 20, 33, 1, 60),
 ]
 
@@ -37,8 +37,8 @@ def test_a_bias_per_pair(device, dtype, b, groups, m, n, heads, head_dim):
     "tile",
     [
         None,
-        pytest.param(AttentionTile(16, 16, num_stages=2), marks=SLOW),
-        pytest.param(AttentionTile(32, 32, 16, programs=2), marks=SLOW),
+        pytest.param(AttentionTile(16, 16, num_stages=2), marks=LARGE),
+        pytest.param(AttentionTile(32, 32, 16, programs=2), marks=LARGE),
     ],
 )
 @pytest.mark.parametrize(("device", "dtype"), WHERE)

@@ -5,7 +5,7 @@ import torch
 from attention_checks import on, poisoned
 from attention_inputs import INF, make_bias, make_pair_bias, make_qkv
 from dvit_kernels.attention import AttentionTile, launch_attention, launch_attention_with_signal
-from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, check, collected, needs_loops, run_guarded
+from kernel_helpers import EMULATED, EMULATED_FLOAT32, LARGE, QUICK, WHERE, check, collected, needs_loops, run_guarded
 from token_reduction_checks import make_sizes
 
 from dvit_infer.ops.attention import attention_with_signal
@@ -22,10 +22,10 @@ OUTPUTS = ("out_ptr", "signal_ptr")
 SHAPES = [
     (2, 1, 1, 1, 16),
     pytest.param(1, 65, 24, 3, 32, marks=QUICK),
-    pytest.param(1, 17, 40, 5, 60, marks=SLOW),
-    pytest.param(1, 18, 130, 2, 104, marks=SLOW),
-    pytest.param(1, 17, 197, 1, 64, marks=SLOW),
-    pytest.param(1, 20, 290, 1, 32, marks=SLOW),
+    pytest.param(1, 17, 40, 5, 60, marks=LARGE),
+    pytest.param(1, 18, 130, 2, 104, marks=LARGE),
+    pytest.param(1, 17, 197, 1, 64, marks=LARGE),
+    pytest.param(1, 20, 290, 1, 32, marks=LARGE),
 ]
 
 
@@ -57,7 +57,7 @@ def test_result_and_signal(device, dtype, b, m, n, heads, head_dim, leaves):
         assert torch.equal(got[0], launch_attention(*given[:-1]))
 
 
-@pytest.mark.parametrize("groups", [pytest.param(0, marks=SLOW), 2])
+@pytest.mark.parametrize("groups", [pytest.param(0, marks=LARGE), 2])
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_the_class_row_has_its_pair_bias(device, dtype, groups):
     qkv = on(device, *make_qkv(4, 20, 20, 2, 32, dtype))
@@ -85,7 +85,7 @@ def test_masked_keys_weigh_nothing_and_odd_tiles_change_nothing(device, dtype, o
         assert (weights[2, :, 5:] == 0).all()
 
 
-@pytest.mark.parametrize("tile", [None, pytest.param(AttentionTile(16, 16, num_stages=2), marks=SLOW)])
+@pytest.mark.parametrize("tile", [None, pytest.param(AttentionTile(16, 16, num_stages=2), marks=LARGE)])
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_the_bias_may_be_the_logarithm_of_sizes(device, dtype, tile):
     """Up to every patch in one token, in a padded block of keys; also beside a pair bias."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_checks import poisoned
 from dvit_kernels.keep_tokens import launch_keep_tokens
-from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, collected, needs_loops, run_guarded
+from kernel_helpers import EMULATED, EMULATED_FLOAT32, LARGE, QUICK, WHERE, collected, needs_loops, run_guarded
 from token_reduction_checks import bits, check_kept, make_attention, make_tokens
 
 from dvit_infer.ops.choices import Choices, using
@@ -23,10 +23,10 @@ SHAPES = [
     (3, 2, 0, 64, 1, 1),
     (1, 3, 5, 40, 2, 2),
     (3, 31, 2, 64, 6, 1),
-    pytest.param(1, 196, 1, 768, 12, 138, marks=SLOW),
-    pytest.param(65, 20, 1, 300, 2, 7, marks=SLOW),
-    pytest.param(1, 300, 1, 64, 2, 100, marks=SLOW),
-    pytest.param(1, 520, 0, 64, 1, 450, marks=SLOW),
+    pytest.param(1, 196, 1, 768, 12, 138, marks=LARGE),
+    pytest.param(65, 20, 1, 300, 2, 7, marks=LARGE),
+    pytest.param(1, 300, 1, 64, 2, 100, marks=LARGE),
+    pytest.param(1, 520, 0, 64, 1, 450, marks=LARGE),
 ]
 
 
@@ -44,7 +44,7 @@ def test_kept_tokens_and_the_fused_row(device, dtype, b, n, p, c, heads, k):
         check_kept(x, attention, k, p, fuse, *run(*given, k, p, fuse))
 
 
-@pytest.mark.parametrize(("b", "c"), [(2, 128), pytest.param(64, 384, marks=SLOW), pytest.param(2, 256, marks=SLOW)])
+@pytest.mark.parametrize(("b", "c"), [(2, 128), pytest.param(64, 384, marks=LARGE), pytest.param(2, 256, marks=LARGE)])
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_statistics_of_the_rows_that_stay(device, dtype, b, c):
     """By parts of 128 channels, of the rounded values; one program or two sum them. The result is as without."""

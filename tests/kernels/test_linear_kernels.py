@@ -12,7 +12,7 @@ from dvit_kernels.linear import (
     default_tile,
     launch_linear,
 )
-from kernel_helpers import QUICK, SLOW, WHERE, assert_same_sums, check, collected, rms, run_guarded
+from kernel_helpers import LARGE, QUICK, WHERE, assert_same_sums, check, collected, rms, run_guarded
 from linear_inputs import exact_linear, exact_stats, make_linear, make_rows
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ SHAPES = [
     ((1, 1), 40, 16),
     ((5, 1), 72, 33),
     ((2, 50), 32, 64),
-    pytest.param((70,), 144, 65, marks=SLOW),
+    pytest.param((70,), 144, 65, marks=LARGE),
     ((9,), 1, 1),
 ]
 
@@ -51,7 +51,7 @@ def test_every_epilogue(device, dtype, leading, dim_in, dim_out):
 GATED = [
     pytest.param((3, 7), 64, 96, "silu", marks=QUICK),
     ((1, 1), 40, 17, "gelu"),
-    pytest.param((2, 50), 72, 33, "gelu_tanh", marks=SLOW),
+    pytest.param((2, 50), 72, 33, "gelu_tanh", marks=LARGE),
 ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_checks import poisoned
 from dvit_kernels.merge_tokens import bytes_moved, launch_merge_tokens
-from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, collected, needs_loops, run_guarded
+from kernel_helpers import EMULATED, EMULATED_FLOAT32, LARGE, QUICK, WHERE, collected, needs_loops, run_guarded
 from token_reduction_checks import bits, check_averages, check_rows, make_sizes, make_tokens
 
 from dvit_infer.ops.choices import Choices, using
@@ -24,10 +24,10 @@ SHAPES = [
     (3, 21, 0, 64, 20, 10),
     (1, 40, 2, 96, 16, 20),
     (3, 31, 5, 64, 16, 1),
-    pytest.param(1, 196, 1, 768, 64, 16, marks=SLOW),
-    pytest.param(2, 197, 0, 64, 16, 40, marks=SLOW),
-    pytest.param(1, 600, 2, 64, 16, 200, marks=SLOW),
-    pytest.param(1, 6, 1, 1100, 16, 2, marks=SLOW),
+    pytest.param(1, 196, 1, 768, 64, 16, marks=LARGE),
+    pytest.param(2, 197, 0, 64, 16, 40, marks=LARGE),
+    pytest.param(1, 600, 2, 64, 16, 200, marks=LARGE),
+    pytest.param(1, 6, 1, 1100, 16, 2, marks=LARGE),
 ]
 
 
@@ -47,7 +47,7 @@ def test_rows_averages_and_copies(device, dtype, b, n, p, c, d, merge):
         check_averages(x, sizes, merged, merged_sizes, rows)
 
 
-@pytest.mark.parametrize("c", [96, pytest.param(1024, marks=SLOW)])
+@pytest.mark.parametrize("c", [96, pytest.param(1024, marks=LARGE)])
 @pytest.mark.parametrize(("device", "dtype"), ROWS)
 def test_statistics_of_the_merged_rows(device, dtype, c):
     """Of the rounded values, far from zero; the result is the same as without."""

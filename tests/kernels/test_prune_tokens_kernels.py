@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dvit_kernels.prune_tokens import launch_prune_tokens
-from kernel_helpers import EMULATED, EMULATED_FLOAT32, QUICK, SLOW, WHERE, collected, guarded, rms, run_guarded
+from kernel_helpers import EMULATED, EMULATED_FLOAT32, LARGE, QUICK, WHERE, collected, guarded, rms, run_guarded
 from prune_tokens_checks import check_against_float64, check_graph, check_strides, float64_scores
 from prune_tokens_inputs import make_predictor, make_x
 
@@ -16,13 +16,13 @@ OUTPUTS = ("hidden_ptr", "sums_ptr", "score_ptr", "kept_ptr", "index_ptr")
 # B, N, P, C, K: both selections, tiles across images, tails of rows and columns, one token, all kept.
 SHAPES = [
     pytest.param(3, 50, 1, 64, 35, marks=QUICK),
-    pytest.param(2, 196, 1, 96, 137, marks=SLOW),
-    pytest.param(1, 137, 2, 384, 96, marks=SLOW),
+    pytest.param(2, 196, 1, 96, 137, marks=LARGE),
+    pytest.param(1, 137, 2, 384, 96, marks=LARGE),
     (2, 49, 0, 64, 49),
-    pytest.param(70, 1, 1, 64, 1, marks=SLOW),
+    pytest.param(70, 1, 1, 64, 1, marks=LARGE),
     (9, 3, 5, 96, 2),
-    pytest.param(5, 33, 2, 160, 7, marks=SLOW),
-    pytest.param(1, 300, 5, 64, 211, marks=SLOW),
+    pytest.param(5, 33, 2, 160, 7, marks=LARGE),
+    pytest.param(1, 300, 5, 64, 211, marks=LARGE),
 ]
 
 
@@ -54,7 +54,7 @@ def test_tiles_of_large_batches(device, dtype):
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, *(pytest.param(n, marks=SLOW) for n in (196, 256, 257, 576, 1024))])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, *(pytest.param(n, marks=LARGE) for n in (196, 256, 257, 576, 1024))])
 def test_selection_of_any_scores(n, device):
     """Ties, zeros of both signs, infinities and NaN, by counting and by radix; no index leaves the row."""
     nan, inf = float("nan"), float("inf")

@@ -5,7 +5,7 @@ import torch
 from attention_checks import on, poisoned
 from attention_inputs import make_bias, make_pair_bias, make_qkv, make_ragged
 from dvit_kernels.attention import AttentionTile, Compared, launch_attention
-from kernel_helpers import QUICK, SLOW, WHERE, collected, needs_loops, rms, run_guarded
+from kernel_helpers import LARGE, QUICK, WHERE, collected, needs_loops, rms, run_guarded
 from rotary_inputs import exact_rotary, make_norms, make_places, make_tables
 
 from dvit_infer.ops.rotary_attention import rotary_attention_ref
@@ -16,12 +16,12 @@ pytestmark = needs_loops
 # keys; heads whose halves fill no power of two, or fewer than 16 channels.
 SHAPES = [
     pytest.param(2, 17, 17, 2, 64, 5, 12, False, marks=QUICK),
-    pytest.param(1, 33, 33, 1, 48, 1, 40, False, marks=SLOW),
+    pytest.param(1, 33, 33, 1, 48, 1, 40, False, marks=LARGE),
     (2, 1, 21, 1, 104, 0, 10, False),
     (1, 9, 9, 2, 16, 1, 8, True),
-    pytest.param(1, 70, 70, 1, 64, 5, 65, False, marks=SLOW),
-    pytest.param(1, 3, 300, 1, 64, 5, 295, False, marks=SLOW),
-    pytest.param(1, 18, 40, 1, 72, 1, 39, True, marks=(QUICK, SLOW)),
+    pytest.param(1, 70, 70, 1, 64, 5, 65, False, marks=LARGE),
+    pytest.param(1, 3, 300, 1, 64, 5, 295, False, marks=LARGE),
+    pytest.param(1, 18, 40, 1, 72, 1, 39, True, marks=(QUICK, LARGE)),
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 from dvit_kernels.linear import TILES, LinearTile, launch_linear
 from dvit_kernels.route_tokens import launch_route_tokens
 from dvit_kernels.routed_mlp import WIDE_TILE, launch_routed_mlp
-from kernel_helpers import QUICK, SLOW, WHERE, check, collected, guarded, run_guarded
+from kernel_helpers import LARGE, QUICK, WHERE, check, collected, guarded, run_guarded
 from linear_inputs import exact_stats
 from prune_tokens_checks import check_graph, differ_only_at_the_cut, float64_scores
 from prune_tokens_inputs import make_predictor, make_x
@@ -24,7 +24,7 @@ SMALL = LinearTile(16, 16, 32, 1, 2)
 
 @pytest.mark.parametrize(
     ("b", "n", "c", "k"),
-    [pytest.param(2, 49, 96, 34, marks=QUICK), (2, 9, 64, 9), pytest.param(2, 196, 64, 137, marks=SLOW)],
+    [pytest.param(2, 49, 96, 34, marks=QUICK), (2, 9, 64, 9), pytest.param(2, 196, 64, 137, marks=LARGE)],
 )
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
 def test_order_is_that_of_a_float64_ranking(device, dtype, b, n, c, k):
@@ -43,7 +43,7 @@ def test_order_is_that_of_a_float64_ranking(device, dtype, b, n, c, k):
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-@pytest.mark.parametrize("n", [1, 33, 196, pytest.param(300, marks=SLOW)])
+@pytest.mark.parametrize("n", [1, 33, 196, pytest.param(300, marks=LARGE)])
 def test_order_of_any_scores(n, device):
     """Ties, zeros of both signs, infinities and NaN, by counting and by radix."""
     nan, inf = float("nan"), float("inf")
@@ -68,7 +68,7 @@ def test_order_of_any_scores(n, device):
         (2, 9, 40, 72, 9),
         (3, 1, 16, 16, 1),
         (5, 7, 33, 65, 1),
-        pytest.param(1, 196, 96, 192, 137, marks=SLOW),
+        pytest.param(1, 196, 96, 192, 137, marks=LARGE),
     ],
 )
 @pytest.mark.parametrize(("device", "dtype"), WHERE)
