@@ -30,8 +30,10 @@ def written(model, path, **given):
     return dvit.load_onnx(path, device="cpu")
 
 
-@pytest.mark.parametrize("opset", [17, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", ["predictor", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "opset"),
+    [("predictor", 17), *(pytest.param(method, 20, marks=pytest.mark.slow) for method in ("predictor", "none"))],
+)
 @pytest.mark.parametrize("kind", SOME)
 def test_the_references_answers(kind, method, opset, tmp_path):
     """Also of every node, whose values can be read, with the same kept sets."""
@@ -50,8 +52,8 @@ def test_the_references_answers(kind, method, opset, tmp_path):
     assert [node for node, _ in found.node_values(nodes, model.images(1), kept=[k[:1] for k in kept])] == list(nodes)
 
 
-@pytest.mark.parametrize("opset", [17, 20])
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "opset"), [*((kind, 20) for kind in KINDS), *((kind, 17) for kind in QUICK)])
 def test_float16(kind, opset, tmp_path):
     model = tiny(kind, "predictor")
     report = dvit.verify(written(model, tmp_path / "m.onnx", opset=opset, dtype="float16"), model.state, num_images=4)
@@ -72,8 +74,7 @@ def test_norms_softmax_rotation_and_pooling_are_float32_in_a_float16_file(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "static"), [*((kind, True) for kind in KINDS), *((kind, False) for kind in QUICK)])
 def test_int8(kind, static, tmp_path):
     """Linears of every kind; the scores and the rest stay float32."""
     model = tiny(kind, "predictor")
