@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from any_vit import DROPPING, KINDS, agrees, tiny
+from any_vit import FEW, KINDS, agrees, tiny
 from golden_cases import case_images, official_checkpoint, options
 
 import dvit_infer as dvit
@@ -38,8 +38,11 @@ def converted(case_id=CASE, **more):
     return dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id) | more)
 
 
-@pytest.mark.parametrize("method", DROPPING)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, "random") for kind in KINDS]
+    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in FEW for method in ("none", "predictor")],
+)
 def test_every_kind(kind, method):
     model = tiny(kind, method, size=(24, 40))
     runs = runner(model)
