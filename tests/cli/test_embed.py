@@ -1,22 +1,18 @@
-"""dvit-embed as a command: what it says, exit statuses, killed runs, and the commands and snippets of its docs."""
+"""dvit-embed as a command: what it says, exit statuses, killed runs."""
 
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from commands import ENV, ROOT, TINY, fails, lines
 from drawn import SMALL, draw_all, write_text
-from small_training import write_dense
 
-import dvit_infer as dvit
 from dvit_infer.cli import embed, eval
 from dvit_infer.evaluate.embedding_folder import FEATURES, IMAGES
 
@@ -95,28 +91,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(checkpoint):
 
 def count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_docs(capsys):
-    """They run as they stand, but for the folders."""
-    blocks = re.findall(r"```(?:python)?\n(.*?)```", DOCS, re.DOTALL)
-    shell, *python = [block for block in blocks if block[0] != "$"]  # others are a command with its output
-    write_dense(Path("dinov2_small.pth"))
-    draw_all(Path("photos"), 30)
-    for name in ("train", "val"):
-        for number in range(3):
-            draw_all(Path(f"flowers/{name}/{number}"), 22, 100 * number)
-    for line in shell.splitlines():
-        name, *argv = shlex.split(line, comments=True)
-        command = {"dvit-embed": embed, "dvit-eval": eval}[name]
-        assert command.main([*argv, "--workers", "0"]) == 0, line
-    assert "linear probe" in capsys.readouterr().out
-    named = {"dvit": dvit, "np": np}
-    for snippet in python:
-        exec(snippet, named)
-    assert named["paths"][named["nearest"][0]] == "photos/007.jpg"
-    assert f"1.000 {'photos/007.jpg'}" in capsys.readouterr().out
 
 
 def test_the_docs_name_options_that_exist():

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -164,29 +162,6 @@ def test_models_that_cannot_be_tuned(photos, capsys):
     folder = write("hf-siglip-tiny", Path("siglip"))
     line = fails(tune, [folder, photos, *CPU, "--metric", "agreement"], capsys)
     assert "has no classifier, and so no classes; metric cosine fits it" in line
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_docs(capsys):
-    """They run as they stand, but for the folders and the time that is measured."""
-    text = (ROOT / "docs" / "tune.md").read_text()
-    shell, python = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
-    write_dense(Path("deit_small.pth"), num_classes=10)
-    paths = draw_all(Path("photos"), 24)
-    engine = dvit.convert("deit_small.pth", device="cpu", backend="torch")
-    stream = decode(map(Entry, paths), preprocess_for(engine.config), workers=0)
-    for image in stream:
-        folder = Path("imagenet/val") / str(engine(torch.from_numpy(image.pixels)[None]).argmax().item())
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(image.path, folder)
-    for line in shell.splitlines():
-        name, *argv = shlex.split(line, comments=True)
-        assert name == "dvit-tune"
-        assert tune.main([*argv, *CPU]) in (0, 1), line  # random weights: what is met is not the point
-    assert "images held back" in capsys.readouterr().out
-    named = {"dvit": dvit}
-    exec(python, named)
-    assert named["result"].settings["method"] == named["result"].chosen.method
 
 
 def test_the_docs_name_options_that_exist():
