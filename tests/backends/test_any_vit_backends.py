@@ -60,7 +60,7 @@ def test_the_triton_backend_around_its_kernels(kind):
         agrees(TritonRunner(fold(model.graph())), model, batches=(1,) if kind in QUICK else (3, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.interpreter
 @needs_loops
 @pytest.mark.parametrize("kind", ["dinov2-registers", "dinov3", "qk-norm", *QUICK])

@@ -24,7 +24,7 @@ def runner_of(weights, dtype="float32", **options):
         return TritonRunner(engine.graph)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("case", [SWIN, CNN])
 def test_agrees_with_the_golden_case(case):
     """Windows of 49 positions in heads of 32 channels, cut and whole."""

@@ -20,7 +20,7 @@ def suite(*argv: str):
     return run(str(ROOT / "bench" / "gpu.py"), *argv)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_dry_run_walks_the_whole_order(tmp_path):
     done = suite("--dry", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def test_a_dry_run_walks_the_whole_order(tmp_path):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_second_run_walks_too(tmp_path):
     done = suite("--dry", "--only", "second,routing", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr

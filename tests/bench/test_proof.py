@@ -112,7 +112,7 @@ def test_keeps_the_patches_that_show_the_digit(monkeypatch):
     assert seen / light.sum() > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_short_training_learns(tmp_path, capsys, test_images):
     """Predictors with random weights on the dense model, against the same after a few dozen steps."""
     images, labels = cluttered_digits.draw(2560, "train", 1)

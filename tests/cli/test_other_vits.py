@@ -106,7 +106,7 @@ def test_other_owners_files_are_converted(capsys):
     assert "bicubic with antialiasing, as timm, from 84x84 to 56x112" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_folder_of_vit_b_is_converted_and_verified(tmp_path):
     source = write("hf-vit-base", tmp_path / "m")
     done = run("-m", "dvit_infer.cli.convert", str(source), *CPU, "-o", "out.safetensors", timeout=120)

@@ -21,7 +21,7 @@ OFFICIAL: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text())
 PEERS: list[dict[str, Any]] = json.loads((HERE / "cases_peers.json").read_text())
 CASES = {case["id"]: case for case in OFFICIAL + PEERS}
 _SMALL = ("tiny-", "timm-deit_tiny")  # the others take seconds, most of them for making weights
-EVERY_CASE = [pytest.param(case, id=case, marks=() if case.startswith(_SMALL) else pytest.mark.slow) for case in CASES]
+EVERY_CASE = [pytest.param(case, id=case, marks=() if case.startswith(_SMALL) else pytest.mark.large) for case in CASES]
 FLOPS: dict[str, Any] = json.loads((HERE / "flops.json").read_text())
 TRAINED_AS = {"dynamicvit-deit-256": "deit-256", "dynamicvit-deit-s": "deit-s", "dynamicvit-deit-b": "deit-b"}
 

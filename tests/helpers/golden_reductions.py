@@ -16,7 +16,7 @@ from dvit_infer.models.fill import fill
 ROWS: list[dict[str, Any]] = json.loads((HERE / "cases_reductions.json").read_text())
 CASES = {row["id"]: row for row in ROWS}
 QUICK = ("evit-deit-t-mixed", "evit-deit-t-tokens", "tome-deit_tiny_patch16_224-r8")  # the others take seconds
-EVERY_CASE = [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+EVERY_CASE = [pytest.param(case, marks=() if case in QUICK else pytest.mark.large) for case in CASES]
 
 
 @functools.lru_cache(maxsize=2)

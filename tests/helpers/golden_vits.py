@@ -45,7 +45,10 @@ def _is_large(case: str) -> bool:
 TINY = [case for case in CASES if not _is_large(case)]
 _VARIANTS = ("-tame", "-at-", "-full", "-bare", "-perblock", "-proj", "-v5names")  # of cases that the quick tests have
 _QUICK = [case for case in TINY if not any(variant in case for variant in _VARIANTS)]
-EVERY_CASE = [pytest.param(case, marks=() if case in _QUICK else pytest.mark.slow) for case in CASES]
+EVERY_CASE = [
+    pytest.param(case, marks=() if case in _QUICK else pytest.mark.large if _is_large(case) else pytest.mark.slow)
+    for case in CASES
+]
 
 
 @functools.lru_cache(maxsize=4)

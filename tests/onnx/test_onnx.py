@@ -77,7 +77,7 @@ WIDE = ("large", "base", "deit-b", "lvvit_m", "lvvit-m")  # in float16 they take
     ("case_id", "parity"),  # a case's weights are made once for both
     [
         pytest.param(
-            case.id, parity, marks=pytest.mark.slow if parity is float16_is_as_exact_as_plain_float16 else case.marks
+            case.id, parity, marks=case.marks or [pytest.mark.slow] * (parity is not float32_gives_the_official_answer)
         )
         for case in EVERY_CASE
         for parity in (float32_gives_the_official_answer, float16_is_as_exact_as_plain_float16)
