@@ -56,7 +56,7 @@ def test_what_is_done_is_not_done_again(checkpoint, monkeypatch):
     assert command.main([*argv, *paths[:3], paths[0]]) == 0
     assert [line["image"] for line in lines(Path("r.jsonl").read_text())] == paths[:3]
     opened = []
-    monkeypatch.setattr("dvit_infer.images.stream.open_image", lambda path: opened.append(path) or open_image(path))
+    monkeypatch.setattr("dvit_infer.images.decoded.open_image", lambda path: opened.append(path) or open_image(path))
     assert command.main([*argv, "d"]) == 0
     assert opened == paths[3:]
     assert [line["image"] for line in lines(Path("r.jsonl").read_text())] == paths
