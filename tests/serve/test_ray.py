@@ -60,6 +60,14 @@ def started(module: str, *argv: str, before: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *argv], text=True, env=env, start_new_session=True, **pipes)
 
 
+def wait_for_end(session: int) -> None:
+    for _ in range(2000):
+        if not of_session(session):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"still running: {of_session(session)}")
+
+
 def wait_for_lines(path: str, count: int, process: subprocess.Popen[str]) -> None:
     while process.poll() is None and (not os.path.exists(path) or Path(path).read_bytes().count(b"\n") < count):
         time.sleep(0.01)
@@ -105,8 +113,7 @@ def test_an_interrupt_leaves_nothing_running_and_the_same_command_goes_on(engine
     wait_for_lines(f"emb/{IMAGES}", 16, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert (process.communicate()[1], process.returncode) == ("error: interrupted\n", 130)
-    while of_session(process.pid):
-        time.sleep(0.05)
+    wait_for_end(process.pid)
     done = Path("emb", IMAGES).read_bytes().count(b"\n")
     assert 16 <= done < 3000
     process = started(*argv)
@@ -117,8 +124,7 @@ def test_an_interrupt_leaves_nothing_running_and_the_same_command_goes_on(engine
     for name in (IMAGES, INDEX):
         assert Path("emb", name).read_bytes() == Path("alone", name).read_bytes()
     np.testing.assert_allclose(np.load(f"emb/{FEATURES}"), np.load(f"alone/{FEATURES}"), atol=1e-5)
-    while of_session(process.pid):
-        time.sleep(0.05)
+    wait_for_end(process.pid)
 
 
 def test_datasets(cluster, engine, checkpoint):
