@@ -135,7 +135,7 @@ def test_the_ops_are_called_and_agree_around_the_kernels(kind, method, settings,
     assert set(calls) == called
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(("kind", "method", "settings", "called"), CASES)
 def test_so_do_all_kernels(kind, method, settings, called, monkeypatch):
     calls = ops_called(monkeypatch)
@@ -175,7 +175,7 @@ def test_given_choices_are_moved_by_pytorch(method, monkeypatch):
     assert set(calls) == {"attention_with_signal"}
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize(("kind", "method", "settings", "called"), CASES)
 def test_float16_is_verified(kind, method, settings, called):
     model = tiny(kind, method, (24, 40), settings)

@@ -11,7 +11,10 @@ import dvit_infer as dvit
 BACKENDS = {"torch": 2e-5, "openvino": 1e-4}  # farthest from the owner
 EVERYWHERE = [
     pytest.param(
-        case, backend, marks=[] if case in QUICK and backend == "torch" else pytest.mark.slow, id=f"{case}-{backend}"
+        case,
+        backend,
+        marks=pytest.mark.large if case not in QUICK else [] if backend == "torch" else pytest.mark.slow,
+        id=f"{case}-{backend}",
     )
     for case in CASES
     for backend in BACKENDS
