@@ -211,6 +211,7 @@ def test_a_second_interrupt_does_not_wait_for_a_slow_sender():
         port = served.said("ready")[0]["port"]
         with socket.create_connection((HOST, port)) as slow:
             slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+            ask(port, "POST", "/predict", png(0))  # when it is answered, the other was taken too
             for _ in range(2):
                 served.process.send_signal(signal.SIGINT)
                 served.said("Shutting down")
