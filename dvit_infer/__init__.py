@@ -8,10 +8,11 @@ from dvit_infer.utils.openmp import shorten_spins
 
 if TYPE_CHECKING:
     from dvit_infer.config import Config
-    from dvit_infer.engine import Engine, convert, load, load_reference
+    from dvit_infer.engine import Engine, convert, load
     from dvit_infer.errors import InputError
     from dvit_infer.evaluate.embed import embed
     from dvit_infer.evaluate.visualize import draw_heat_map, draw_kept
+    from dvit_infer.models.recognised import load_reference
     from dvit_infer.models.registry import list_archs
     from dvit_infer.onnx.engine import load_onnx
     from dvit_infer.onnx.export import export_onnx
@@ -38,7 +39,7 @@ _HOME = {
     "list_archs": "models.registry",
     "load": "engine",
     "load_onnx": "onnx.engine",
-    "load_reference": "engine",
+    "load_reference": "models.recognised",
     "pack_predictor": "ops.prune_tokens",
     "prune_tokens": "ops.prune_tokens",
     "ray": "serve.ray_data",  # the module

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from dvit_infer.backends import runner_for
 from dvit_infer.backends.openvino import OpenVinoRunner
 from dvit_infer.backends.openvino_model import constants_of, openvino_model
 from dvit_infer.backends.ranges import activation_ranges
-from dvit_infer.classifier import Classifier, Source, Verifiable
+from dvit_infer.classifier import Classifier, Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
 from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.images.calibration import AT_ONCE, calibration_images
 from dvit_infer.images.tensors import check_images
-from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.checkpoint import Checkpoint, Source, read_checkpoint
 from dvit_infer.models.folded import FoldedWeights, folded_graph
 from dvit_infer.models.header import HEADER_KEY, header_text
 from dvit_infer.models.labels import labels_of
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reading import Note
-from dvit_infer.models.registry import build_reference, recognise, unused_keys
+from dvit_infer.models.recognised import recognised
+from dvit_infer.models.registry import recognise, unused_keys
 from dvit_infer.models.source import WeightSource
 from dvit_infer.utils.devices import is_int8, resolve_device, resolve_dtype
 from dvit_infer.utils.files import atomic_write, check_output
@@ -283,52 +283,6 @@ def calibrated(config: Config, checkpoint: Checkpoint, images: str | Path | torc
     return replace(config, ranges=activation_ranges(graph, batches))
 
 
-def load_reference(
-    source: Source,
-    *,
-    arch: str | None = None,
-    keep_rate: float | Sequence[float] | None = None,
-    prune_at: Sequence[int] | None = None,
-    method: str | None = None,
-    merge: int | str | Sequence[int] | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    assume: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """Return the reference model of a checkpoint: plain PyTorch, official names, float32, CPU, evaluation mode.
-
-    Its forward returns logits (B, K), with `return_kept=True` also the kept positions; after `.train()` it returns a
-    `TrainOutput` (models/reference.py). Arguments and errors are as for `convert`.
-    """
-    checkpoint, config, _ = recognised(source, arch, keep_rate, prune_at, method, merge, image_size, assume)
-    return build_reference(config, checkpoint)
-
-
 def checkpoint_of(engine: Classifier, source: Source) -> Checkpoint:
     """Return the checkpoint of an engine, with the set of weights that the engine uses."""
     return read_checkpoint(source, engine.config.weights, or_bare=True)
-
-
-def recognised(
-    source: Source,
-    arch: str | None = None,
-    keep_rate: float | Sequence[float] | None = None,
-    prune_at: Sequence[int] | None = None,
-    method: str | None = None,
-    merge: int | str | Sequence[int] | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    assume: Mapping[str, Any] | None = None,
-) -> tuple[Checkpoint, Config, list[Note]]:
-    """Read a checkpoint; return it, what model it is, and the facts read, assumed or given. Arguments: as `convert`.
-
-    Raises:
-        InputError: As for `convert`.
-    """
-    if assume is not None and not isinstance(assume, Mapping):
-        raise InputError(f"assume: a dict such as {{'num_heads': 6}} is expected, not {assume!r}")
-    given = dict(assume or {})
-    for what, value in (("keep_rate", keep_rate), ("prune_at", prune_at), ("merge", merge)):
-        if value is not None:
-            given[what] = value
-    checkpoint = read_checkpoint(source, given.get("weights"))
-    config, notes = recognise(checkpoint, arch, given, {"method": method, "image_size": image_size})
-    return checkpoint, config, notes

@@ -13,8 +13,8 @@ from golden_cases import case_images, official_checkpoint, options
 from safetensors.torch import load_file
 
 import dvit_infer as dvit
-from dvit_infer import engine as engine_module
 from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models import recognised
 
 CASES = ["tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"]
 DISTILLED = "timm-deit_small_distilled_patch16_224"
@@ -171,7 +171,7 @@ def test_a_tensor_that_was_replaced_leaves_the_engine_its_own(tmp_path):
 def test_a_file_that_is_replaced_while_it_is_converted_is_not_saved(checkpoint, tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pth"
     shutil.copy(checkpoint, path)
-    recognise = engine_module.recognise
+    recognise = recognised.recognise
 
     def meanwhile(*given):
         content = torch.load(path, weights_only=False)
@@ -179,7 +179,7 @@ def test_a_file_that_is_replaced_while_it_is_converted_is_not_saved(checkpoint, 
         torch.save(content, path)
         return recognise(*given)
 
-    monkeypatch.setattr(engine_module, "recognise", meanwhile)
+    monkeypatch.setattr(recognised, "recognise", meanwhile)
     engine = dvit.convert(path, device="cpu", assume={"num_heads": 2})
     with pytest.raises(dvit.InputError, match=r"ckpt\.pth: has changed since"):
         engine.save(tmp_path / "n.safetensors")

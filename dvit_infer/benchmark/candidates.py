@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from dvit_infer.backends.openvino import OpenVinoRunner
-from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine, calibrated, placed
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
-from dvit_infer.models.checkpoint import Checkpoint, read_checkpoint
+from dvit_infer.models.checkpoint import Checkpoint, Source, read_checkpoint
 from dvit_infer.models.example import example_checkpoint
 from dvit_infer.models.reading import Note
 from dvit_infer.models.reference import Reference

@@ -16,12 +16,12 @@ from dvit_infer.benchmark.outcome import PruningSpeedup
 from dvit_infer.benchmark.owners import owner_candidate
 from dvit_infer.benchmark.roofline import Limits, NodeTime, time_nodes
 from dvit_infer.benchmark.timing import Row, Timing
-from dvit_infer.classifier import Source
 from dvit_infer.engine import Engine
 from dvit_infer.errors import InputError
 from dvit_infer.graph.graph import Graph
 from dvit_infer.graph.nodes import Attention, Mlp
 from dvit_infer.images.synthetic import sample_images
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_reference
 from dvit_infer.parity.agreement import Expected, check_approximate, check_exact, unchecked

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Classifier
 from dvit_infer.engine import checkpoint_of
 from dvit_infer.errors import InputError
 from dvit_infer.evaluate.one_logit import as_classes, check_classes
@@ -15,6 +15,7 @@ from dvit_infer.images.labelled import Labelled
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, batch_size, batches, decode, pixels, running, worker_count
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.preprocessing import preprocess_for
 from dvit_infer.models.reference import Reference
 from dvit_infer.models.registry import build_reference

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Classifier
 from dvit_infer.engine import convert
 from dvit_infer.errors import InputError
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.onnx.engine import is_onnx, load_onnx
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Classifier
 from dvit_infer.evaluate.one_logit import as_classes, check_classes
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import Decoded, Entry, batch_size, batches, decode, pixels, running
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.preprocessing import preprocess_for
 
 TOP = 5

@@ -33,6 +33,8 @@ _WORTH_RELEASING = 1 << 20  # bytes
 _PLANS = (swin.plan_of, convnext.plan_of, vit.plan_of)  # the first that knows the keys
 _COUNTERS = (torch.int64, torch.int32, *_DTYPES)  # BatchNorm's num_batches_tracked, which is not used
 
+Source = str | Path | Mapping[str, Any] | nn.Module  # what a checkpoint is read from
+
 
 @dataclass
 class Checkpoint:
@@ -81,9 +83,7 @@ class Checkpoint:
         return sum(n for key, n in weights.items() if unused is None or not re.match(unused, key))
 
 
-def read_checkpoint(
-    source: str | Path | Mapping[str, Any] | nn.Module, weights: str | None = None, or_bare: bool = False
-) -> Checkpoint:
+def read_checkpoint(source: Source, weights: str | None = None, or_bare: bool = False) -> Checkpoint:
     """Read weights and what is known beside them; those of a vision transformer get timm's names, whosever they were.
 
     Args:

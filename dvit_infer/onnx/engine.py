@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from dvit_infer.classifier import Source, Verifiable
+from dvit_infer.classifier import Verifiable
 from dvit_infer.config import Config
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.header import HEADER_KEY
 from dvit_infer.models.labels import checked_labels
 from dvit_infer.models.registry import config_of

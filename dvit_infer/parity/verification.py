@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 
 from dvit_infer.backends.precision import as_asked
-from dvit_infer.classifier import Source, Verifiable
+from dvit_infer.classifier import Verifiable
 from dvit_infer.engine import Engine, checkpoint_of
 from dvit_infer.errors import InputError
 from dvit_infer.graph import Graph, Node
 from dvit_infer.images.synthetic import sample_images, sample_uint8_images
 from dvit_infer.images.tensors import normalise
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.folded import folded_graph
 from dvit_infer.models.reference import EvalOutput, Reference
 from dvit_infer.models.registry import build_reference

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from dvit_infer.backends.captured import BUCKETS
-from dvit_infer.classifier import Classifier, Source
+from dvit_infer.classifier import Classifier
 from dvit_infer.errors import InputError
 from dvit_infer.evaluate.predictions import Prediction, model_id, predictions_of
 from dvit_infer.images.decode import open_bytes
 from dvit_infer.images.preprocess import Preprocess
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.serve.batcher import Batcher, Meter
 from dvit_infer.serve.settings import Settings
 

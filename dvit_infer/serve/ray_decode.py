@@ -71,8 +71,8 @@ class Decode:
 
 
 def _preprocess_of(model: str | Path, crop_pct: float | None, convert: dict[str, Any]) -> Preprocess:
-    from dvit_infer.engine import recognised
     from dvit_infer.models.preprocessing import preprocess_for
+    from dvit_infer.models.recognised import recognised
     from dvit_infer.onnx.engine import is_onnx, load_onnx
 
     known = ("arch", "keep_rate", "prune_at", "method", "merge", "image_size", "assume")

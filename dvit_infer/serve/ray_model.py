@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dvit_infer.classifier import Source
 from dvit_infer.errors import InputError
 from dvit_infer.models.beside import FILES
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.containers import tensor_files
 from dvit_infer.models.hub import is_hub_name, local_folder
 from dvit_infer.onnx.engine import is_onnx

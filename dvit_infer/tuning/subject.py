@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from dvit_infer.classifier import Source
 from dvit_infer.config import Config
 from dvit_infer.engine import Engine, calibrated, placed
 from dvit_infer.errors import InputError
-from dvit_infer.models.checkpoint import read_checkpoint
+from dvit_infer.models.checkpoint import Source, read_checkpoint
 from dvit_infer.models.reading import Note
 from dvit_infer.models.registry import recognise
 from dvit_infer.models.source import WeightSource

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dvit_infer.classifier import Source
 from dvit_infer.errors import InputError
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.images.stream import batch_size, check_fits
+from dvit_infer.models.checkpoint import Source
 from dvit_infer.models.header import header_text
 from dvit_infer.tuning.final import Final
 from dvit_infer.tuning.measure import Measure

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +61,24 @@ def started(module: str, *argv: str, before: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *argv], text=True, env=env, start_new_session=True, **pipes)
 
 
-def wait_for_end(session: int) -> None:
-    for _ in range(2000):
-        if not of_session(session):
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Ask another process's state until it is so; files and /proc wake nobody up. Ten minutes are a failure."""
+    for _ in range(12_000):
+        if is_so():
             return
         time.sleep(0.05)
-    raise AssertionError(f"still running: {of_session(session)}")
+    raise AssertionError("it never was")
+
+
+def wait_for_end(session: int) -> None:
+    wait_until(lambda: not of_session(session))
 
 
 def wait_for_lines(path: str, count: int, process: subprocess.Popen[str]) -> None:
-    while process.poll() is None and (not os.path.exists(path) or Path(path).read_bytes().count(b"\n") < count):
-        time.sleep(0.01)
+    def written() -> bool:
+        return os.path.exists(path) and Path(path).read_bytes().count(b"\n") >= count
+
+    wait_until(lambda: process.poll() is not None or written())
     assert process.poll() is None, process.communicate()
 
 
