@@ -30,6 +30,7 @@ from dvit_infer.graph.reductions import Reduce
 from dvit_infer.graph.tokens import Tokens
 from dvit_infer.images.tensors import prepare
 from dvit_infer.utils.mapping import release_file, released_meanwhile
+from dvit_infer.utils.memory import return_freed
 
 # Values of a row that share a range in dynamic quantisation. DeiT-S/0.7 on two threads of a Xeon, batch 1, 8, 32: with
 # 32 of them 1.3 x float32, with 64 1.5 x, with 128 1.65, 1.67 and 1.54 x, as with 384.
@@ -214,6 +215,7 @@ class OpenVinoRunner:
             model, path = self._model(form.variant, graph)
             if take and path is not None and graph is not None:
                 graph.forget()
+                return_freed()  # what the heap keeps of them would stand beside the packed weights
             if form.images is not None:
                 model.reshape({given: [form.images, *list(given.partial_shape)[1:]] for given in model.inputs})
             with released_meanwhile(path):
