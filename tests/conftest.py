@@ -30,7 +30,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Rooms whose tests are not about what runs an engine; those of the golden models are about that too, and the slow ones.
+# Rooms whose tests are not about what runs an engine; those of the golden models are about that too, and slow ones of the
+# commands run what users run.
 ROOMS_OF_PYTORCH = ("cli", "evaluate", "graph", "images", "models", "ops", "reduction", "serve", "training", "tuning")
 GOLDEN = ("test_golden_vits.py", "test_golden_reductions.py")
 
@@ -39,7 +40,8 @@ GOLDEN = ("test_golden_vits.py", "test_golden_reductions.py")
 def _pytorch_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let PyTorch run the engines of those rooms: compiling each of them in OpenVINO takes longer than all else."""
     room = request.path.relative_to(Path(__file__).parent).parts[0]
-    if room in ROOMS_OF_PYTORCH and request.path.name not in GOLDEN and "slow" not in request.keywords:
+    default = request.path.name in GOLDEN or (room == "cli" and "slow" in request.keywords)
+    if room in ROOMS_OF_PYTORCH and not default:
         monkeypatch.setattr("dvit_infer.backends.why_not_openvino", lambda graph: "not in these tests")
 
 

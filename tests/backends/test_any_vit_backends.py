@@ -35,7 +35,9 @@ def test_the_cpu_backend(kind, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "random"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
+)
 def test_reduced_precision_is_verified(kind, method):
     """At most twice the error of plain PyTorch: logits, features, and every node."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -51,7 +53,7 @@ def test_reduced_precision_is_verified(kind, method):
 @pytest.mark.interpreter
 @needs_loops
 @pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
 )
 def test_the_triton_backend_around_its_kernels(kind):
     """With PyTorch in place of linears and attention, which are slow to interpret."""

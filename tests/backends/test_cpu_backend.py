@@ -79,7 +79,7 @@ METHODS = [("tome", {}), ("evit", {}), ("evit", {"fuse": False}), ("tome", {"pro
     ("kind", "method", "settings"),
     [("deit", *METHODS[0]), ("headless-mean", *METHODS[1])]
     + [
-        pytest.param(kind, *case, marks=pytest.mark.slow)
+        pytest.param(kind, *case, marks=pytest.mark.slow if kind in FEW else pytest.mark.large)
         for kind in KINDS
         for case in (METHODS if kind in FEW else METHODS[:2])
     ],

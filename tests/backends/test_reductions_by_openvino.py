@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from any_vit import CPU, FEW, KINDS, agrees, tiny
+from any_vit import CPU, FEW, agrees, every_reduction, tiny
 
 import dvit_infer as dvit
 from dvit_infer.backends.openvino import OpenVinoRunner
@@ -22,22 +22,7 @@ from dvit_infer.operators.openvino import OpenVinoBuilder
 ODD, EVEN = (24, 40), (24, 56)  # with a class token 16 and 22 tokens, without one 15 and 21
 TOLERANCE = 2e-5
 
-METHODS = [
-    ("tome", {"merge": 3}),
-    ("evit", {}),
-    ("tome", {"merge": (100, 2)}),
-    ("tome", {"merge": 2, "prop_attn": False}),
-    ("evit", {"fuse": False}),
-    ("evit", {"score": "pooled"}),
-]
-USUAL = (0, 1)  # one of them for every kind
-QUICK = {("deit", 0), ("beit", 1)}
-EVERY = [
-    pytest.param(kind, *METHODS[i], marks=[] if (kind, i) in QUICK else pytest.mark.slow, id=f"{kind}-{method}-{i}")
-    for at, kind in enumerate(KINDS)
-    for i, (method, _) in enumerate(METHODS)
-    if kind in FEW or (kind, i) in QUICK or i == USUAL[at % 2]
-]
+EVERY = every_reduction(("deit", 0), ("beit", 1))
 
 
 def runner_of(model):
@@ -73,7 +58,7 @@ def test_it_answers_as_the_reference(kind, method, settings):
     check_given(runner, model)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("method", ["evit", "tome"])
 @pytest.mark.parametrize("kind", FEW)
 def test_so_it_does_at_another_size(kind, method):
@@ -136,7 +121,7 @@ BFLOAT16 = [
 ]
 
 
-@pytest.mark.parametrize("size", [ODD, pytest.param(EVEN, marks=pytest.mark.slow)], ids=["odd", "even"])
+@pytest.mark.parametrize("size", [ODD, pytest.param(EVEN, marks=pytest.mark.large)], ids=["odd", "even"])
 @pytest.mark.parametrize(
     ("kind", "method", "settings"),
     [BFLOAT16[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in BFLOAT16[1:])],
@@ -147,7 +132,7 @@ def test_bfloat16_is_verified(kind, method, settings, size):
     assert report.passed, report
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("method", ["evit", "tome"])
 @pytest.mark.parametrize("kind", FEW)
 def test_bfloat16_of_every_kind_is_verified(kind, method):
@@ -169,7 +154,11 @@ def int8_engine(model, static):
 @pytest.mark.parametrize(
     ("kind", "method"),
     [("deit", "tome"), pytest.param("deit", "evit", marks=pytest.mark.slow)]
-    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in ("beit", "eva02") for method in ("tome", "evit")],
+    + [pytest.param("beit", "tome", marks=pytest.mark.slow)]
+    + [
+        pytest.param(*case, marks=pytest.mark.large)
+        for case in (("beit", "evit"), ("eva02", "tome"), ("eva02", "evit"))
+    ],
 )
 def test_int8_is_close_and_verified(kind, method, static):
     """With the reference's choices; linears of few channels are coarse."""

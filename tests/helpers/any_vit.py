@@ -73,6 +73,32 @@ DROPPING = ["random", pytest.param("none", marks=pytest.mark.slow), pytest.param
 # Together every part that a backend runs in a way of its own.
 FEW = ("clip", "dinov2-registers", "eva02", "beit", "siglip", "distilled")
 
+# Reductions without training, the two usual ones first.
+REDUCTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("tome", {"merge": 3}),
+    ("evit", {}),
+    ("tome", {"merge": (100, 2)}),
+    ("tome", {"merge": 2, "prop_attn": False}),
+    ("evit", {"fuse": False}),
+    ("evit", {"score": "pooled"}),
+]
+
+
+def every_reduction(*quick: tuple[str, int]) -> list[Any]:
+    """Cases (kind, method, settings): a usual reduction of every kind, every one of some kinds.
+
+    Those of `quick`, a kind and the place of a reduction, are quick tests. Of the others `make test` has a usual one of
+    every kind, and each of the rest once.
+    """
+    cases = []
+    for at, kind in enumerate(KINDS):
+        for i, (method, settings) in enumerate(REDUCTIONS):
+            once = i == at % 2 if i < 2 else kind == FEW[i]
+            if once or kind in FEW or (kind, i) in quick:
+                marks = () if (kind, i) in quick else pytest.mark.slow if once else pytest.mark.large
+                cases.append(pytest.param(kind, method, settings, marks=marks, id=f"{kind}-{method}-{i}"))
+    return cases
+
 
 @dataclass(frozen=True)
 class Tiny:

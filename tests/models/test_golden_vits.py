@@ -61,7 +61,7 @@ def test_reference_and_engine_answer_as_the_owner(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),  # the quick tests have every fourth case, and the dtypes by turns
-    [pytest.param(case, dtype, marks=[pytest.mark.slow] * (at % 8 != 4 * other))
+    [pytest.param(case, dtype, marks=[pytest.mark.large] * (at % 8 != 4 * other))
      for at, case in enumerate(TINY) for other, dtype in enumerate(DTYPES)],
 )  # fmt: skip
 def test_reduced_precision_errs_as_plain_pytorch_does(case, dtype, written):

@@ -55,7 +55,7 @@ TIMMS += ("fc_norm.", "attn_pool.", "pre_logits.fc.", "head.", "head_dist.", "ro
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if at % 4 == 0 and case in SAVED else pytest.mark.slow)
+        pytest.param(case, marks=pytest.mark.large if case in MORE else () if at % 4 == 0 else pytest.mark.slow)
         for at, case in enumerate({**SAVED, **MORE})
     ],
 )

@@ -22,6 +22,7 @@ from dvit_infer.onnx.writer import onnx_model
 CPU = torch.device("cpu")
 QUICK = ("clip", "dinov3", "eva02", "beit", "qk-norm", "siglip")  # together every operator that is written
 SOME = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+MOST = [kind for kind in KINDS if kind not in QUICK]
 
 
 def written(model, path, **given):
@@ -32,7 +33,7 @@ def written(model, path, **given):
 
 @pytest.mark.parametrize(
     ("method", "opset"),
-    [("predictor", 17), *(pytest.param(method, 20, marks=pytest.mark.slow) for method in ("predictor", "none"))],
+    [("predictor", 17), *(pytest.param(method, 20, marks=pytest.mark.large) for method in ("predictor", "none"))],
 )
 @pytest.mark.parametrize("kind", SOME)
 def test_the_references_answers(kind, method, opset, tmp_path):
@@ -53,7 +54,15 @@ def test_the_references_answers(kind, method, opset, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "opset"), [*((kind, 20) for kind in KINDS), *((kind, 17) for kind in QUICK)])
+@pytest.mark.parametrize(
+    ("kind", "opset"),
+    [(kind, 20) for kind in QUICK]
+    + [
+        pytest.param(kind, opset, marks=pytest.mark.large)
+        for kinds, opset in ((MOST, 20), (QUICK, 17))
+        for kind in kinds
+    ],
+)
 def test_float16(kind, opset, tmp_path):
     model = tiny(kind, "predictor")
     report = dvit.verify(written(model, tmp_path / "m.onnx", opset=opset, dtype="float16"), model.state, num_images=4)
@@ -74,7 +83,15 @@ def test_norms_softmax_rotation_and_pooling_are_float32_in_a_float16_file(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "static"), [*((kind, True) for kind in KINDS), *((kind, False) for kind in QUICK)])
+@pytest.mark.parametrize(
+    ("kind", "static"),
+    [(kind, True) for kind in QUICK]
+    + [
+        pytest.param(kind, static, marks=pytest.mark.large)
+        for kinds, static in ((MOST, True), (QUICK, False))
+        for kind in kinds
+    ],
+)
 def test_int8(kind, static, tmp_path):
     """Linears of every kind; the scores and the rest stay float32."""
     model = tiny(kind, "predictor")
@@ -171,7 +188,7 @@ def test_an_embedding_of_another_width_than_the_headers_is_found(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.large) for kind in MOST)])
 def test_inlined_in_openvino(kind, tmp_path):
     pytest.importorskip("openvino")
     model = tiny(kind, "predictor")

@@ -29,7 +29,7 @@ def exported(case_id, path, **given):
     return onnx.load(path)
 
 
-@pytest.mark.parametrize("inline", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inline", [False, pytest.param(True, marks=pytest.mark.large)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("opset", IR_VERSIONS)
 @pytest.mark.parametrize("case_id", CASES)
@@ -65,7 +65,7 @@ def test_bytes_as_images(opset, tmp_path):
     assert (model(images) - engine(images)).abs().max() <= 2e-4
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("opset", IR_VERSIONS)
 @pytest.mark.parametrize("static", [False, True])
 def test_int8_in_every_opset(static, opset, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from any_vit import FEW, KINDS, tiny
+from any_vit import FEW, REDUCTIONS, every_reduction, tiny
 from onnx.numpy_helper import to_array
 
 import dvit_infer as dvit
@@ -19,22 +19,7 @@ CPU = torch.device("cpu")
 SIZE = (24, 40)  # 15 patches
 TOLERANCE = 2e-5
 
-METHODS = [
-    ("tome", {"merge": 3}),
-    ("evit", {}),
-    ("tome", {"merge": (100, 2)}),
-    ("tome", {"merge": 2, "prop_attn": False}),
-    ("evit", {"fuse": False}),
-    ("evit", {"score": "pooled"}),
-]
-USUAL = (0, 1)  # one of them for every kind
-QUICK = {("deit", 0), ("qk-norm", 2), ("beit", 1)}
-EVERY = [
-    pytest.param(kind, *METHODS[i], marks=[] if (kind, i) in QUICK else pytest.mark.slow, id=f"{kind}-{method}-{i}")
-    for at, kind in enumerate(KINDS)
-    for i, (method, _) in enumerate(METHODS)
-    if kind in FEW or (kind, i) in QUICK or i == USUAL[at % 2]
-]
+EVERY = every_reduction(("deit", 0), ("qk-norm", 2), ("beit", 1))
 OPSETS = [17, 18, 20, 21]
 
 
@@ -109,8 +94,8 @@ def test_files_are_valid_and_of_operators_that_runtimes_know(opset, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "method", "settings"), [("beit", *METHODS[i]) for i in range(len(METHODS))])
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize(("kind", "method", "settings"), [("beit", *reduction) for reduction in REDUCTIONS])
+@pytest.mark.parametrize("opset", [OPSETS[0], *(pytest.param(opset, marks=pytest.mark.large) for opset in OPSETS[1:])])
 def test_every_opset_answers(opset, kind, method, settings, tmp_path):
     """At every level of ONNX Runtime's optimisation; inlined as well."""
     model = tiny(kind, method, SIZE, settings)
@@ -124,13 +109,11 @@ def test_every_opset_answers(opset, kind, method, settings, tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(kept, expected.kept, strict=True))
 
 
-FLOAT16 = [(kind, method) for kind in FEW for method in ("evit", "tome")]
-
-
-@pytest.mark.parametrize("opset", [20, pytest.param(17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("opset", [20, pytest.param(17, marks=pytest.mark.large)])
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [case if case == ("deit", "tome") else pytest.param(*case, marks=pytest.mark.slow) for case in FLOAT16],
+    [("deit", "tome")]
+    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in FEW for method in ("evit", "tome")],
 )
 def test_float16_is_verified(kind, method, opset, tmp_path):
     model = tiny(kind, method, SIZE)
@@ -172,7 +155,7 @@ def test_int8_keeps_what_decides_in_float32(method, static, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
 @pytest.mark.parametrize("method", ["evit", "tome"])
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", [FEW[0], *(pytest.param(kind, marks=pytest.mark.large) for kind in FEW[1:])])
 def test_int8_is_close_and_verified(kind, method, static, tmp_path):
     """With the reference's choices; linears of few channels are coarse."""
     model = tiny(kind, method)

@@ -173,7 +173,7 @@ def test_tokens_of_the_last_block_are_reduced_only_for_those_who_ask(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("deit", "beit") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind in ("deit", "beit") else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
 )
 def test_reduced_precision_is_verified(kind, method):
     for dtype in (torch.bfloat16, torch.float16):
