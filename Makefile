@@ -1,5 +1,5 @@
 # Three commands: `make demo`, `make check` (lint, types, imports, the quick tests: minutes) and `make test` (also the
-# slow ones; with ALL=1 large models and shapes too). Each sets up .venv by itself. WORKERS=8 uses more processes.
+# slow ones; with ALL=1 large models and shapes, and every combination). Each sets up .venv by itself. WORKERS=8 uses more processes.
 # `make docs` serves the manual of docs/ on http://127.0.0.1:8000; .venv/bin/mkdocs build writes it to build/manual.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
@@ -17,20 +17,27 @@
 # `make dist` builds the wheel and the sdist into dist/, and uses the wheel in a fresh environment (build/dist).
 PYTHON ?= python3
 BIN := .venv/bin
+USABLE := .venv/.usable
 READY := .venv/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: demo docs lint check test emulate bench proof gpu gpu-second gpu-cache native aot dist clean
 .DELETE_ON_ERROR:
 
-$(READY): pyproject.toml setup.py constraints.txt
+# What a user installs, which is all that the demo needs; and what developers need on top.
+$(USABLE): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) '.[cpu,probe]'
+	touch $@
+
+$(READY): $(USABLE)
+	$(INSTALL) '.[dev]'
 	touch $@
 
 DIGITS := bench/proof/digits-0.7.pth
 
-demo: $(READY)
+demo: $(USABLE)
 	mkdir -p build/demo
 	$(BIN)/python bench/proof/pictures.py build/demo/pictures 1000
 	$(BIN)/dvit-convert $(DIGITS) -o build/demo/digits.dvit.safetensors

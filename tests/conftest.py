@@ -30,8 +30,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Rooms whose tests are not about what runs an engine; those of the golden models are about that too, and slow ones of the
-# commands run what users run.
+# Rooms whose tests are not about what runs an engine; those of the golden models are about that too, and the slow ones
+# of the commands, which run what users run.
 ROOMS_OF_PYTORCH = ("cli", "evaluate", "graph", "images", "models", "ops", "reduction", "serve", "training", "tuning")
 GOLDEN = ("test_golden_vits.py", "test_golden_reductions.py")
 
