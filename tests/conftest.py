@@ -16,7 +16,7 @@ from golden_cases import official_checkpoint
 
 from dvit_infer.backends import openvino_cache
 
-# A kernel that fails is to fail its test, not to be replaced; tests/ops/test_fallback.py takes this away.
+# A kernel that fails is to fail its test, not to be replaced; `_kernels_as_users_have_them` takes this away.
 os.environ["DVIT_KERNELS"] = "require"
 
 # Caches are the tests' own.
@@ -92,6 +92,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("official") / "tiny.pth.tar"
     torch.save(official_checkpoint("tiny-deit-r0.7-s1"), path)
     return path
+
+
+@pytest.fixture
+def _kernels_as_users_have_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing set, nothing given up on, nothing remembered."""
+    monkeypatch.delenv("DVIT_KERNELS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("dvit_infer.ops.fallback._given_up", {})
 
 
 @pytest.fixture
