@@ -1,13 +1,14 @@
-"""ONNX files for tests: one that dvit-convert wrote, and some of another origin."""
+"""ONNX files for tests: of golden cases, one that dvit-convert wrote, and some of another origin."""
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from commands import TINY as TINY_FACTS
-from golden_cases import official_checkpoint
+from golden_cases import official_checkpoint, options
 from onnx import TensorProto, helper, numpy_helper
 
+import dvit_infer as dvit
 from dvit_infer.cli import convert
 
 TINY = "tiny-deit-r0.7-s1"
@@ -30,6 +31,13 @@ def a_model(checkpoint, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def exported(case_id, path, dtype="float32", **given):
+    """The case's checkpoint as an ONNX file at `path`."""
+    engine = dvit.convert(official_checkpoint(case_id), device="cpu", **options(case_id))
+    dvit.export_onnx(engine, path, dtype=dtype, **given)
+    return path
 
 
 def foreign(path, shape=("b", 3, 32, 32), element=TensorProto.FLOAT, inputs=1):
