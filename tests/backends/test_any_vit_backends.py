@@ -53,7 +53,7 @@ def test_reduced_precision_is_verified(kind, method):
 @pytest.mark.interpreter
 @needs_loops
 @pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
+    "kind", [kind if kind in (*QUICK, "distilled") else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
 )
 def test_the_triton_backend_around_its_kernels(kind):
     """With PyTorch in place of linears and attention, which are slow to interpret."""

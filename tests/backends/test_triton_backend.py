@@ -15,7 +15,7 @@ from dvit_infer.ops.choices import Choices, using
 
 pytestmark = [pytest.mark.interpreter, needs_loops]
 TRITON, PYTORCH = Choices(otherwise="triton"), Choices(otherwise="pytorch")
-TINY = "tiny-deit-r0.7-s1"
+TINY, TINY_LVVIT = "tiny-deit-r0.7-s1", "tiny-lvvit-r0.7-s1"  # the latter of smaller images
 
 
 def converted(case_id, dtype="float32", **more):
@@ -30,7 +30,7 @@ def converted(case_id, dtype="float32", **more):
     ("case_id", "choices"),
     [
         pytest.param(TINY, TRITON, marks=pytest.mark.slow),
-        ("tiny-lvvit-r0.7-s1", TRITON),
+        (TINY_LVVIT, TRITON),
         pytest.param("tiny-deit-r0.7-s41-tame", PYTORCH, marks=pytest.mark.slow),
     ],
     ids=["deit-kernels", "lvvit-kernels", "deit-pytorch"],
@@ -46,7 +46,7 @@ def test_agrees_with_the_golden_case(case_id, choices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
+@pytest.mark.parametrize("case_id", [pytest.param(TINY, marks=pytest.mark.large), TINY_LVVIT])
 def test_float16_strays_no_further_than_plain_pytorch(case_id):
     checkpoint, images = official_checkpoint(case_id), case_images(case_id)[:1]
     reference = dvit.load_reference(checkpoint, **options(case_id))
@@ -58,7 +58,7 @@ def test_float16_strays_no_further_than_plain_pytorch(case_id):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case_id", [TINY, "tiny-lvvit-r0.7-s1"])
+@pytest.mark.parametrize("case_id", [pytest.param(TINY, marks=pytest.mark.large), TINY_LVVIT])
 def test_uint8_is_normalised_inside(case_id):
     engine = converted(case_id)
     raw = (case_images(case_id)[:1] * 60 + 120).clamp(0, 255).to(torch.uint8)
@@ -83,7 +83,7 @@ def test_every_nodes_output_can_be_hooked():
         torch.testing.assert_close(seen[name], out, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_distillation_token_and_dense():
     checkpoint = official_checkpoint("timm-deit_small_distilled_patch16_224")
     engine = dvit.convert(checkpoint, device="cpu")
@@ -103,8 +103,8 @@ def test_an_unfolded_graph_is_refused():
 @pytest.mark.slow
 def test_a_runner_can_be_copied_and_pickled():
     with using(PYTORCH):
-        runner = converted(TINY).runner
-        images = case_images(TINY)[:1]
+        runner = converted(TINY_LVVIT).runner
+        images = case_images(TINY_LVVIT)[:1]
         expected = runner.run(images).x
         for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
             assert torch.equal(other.run(images).x, expected)

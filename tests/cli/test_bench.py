@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from any_vit import SIZE
+from any_vit import tiny as small_vit
 from commands import fails
 from golden_cases import official_checkpoint, state_dict
 from golden_vits import size_of, write
@@ -142,7 +144,7 @@ def test_every_size_of_batch_is_compiled(monkeypatch):
         compiled.append(inputs)
         return graph.forward
 
-    model = dvit.load_reference(official_checkpoint("tiny-deit-r0.7-s1"), assume={"num_heads": 2})
+    model = small_vit("deit", depth=1).reference()
     subject = types.SimpleNamespace(
         plain=model, plain_gmacs=0.0, config=None, device=torch.device("cpu"), compiled_for=0
     )
@@ -152,7 +154,7 @@ def test_every_size_of_batch_is_compiled(monkeypatch):
     counts = []
     with torch.no_grad():
         for batch in range(1, 11):
-            images = torch.zeros(batch, 3, 224, 224)
+            images = torch.zeros(batch, 3, *SIZE)
             assert candidate.call(images).shape == candidate.call(images).shape == (batch, 10)
             counts.append(len(compiled))
     assert counts == sorted(set(counts))
@@ -210,7 +212,7 @@ def test_a_sweep_measures_every_rate_against_dense(tiny, capsys):
 
 @pytest.mark.slow
 def test_nodes_are_held_against_measured_limits(tiny, capsys):
-    rows = run(tiny, "--batch", "100", "--nodes")
+    rows = run(tiny, "--batch", "100", "--nodes", "--compare", "reference")
     models = [row for row in rows if "op" not in row]
     nodes = [row for row in rows if "share" in row]
     limits = {row["op"]: row for row in rows if "op" in row and "share" not in row}

@@ -118,9 +118,18 @@ def long_run(dense, folder, tmp_path_factory):
     return out
 
 
+FEW_STOPS = (signal.SIGKILL, 2), (signal.SIGINT, 0)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("how", "workers"),
+    [
+        pytest.param(how, workers, marks=() if (how, workers) in FEW_STOPS else pytest.mark.large)
+        for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+        for workers in (0, 2)
+    ],
+)
 def test_goes_on_to_the_bit_after_it_was_stopped(how, workers, dense, folder, long_run, tmp_path):
     out, long = tmp_path / "out.pth", [*LONG, "--workers", str(workers)]
     process = _started("-c", STOPS_ITSELF.format(int(how)), *arguments(dense, folder, out, *long))
@@ -153,7 +162,7 @@ def _two_processes() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("per_image", "accumulate"), [("on", "1"), ("off", "2")])
+@pytest.mark.parametrize(("per_image", "accumulate"), [("on", "1"), pytest.param("off", "2", marks=pytest.mark.large)])
 def test_two_processes_lose_what_one_does(per_image, accumulate, dense, folder, tmp_path):
     more = ["--batch", "8", "--per-image", per_image, "--accumulate", accumulate, "--val", folder]
     one = run("-m", "dvit_infer.cli.train", *arguments(dense, folder, tmp_path / "one.pth", *more))

@@ -24,7 +24,7 @@ def converted(case_id: str = TINY, dtype: str = "float32", **given) -> dvit.Engi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case_id", [*CASES[:3], pytest.param(CASES[3], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case_id", [*CASES[:3], pytest.param(CASES[3], marks=pytest.mark.large)])
 def test_passes(case_id, dtype, device):
     report = dvit.verify(converted(case_id, dtype, device=device), official_checkpoint(case_id), num_images=16)
     assert report.passed, str(report)
