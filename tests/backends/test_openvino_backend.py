@@ -41,7 +41,8 @@ def converted(case_id=CASE, **more):
 @pytest.mark.parametrize(
     ("kind", "method"),
     [(kind, "random") for kind in KINDS]
-    + [pytest.param(kind, method, marks=pytest.mark.slow) for kind in FEW for method in ("none", "predictor")],
+    + [pytest.param(FEW[0], method, marks=pytest.mark.slow) for method in ("none", "predictor")]
+    + [pytest.param(kind, method, marks=pytest.mark.large) for kind in FEW[1:] for method in ("none", "predictor")],
 )
 def test_every_kind(kind, method):
     model = tiny(kind, method, size=(24, 40))

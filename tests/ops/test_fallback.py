@@ -39,7 +39,7 @@ TINY = "tiny-deit-r0.7-s1"
 
 
 @pytest.mark.parametrize("fault", [does_not_compile, does_not_launch, one_nan, one_percent_off])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.large)])
 @pytest.mark.parametrize(("op", "module", "call", "which"), OPS)
 def test_a_kernel_that_fails_is_replaced(monkeypatch, op, module, call, which, dtype, fault):
     calls = break_kernel(monkeypatch, op, module, fault, which)

@@ -64,7 +64,7 @@ def names(engine: dvit.Engine) -> list[tuple[str, str]]:
     return [(name, key) for (_, key), name in last.items()]
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.large)])
 @pytest.mark.parametrize(
     ("node", "key"),  # of the others, whose check is the same, in the slow tests
     [pytest.param(*name, marks=[pytest.mark.slow] * (at % 3 > 0)) for at, name in enumerate(names(converted()))],
