@@ -1,5 +1,6 @@
 # Three commands: `make demo`, `make check` (lint, types, imports, the quick tests: minutes) and `make test` (also the
-# slow ones; with ALL=1 large models and shapes, and every combination). Each sets up .venv by itself. WORKERS=8 uses more processes.
+# slow ones; with ALL=1 large models and shapes, and every combination). Each sets up .venv by itself. WORKERS=8 uses
+# more processes.
 # `make docs` serves the manual of docs/ on http://127.0.0.1:8000; .venv/bin/mkdocs build writes it to build/manual.
 # `make bench` measures the ops and a model here and adds a file to bench/results/<machine>/.
 # `make proof` trains a small model, prunes it and counts what that costs and changes (build/proof; UPDATE=1 keeps it).
