@@ -104,6 +104,7 @@ class Subject:
         self.checkpoint: Checkpoint = read_checkpoint(source, self._given.get("weights"))
         self.source = WeightSource(source, self.checkpoint)
         self.compiled_for = 0  # the batch size for which torch.compile's candidates are compiled
+        self.exports: dict[torch.dtype, bytes] = {}  # by torch.onnx, while the candidates that run them are made
         self.config, self.notes = recognise(self.checkpoint, self._arch, self._given, self._options)
 
     @property

@@ -86,6 +86,7 @@ class Comparison(BaseComparison):
             if name in wanted:
                 with _blaming(name):
                     self._candidates[name] = CANDIDATES[name](subject)
+        subject.exports.clear()  # each as large as the model
         configs = [subject.config_at(rate) for rate in keep_rates] or ([] if is_dense else [self.config])
         for config in configs:
             name = f"engine at {config.reduction.keep_rate}" if keep_rates else "engine"

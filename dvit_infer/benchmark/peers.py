@@ -95,7 +95,11 @@ def _of_runtime(subject: Subject, runtime: str, call: Call) -> Candidate:
 
 
 def _exported(subject: Subject, dtype: torch.dtype) -> bytes:
-    return traced_onnx(build_reference(subject.config, subject.checkpoint).to(dtype), subject.config)
+    """The reference by torch.onnx, which takes long, once for all runtimes."""
+    if dtype not in subject.exports:
+        model = build_reference(subject.config, subject.checkpoint).to(dtype)
+        subject.exports[dtype] = traced_onnx(model, subject.config)
+    return subject.exports[dtype]
 
 
 class _Logits(nn.Module):

@@ -16,7 +16,7 @@ from stand_ins import StandIns
 
 import dvit_infer as dvit
 from dvit_infer.backends import runner_for
-from dvit_infer.benchmark import compare
+from dvit_infer.benchmark import compare, peers
 from dvit_infer.benchmark.candidates import Candidate
 from dvit_infer.benchmark.compare import Comparison
 from dvit_infer.cli import bench
@@ -32,12 +32,16 @@ def run(model: str, *argv: str) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_peers_compute_the_same_function(tiny_lvvit, capsys):
+def test_peers_compute_the_same_function(tiny_lvvit, capsys, monkeypatch):
+    """What torch.onnx exports, once, serves both runtimes."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
+    exports, export = [], peers.traced_onnx
+    monkeypatch.setattr(peers, "traced_onnx", lambda *given: exports.append(given) or export(*given))
     rows = run(tiny_lvvit, "--batch", "3,1", "--compare", "sdpa,onnxruntime,openvino")
     names = ["sdpa", "onnxruntime", "openvino", "engine"]
     assert [(row["batch"], row["runtime"]) for row in rows] == [(b, name) for b in (3, 1) for name in names]
+    assert len(exports) == 1
     for row in rows:
         assert 0 < row["max_logit_error"] < 2e-4
         assert row["baseline"] == "sdpa"
