@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from any_vit import DROPPING, KINDS, agrees, tiny
+from any_vit import DROPPING, KINDS, agrees, every_kind, tiny
 from dvit_kernels.launch import collecting
 from kernel_helpers import needs_loops
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,9 +35,7 @@ def test_the_cpu_backend(kind, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "random"])
-@pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", every_kind(*QUICK))
 def test_reduced_precision_is_verified(kind, method):
     """At most twice the error of plain PyTorch: logits, features, and every node."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -52,9 +50,7 @@ def test_reduced_precision_is_verified(kind, method):
 
 @pytest.mark.interpreter
 @needs_loops
-@pytest.mark.parametrize(
-    "kind", [kind if kind in (*QUICK, "distilled") else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", every_kind(*QUICK, "distilled"))
 def test_the_triton_backend_around_its_kernels(kind):
     """With PyTorch in place of linears and attention, which are slow to interpret."""
     model = tiny(kind, "random", size=(24, 16))

@@ -73,6 +73,12 @@ DROPPING = ["random", pytest.param("none", marks=pytest.mark.slow), pytest.param
 # Together every part that a backend runs in a way of its own.
 FEW = ("clip", "dinov2-registers", "eva02", "beit", "siglip", "distilled")
 
+
+def every_kind(*plain: str) -> list[Any]:
+    """All kinds: those of `plain` as they are, the others large."""
+    return [kind if kind in plain else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
+
+
 # Reductions without training, the two usual ones first.
 REDUCTIONS: list[tuple[str, dict[str, Any]]] = [
     ("tome", {"merge": 3}),

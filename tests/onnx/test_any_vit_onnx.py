@@ -7,7 +7,7 @@ import onnx
 import onnx.inliner
 import pytest
 import torch
-from any_vit import KINDS, tiny
+from any_vit import KINDS, every_kind, tiny
 from PIL import Image
 
 import dvit_infer as dvit
@@ -22,7 +22,6 @@ from dvit_infer.onnx.writer import onnx_model
 CPU = torch.device("cpu")
 QUICK = ("clip", "dinov3", "eva02", "beit", "qk-norm", "siglip")  # together every operator that is written
 SOME = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
-MOST = [kind for kind in KINDS if kind not in QUICK]
 
 
 def written(model, path, **given):
@@ -54,15 +53,8 @@ def test_the_references_answers(kind, method, opset, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "opset"),
-    [(kind, 20) for kind in QUICK]
-    + [
-        pytest.param(kind, opset, marks=pytest.mark.large)
-        for kinds, opset in ((MOST, 20), (QUICK, 17))
-        for kind in kinds
-    ],
-)
+@pytest.mark.parametrize("opset", [20, pytest.param(17, marks=pytest.mark.large)])
+@pytest.mark.parametrize("kind", every_kind(*QUICK))
 def test_float16(kind, opset, tmp_path):
     model = tiny(kind, "predictor")
     report = dvit.verify(written(model, tmp_path / "m.onnx", opset=opset, dtype="float16"), model.state, num_images=4)
@@ -83,15 +75,8 @@ def test_norms_softmax_rotation_and_pooling_are_float32_in_a_float16_file(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "static"),
-    [(kind, True) for kind in QUICK]
-    + [
-        pytest.param(kind, static, marks=pytest.mark.large)
-        for kinds, static in ((MOST, True), (QUICK, False))
-        for kind in kinds
-    ],
-)
+@pytest.mark.parametrize("static", [True, pytest.param(False, marks=pytest.mark.large)])
+@pytest.mark.parametrize("kind", every_kind(*QUICK))
 def test_int8(kind, static, tmp_path):
     """Linears of every kind; the scores and the rest stay float32."""
     model = tiny(kind, "predictor")
@@ -188,7 +173,7 @@ def test_an_embedding_of_another_width_than_the_headers_is_found(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.large) for kind in MOST)])
+@pytest.mark.parametrize("kind", every_kind(*QUICK))
 def test_inlined_in_openvino(kind, tmp_path):
     pytest.importorskip("openvino")
     model = tiny(kind, "predictor")

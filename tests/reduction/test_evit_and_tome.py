@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from any_vit import KINDS, agrees, tiny
+from any_vit import KINDS, agrees, every_kind, tiny
 from golden_cases import case_images, same_kept, state_dict
 
 import dvit_infer as dvit
@@ -172,9 +172,7 @@ def test_tokens_of_the_last_block_are_reduced_only_for_those_who_ask(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "kind", [kind if kind in ("deit", "beit") else pytest.param(kind, marks=pytest.mark.large) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", every_kind("deit", "beit"))
 def test_reduced_precision_is_verified(kind, method):
     for dtype in (torch.bfloat16, torch.float16):
         model = tiny(kind, method)
