@@ -4,7 +4,6 @@ import itertools
 
 import torch
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF = float("inf")
 
 

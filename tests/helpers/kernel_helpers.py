@@ -10,11 +10,9 @@ import torch
 import triton
 from dvit_kernels.launch import Launch, collecting
 
-# Of checks of schemas and of what is traced, where the dtype hardly matters.
-ONE_DTYPE = [
-    torch.float32,
-    *(pytest.param(dtype, marks=pytest.mark.large) for dtype in (torch.float16, torch.bfloat16)),
-]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# For checks of schemas and of what is traced, where the dtype hardly matters.
+ONE_DTYPE = [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.large) for dtype in DTYPES[1:])]
 WHERE = [
     pytest.param("cpu", torch.float32, id="interpreter-float32", marks=pytest.mark.interpreter),
     # not bfloat16: the interpreter's dot is wrong for it

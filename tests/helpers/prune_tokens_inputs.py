@@ -4,8 +4,6 @@ import torch
 
 from dvit_infer.reduction.predictor import Predictor
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
 
 def make_predictor(dim: int, seed: int = 0) -> Predictor:
     torch.manual_seed(seed)

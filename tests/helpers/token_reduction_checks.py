@@ -5,7 +5,6 @@ from kernel_helpers import rms
 
 from dvit_infer.ops.merge_tokens import average_rows_ref
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MARGIN = 1e-5  # decisions that are closer than this in float64 may go either way
 
 

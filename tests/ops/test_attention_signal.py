@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_inputs import DTYPES, INF, exact, make_bias, make_pair_bias, make_qkv
-from kernel_helpers import ONE_DTYPE
+from attention_inputs import INF, exact, make_bias, make_pair_bias, make_qkv
+from kernel_helpers import DTYPES, ONE_DTYPE
 from token_reduction_checks import make_sizes
 
 from dvit_infer.ops.attention import attention, attention_with_signal

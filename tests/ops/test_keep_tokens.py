@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from kernel_helpers import ONE_DTYPE
-from token_reduction_checks import DTYPES, check_kept, make_attention, make_tokens
+from kernel_helpers import DTYPES, ONE_DTYPE
+from token_reduction_checks import check_kept, make_attention, make_tokens
 
 from dvit_infer.ops.keep_tokens import keep_tokens
 from dvit_infer.ops.prune_tokens import select_tokens_ref

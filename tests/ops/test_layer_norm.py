@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from kernel_helpers import ONE_DTYPE, rms
+from kernel_helpers import DTYPES, ONE_DTYPE, rms
 from layer_norm_inputs import exact_norm, exact_stats, make_rows, make_vectors
 
 from dvit_infer.ops.layer_norm import layer_norm, row_stats
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from kernel_helpers import ONE_DTYPE
-from token_reduction_checks import DTYPES, bits, check_averages, check_rows, make_sizes, make_tokens
+from kernel_helpers import DTYPES, ONE_DTYPE
+from token_reduction_checks import bits, check_averages, check_rows, make_sizes, make_tokens
 
 from dvit_infer.ops.merge_tokens import merge_tokens
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT
+from kernel_helpers import DTYPES
 from prune_tokens_checks import check_against_float64, check_strides
-from prune_tokens_inputs import DTYPES, make_predictor, make_x
+from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.errors import InputError

@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import ROOT
 from golden_cases import official_checkpoint, options
+from kernel_helpers import DTYPES
 from native_library import build
 from prune_tokens_checks import (
     bits,
@@ -18,7 +19,7 @@ from prune_tokens_checks import (
     differ_only_at_the_cut,
     float64_scores,
 )
-from prune_tokens_inputs import DTYPES, make_predictor, make_x
+from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.ops import native

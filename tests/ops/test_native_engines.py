@@ -7,7 +7,8 @@ import pytest
 import torch
 from commands import ROOT
 from golden_cases import answers, case_images, official_checkpoint, options
-from prune_tokens_inputs import DTYPES, make_predictor, make_x
+from kernel_helpers import DTYPES
+from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.backends.cpu import CpuRunner, Linear

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from kernel_helpers import ONE_DTYPE, rms
+from kernel_helpers import DTYPES, ONE_DTYPE, rms
 from patch_embedding_inputs import MEAN, STD, convolved, make_images, make_weights
 
 from dvit_infer.ops.patch_embedding import pack_patch_embedding, patch_embedding
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
 
 # B, channels, H, W, p, C, P: odd grids, patches of every size, no or several prefix tokens, one image, one patch.
 SHAPES = [

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_helpers import ONE_DTYPE
+from kernel_helpers import DTYPES, ONE_DTYPE
 from prune_tokens_checks import check_against_float64, check_strides, float64_scores
-from prune_tokens_inputs import DTYPES, make_predictor, make_x
+from prune_tokens_inputs import make_predictor, make_x
 
 import dvit_infer as dvit
 from dvit_infer.ops.prune_tokens import gather_tokens_ref, score_tokens_ref, select_tokens_ref

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_helpers import rms
+from kernel_helpers import DTYPES, rms
 from prune_tokens_checks import differ_only_at_the_cut, float64_scores
-from prune_tokens_inputs import DTYPES, make_predictor, make_x
+from prune_tokens_inputs import make_predictor, make_x
 from routing_inputs import exact_routed, make_branches, make_map, make_order
 
 from dvit_infer.ops.linear import linear_ref
