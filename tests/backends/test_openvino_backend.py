@@ -81,6 +81,29 @@ def test_the_choice_is_the_op_s():
         assert torch.equal(torch.from_numpy(found), select_tokens_ref(scores, k))
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "half", "is_mlas"),
+    [(32, 1024, False, False), (31, 1024, False, True), (32, 1023, False, True), (32, 1024, True, True)],
+)
+def test_linears_whose_rows_share_the_sets_of_a_cache_are_not_left_to_mlas(rows, width, half, is_mlas):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, rows, width), torch.randn(96, width) / 32, torch.randn(96)
+    to, given = OpenVinoBuilder(core(), half=half), ops.parameter([-1, rows, width], np.float32)
+    model = pytest.importorskip("openvino").Model([to.linear(given.output(0), "fc2", weight, bias)], [given], "linear")
+    compiled = compile_model(model, F32)
+    (info,) = (
+        info
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if (info := node.get_rt_info())["layerType"].astype(str) == "FullyConnected"
+    )
+    assert not is_mlas or "PRelu" not in {op.get_type_name() for op in model.get_ops()}
+    assert is_mlas or "mlas" not in info["primitiveType"].astype(str)
+    x[0, 1, 0], x[1, 2, 3] = float("nan"), float("inf")
+    expected = torch.nn.functional.linear(x, weight, bias)
+    found = torch.from_numpy(compiled([x.numpy()])[0])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5, equal_nan=True)
+
+
 def operators(compiled):
     """(kind, precision, the operators it was made of) of everything that runs."""
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
