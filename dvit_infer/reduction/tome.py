@@ -26,8 +26,8 @@ SHARE = 0.8  # of the patches merged by default: the paper's r = 13 of a ViT-S o
 
 # The time that merging takes, in the MACs that the linears of a block do meanwhile, for each token and each channel
 # of it. From 57.6, 38.6 and 22.8 million for 197 tokens of 768, 384 and 192 channels, and 21.4, 15.4 and 7.0 million
-# for 67 (OpenVINO, float32, batch 1, two threads of a Xeon). In bfloat16 on matrix tiles it is two to three times as
-# many. On a GPU it is not measured yet.
+# for 67 (OpenVINO, float32, batch 1, two threads of a Xeon); on an EPYC 46.0, 28.2 and 16.8, and 11.1, 11.6 and 4.2
+# million. In bfloat16 on matrix tiles it is two to three times as many. On a GPU it is not measured yet.
 _MACS_PER_TOKEN, _MACS_PER_CHANNEL = 65_000, 280
 
 
