@@ -88,6 +88,11 @@ def check_top5(found: list[list[dict]], expected: list[tuple[tuple[int, float], 
     np.testing.assert_allclose(shares, [[share for _, share in top] for top in expected], atol=1e-5)
 
 
+def check_quiet(err):
+    """Nothing was said but that the cluster is busy, as it may be while it finds out who was killed."""
+    assert err in ("", "warning: ray: no engine has started for 30 s: the cluster is busy, or lacks what one needs\n")
+
+
 def test_ten_thousand_images_once_and_in_order_though_an_engine_and_the_driver_are_killed(cluster, engine, checkpoint):
     damaged = frozenset((1, 5000, 9999))
     write_many(Path("photos"), 10_000, damaged)
@@ -103,7 +108,8 @@ def test_ten_thousand_images_once_and_in_order_though_an_engine_and_the_driver_a
     assert Path("out.jsonl").read_bytes().count(b"\n") < 10_000
     second = started(*argv)
     out, err = second.communicate()
-    assert (second.returncode, out, err) == (0, "", "")
+    assert (second.returncode, out) == (0, "")
+    check_quiet(err)
     found = lines(Path("out.jsonl").read_text())
     assert [line["image"] for line in found] == list(find_images(["photos"]))
     assert {number for number, line in enumerate(found) if "error" in line} == damaged
@@ -126,7 +132,8 @@ def test_an_interrupt_leaves_nothing_running_and_the_same_command_goes_on(engine
     assert 16 <= done < 3000
     process = started(*argv)
     out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    assert process.returncode == 0
+    check_quiet(err)
     assert f"{done:,} were there already\n" in out
     dvit.embed(engine, "photos", "alone", workers=0)
     for name in (IMAGES, INDEX):
@@ -148,6 +155,8 @@ def test_datasets(cluster, engine, checkpoint):
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = {os.path.relpath(row["image"]): row for row in example.classified(str(model), "photos").iter_rows()}
+        # The order of rows is Ray's, unless it is told to keep theirs.
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
         one = [{"image": np.full((64, 64, 3), 40 * value, np.uint8)} for value in range(3)]
         images = ray.data.from_items([*one, {"image": np.zeros((30, 40, 3), np.uint8)}])
         of = {"fn_constructor_args": (str(model.absolute()),), "concurrency": 1, "num_cpus": 1}
