@@ -42,7 +42,7 @@ class OpenVinoBuilder(Builder[Value]):
     def __init__(self, core: Any, int8: Collection[str] = (), ranges: Ranges = (), half: bool = False) -> None:
         super().__init__(torch.float32)
         self.pads_to_even = half
-        self._is_float32 = not half and not int8
+        self._leaves_mlas = not half and not int8 and torch.backends.cpu.get_cpu_capability() == "AVX512"
         self._attributes = dict(core.read_model(model=_EXACT.encode(), weights=b"").get_parameters()[0].get_rt_info())
         self._int8 = frozenset(int8)
         self._ranges = {name: (low, high) for name, low, high in ranges}
@@ -102,7 +102,7 @@ class OpenVinoBuilder(Builder[Value]):
 
     def linear(self, x: Value, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Value:
         y = super().linear(x, name, weight, bias)
-        if not (self._is_float32 and _is_aliased(x, weight)):
+        if not (self._leaves_mlas and _is_aliased(x, weight)):
             return y
         # Something behind a product has OpenVINO take oneDNN's instead. This is the identity, and stays one of NaN.
         return self._added(ops.prelu(y, self.weight("float32/[1]", torch.ones(1))), self.fresh("PRelu"))[0]
@@ -181,14 +181,15 @@ class OpenVinoBuilder(Builder[Value]):
 def _is_aliased(x: Value, weight: torch.Tensor) -> bool:
     """Return whether MLAS, which OpenVINO prefers for float32, is slow in x weight^T, and oneDNN's product is not.
 
-    Rows of x that begin a multiple of 4 KiB apart share the sets of a first-level cache. Of 3072, 2048 and 1024 columns
-    oneDNN's kernel for convolutions made 1.06 to 1.17 as many products a second on two threads of an AMD EPYC (AVX-512,
-    40 to 577 rows an image, 1 or 8 images); of 768, 1152, 2304 and 2688 columns 0.93 to 1.05 as many, of 512 and fewer
-    0.6 to 1.03. OpenVINO takes that kernel for up to 4096 columns, at least 96 outputs, and weights under 16 MiB.
+    Rows of x that begin a multiple of 4 KiB apart share the sets of a first-level cache. With 3072, 2048 or 1024
+    columns oneDNN's kernel for convolutions, which needs AVX-512, was 1.01 to 1.39 x as fast (70 to 577 rows an image,
+    1 or 8 images, two threads of an AMD EPYC), in most shapes 1.1 x; with 40 and 50 rows 0.93 to 1.11 x, with 1152,
+    2304 or 2688 columns 0.99 to 1.05 x, with 768 and fewer 0.6 to 1.04 x. OpenVINO takes that kernel for up to 4096
+    columns, at least 96 outputs, and weights under 16 MiB.
     """
     shape, (out, width) = x.get_partial_shape(), weight.shape
     rows = shape[1].get_length() if len(shape) == 3 and shape[1].is_static else 0
-    return rows >= 32 and width % 1024 == 0 and width <= 4096 and out >= 96 and 4 * weight.numel() < 16 << 20
+    return rows >= 64 and width % 1024 == 0 and width <= 4096 and out >= 96 and 4 * weight.numel() < 16 << 20
 
 
 def _grid(low: float, high: float) -> tuple[float, float]:
