@@ -7,7 +7,7 @@ from typing import Any
 
 from dvit_infer.config import CROP_MODES, INTERPOLATIONS, Body
 from dvit_infer.errors import InputError
-from dvit_infer.reduction import Method
+from dvit_infer.reduction import METHODS, Method
 from dvit_infer.reduction.settings import is_number as is_number  # here, as the other checks
 from dvit_infer.reduction.settings import positive_float as positive_float
 from dvit_infer.utils.bounds import check_bound
@@ -116,7 +116,12 @@ def three_floats(what: str, value: Any, positive: bool) -> tuple[float, ...]:
 def method(what: str, value: Any, learned: str | None, name: str, known: Mapping[str, Method]) -> str:
     """Return a method of the known ones that `name` can run, whose weights hold the modules of `learned`."""
     if not isinstance(value, str) or (value != "none" and value not in known):
-        raise InputError(f"{what}: {value!r} is not one of {', '.join([*known, 'none'])}")
+        takes = ", ".join([*known, "none"])
+        if isinstance(value, str) and value in METHODS:  # of another kind of model
+            raise InputError(
+                f"{what}: {value!r} removes tokens, but windows and convolutions need all of them; {name} takes {takes}"
+            )
+        raise InputError(f"{what}: {value!r} is not one of {takes}")
     if value != "none" and known[value].KEY is not None and value != learned:
         free = ", ".join(repr(name) for name, method in known.items() if method.KEY is None)
         need = f"{free} need none, " if free else ""

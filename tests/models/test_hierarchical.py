@@ -48,7 +48,12 @@ def table(rows: int) -> dict[str, torch.Tensor]:
             r"keep_rate: 0.3 makes -0.1 at stage 2.* r, r-0.2, r-0.4; a rate",
         ),
         (lambda: checkpoint(SWIN), {"keep_rate": 0.4}, "keep_rate: a keep rate of 0.4 leaves no patch token"),
-        (lambda: checkpoint(SWIN), {"method": "tome"}, "method: 'tome' is not one of predictor, none"),
+        (
+            lambda: checkpoint(SWIN),
+            {"method": "tome"},
+            "method: 'tome' removes tokens, but windows and convolutions need all of them; .* takes predictor, none",
+        ),
+        (lambda: checkpoint(SWIN), {"method": "best"}, "method: 'best' is not one of predictor, none"),
         (lambda: state_dict(TIMM), {"method": "predictor"}, "holds none; 'none' runs it dense"),
         (
             lambda: state_dict(TIMM),
