@@ -213,7 +213,7 @@ class Reading:
             if name not in self._used and body is not None and value == getattr(body, name, None) is not None:
                 self.resolve(name, value, "")
         if unused := [name for name in self.given if name not in self._used]:
-            raise InputError(f"assume: {unused[0]} means nothing for {arch}")
+            raise InputError(f"{unused[0]}: means nothing for {arch}")
 
     def origin(self, what: str) -> str:
         """Return a name for a value in messages: the option that gave it, or the file that holds it, and its key."""

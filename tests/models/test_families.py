@@ -162,7 +162,7 @@ def test_lvvit_keys_that_do_not_belong_are_named():
         ({"assume": {"weights": "model_ema"}}, "weights='model_ema'"),
         ({"assume": {"trained_size": (208, 224)}}, "trained_size"),
         ({"assume": {"trained_size": 0}}, "trained_size"),
-        ({"assume": {"skip_lam": 2.0}}, "skip_lam means nothing for dynamicvit-deit"),
+        ({"assume": {"skip_lam": 2.0}}, "skip_lam: means nothing for dynamicvit-deit"),
         ({"assume": {3: 4}}, "assume: 3"),
         ({"assume": "num_heads=2"}, "assume: a dict"),
         ({"arch": ["deit-s"]}, "arch: "),

@@ -53,6 +53,7 @@ def table(rows: int) -> dict[str, torch.Tensor]:
             {"method": "tome"},
             "method: 'tome' removes tokens, but windows and convolutions need all of them; .* takes predictor, none",
         ),
+        (lambda: checkpoint(SWIN), {"merge": 8}, "merge: means nothing for dynamicswin"),
         (lambda: checkpoint(SWIN), {"method": "best"}, "method: 'best' is not one of predictor, none"),
         (lambda: state_dict(TIMM), {"method": "predictor"}, "holds none; 'none' runs it dense"),
         (
