@@ -54,8 +54,9 @@ def write_many(folder: Path, count: int, damaged: frozenset[int] = frozenset()) 
 
 
 def started(module: str, *argv: str, before: str = "") -> subprocess.Popen[str]:
-    """A command in a session of its own, as in a terminal."""
-    code = f"{before}\nfrom dvit_infer.cli import {module}\nraise SystemExit({module}.main())"
+    """A command in a session of its own, as in a terminal; it never says that a start takes long."""
+    patient = "from dvit_infer.cli import on_ray; on_ray._LONG_S = float('inf')"
+    code = f"{patient}\n{before}\nfrom dvit_infer.cli import {module}\nraise SystemExit({module}.main())"
     env = {**ENV, **QUIET, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code, *argv], text=True, env=env, start_new_session=True, **pipes)
@@ -88,11 +89,6 @@ def check_top5(found: list[list[dict]], expected: list[tuple[tuple[int, float], 
     np.testing.assert_allclose(shares, [[share for _, share in top] for top in expected], atol=1e-5)
 
 
-def check_quiet(err):
-    """Nothing was said but that the cluster is busy, as it may be while it finds out who was killed."""
-    assert err in ("", "warning: ray: no engine has started for 30 s: the cluster is busy, or lacks what one needs\n")
-
-
 def test_ten_thousand_images_once_and_in_order_though_an_engine_and_the_driver_are_killed(cluster, engine, checkpoint):
     damaged = frozenset((1, 5000, 9999))
     write_many(Path("photos"), 10_000, damaged)
@@ -108,8 +104,7 @@ def test_ten_thousand_images_once_and_in_order_though_an_engine_and_the_driver_a
     assert Path("out.jsonl").read_bytes().count(b"\n") < 10_000
     second = started(*argv)
     out, err = second.communicate()
-    assert (second.returncode, out) == (0, "")
-    check_quiet(err)
+    assert (second.returncode, out, err) == (0, "", "")
     found = lines(Path("out.jsonl").read_text())
     assert [line["image"] for line in found] == list(find_images(["photos"]))
     assert {number for number, line in enumerate(found) if "error" in line} == damaged
@@ -132,8 +127,7 @@ def test_an_interrupt_leaves_nothing_running_and_the_same_command_goes_on(engine
     assert 16 <= done < 3000
     process = started(*argv)
     out, err = process.communicate()
-    assert process.returncode == 0
-    check_quiet(err)
+    assert (process.returncode, err) == (0, "")
     assert f"{done:,} were there already\n" in out
     dvit.embed(engine, "photos", "alone", workers=0)
     for name in (IMAGES, INDEX):

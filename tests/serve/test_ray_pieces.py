@@ -14,7 +14,7 @@ from commands import ROOT, TINY, fails
 from drawn import draw, draw_all
 
 import dvit_infer as dvit
-from dvit_infer.cli import embed, predict
+from dvit_infer.cli import embed, on_ray, predict
 from dvit_infer.images.preprocess import Preprocess
 from dvit_infer.serve.ray_cluster import decoders_for, engines_for
 from dvit_infer.serve.ray_decode import Decode
@@ -193,3 +193,13 @@ def test_the_docs_name_options_that_exist():
     for name in ("ray.md", "hundred_nodes.md"):
         text = (ROOT / "docs" / name).read_text()
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= known
+
+
+def test_a_start_that_takes_long_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(on_ray, "_LONG_S", 0.0)
+    said = on_ray._Patience()
+    said()
+    said()
+    assert capsys.readouterr().err == (
+        "warning: ray: no engine has started for 0 s: the cluster is busy, or lacks what one needs\n"
+    )
